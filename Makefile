@@ -1,0 +1,32 @@
+# make demo: everything from an empty machine to pictures.    make test: the whole test suite.
+# PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
+
+PYTHON ?= python3
+RANKS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo demo-clean test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpi,demo,test]'
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/demo.py --ranks $(RANKS) --out $(DEMO)
+
+demo-clean:
+	rm -rf $(DEMO)
+
+test: install lint
+	$(BIN)/python -m pytest -n 2 --durations 10
+
+lint: install
+	$(BIN)/python -m ruff check .
+
+clean: demo-clean
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Checkpoints: those of a run, and the formats of other tools."""

@@ -1,0 +1,117 @@
+"""Files that appear whole or not at all, on local disks and, through blobfile, in object stores."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from typing import IO, Any
+
+import torch as th
+
+from cm.registry import UserError
+
+
+def is_remote(path: str) -> bool:
+    return "://" in str(path)
+
+
+def open_file(path: str, mode: str = "rb") -> IO[Any]:
+    if is_remote(path):
+        import blobfile
+
+        return blobfile.BlobFile(path, mode)
+    return open(path, mode)
+
+
+def join(directory: str, name: str) -> str:
+    return f"{directory.rstrip('/')}/{name}" if is_remote(directory) else os.path.join(directory, name)
+
+
+def exists(path: str) -> bool:
+    if is_remote(path):
+        import blobfile
+
+        return blobfile.exists(path)
+    return os.path.exists(path)
+
+
+def list_names(directory: str) -> list[str]:
+    """Names in a directory; none if it does not exist."""
+    if is_remote(directory):
+        import blobfile
+
+        return [name.rstrip("/") for name in blobfile.listdir(directory)] if blobfile.exists(directory) else []
+    return os.listdir(directory) if os.path.isdir(directory) else []
+
+
+class Checksum:
+    """A file being written, with its size and CRC-32 so far."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.size, self.crc32 = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.size += len(view)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.file.write(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_whole(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
+    """Let `write` fill a file that appears under `path` only when it is complete and on disk.
+
+    :return: {"size": bytes, "crc32": checksum}.
+    :raises UserError: if the disk is full or the folder cannot be written; what stood under `path` stays.
+    """
+    if is_remote(path):                                     # an object store shows an object only when it is complete
+        with open_file(path, "wb") as file:
+            out = Checksum(file)
+            write(out)
+        return {"size": out.size, "crc32": out.crc32}
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            out = Checksum(file)
+            write(out)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(os.path.dirname(os.path.abspath(path)))
+    except (OSError, RuntimeError) as error:                # torch.save reports a full disk as a RuntimeError
+        if os.path.exists(partial):
+            os.remove(partial)
+        raise UserError(f"cannot write {path}: {error}. {free_space(path)}") from error
+    return {"size": out.size, "crc32": out.crc32}
+
+
+def save_tensors(path: str, content: Any) -> dict[str, int]:
+    return write_whole(path, lambda file: th.save(content, file))
+
+
+def sync_directory(directory: str) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_space(path: str) -> str:
+    stat = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    return f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB are free there"
+
+
+def checksum(path: str) -> dict[str, int]:
+    """Size and CRC-32 of a file as it lies there."""
+    size = crc32 = 0
+    with open_file(path) as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            crc32 = zlib.crc32(block, crc32)
+    return {"size": size, "crc32": crc32}

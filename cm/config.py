@@ -1,0 +1,145 @@
+"""Every flag of the scripts: name, default, one sentence. Frozen; `cm.flags` turns them into command lines.
+
+The choices stand here as words so that --help needs no import of torch; the tests hold them equal to the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cm.flags import option
+
+SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
+TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """network (read off the checkpoint when one is given)"""
+
+    image_size: int = option(64, "side of the square images in pixels", minimum=1)
+    num_channels: int = option(128, "width of the first level", minimum=1)
+    num_res_blocks: int = option(2, "residual blocks per level", minimum=1)
+    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "attention heads of the decoder; -1 for num_heads")
+    num_head_channels: int = option(-1, "channels per attention head; -1 to set the number of heads instead")
+    attention_resolutions: str = option("32,16,8", "image sides at which the network attends, comma-separated")
+    channel_mult: str = option("", "width of each level over num_channels, such as 1,2,4; empty for the size's default")
+    dropout: float = option(0.0, "dropout probability", minimum=0)
+    class_cond: bool = option(False, "condition on class labels")
+    num_classes: int = option(0, "number of classes; 0 for as many as the data set has", minimum=0)
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    use_scale_shift_norm: bool = option(True, "the time embedding scales and shifts (else: is added)")
+    resblock_updown: bool = option(False, "residual blocks change the resolution (else: convolutions do)")
+    use_fp16: bool = option(False, "fp16 network with fp32 master weights")
+    use_new_attention_order: bool = option(False, "kept for old commands: the published q, k, v order is always used")
+    learn_sigma: bool = option(False, "kept for old commands: noise levels are given here, so only False is legal")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """diffusion"""
+
+    sigma_min: float = option(0.002, "lowest noise level", minimum=0)
+    sigma_max: float = option(80.0, "highest noise level", minimum=0)
+    weight_schedule: str = option(
+        "karras", "weight of the loss by noise level", choices=("karras", "snr", "snr+1", "truncated-snr", "uniform")
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run"""
+
+    log_dir: str = option("", "folder of logs and results; empty: OPENAI_LOGDIR, or a new folder for temporary files")
+    seed: int = option(0, "seed: the same seed gives the same run", minimum=0)
+    precision: str = option(
+        "", "arithmetic of the network; auto: bf16 where the hardware is fast at it; empty: as use_fp16 says",
+        choices=("", "auto", "fp32", "bf16", "fp16"),
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data"""
+
+    data_dir: str = option("", "folder, EDM zip or npz of images, or `digits`: scikit-learn's handwritten digits")
+    random_flip: bool = option(True, "mirror half of the images, left to right")
+    random_crop: bool = option(False, "crop at a random place, not at the centre")
+    num_workers: int = option(-1, "loader processes per rank; -1 chooses by the kind of data", minimum=-1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """training"""
+
+    schedule_sampler: str = option(
+        "lognormal", "law of the noise levels in training", choices=("lognormal", "uniform", "loss-second-moment")
+    )
+    lr: float = option(1e-4, "learning rate", minimum=0)
+    weight_decay: float = option(0.0, "weight decay", minimum=0)
+    lr_anneal_steps: int = option(0, "steps over which the learning rate falls linearly to 0; 0: never", minimum=0)
+    total_training_steps: int = option(
+        0, "training ends after so many steps; 0: after lr_anneal_steps, or 600000 where that is 0 too", minimum=0
+    )
+    global_batch_size: int = option(2048, "images per step over all ranks", minimum=1)
+    batch_size: int = option(-1, "images per step and rank; -1 for global_batch_size over the ranks")
+    microbatch: int = option(-1, "images per forward pass, to save memory; -1 for all at once; no effect on the result")
+    ema_rate: str = option("0.9999", "decay rates of the weight averages, comma-separated")
+    optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
+    fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
+    log_interval: int = option(10, "steps between two rows of the log", minimum=1)
+    save_interval: int = option(10000, "steps between two checkpoints", minimum=1)
+    resume_checkpoint: str = option(
+        "", "start from this model file (with its optimizer and averages, where they lie beside it)"
+    )
+    resume: str = option(
+        "auto", "auto: go on from the newest checkpoint in log_dir; never: refuse one", choices=("auto", "never")
+    )
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """consistency models"""
+
+    training_mode: str = option(
+        "consistency_distillation", "what to train", choices=tuple(mode for mode in TRAINING_MODES if mode != "edm")
+    )
+    teacher_model_path: str = option("", "EDM checkpoint to distil and to start from")
+    teacher_dropout: float = option(0.1, "dropout of the teacher", minimum=0)
+    loss_norm: str = option(
+        "lpips", "distance between the two denoised images", choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber")
+    )
+    target_ema_mode: str = option("fixed", "law of the target's decay rate", choices=("fixed", "adaptive"))
+    scale_mode: str = option(
+        "fixed", "law of the number of noise levels N(step)", choices=("fixed", "progressive", "progdist")
+    )
+    start_ema: float = option(0.0, "decay rate of the target (at the start, where it is adaptive)", minimum=0)
+    start_scales: int = option(40, "number of noise levels N at the start", minimum=1)
+    end_scales: int = option(40, "number of noise levels N at the end", minimum=1)
+    distill_steps_per_iter: int = option(50000, "steps per halving of progressive distillation", minimum=1)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """sampling"""
+
+    model_path: str = option("", "checkpoint to sample from")
+    training_mode: str = option("edm", "what the checkpoint was trained as", choices=TRAINING_MODES)
+    sampler: str = option("heun", "sampler", choices=SAMPLER_NAMES)
+    steps: int = option(
+        40, "steps of the sampler; for multistep the number of noise levels that ts points into", minimum=1
+    )
+    ts: str = option("", "multistep: indices into the noise levels, such as 0,22,39; the last only closes the list")
+    num_samples: int = option(10000, "how many images", minimum=1)
+    batch_size: int = option(16, "images per rank and pass; no effect on the images", minimum=1)
+    generator: str = option(
+        "determ", "determ, determ-indiv: an image depends on seed and index alone; dummy: torch's global generator",
+        choices=("determ", "determ-indiv", "dummy"),
+    )
+    class_label: int = option(-1, "draw this class only; -1 for random classes")
+    clip_denoised: bool = option(True, "clamp every denoised image to [-1, 1]")
+    s_churn: float = option(0.0, "heun, dpm: amount of noise added back", minimum=0)
+    s_tmin: float = option(0.0, "churn: lowest noise level", minimum=0)
+    s_tmax: float = option(float("inf"), "churn: highest noise level", minimum=0)
+    s_noise: float = option(1.0, "churn: standard deviation of the noise", minimum=0)

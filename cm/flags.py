@@ -1,0 +1,196 @@
+"""Frozen config dataclasses become command-line flags, a config file's keys, and back.
+
+A section of flags is a frozen dataclass whose fields are made with `option`. A value is taken from, in this order:
+the command line, the file given by --config, the checkpoint that the run starts from, the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_type_hints
+
+from cm.launch import launcher_rank
+from cm.registry import UserError
+
+Section = TypeVar("Section")
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None) -> Any:
+    """A field of a section: its default, one sentence for --help, and what is allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), "minimum": minimum})
+
+
+def str2bool(value: str | bool) -> bool:
+    """yes/true/t/y/1 and no/false/f/n/0 in any case."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is not a boolean; write True or False")
+
+
+@dataclass
+class Settings:
+    """The resolved flags of a run: every value, and where those that were asked for come from."""
+
+    values: dict[str, Any]
+    given: dict[str, str]                       # name -> "--name" or the config file that sets it
+    dry_run: bool = False
+
+    def section(self, kind: type[Section]) -> Section:
+        """The part of the settings that a section describes."""
+        return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
+
+    def adopt(self, values: Mapping[str, Any], source: str) -> None:
+        """Take values that `source` (a checkpoint) knows; what was asked for must agree with them.
+
+        :raises UserError: naming the flag, both values and both places.
+        """
+        for name, value in values.items():
+            if name not in self.values:
+                continue
+            if name in self.given and not same(self.values[name], value):
+                raise UserError(
+                    f"{self.given[name]} asks for {name}={self.values[name]!r}, but {source} was made with "
+                    f"{name}={value!r}; drop the flag or choose another checkpoint"
+                )
+            self.values[name] = value
+
+    def replace(self, **changes: Any) -> None:
+        """Set values that the run itself works out, such as the number of classes in the data."""
+        self.values.update(changes)
+
+    def as_text(self) -> str:
+        """The whole run as JSON, which --config reads back."""
+        return json.dumps(self.values, indent=2)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal as settings: '32,16,8' is '32, 16, 8', and 1 is 1.0."""
+    def plain(value: Any) -> Any:
+        return value.replace(" ", "") if isinstance(value, str) else value
+    return plain(a) == plain(b)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says each thing once for the whole job, and suggests the flag that was meant."""
+
+    def error(self, message: str) -> None:
+        if launcher_rank() == 0:
+            print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
+        sys.exit(2)
+
+    def suggestion(self, message: str) -> str:
+        if "unrecognized arguments" not in message:
+            return ""
+        known = [name for action in self._actions for name in action.option_strings]
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        near = [match for word in unknown for match in get_close_matches(word, known, n=1)]
+        return f". Did you mean {' '.join(near)}?" if near else ""
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+    """Read the flags of a script.
+
+    :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
+    :param defaults: defaults of this script where they differ from the section's.
+    :raises UserError: if the config file is missing, unreadable or has an unknown key, or a value is not allowed.
+    """
+    fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
+    types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
+    parser = make_parser(description, sections, types, defaults)
+    args = vars(parser.parse_args(argv))
+    config_file, dry_run = args.pop("config"), args.pop("dry_run")
+
+    values = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    given = {}
+    if config_file:
+        for name, value in read_config(config_file, fields).items():
+            values[name] = convert(types[name], value, f"{config_file}: {name}")
+            given[name] = config_file
+    for name, value in args.items():
+        values[name], given[name] = value, f"--{name}"
+    for name, value in values.items():
+        check(fields[name], value, given.get(name, f"--{name}"))
+    return Settings(values, given, dry_run)
+
+
+def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+    parser = Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved run and exit")
+    for section in sections:
+        group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])
+        for field in dataclasses.fields(section):
+            default = defaults.get(field.name, field.default)
+            choices = field.metadata["choices"]
+            shown = f" (choices: {', '.join(choices)})" if choices else ""
+            kind = types[field.name]
+            group.add_argument(
+                f"--{field.name}",
+                type=str2bool if kind is bool else kind,
+                default=argparse.SUPPRESS,
+                metavar=kind.__name__.upper(),
+                help=f"{field.metadata['help']}{shown} [default: {default!r}]".replace("%", "%%"),
+            )
+    return parser
+
+
+def read_config(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    for name in content:
+        if name not in fields:
+            near = get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--config {path}: {name!r} is no flag of this script{hint}")
+    return content
+
+
+def convert(kind: type, value: Any, where: str) -> Any:
+    """A value of a config file as the type its flag has."""
+    try:
+        if kind is bool:
+            return str2bool(value)
+        if kind is str and isinstance(value, (list, tuple)):
+            return ",".join(str(item) for item in value)
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        raise UserError(f"{where}={value!r} is not a {kind.__name__}") from None
+
+
+def check(field: dataclasses.Field, value: Any, where: str) -> None:
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if choices and value not in choices:
+        near = get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where}: {field.name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    if minimum is not None and value < minimum:
+        raise UserError(f"{where}: {field.name}={value!r} is too small; the least is {minimum}")

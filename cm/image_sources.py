@@ -1,0 +1,343 @@
+"""Where images come from: a folder, a zip, an npz, or the digits that come with scikit-learn.
+
+A source answers for image i: its pixels, its class and its name for messages. Order, augmentation and batches are the
+business of `image_datasets`. Shapes: N images, H height, W width, S image_size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from cm.registry import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
+LABEL_FILE = "dataset.json"
+
+
+class ImageSource:
+    """N images; the kinds below say how one is loaded.
+
+    `labels` is int64 [N], or None; then `no_labels` says why, naming the first image without a class.
+    """
+
+    def __init__(self, data_dir: str, image_size: int, length: int):
+        self.data_dir = data_dir
+        self.image_size = image_size
+        self.labels: np.ndarray | None = None
+        self.no_labels = ""
+        self._length = length
+        # Small sets are decoded once a process; the system commits the memory only as it is filled.
+        fits = length * image_size**2 * 3 <= CACHE_BYTES
+        self._cache: np.ndarray | None = np.empty((length, image_size, image_size, 3), np.uint8) if fits else None
+        self._cached = np.zeros(length, bool)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether images cost next to nothing once each has been read."""
+        return self._cache is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Largest label + 1; None without labels."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def label(self, i: int) -> int | None:
+        return None if self.labels is None else int(self.labels[i])
+
+    def name(self, i: int) -> str:
+        raise NotImplementedError
+
+    def load(self, i: int) -> Image.Image:
+        """The whole picture, in RGB.
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        raise NotImplementedError
+
+    def image(self, i: int) -> np.ndarray:
+        """The largest central square of picture i at the size of the source: uint8 [S,S,3].
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        return self.images(np.array([i]))[0]
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """`image` for several at once: int64 [B] -> uint8 [B,S,S,3], the caller's to change."""
+        if self._cache is None:
+            return np.stack([centre_crop(self.load(i), self.image_size) for i in indices.tolist()])
+        for i in indices[~self._cached[indices]].tolist():
+            self._cache[i] = centre_crop(self.load(i), self.image_size)
+            self._cached[i] = True
+        return self._cache[indices]
+
+
+def resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
+    """Resize until the shorter side has `length` pixels: halve by box averages while that is possible, then bicubic."""
+    while min(image.size) >= 2 * length:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = length / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The largest central square of a picture at another size, as in guided-diffusion: uint8 [size,size,3]."""
+    pixels = np.asarray(resize_shorter_side(image, size))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+# ---- pictures in files ----
+
+
+class EncodedSource(ImageSource):
+    """Pictures in a folder or an archive, decoded when they are asked for. Names are relative paths with slashes."""
+
+    def __init__(self, data_dir: str, image_size: int, files: list[str]):
+        names = images_among(files)
+        if not names:
+            raise UserError(f"no images in {data_dir}: looked at every depth for {' '.join(IMAGE_SUFFIXES)}")
+        super().__init__(data_dir, image_size, len(names))
+        self._names = names
+        if LABEL_FILE in files:
+            self.labels, self.no_labels = labels_of_json(self.read(LABEL_FILE), names)
+        else:
+            self.labels, self.no_labels = labels_of_names(names)
+
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+    def load(self, i: int) -> Image.Image:
+        try:
+            return decode(self.read(self._names[i]))
+        except MemoryError:
+            raise
+        except Exception as error:                                  # decoders and archives raise many kinds
+            reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
+            raise UserError(
+                f"{self.data_dir}: image {i} ({self._names[i]}) cannot be read: {reason}. Replace or remove it."
+            ) from error
+
+    def read(self, name: str) -> bytes:
+        raise NotImplementedError
+
+
+class FolderSource(EncodedSource):
+    """The images of a folder and the folders in it."""
+
+    def __init__(self, data_dir: str, image_size: int):
+        super().__init__(data_dir, image_size, files_under(data_dir))
+
+    def read(self, name: str) -> bytes:
+        with open_file(f"{self.data_dir}/{name}") as file:
+            return file.read()
+
+
+class ZipSource(EncodedSource):
+    """The images in a zip archive.
+
+    Each process opens the archive for itself: a handle shared with a forked data worker would share its position.
+    """
+
+    def __init__(self, data_dir: str, image_size: int):
+        self._path = data_dir
+        self._archive: zipfile.ZipFile | None = None
+        self._opened_by = 0
+        try:
+            files = self.archive().namelist()
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{data_dir} is not a zip archive: {error}") from None
+        super().__init__(data_dir, image_size, files)
+
+    def archive(self) -> zipfile.ZipFile:
+        if self._archive is None or self._opened_by != os.getpid():
+            self._archive = zipfile.ZipFile(open_file(self._path))
+            self._opened_by = os.getpid()
+        return self._archive
+
+    def read(self, name: str) -> bytes:
+        return self.archive().read(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+
+def decode(data: bytes) -> Image.Image:
+    """A picture in RGB from the bytes of its file.
+
+    :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"{image.width}x{image.height} is more than PIL's safety limit of {Image.MAX_IMAGE_PIXELS} pixels"
+            )
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its pixels are not 8 bits deep (mode {image.mode})")
+        return image.convert("RGB")
+
+
+def images_among(names: list[str]) -> list[str]:
+    """The images among files, in order of their paths; hidden files are no images."""
+    images = [
+        name for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
+    ]
+    return sorted(images, key=lambda name: name.split("/"))
+
+
+# ---- classes ----
+
+
+def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
+    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and why."""
+    classes = []
+    for name in names:
+        label, underscore, _ = name.rpartition("/")[2].partition("_")
+        if not underscore:
+            return None, f"{name!r} has no class before an underscore in its name, and there is no {LABEL_FILE}"
+        classes.append(label)
+    return np.unique(classes, return_inverse=True)[1].astype(np.int64), ""
+
+
+def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
+    """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and why."""
+    try:
+        pairs = json.loads(text)["labels"]
+        table = None if pairs is None else {str(name): label for name, label in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        return None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}"
+    if table is None:
+        return None, f"{LABEL_FILE} has no labels"
+    for name in names:
+        if name not in table:
+            return None, f"{LABEL_FILE} has no label for {name!r}"
+        if type(table[name]) is not int or table[name] < 0:
+            return None, f"{LABEL_FILE} gives {name!r} the label {table[name]!r}, which is no class number"
+    return np.array([table[name] for name in names], np.int64), ""
+
+
+# ---- pictures in memory ----
+
+
+class ArraySource(ImageSource):
+    """Images in memory, uint8 [N,H,W,3]."""
+
+    def __init__(self, data_dir: str, image_size: int, images: np.ndarray, labels: np.ndarray | None, no_labels: str):
+        super().__init__(data_dir, image_size, len(images))
+        self._images = images
+        self.labels, self.no_labels = labels, no_labels
+        if images.shape[1:3] == (image_size, image_size):
+            self._cache, self._cached[:] = images, True
+
+    def name(self, i: int) -> str:
+        return f"{self.data_dir} image {i}"
+
+    def load(self, i: int) -> Image.Image:
+        return Image.fromarray(self._images[i])
+
+
+def npz_source(data_dir: str, image_size: int) -> ArraySource:
+    """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,3] and, with classes, `arr_1` integers [N]."""
+    try:
+        with open_file(data_dir) as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("arr_0", "arr_1") if key in archive}
+            found = ", ".join(archive.files)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise UserError(f"{data_dir} is not an npz of plain arrays: {error}") from None
+    if "arr_0" not in arrays:
+        raise UserError(f"{data_dir} has no images: expected arr_0, found {found or 'nothing'}")
+    images, labels = arrays["arr_0"], arrays.get("arr_1")
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or not images.size:
+        raise UserError(
+            f"{data_dir}: arr_0 is {images.dtype} {list(images.shape)}; images must be uint8 [N,H,W,3] or [N,H,W,1]"
+        )
+    images = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    if labels is None:
+        return ArraySource(data_dir, image_size, images, None, "it has no arr_1, so already image 0 has no class")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        reason = f"arr_1 is {labels.dtype} {list(labels.shape)}, not one class number for each of {len(images)} images"
+        return ArraySource(data_dir, image_size, images, None, reason)
+    return ArraySource(data_dir, image_size, images, labels.astype(np.int64), "")
+
+
+def digits_source(data_dir: str, image_size: int) -> ArraySource:
+    """1797 handwritten digits of 8x8 pixels in 10 classes, from scikit-learn's own files."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits come with scikit-learn, which is not installed: pip install scikit-learn") from None
+    grey, labels = load_digits(return_X_y=True)                     # [1797,64] in 0..16, [1797]
+    grey = np.round(grey * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return ArraySource(data_dir, image_size, np.repeat(grey, 3, axis=3), labels.astype(np.int64), "")
+
+
+# ---- which kind it is ----
+
+SOURCES = {"digits": digits_source, "zip": ZipSource, "npz": npz_source, "folder": FolderSource}
+
+
+def open_source(data_dir: str, image_size: int) -> ImageSource:
+    """Open a set of images.
+
+    The kind is read off `data_dir`, in this order: the word `digits`; a name that ends in `.zip` or `.npz`; else a
+    folder (a folder called digits is `./digits`). Classes of folders and zips come from a `dataset.json` at their root,
+    as EDM writes it, or else from file names `{class}_{anything}`, as guided-diffusion reads them.
+
+    :param data_dir: the word, a path, or an address that blobfile can read, such as gs://bucket/images.
+    :param image_size: pixels of a side of the images wanted.
+    :raises UserError: if there is nothing of that name, it holds no images, or it is not what its name says.
+    """
+    if not data_dir:
+        raise UserError("--data_dir is empty: name a folder of images, a .zip, a .npz, or the word digits")
+    if image_size < 1:
+        raise UserError(f"--image_size {image_size}: images need at least one pixel")
+    suffix = data_dir.lower().rpartition(".")[2]
+    kind = data_dir if data_dir == "digits" else suffix if suffix in ("zip", "npz") else "folder"
+    if kind != "digits":
+        check_exists(data_dir, is_folder=kind == "folder")
+    return SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
+
+
+# ---- files here and elsewhere ----
+
+
+def check_exists(path: str, is_folder: bool) -> None:
+    files = os.path if is_local(path) else blobfile()
+    if not files.exists(path):
+        raise UserError(f"--data_dir {path} does not exist (looked for from {os.getcwd()})")
+    if files.isdir(path) != is_folder:
+        found, wanted = ("file", "a folder of images, a .zip or a .npz") if is_folder else ("folder", "a file")
+        raise UserError(f"--data_dir {path} is a {found}; expected {wanted}")
+
+
+def files_under(folder: str) -> list[str]:
+    """Paths of all files below a folder, relative to it, with slashes."""
+    tree: Iterator[Any] = os.walk(folder, followlinks=True) if is_local(folder) else blobfile().walk(folder)
+    return [f"{root}/{name}".replace(os.sep, "/")[len(folder) + 1 :] for root, _, names in tree for name in names]
+
+
+def open_file(path: str) -> BinaryIO:
+    return open(path, "rb") if is_local(path) else blobfile().BlobFile(path, "rb", streaming=False)
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def blobfile() -> Any:
+    """Imported where a path needs it: for files at hand it is slow to import and five times slower to open them."""
+    import blobfile
+
+    return blobfile

@@ -1,0 +1,219 @@
+"""Where the rows of a log go: a table for people, CSV, JSON lines, TensorBoard.
+
+A row is a name -> number mapping. Files are gone on with if they are there: old rows stay, a row that a crash has torn
+goes, and a rewriting is all or nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from cm.registry import UserError
+
+Row = Mapping[str, Any]
+
+
+class Output(Protocol):
+    """A place where rows go."""
+
+    def writekvs(self, row: Row) -> None: ...
+
+    def drop_after(self, step: int) -> None:
+        """Forget the rows whose `step` is larger: a resumed run will write them again."""
+
+    def close(self) -> None: ...
+
+
+class TableOutput:
+    """A table a row, and lines of text, for people; without a file, on the screen."""
+
+    def __init__(self, file: TextIO | None = None):
+        self.file = file
+
+    def writekvs(self, row: Row) -> None:
+        cells = [(shorten(name), readable(value)) for name, value in sorted(row.items())]
+        if not cells:
+            return
+        left, right = (max(map(len, column)) for column in zip(*cells))
+        rule = "-" * (left + right + 7)
+        body = [f"| {name:<{left}} | {value:<{right}} |" for name, value in cells]
+        self.writeline("\n".join([rule, *body, rule]))
+
+    def writeline(self, text: str) -> None:
+        file = self.file or sys.stdout
+        file.write(text + "\n")
+        file.flush()
+
+    def drop_after(self, step: int) -> None:
+        """What has been read stays said."""
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+class CSVOutput:
+    """progress.csv: a header and one row a dump."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.columns: list[str] = []
+        rows = self.read()
+        if rows is not None:
+            self.rewrite(rows)
+
+    def read(self) -> list[dict[str, str]] | None:
+        """The rows of the file, without a last one that a crash has torn; None if there is no file."""
+        if not self.path.exists():
+            return None
+        with self.path.open(newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        self.columns = header
+        if rows and len(rows[-1]) < len(header):
+            rows.pop()
+        return [dict(zip(header, row)) for row in rows]
+
+    def rewrite(self, rows: Iterable[Row]) -> None:
+        replace_file(self.path, as_csv(self.columns, rows, header=bool(self.columns)))
+
+    def writekvs(self, row: Row) -> None:
+        new = sorted(set(row) - set(self.columns))
+        if new:
+            rows = self.read() or []
+            self.columns = [*self.columns, *new]
+            self.rewrite([*rows, row])
+        else:
+            with self.path.open("a", newline="") as file:
+                file.write(as_csv(self.columns, [row]))
+
+    def drop_after(self, step: int) -> None:
+        rows = self.read()
+        if rows is not None:
+            self.rewrite(row for row in rows if not is_after(row, step))
+
+    def close(self) -> None:
+        """Nothing is held open between rows."""
+
+
+class JSONOutput:
+    """progress.json: an object a line. A number that JSON does not know (nan, inf) is null."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.exists():
+            self.rewrite(self.read())
+
+    def read(self) -> list[str]:
+        """The lines of the file, without a last one that a crash has torn."""
+        lines = self.path.read_text().splitlines()
+        return lines[:-1] if lines and parsed(lines[-1]) is None else lines
+
+    def rewrite(self, lines: Iterable[str]) -> None:
+        replace_file(self.path, "".join(line + "\n" for line in lines))
+
+    def writekvs(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(as_json(row) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        if self.path.exists():
+            self.rewrite(line for line in self.read() if not is_after(parsed(line) or {}, step))
+
+    def close(self) -> None:
+        """Nothing is held open between rows."""
+
+
+class TensorBoardOutput:
+    """tb/: a curve for each name, over `step` if the row has one."""
+
+    def __init__(self, path: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(f"log format 'tensorboard' needs a package: pip install tensorboard ({error})") from None
+        self.make_writer, self.path, self.rows = SummaryWriter, path, 0
+        self.writer = SummaryWriter(str(path))
+
+    def writekvs(self, row: Row) -> None:
+        self.rows += 1
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, int(row.get("step", self.rows)))
+        self.writer.flush()
+
+    def drop_after(self, step: int) -> None:
+        self.writer.close()
+        self.writer = self.make_writer(str(self.path), purge_step=step + 1)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+FORMATS = {
+    "stdout": lambda directory, suffix: TableOutput(),
+    "log": lambda directory, suffix: TableOutput((directory / f"log{suffix}.txt").open("a")),
+    "csv": lambda directory, suffix: CSVOutput(directory / f"progress{suffix}.csv"),
+    "json": lambda directory, suffix: JSONOutput(directory / f"progress{suffix}.json"),
+    "tensorboard": lambda directory, suffix: TensorBoardOutput(directory / f"tb{suffix}"),
+}
+
+
+def readable(value: Any) -> str:
+    """A number as people write it: whole ones in full, others with four digits that count."""
+    if not isinstance(value, float) or not math.isfinite(value):
+        return shorten(str(value))
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def shorten(text: str, limit: int = 30) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[Row], header: bool = False) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def as_json(row: Row) -> str:
+    def known(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({key: known(value) for key, value in row.items()}, default=str)
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """The row on a line of JSON; None if there is none."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def is_after(row: Row, step: int) -> bool:
+    try:
+        return float(row["step"]) > step
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def replace_file(path: Path, text: str) -> None:
+    """The old content or the new one, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,145 @@
+"""Building blocks shared by every network: layers, embeddings, gradient checkpointing, and parameter averages.
+
+Shapes: N batch, C channels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from cm.registry import UserError
+
+GROUPS = 32     # the published checkpoints were trained with 32 groups everywhere
+SiLU = nn.SiLU  # the name guided-diffusion's networks import
+
+
+def append_dims(x: Tensor, target_dims: int) -> Tensor:
+    """Add axes of length 1 at the end of `x` until it has `target_dims` of them, so that [N] multiplies [N,C,H,W].
+
+    :raises ValueError: if `x` already has more axes than that.
+    """
+    missing = target_dims - x.ndim
+    if missing < 0:
+        raise ValueError(f"cannot append axes: the input has {x.ndim} of them, target_dims is {target_dims}")
+    return x[(...,) + (None,) * missing]
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all axes but the first: [N,...] -> [N]."""
+    return x.mean(dim=tuple(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Cosines, then sines, of the timesteps at `dim // 2` geometrically spaced frequencies: [N] -> [N,D].
+
+    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017, section 3.5. The frequencies are
+    max_period^(-i/half), i = 0..half-1; an odd `dim` gets a last column of zeros.
+
+    :param timesteps: [N], may be fractional or negative. float64 stays float64, everything else is computed in
+        float32: the published models are called at times near -1500, where half precision resolves only whole steps.
+    """
+    if timesteps.ndim != 1:
+        raise ValueError(f"timesteps must be one number per sample, [N], but have shape {tuple(timesteps.shape)}")
+    dtype = th.float64 if timesteps.dtype == th.float64 else th.float32
+    half = dim // 2
+    powers = th.arange(half, dtype=dtype, device=timesteps.device) / half
+    angles = timesteps.to(dtype)[:, None] * th.exp(-math.log(max_period) * powers)       # [N, D/2]
+    embedding = th.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation with float32 statistics and weights for half-precision inputs; the output is as the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The CPU kernel takes half inputs with float32 weights and computes in float32; other devices' kernels do not.
+        if x.dtype not in (th.float16, th.bfloat16) or x.device.type == "cpu":
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """The networks' normalisation layer: 32 groups, eps 1e-5.
+
+    :raises UserError: if `channels` is not a multiple of 32.
+    """
+    if channels <= 0 or channels % GROUPS:
+        near = max(GROUPS, round(channels / GROUPS) * GROUPS)
+        raise UserError(f"a layer of {channels} channels cannot be normalised in {GROUPS} groups: make its width "
+                        f"(num_channels times its channel_mult) a multiple of {GROUPS}, such as {near}")
+    return GroupNorm32(GROUPS, channels)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero, and return it."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def _by_dims(layers: Sequence[type[nn.Module]], dims: int) -> type[nn.Module]:
+    if dims not in (1, 2, 3):
+        raise ValueError(f"unsupported dims {dims!r}; choose 1, 2 or 3")
+    return layers[dims - 1]
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A 1-, 2- or 3-dimensional convolution; the other arguments are torch's."""
+    return _by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """1-, 2- or 3-dimensional average pooling; the other arguments are torch's."""
+    return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
+    """A fully connected layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def without_autocast(device: th.device) -> AbstractContextManager:
+    """A context in which layers compute in the precision of their inputs, even inside an autocast region."""
+    if th.amp.is_autocast_available(device.type):
+        return th.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
+    """Evaluate `func(*inputs)`; with `flag`, forget the activations and compute them again in the backward pass.
+
+    The second computation replays the random numbers of the first, so dropout gets the gradients of its own mask.
+
+    :param params: accepted because guided-diffusion's callers pass it; autograd finds the parameters by itself.
+    """
+    if flag and th.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False, preserve_rng_state=True)
+    return func(*inputs)
+
+
+@th.no_grad()
+def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
+    """target <- rate target + (1 - rate) source, in place, for all parameters at once.
+
+    Rates 1 and 0 are exact: they leave the target as it is, and copy the source. Keep targets in float32: at rates
+    near 1 a half-precision target rounds most updates away.
+
+    :raises ValueError: if `rate` is outside [0, 1], or the two lists differ in length.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"the EMA rate must lie in [0, 1], got {rate}")
+    targets, sources = list(target_params), list(source_params)
+    if len(targets) != len(sources):
+        raise ValueError(f"cannot average {len(sources)} parameters into {len(targets)}: "
+                         "both lists must come from networks of one architecture")
+    if targets:
+        th._foreach_lerp_(targets, [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - rate)

@@ -1,0 +1,54 @@
+"""Progressive distillation: Salimans and Ho 2022 (arXiv 2202.00512), algorithm 2, for the ODE in sigma.
+
+A student learns to do in one Euler step what its teacher does in two; then it is the teacher of the next stage.
+
+Shapes: N batch, C channels, H and W height and width. Times are noise levels: t > t_mid > t_end.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch as th
+from torch import Tensor
+
+from cm.interfaces import Batch, Nets, Terms
+from cm.nn import append_dims
+from cm.objectives.grid import GridObjective
+from cm.samplers.euler import Euler
+
+
+class ProgressiveDistillation(GridObjective):
+    """weight(t) d(D(x_t, t), the image that two Euler steps of the teacher point at).
+
+    num_scales is the number of the student's sampling steps.
+    """
+
+    def intervals(self, num_scales: int) -> int:
+        if num_scales < 1:
+            raise ValueError(f"num_scales is the student's number of sampling steps, at least 1, got {num_scales}")
+        return num_scales
+
+    def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
+        if nets.teacher is None:
+            raise ValueError("progressive distillation needs a teacher: give a teacher_model")
+        x0, cond = batch.images, batch.cond
+        grid = self.levels(2 * num_scales + 1, device=x0.device, dtype=x0.dtype)        # the teacher's, twice as fine
+        t, t_mid, t_end = grid[2 * index], grid[2 * index + 1], grid[2 * index + 2]
+        x_t = x0 + noise * append_dims(t, x0.ndim)
+        with th.no_grad():
+            teacher = partial(nets.teacher, **cond)
+            x_mid = Euler().step(teacher, x_t, t, t_mid, None)
+            x_end = Euler().step(teacher, x_mid, t_mid, t_end, None)
+            # One Euler step toward `target` leads from x_t to x_end.
+            target = x_t - append_dims(t / (t_end - t), x0.ndim) * (x_end - x_t)
+        loss = self.weight(t) * self.distance(nets.online(x_t, t, **cond), target)
+        return Terms(loss, t)
+
+    def after_step(self, nets: Nets, step: int) -> bool:
+        """Where the next step has fewer sampling steps, the student becomes the teacher: a new stage begins."""
+        (_, scales), (_, next_scales) = self.curriculum(step), self.curriculum(step + 1)
+        if next_scales == scales:
+            return False
+        nets.teacher_model.load_state_dict(nets.online_model.state_dict())
+        return True

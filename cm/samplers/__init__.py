@@ -1,0 +1,43 @@
+"""Samplers: how a denoiser becomes images. Each module holds one solver; `integrate` holds the loop.
+
+A sampler is a frozen dataclass whose fields are its options. It has `grid(steps, sigma_min, sigma_max, rho)`, its
+noise levels, and `step` and `last_step`, its solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from cm.registry import lookup
+from cm.samplers.ancestral import Ancestral
+from cm.samplers.dpm import DPM
+from cm.samplers.euler import Euler
+from cm.samplers.heun import Heun
+from cm.samplers.integrate import Churn, Counted, integrate
+from cm.samplers.multistep import Multistep
+from cm.samplers.onestep import OneStep
+from cm.samplers.progdist import ProgDist
+
+__all__ = ["SAMPLERS", "Churn", "Counted", "integrate", "make_sampler"]
+
+SAMPLERS = {
+    "heun": Heun,
+    "euler": Euler,
+    "dpm": DPM,
+    "ancestral": Ancestral,
+    "onestep": OneStep,
+    "multistep": Multistep,
+    "progdist": ProgDist,
+}
+
+
+def make_sampler(name: str, options: Mapping[str, Any]) -> Euler:
+    """The sampler `name` with those of the options that it has.
+
+    :param options: the options of all samplers, by name, as a command line holds them.
+    :raises ValueError: for a name that is not in SAMPLERS.
+    """
+    kind = lookup(SAMPLERS, name, "sampler")
+    return kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})

@@ -1,0 +1,29 @@
+"""Ancestral sampling of the variance-exploding process: Song et al. 2021 (arXiv 2011.13456), appendix F."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from cm.interfaces import Denoiser, NoiseSource
+from cm.nn import append_dims
+from cm.samplers.euler import Euler, toward
+
+
+@dataclass(frozen=True)
+class Ancestral(Euler):
+    """One draw of p(x_next | x, x0 = D(x, sigma)) per step, an exponential integrator of the reverse SDE.
+
+    Its mean is Euler's step down to sigma_next^2 / sigma; noise brings it up again to sigma_next. The order is the
+    strong one.
+    """
+
+    accepts_churn: ClassVar[bool] = False
+
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        ratio = sigma_next / sigma
+        noise_up = sigma_next * (1 - ratio**2).sqrt()
+        mean = toward(D(x, sigma), x, ratio**2)
+        return mean + rng.randn_like(x) * append_dims(noise_up, x.ndim)

@@ -1,0 +1,127 @@
+"""The one loop of all samplers: churn, clipping, progress, callback; a sampler only steps.
+
+Shapes: N batch, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cm.interfaces import Denoiser, NoiseSource, Sampler
+from cm.registry import UserError
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added back before a step: Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 2.
+
+    :param s_churn: amount over the whole grid; each step raises sigma by at most the factor sqrt(2).
+    :param s_tmin, s_tmax: the noise levels, inclusive, at which noise is added.
+    :param s_noise: standard deviation of that noise.
+    """
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.s_churn < 0 or self.s_noise < 0:
+            raise ValueError(f"s_churn and s_noise must not be negative, got {self.s_churn} and {self.s_noise}")
+
+    def gamma(self, sigma: float, steps: int) -> float:
+        """By what share sigma rises before the step from there, one of `steps`."""
+        return min(self.s_churn / steps, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
+
+
+class Counted:
+    """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed."""
+
+    def __init__(self, D: Denoiser):
+        self.D = D
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        self.calls += 1
+        return self.D(x, sigma, **cond)
+
+
+class Watched:
+    """The denoiser that a solver sees: clipped if asked, remembering its first value in each step."""
+
+    def __init__(self, D: Denoiser, clip: bool):
+        self.D = D
+        self.clip = clip
+        self.first: Tensor | None = None
+
+    def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        denoised = self.D(x, sigma, **cond)
+        if self.clip:
+            denoised = denoised.clamp(-1, 1)
+        if self.first is None:
+            self.first = denoised
+        return denoised
+
+
+def integrate(
+    sampler: Sampler,
+    D: Denoiser,
+    x: Tensor,
+    sigmas: Tensor | Sequence[float],
+    rng: NoiseSource,
+    *,
+    churn: Churn | None = None,
+    clip_denoised: bool = False,
+    progress: bool = False,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> Tensor:
+    """Carry x from the first noise level of a grid to the last.
+
+    :param x: [N,C,H,W] at noise level sigmas[0].
+    :param sigmas: S+1 falling levels for S steps; a last level of 0 is reached by the sampler's `last_step`.
+    :param rng: asked for noise only where a step uses it.
+    :param churn: only for samplers that say `accepts_churn`.
+    :param clip_denoised: clamp every value of D to [-1, 1].
+    :param callback: called after each step with its number `i`, where it began (`x`, `sigma`; after churn) and the
+        first denoised image that it saw there (`denoised`).
+    :raises ValueError: for a grid that does not fall, or churn in a sampler that cannot use it.
+    """
+    levels = [float(sigma) for sigma in sigmas]                     # on the host: the loop branches on them
+    steps = len(levels) - 1
+    if steps < 1 or levels[-1] < 0 or not all(b < a for a, b in zip(levels, levels[1:])):
+        raise ValueError(f"a sampler needs at least two noise levels, falling, none negative; got {levels}")
+    if churn is not None and churn.s_churn > 0 and not getattr(sampler, "accepts_churn", False):
+        raise UserError(f"the sampler {type(sampler).__name__} takes no churn: set s_churn to 0, or use heun or dpm")
+
+    def level(sigma: float) -> Tensor:
+        return x.new_full((len(x),), sigma)                         # [N]
+
+    D = Watched(D, clip_denoised)
+    for i in progress_bar(range(steps), progress):
+        sigma, sigma_next = levels[i], levels[i + 1]
+        gamma = churn.gamma(sigma, steps) if churn is not None else 0.0
+        if gamma > 0:
+            sigma_hat = sigma * (1 + gamma)
+            x = x + rng.randn_like(x) * (churn.s_noise * math.sqrt(sigma_hat**2 - sigma**2))
+            sigma = sigma_hat
+        D.first, start = None, x
+        if sigma_next > 0:
+            x = sampler.step(D, x, level(sigma), level(sigma_next), rng)
+        else:
+            x = sampler.last_step(D, x, level(sigma))
+        if callback is not None:
+            callback({"i": i, "x": start, "sigma": sigma, "denoised": D.first})
+    return x
+
+
+def progress_bar(steps: range, show: bool) -> Any:
+    if not show:
+        return steps
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc="sampling", leave=False)

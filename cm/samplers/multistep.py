@@ -1,0 +1,54 @@
+"""Multistep consistency sampling: Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from cm.interfaces import Denoiser, NoiseSource
+from cm.nn import append_dims
+from cm.registry import UserError
+from cm.samplers.euler import Euler
+from cm.schedules import append_zero, karras_grid
+
+EXAMPLE = "such as ts=(0, 22, 39) with steps=40"
+
+
+@dataclass(frozen=True)
+class Multistep(Euler):
+    """Denoise to the data, add noise up to the next level, and so on; the last image stays free of noise.
+
+    :param ts: indices into a Karras grid of `steps` levels, from 0 to steps-1. The last only closes the list:
+        (0, 22, 39) of 40 evaluates the network twice.
+    :param sigma_min: the level at which the consistency function gives its images.
+    """
+
+    ts: Sequence[int] | None = None
+    sigma_min: float = 0.002
+
+    accepts_churn: ClassVar[bool] = False
+
+    def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+        """The levels at which the network is evaluated, then 0.
+
+        :raises UserError: if `ts` is missing, or is not rising from 0 to steps-1.
+        """
+        ts = check_ts(self.ts, steps)
+        return append_zero(karras_grid(steps, sigma_min, sigma_max, rho)[ts[:-1]])
+
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        noise_up = (sigma_next**2 - self.sigma_min**2).clamp(min=0).sqrt()
+        return D(x, sigma) + rng.randn_like(x) * append_dims(noise_up, x.ndim)
+
+
+def check_ts(ts: Sequence[int] | None, steps: int) -> list[int]:
+    """The indices as a list, if they make sense for a grid of `steps` levels."""
+    if ts is None:
+        raise UserError(f"the multistep sampler needs ts, the noise levels to visit, {EXAMPLE}")
+    ts = [int(index) for index in ts]
+    if len(ts) < 2 or ts[0] != 0 or ts[-1] != steps - 1 or any(b <= a for a, b in zip(ts, ts[1:])):
+        raise UserError(f"ts must rise from 0 to steps-1 = {steps - 1}, {EXAMPLE}; got {tuple(ts)} with steps={steps}")
+    return ts

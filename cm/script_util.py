@@ -1,0 +1,257 @@
+"""From resolved flags to networks, diffusions and schedules; guided-diffusion's function names are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from cm.checkpoints import state
+from cm.config import ConsistencyConfig, DiffusionConfig, ModelConfig
+from cm.curricula import ema_and_scales
+from cm.flags import Settings, str2bool
+from cm.karras_diffusion import KarrasDenoiser
+from cm.registry import UserError
+from cm.unet import UNetModel, attention_factors
+
+PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
+
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+    16: (1, 2, 2),
+    8: (1, 2),
+}
+
+create_ema_and_scales_fn = ema_and_scales
+
+__all__ = [
+    "add_dict_to_argparser", "args_to_dict", "cm_train_defaults", "create_ema_and_scales_fn", "create_model",
+    "create_model_and_diffusion", "model_and_diffusion_defaults", "str2bool",
+]
+
+
+def defaults_of(section: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(section)}
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """The flags of network and diffusion with their defaults."""
+    return {**defaults_of(ModelConfig), **defaults_of(DiffusionConfig)}
+
+
+def cm_train_defaults() -> dict[str, Any]:
+    """The flags of consistency training with their defaults."""
+    return defaults_of(ConsistencyConfig)
+
+
+def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
+    """'1,2,4' -> (1, 2, 4); empty gives the default of the size.
+
+    :raises UserError: if it is no list of positive numbers, or the size has no default.
+    """
+    if not channel_mult:
+        if image_size not in CHANNEL_MULT:
+            raise UserError(
+                f"there is no default channel_mult for image_size {image_size} (only for "
+                f"{', '.join(map(str, sorted(CHANNEL_MULT)))}); give --channel_mult, such as 1,2,4"
+            )
+        return CHANNEL_MULT[image_size]
+    try:
+        widths = tuple(float(word) for word in channel_mult.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) <= 0:
+        raise UserError(f"--channel_mult {channel_mult!r} is not a list of positive numbers such as 1,2,4")
+    return tuple(int(width) if width == int(width) else width for width in widths)
+
+
+def parse_resolutions(attention_resolutions: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in attention_resolutions.split(",") if word.strip())
+    except ValueError:
+        raise UserError(
+            f"--attention_resolutions {attention_resolutions!r} is not a list of image sides such as 32,16,8"
+        ) from None
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0.0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    num_classes: int = PUBLISHED_CLASSES,
+) -> UNetModel:
+    """The U-Net that the flags describe; see `cm.config.ModelConfig`.
+
+    :raises UserError: if the flags describe no network, naming the flag.
+    """
+    if learn_sigma:
+        raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
+    widths = parse_channel_mult(channel_mult, image_size)
+    return UNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_factors(image_size, parse_resolutions(attention_resolutions)),
+        dropout=dropout,
+        channel_mult=widths,
+        num_classes=(num_classes or PUBLISHED_CLASSES) if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def create_diffusion(
+    weight_schedule: str = "karras",
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    distillation: bool = False,
+    loss_norm: str = "lpips",
+) -> KarrasDenoiser:
+    """The denoiser around a network; `distillation` chooses the boundary scalings of a consistency model."""
+    return KarrasDenoiser(
+        sigma_data=0.5, sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation,
+        weight_schedule=weight_schedule, loss_norm=loss_norm,
+    )
+
+
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    use_new_attention_order: bool,
+    weight_schedule: str,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    distillation: bool = False,
+    loss_norm: str = "lpips",
+    num_classes: int = PUBLISHED_CLASSES,
+) -> tuple[UNetModel, KarrasDenoiser]:
+    """Network and denoiser from flags, by guided-diffusion's names."""
+    model = create_model(
+        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
+        resblock_updown, use_fp16, use_new_attention_order, num_classes,
+    )
+    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm)
+
+
+def model_from(settings: Settings, **changes: Any) -> UNetModel:
+    """The network of resolved settings, in float32; `changes` override single flags."""
+    config = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
+    return create_model(**config)
+
+
+def place(model: nn.Module, device: th.device) -> nn.Module:
+    """Put a network where it runs, in the memory format in which its convolutions are fastest."""
+    return model.to(device, memory_format=th.channels_last)
+
+
+def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2") -> KarrasDenoiser:
+    config = dataclasses.asdict(settings.section(DiffusionConfig))
+    return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm)
+
+
+def attend_where_possible(settings: Settings) -> None:
+    """The default attention resolutions, without those that an image of this size does not have."""
+    if "attention_resolutions" not in settings.given:
+        sides = parse_resolutions(settings.values["attention_resolutions"])
+        fitting = [side for side in sides if side <= settings.values["image_size"]]
+        settings.replace(attention_resolutions=",".join(map(str, fitting)))
+
+
+def adopt_checkpoint(settings: Settings, path: str, *, also: tuple[str, ...] = ()) -> bool:
+    """Take the architecture (and the flags named in `also`) from the manifest beside a weights file.
+
+    :return: whether there was one.
+    :raises UserError: if a flag contradicts it.
+    """
+    checkpoint = state.beside(path)
+    if checkpoint is None:
+        return False
+    # Dropout and recomputation change no weights: they are the run's choice.
+    own = ("dropout", "use_checkpoint", "use_fp16")
+    names = [name for name in model_and_diffusion_defaults() if name not in own and name != "weight_schedule"]
+    known = {name: checkpoint.config[name] for name in (*names, *also) if name in checkpoint.config}
+    settings.adopt(known, f"the checkpoint {path}")
+    return True
+
+
+def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:
+    """fp32, bf16 or fp16; `auto` is bf16 where the hardware multiplies it faster than fp32."""
+    if precision == "auto":
+        return "bf16" if is_fast_at_bf16(device) else "fp32"
+    if precision and use_fp16 and precision != "fp16":
+        raise UserError(f"--use_fp16 True contradicts --precision {precision}; drop one of them")
+    return precision or ("fp16" if use_fp16 else "fp32")
+
+
+def is_fast_at_bf16(device: th.device) -> bool:
+    if device.type == "cuda":
+        return th.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        features = Path("/proc/cpuinfo").read_text().split("\nflags", 2)[1].split("\n")[0].split()
+    except (OSError, IndexError):
+        return False
+    return "amx_bf16" in features or "avx512_bf16" in features
+
+
+def add_dict_to_argparser(parser: Any, default_dict: dict[str, Any]) -> None:
+    """Add a flag per key, typed by its default: for scripts written against guided-diffusion."""
+    for name, value in default_dict.items():
+        kind: Callable = str if value is None else str2bool if isinstance(value, bool) else type(value)
+        parser.add_argument(f"--{name}", default=value, type=kind)
+
+
+def args_to_dict(args: Any, keys: Any) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in keys}
+
+
+def parse_ts(ts: str) -> tuple[int, ...] | None:
+    """'0,22,39' -> (0, 22, 39); None when empty."""
+    if not ts:
+        return None
+    try:
+        return tuple(int(word) for word in ts.split(","))
+    except ValueError:
+        raise UserError(f"--ts {ts!r} is not a list of indices such as 0,22,39") from None

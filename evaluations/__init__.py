@@ -1,0 +1,1 @@
+"""Frechet distance, Inception Score, precision and recall of image samples."""

@@ -1,0 +1,122 @@
+"""A small convolutional classifier, whose features stand in for Inception's where images are tiny and no photos.
+
+Shapes: N images, B of a batch, H and W height and width, K classes, D = FEATURES.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+FEATURES = 64
+LABEL_SMOOTHING = 0.05                                      # keeps the logits, and so the score, from saturating
+
+
+class Classifier(nn.Module):
+    """uint8 [N,3,H,W] in 0..255 -> features [N,64], which are averages of ReLUs, and logits [N,K].
+
+    The last layer has no bias, so the logits serve the Inception Score and the class alike.
+    """
+
+    def __init__(self, num_classes: int, width: int = 24, dropout: float = 0.2):
+        super().__init__()
+        self.body = nn.Sequential(
+            *conv(3, width),
+            *conv(width, 2 * width, stride=2),
+            *conv(2 * width, 2 * width),
+            *conv(2 * width, FEATURES, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(FEATURES, num_classes, bias=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(images.float() / 127.5 - 1)    # [N,D]
+        return features, self.head(self.dropout(features))
+
+
+def conv(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def stratified_split(labels: NDArray[np.integer], holdout: float, seed: int) -> tuple[NDArray, NDArray]:
+    """Indices (kept, held out); the share `holdout` of every class, at random, is held out.
+
+    :raises ValueError: if the share is not between 0 and 1, or leaves a class without images on one side.
+    """
+    if not 0 < holdout < 1:
+        raise ValueError(f"holdout={holdout} must lie between 0 and 1")
+    rng = np.random.default_rng(seed)
+    held = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = round(holdout * len(members))
+        if not 0 < count < len(members):
+            raise ValueError(f"holdout={holdout} of the {len(members)} images of class {label} leaves one side empty")
+        held.append(members[:count])
+    held_out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def train_classifier(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.integer],
+    num_classes: int,
+    *,
+    epochs: int = 20,
+    batch_size: int = 64,
+    lr: float = 1e-2,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+    device: th.device | str = "cpu",
+    progress: bool = True,
+) -> Classifier:
+    """Train on images [N,H,W,3] and labels [N]; returns the classifier in evaluation mode.
+
+    The same seed gives the same weights on the same machine; torch's global generator is left as it was.
+
+    :raises ValueError: if there are fewer than two images, or epochs or batch_size are not positive.
+    """
+    if len(images) < 2 or epochs < 1 or batch_size < 2:
+        raise ValueError(f"{len(images)} images, epochs={epochs}, batch_size={batch_size}: need at least 2, 1 and 2")
+    x, y = as_tensor(images).to(device), th.as_tensor(labels, dtype=th.int64).to(device)
+    with th.random.fork_rng():
+        th.manual_seed(seed)
+        model = Classifier(num_classes).to(device)
+        optimizer = th.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        batches = max(len(x) // batch_size, 1)
+        schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+        with tqdm(total=epochs * batches, desc="training the classifier", disable=not progress) as bar:
+            for _ in range(epochs):
+                # tensor_split: no batch is so short that its normalisation means nothing
+                for rows in th.randperm(len(x)).to(device).tensor_split(batches):
+                    loss = F.cross_entropy(model(x[rows])[1], y[rows], label_smoothing=LABEL_SMOOTHING)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+@th.inference_mode()
+def accuracy(model: Classifier, images: NDArray[np.uint8], labels: NDArray[np.integer], batch_size: int = 512) -> float:
+    """Share of images [N,H,W,3] whose largest logit is their label's [N]."""
+    device = model.head.weight.device
+    guesses = [model(batch.to(device))[1].argmax(1).cpu() for batch in as_tensor(images).split(batch_size)]
+    return float((th.cat(guesses).numpy() == labels).mean())
+
+
+def as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """[N,H,W,3] -> [N,3,H,W]."""
+    return th.from_numpy(images).permute(0, 3, 1, 2).contiguous()

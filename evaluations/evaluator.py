@@ -1,0 +1,206 @@
+"""Compare a batch of samples with a reference batch.
+
+python evaluations/evaluator.py VIRTUAL_imagenet64_labeled.npz samples_50000x64x64x3.npz --inception inception.pt
+
+Stored statistics (mu, sigma, mu_s, sigma_s) serve the Frechet distances where a file has them; images serve the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from cm import dist_util
+from cm.flags import Parser
+from cm.registry import UserError, lookup
+from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
+from evaluations.features import ENVIRONMENT_VARIABLE, EXTRACTORS, Extractor, load_extractor
+from evaluations.image_sets import STORED, ImageSet, Unavailable
+from evaluations.manifold import NEIGHBOURS
+from evaluations.metrics import SPLIT_SIZE
+
+ALL = tuple(name for name in METRICS if name != "class_accuracy")       # that one needs labels: only when asked for
+DESCRIPTION = ("id", "name", "resize", "is_inception")
+PROBED = 2                                                              # images the extractor is tried on
+
+
+def evaluate(
+    ref_path: str,
+    sample_path: str,
+    extractor: Extractor | None = None,
+    *,
+    metrics: Sequence[str] = ALL,
+    batch_size: int = 64,
+    split_size: int = SPLIT_SIZE,
+    k: int = NEIGHBOURS,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Compare two npz files; returns what --json writes.
+
+    When the whole of `ALL` is asked for, those of its metrics that the files or the extractor cannot give are left out,
+    with their reasons under "skipped"; otherwise they are an error.
+
+    :param extractor: None for the one that $CM_INCEPTION names, on the CPU, if any metric needs one.
+    :param metrics: names in `METRICS`.
+    :returns: {"metrics": {key: the fields of a Result}, "skipped": {name: reason}, "warnings": [...], "extractor",
+        "reference", "samples", "settings", "versions", "seconds"}; the keys are those of `comparison.NAMES`.
+    :raises UserError: if a file or the extractor cannot be used, the two sides come from different extractors, or a
+        metric that was asked for cannot be computed.
+    """
+    start = time.monotonic()
+    chosen = {name: lookup(METRICS, name, "metric") for name in metrics}
+    optional = ALL if set(ALL) <= set(chosen) else ()
+    run = Comparison(ImageSet(ref_path, "reference images"), ImageSet(sample_path, "samples"), extractor, split_size, k)
+
+    skipped = unavailable(chosen, lambda metric: metric.prepare(run), optional)
+    chosen = {name: metric for name, metric in chosen.items() if name not in skipped}
+    sides = [side for side in run.sides if side.needs_extractor]
+    if sides:
+        run.extractor = extractor or load_extractor()
+        run.probe = run.extractor.extract(next(sides[0].file.batches(PROBED)))
+    skipped |= unavailable(chosen, lambda metric: metric.check(run), optional)
+
+    for side in sides:
+        side.extract(run.extractor, batch_size, progress)
+    for name, metric in chosen.items():
+        if name not in skipped:
+            metric.measure(run)
+    warn_of_sizes(run)
+    return {
+        "metrics": {key: asdict(result) for key, result in run.results.items()},
+        "skipped": skipped,
+        "warnings": run.warnings,
+        "extractor": run.extractor and {name: getattr(run.extractor, name) for name in DESCRIPTION},
+        "reference": run.ref.path,
+        "samples": run.sample.path,
+        "settings": {"split_size": split_size, "k": k, "kid_subsets": KID_SUBSETS, "kid_seed": KID_SEED,
+                     "kid_subset_size": run.kid_subset_size},
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": th.__version__},
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def unavailable(
+    metrics: Mapping[str, Metric], step: Callable[[Metric], None], optional: Sequence[str]
+) -> dict[str, str]:
+    """Take a step of each metric; returns the reasons of those that cannot be computed.
+
+    :raises UserError: if such a metric is not optional.
+    """
+    reasons = {}
+    for name, metric in metrics.items():
+        try:
+            step(metric)
+        except Unavailable as reason:
+            if name not in optional:
+                raise UserError(f"{name} cannot be computed: {reason}") from None
+            reasons[name] = str(reason)
+    return reasons
+
+
+def warn_of_sizes(run: Comparison) -> None:
+    if all(side.file.has_images for side in run.sides):
+        ref, sample = (side.file.image_shape[1:3] for side in run.sides)
+        if ref != sample:
+            run.warnings.append(f"the reference images are {ref[0]}x{ref[1]}, the samples {sample[0]}x{sample[1]}")
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The result in lines, in the words of guided-diffusion's evaluator where the features are Inception's."""
+    lines = [f"reference: {result['reference']}", f"samples: {result['samples']}"]
+    if result["extractor"]:
+        lines.append("extractor: {name} ({id}), resize: {resize}".format(**result["extractor"]))
+    lines += [f"{fields['label']}: {number(fields)}  [{provenance(fields)}]" for fields in result["metrics"].values()]
+    lines += [f"{name}: left out, {reason}" for name, reason in result["skipped"].items()]
+    lines += [f"warning: {text}" for text in result["warnings"]]
+    return "\n".join(lines)
+
+
+def number(fields: Mapping[str, Any]) -> str:
+    spread = "" if fields["std"] is None else f" +- {fields['std']:.2g}"
+    return f"{fields['value']:.6g}{spread}"
+
+
+def provenance(fields: Mapping[str, Any]) -> str:
+    parts = [side("samples", fields["sample_count"], fields["sample_source"])]
+    if fields["reference_source"]:
+        parts.append(side("reference", fields["reference_count"], fields["reference_source"]))
+    return "; ".join([*parts, fields["extractor"] or "extractor not recorded"])
+
+
+def side(role: str, count: int | None, source: str) -> str:
+    size = "N not recorded" if count is None else f"N={count}"
+    return f"{role}: {size}{', stored statistics' if source == STORED else ''}"
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
+    parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
+    parser.add_argument(
+        "--inception", metavar="PATH",
+        help=f"extractor: PATH, or KIND:PATH of the kinds {', '.join(EXTRACTORS)} [default: ${ENVIRONMENT_VARIABLE}]",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images per pass [default: 64]")
+    parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
+                        help=f"images per chunk of the Inception Score [default: {SPLIT_SIZE}]")
+    parser.add_argument("--k", type=positive, default=NEIGHBOURS,
+                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
+    parser.add_argument("--metrics", default="all",
+                        help=f"comma-separated choice of {', '.join(METRICS)}; all: {', '.join(ALL)} [default: all]")
+    parser.add_argument("--class_accuracy", action="store_true",
+                        help="also the share of samples that the extractor takes for their label (arr_1)")
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def chosen_metrics(text: str, class_accuracy: bool) -> tuple[str, ...]:
+    names = ALL if text == "all" else tuple(name.strip() for name in text.split(","))
+    return tuple(dict.fromkeys([*names, *(["class_accuracy"] if class_accuracy else [])]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    if dist_util.get_world_size() > 1:
+        raise UserError("the evaluator is one process; start it without mpiexec")
+    dist_util.setup_dist()
+    if args.json:
+        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+    named = args.inception or os.environ.get(ENVIRONMENT_VARIABLE)
+    result = evaluate(
+        args.ref_batch,
+        args.sample_batch,
+        load_extractor(named, dist_util.dev()) if named else None,
+        metrics=chosen_metrics(args.metrics, args.class_accuracy),
+        batch_size=args.batch_size,
+        split_size=args.split_size,
+        k=args.k,
+        progress=True,
+    )
+    print(report(result))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    dist_util.run(main)

@@ -1,0 +1,134 @@
+"""One side of a comparison: what a file stores, and what one pass of the extractor over its images adds.
+
+Shapes: N images of the set, B of a batch, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from evaluations.features import Extractor, Features
+from evaluations.metrics import InceptionScore, Moments
+from evaluations.readers import BatchFile
+
+STORED, COMPUTED = "stored statistics", "images"
+
+
+class Unavailable(Exception):
+    """Why a metric cannot be computed from these files with this extractor."""
+
+
+@dataclass(frozen=True)
+class FeatureKind:
+    """A kind of features that has a mean and covariance."""
+
+    field: str                                              # of `Features`
+    suffix: str                                             # of the keys mu, sigma in a file
+
+
+POOLED = FeatureKind("pool", "")
+SPATIAL = FeatureKind("spatial", "_s")
+
+
+class Gaussian(NamedTuple):
+    mu: NDArray[np.float64]                                 # [D]
+    sigma: NDArray[np.float64]                              # [D,D]
+    count: int | None                                       # images behind it; None where a file does not say
+    source: str                                             # STORED or COMPUTED
+
+
+class ImageSet:
+    """The reference or the samples.
+
+    The metrics say with `want_*` what they will read, `extract` passes once over the images (or not at all, if what
+    the file stores is enough), and then the metrics read.
+    """
+
+    def __init__(self, path: str, role: str):
+        self.file = BatchFile(path)
+        self.path, self.role = self.file.path, role
+        self.stored = {kind: self.file.statistics(kind.suffix) for kind in (POOLED, SPATIAL)}
+        self.moments: dict[FeatureKind, Moments | None] = {}
+        self.score: InceptionScore | None = None
+        self.labels: NDArray[np.int64] | None = None
+        self.correct = 0
+        self.points: NDArray[np.float32] | None = None      # pooled features [N,D]
+        self._wants_points = False
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    # --- what the metrics will read --------------------------------------------------------------------------------
+
+    def check_images(self) -> None:
+        """:raises Unavailable: without images."""
+        if not self.file.has_images:
+            raise Unavailable(f"it needs images (arr_0), and {self.path} holds only statistics")
+
+    def check_gaussian(self, kind: FeatureKind) -> None:
+        """:raises Unavailable: if neither stored statistics nor images can give a mean and covariance."""
+        if self.stored[kind] is None and len(self) < 2:
+            raise Unavailable(f"it needs mu{kind.suffix} and sigma{kind.suffix} or at least 2 images; "
+                              f"{self.path} has {len(self)} images and no such statistics")
+
+    def want_gaussian(self, kind: FeatureKind) -> None:
+        if self.stored[kind] is None:
+            self.moments[kind] = None
+
+    def want_points(self) -> None:
+        self._wants_points = True
+
+    def want_score(self, split_size: int) -> None:
+        self.score = InceptionScore(split_size)
+
+    def want_accuracy(self) -> None:
+        """:raises Unavailable: without labels."""
+        self.labels = self.file.labels()
+        if self.labels is None:
+            raise Unavailable(f"it needs class labels (arr_1), and {self.path} has none")
+
+    @property
+    def needs_extractor(self) -> bool:
+        return bool(self.moments or self._wants_points or self.score is not None or self.labels is not None)
+
+    # --- the pass over the images ----------------------------------------------------------------------------------
+
+    def extract(self, extractor: Extractor, batch_size: int, progress: bool) -> None:
+        """Pass once over the images and keep what is wanted."""
+        done = 0
+        with tqdm(total=len(self), desc=f"features of the {self.role}", unit="img", disable=not progress) as bar:
+            for images in self.file.batches(batch_size):
+                self._keep(extractor.extract(images), done)
+                done += len(images)
+                bar.update(len(images))
+
+    def _keep(self, features: Features, start: int) -> None:
+        rows = slice(start, start + len(features.pool))
+        for kind in self.moments:
+            values = getattr(features, kind.field)          # [B,D]
+            if values is not None:
+                self.moments[kind] = self.moments[kind] or Moments(values.shape[1])
+                self.moments[kind].update(values)
+        if self._wants_points:
+            if self.points is None:
+                self.points = np.empty((len(self), features.pool.shape[1]), np.float32)
+            self.points[rows] = features.pool
+        if self.score is not None and features.logits is not None:
+            self.score.update(features.logits)
+        if self.labels is not None and features.logits is not None:
+            self.correct += int((features.logits.argmax(1) == self.labels[rows]).sum())
+
+    # --- what the metrics read -------------------------------------------------------------------------------------
+
+    def gaussian(self, kind: FeatureKind) -> Gaussian:
+        """Stored statistics where the file has them, else those of its images."""
+        stored = self.stored[kind]
+        if stored is not None:
+            return Gaussian(stored.mu, stored.sigma, stored.num_images, STORED)
+        moments = self.moments[kind]
+        return Gaussian(*moments.finalize(), moments.n, COMPUTED)

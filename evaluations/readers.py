@@ -1,0 +1,216 @@
+"""Image batches in npz files, as the samplers write them and as reference batches are published.
+
+arr_0           images [N,H,W,3] uint8
+arr_1           class labels [N], integers
+mu, sigma       mean and covariance of pooled features; mu_s, sigma_s of spatial features
+extractor       identity of the network that mu, sigma come from (published files have none)
+num_images      how many images mu, sigma come from (published files have none)
+
+A file holds images, statistics, or both. Images are streamed out of the zip member, never loaded whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm.registry import UserError
+
+HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+DAMAGE = (EOFError, zipfile.BadZipFile, zlib.error)          # what reading a damaged archive raises
+
+
+class Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance as stored in a file."""
+
+    mu: NDArray[np.float64]                                 # [D]
+    sigma: NDArray[np.float64]                              # [D,D]
+    extractor: str | None = None
+    num_images: int | None = None
+
+
+class BatchFile:
+    """An npz of images, statistics or both, opened without reading its arrays.
+
+    :raises UserError: if the file is missing or is no npz, or holds neither images nor statistics, or its images are
+        not uint8 NHWC with three channels.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        self.keys = self._list_keys()
+        if "arr_0" not in self.keys and "mu" not in self.keys:
+            found = ", ".join(self.keys) or "nothing"
+            raise UserError(f"{self.path} has neither images (arr_0) nor statistics (mu, sigma); it has: {found}")
+        self.image_shape = self._check_images() if "arr_0" in self.keys else None       # (N, H, W, 3)
+
+    def __len__(self) -> int:
+        """Number of images; 0 for statistics alone."""
+        return self.image_shape[0] if self.image_shape else 0
+
+    @property
+    def has_images(self) -> bool:
+        return self.image_shape is not None
+
+    def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        """The images in file order as uint8 [B,H,W,3]; the last batch may be short.
+
+        :raises UserError: if there are no images, or the file is damaged.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        if not self.has_images:
+            raise UserError(f"{self.path} holds only statistics, no images (arr_0)")
+        yield from self._slice(batch_size) if self._fortran_order else self._stream(batch_size)
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class labels [N], or None.
+
+        :raises UserError: if they are not one integer per image.
+        """
+        if "arr_1" not in self.keys:
+            return None
+        labels = self._load("arr_1")
+        if labels.dtype.kind not in "iu" or labels.shape != (len(self),):
+            raise UserError(
+                f"{self.path}: labels (arr_1) must be {len(self)} integers, one per image, "
+                f"not {labels.dtype} of shape {labels.shape}"
+            )
+        return labels.astype(np.int64)
+
+    def statistics(self, suffix: str = "") -> Statistics | None:
+        """Stored statistics of pooled features, or with suffix "_s" of spatial features, or None.
+
+        :raises UserError: if one of the two arrays is missing, or their shapes or values are unusable.
+        """
+        mu_key, sigma_key = f"mu{suffix}", f"sigma{suffix}"
+        present = [key for key in (mu_key, sigma_key) if key in self.keys]
+        if not present:
+            return None
+        if len(present) == 1:
+            raise UserError(f"{self.path} has {present[0]}, but statistics need both {mu_key} and {sigma_key}")
+        mu, sigma = self._load(mu_key), self._load(sigma_key)
+        if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise UserError(
+                f"{self.path}: {mu_key} must be floats [D] and {sigma_key} floats [D,D], "
+                f"not {mu.dtype} {mu.shape} and {sigma.dtype} {sigma.shape}"
+            )
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise UserError(f"{self.path}: {mu_key} or {sigma_key} is not finite; make the statistics again")
+        return Statistics(mu.astype(np.float64), sigma.astype(np.float64), self._scalar("extractor", str),
+                          self._scalar("num_images", int))
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _list_keys(self) -> tuple[str, ...]:
+        if not os.path.exists(self.path):
+            raise UserError(f"{self.path} does not exist")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
+        except (zipfile.BadZipFile, IsADirectoryError):
+            raise UserError(f"{self.path} is not an npz file; write one with np.savez(path, images)") from None
+
+    @contextlib.contextmanager
+    def _open_images(self) -> Iterator[tuple[Header, BinaryIO]]:
+        """The header of arr_0, and its values as a stream."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                yield read_header(member, self.path), member
+        except DAMAGE as error:
+            raise UserError(f"{self.path}: the images (arr_0) are damaged ({error}); write the file again") from None
+
+    def _check_images(self) -> tuple[int, int, int, int]:
+        with self._open_images() as (header, _):
+            check_images(header, self.path)
+            self._fortran_order = header.fortran_order
+            return header.shape
+
+    def _stream(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        with self._open_images() as (_, member):
+            for start in range(0, len(self), batch_size):
+                batch = np.empty((min(batch_size, len(self) - start), *self.image_shape[1:]), np.uint8)
+                read_into(member, batch)
+                yield batch
+
+    def _slice(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        images = self._load("arr_0")                        # in Fortran order an image's bytes lie all over the file
+        for start in range(0, len(self), batch_size):
+            yield np.ascontiguousarray(images[start : start + batch_size])
+
+    def _load(self, key: str) -> NDArray:
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                return archive[key]
+        except (ValueError, *DAMAGE) as error:
+            raise UserError(f"{self.path}: {key} cannot be read: {error}") from None
+
+    def _scalar(self, key: str, kind: type) -> str | int | None:
+        return kind(self._load(key)) if key in self.keys else None
+
+
+def read_header(member: BinaryIO, path: str) -> Header:
+    """Read the npy header at the front of a stream, and leave the stream at the first value."""
+    try:
+        version = np.lib.format.read_magic(member)
+        return Header(*HEADER_READERS[version](member))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: arr_0 has no readable npy header ({error}); write it with np.savez") from None
+
+
+def check_images(header: Header, path: str) -> None:
+    """Say what is wrong with an image array, and how to mend it.
+
+    :raises UserError: unless it is uint8 [N,H,W,3] with N at least 1.
+    """
+    shape, dtype = header.shape, header.dtype
+    if dtype.hasobject:
+        raise UserError(
+            f"{path}: arr_0 holds pickled Python objects, which are never loaded; save one uint8 array [N,H,W,3]"
+        )
+    if dtype != np.uint8:
+        remedy = ("from [-1, 1] with ((x + 1) * 127.5).clip(0, 255).astype(np.uint8), from [0, 1] with "
+                  "(x * 255).round().clip(0, 255).astype(np.uint8)") if dtype.kind == "f" else "with x.astype(np.uint8)"
+        raise UserError(f"{path}: images (arr_0) are {dtype}, but must be uint8 from 0 to 255; convert them {remedy}")
+    if len(shape) == 4 and shape[3] != 3 and shape[1] in (1, 3):
+        raise UserError(f"{path}: images (arr_0) of shape {shape} are NCHW, but must be NHWC: x.transpose(0, 2, 3, 1)")
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        raise UserError(
+            f"{path}: images (arr_0) of shape {shape} are grey, but must be RGB [N,H,W,3]: "
+            "x.reshape(N, H, W, 1).repeat(3, axis=3)"
+        )
+    if len(shape) != 4 or shape[3] != 3:
+        raise UserError(f"{path}: images (arr_0) have shape {shape}, but must be RGB [N,H,W,3]")
+    if 0 in shape:
+        raise UserError(f"{path}: images (arr_0) are empty: shape {shape}")
+
+
+def read_into(member: BinaryIO, batch: NDArray[np.uint8]) -> None:
+    """Fill an array from a stream.
+
+    :raises EOFError: if the stream ends before.
+    """
+    target = memoryview(batch).cast("B")
+    while target:
+        count = member.readinto(target)
+        if not count:
+            raise EOFError(f"{len(target)} bytes are missing")
+        target = target[count:]

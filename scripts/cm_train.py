@@ -1,0 +1,76 @@
+"""Train a consistency model (arXiv 2303.01469): by distillation from a teacher, alone, or by progressive distillation.
+
+mpiexec -n 8 python scripts/cm_train.py --training_mode consistency_distillation --data_dir IMAGES \\
+    --teacher_model_path runs/edm/ema_0.9999_600000.pt --log_dir runs/cd
+"""
+
+from __future__ import annotations
+
+import torch as th
+
+from cm import dist_util, run_util, script_util
+from cm.checkpoints import weights
+from cm.config import ConsistencyConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from cm.flags import parse
+from cm.registry import UserError
+from cm.train_util import CMTrainLoop
+
+
+def main() -> None:
+    settings = parse(
+        __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, RunConfig,
+        schedule_sampler="uniform", total_training_steps=600_000,
+    )
+    dist_util.setup_dist()
+    config = settings.section(ConsistencyConfig)
+    if config.training_mode != "consistency_training" and not config.teacher_model_path:
+        raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")
+    for path in (config.teacher_model_path, settings.values["resume_checkpoint"]):
+        if path:
+            script_util.adopt_checkpoint(settings, path)
+    script_util.attend_where_possible(settings)
+    ema_scale_fn = script_util.create_ema_and_scales_fn(
+        target_ema_mode=config.target_ema_mode,
+        start_ema=config.start_ema,
+        scale_mode=config.scale_mode,
+        start_scales=config.start_scales,
+        end_scales=config.end_scales,
+        total_steps=settings.values["total_training_steps"],
+        distill_steps_per_iter=config.distill_steps_per_iter,
+    )
+    if settings.dry_run:
+        return run_util.describe(settings)
+
+    run_util.open_log(settings)
+    data = run_util.open_data(settings)
+    th.manual_seed(settings.values["seed"])
+    device = dist_util.dev()
+    model = script_util.model_from(settings)
+    teacher_model = teacher_diffusion = None
+    if config.teacher_model_path:
+        teacher_model = script_util.model_from(settings, dropout=config.teacher_dropout)
+        weights.fit(teacher_model, dist_util.load_state_dict(config.teacher_model_path), config.teacher_model_path)
+        model.load_state_dict(teacher_model.state_dict())       # the student starts from its teacher
+        script_util.place(teacher_model, device).eval()
+        teacher_diffusion = script_util.diffusion_from(settings, distillation=False)
+    target_model = None
+    if config.training_mode != "progdist":
+        target_model = script_util.model_from(settings)
+        target_model.load_state_dict(model.state_dict())
+        script_util.place(target_model, device)
+
+    CMTrainLoop(
+        model=script_util.place(model, device),
+        target_model=target_model,
+        teacher_model=teacher_model,
+        teacher_diffusion=teacher_diffusion,
+        training_mode=config.training_mode,
+        ema_scale_fn=ema_scale_fn,
+        diffusion=script_util.diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
+        data=data,
+        **run_util.loop_arguments(settings),
+    ).run_loop()
+
+
+if __name__ == "__main__":
+    dist_util.run(main)

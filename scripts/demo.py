@@ -1,0 +1,193 @@
+"""The whole job on handwritten digits: train, distil, sample, evaluate; a table and a picture at the end.
+
+Every stage is one of the toolkit's own commands, printed before it runs. A stage that is complete is reused, a stage
+that was interrupted goes on where it was; `make demo-clean` forgets everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cm.image_sources import open_source
+from cm.sample_files import labelled_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ROOT / "configs" / "digits"
+EMA = "0.995"
+MULTISTEP_CD, MULTISTEP_CT = "0,8,17", "0,20,39"
+REAL_SEED = 7
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: a checkpoint and how to sample from it."""
+
+    name: str
+    run: str                                    # folder of the training run
+    options: tuple[str, ...]
+
+
+METHODS = {
+    "teacher_heun": Method("EDM teacher, Heun 18", "edm", ("--sampler", "heun", "--steps", "18")),
+    "cd_onestep": Method("CD, one step", "cd", ("--sampler", "onestep")),
+    "cd_twostep": Method("CD, two steps", "cd", ("--sampler", "multistep", "--steps", "18", "--ts", MULTISTEP_CD)),
+    "ct_onestep": Method("CT, one step", "ct", ("--sampler", "onestep")),
+    "ct_twostep": Method("CT, two steps", "ct", ("--sampler", "multistep", "--steps", "40", "--ts", MULTISTEP_CT)),
+}
+
+
+class Demo:
+    def __init__(self, out: Path, ranks: int, num_samples: int, extra: list[str]):
+        self.out, self.ranks, self.num_samples, self.extra = out, ranks, num_samples, extra
+        out.mkdir(parents=True, exist_ok=True)
+
+    # --- stages ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        start = time.monotonic()
+        self.reference()
+        self.classifier()
+        self.train("edm", "edm_train.py")
+        teacher = self.checkpoint("edm")
+        self.train("cd", "cm_train.py", "--teacher_model_path", str(teacher))
+        self.train("ct", "cm_train.py")
+        for key, method in METHODS.items():
+            self.sample(key, method)
+        rows = [self.evaluate(key, method) for key, method in METHODS.items()]
+        picture = self.picture()
+        print("\n" + table(rows, self.classifier_accuracy()))
+        print(f"\n{time.monotonic() - start:.0f} s in all. The picture: {picture}")
+
+    def reference(self) -> None:
+        """The real digits as a batch for the evaluator."""
+        path = self.out / "real.npz"
+        if not path.exists():
+            source = open_source("digits", 8)
+            images = np.stack([source.image(i) for i in range(len(source))])
+            labels = np.array([source.label(i) for i in range(len(source))])
+            np.savez(path, arr_0=images, arr_1=labels)
+
+    def classifier(self) -> None:
+        """The feature extractor: a small classifier that never sees a generated image."""
+        self.stage(
+            "classifier", self.out / "classifier.ts",
+            ["scripts/classifier_train.py", "--data_dir", "digits", "--image_size", "8",
+             "--out", str(self.out / "classifier.ts")],
+        )
+
+    def train(self, run: str, script: str, *options: str) -> None:
+        self.stage(
+            f"training {run}", self.out / run / "finished",
+            [f"scripts/{script}", "--config", str(PRESETS / f"{run}.yaml"),
+             "--log_dir", str(self.out / run), *options, *self.extra],
+            ranks=self.ranks,
+        )
+        (self.out / run / "finished").touch()
+
+    def sample(self, key: str, method: Method) -> None:
+        self.stage(
+            f"sampling {method.name}", self.out / key / "finished",
+            ["scripts/image_sample.py", "--model_path", str(self.checkpoint(method.run)),
+             "--num_samples", str(self.num_samples), "--batch_size", "250", "--precision", "auto", "--log_dir", str(self.out / key), *method.options],
+            ranks=self.ranks,
+        )
+        (self.out / key / "finished").touch()
+
+    def evaluate(self, key: str, method: Method) -> dict:
+        """A row of the table."""
+        result = self.out / key / "metrics.json"
+        self.stage(
+            f"evaluating {method.name}", result,
+            ["evaluations/evaluator.py", str(self.out / "real.npz"), str(self.samples(key)), "--inception",
+             str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result)],
+        )
+        summary = json.loads(self.samples(key).with_suffix(".json").read_text())
+        return {"method": method.name, "nfe": summary["network_evaluations"],
+                "images_per_second": summary["images_per_second"], "metrics": json.loads(result.read_text())}
+
+    def picture(self, columns: int = 16) -> Path:
+        """Real digits of the same classes above the samples of each method; a column starts from one noise."""
+        with np.load(self.samples("teacher_heun")) as first:
+            labels = first["arr_1"][:columns]
+        with np.load(self.out / "real.npz") as real:
+            rng = np.random.default_rng(REAL_SEED)
+            chosen = [rng.choice(np.flatnonzero(real["arr_1"] == label)) for label in labels]
+            rows = [("real digits", real["arr_0"][chosen])]
+        for key, method in METHODS.items():
+            with np.load(self.samples(key)) as samples:
+                rows.append((method.name, samples["arr_0"][:columns]))
+        path = self.out / "demo.png"
+        labelled_rows(rows, scale=6).save(path)
+        return path
+
+    # --- helpers ---------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, product: Path, command: list[str], ranks: int = 0) -> None:
+        """Run a command unless its product is there."""
+        if product.exists():
+            print(f"[{name}] reusing {product.parent if product.name == 'finished' else product}")
+            return
+        started = any(product.parent.glob("checkpoint_*.json"))
+        full = [*(mpiexec(ranks) if ranks else []), sys.executable, *command]
+        print(f"\n[{name}]{' going on where it was' if started else ''}\n$ {shlex.join(full)}", flush=True)
+        status = subprocess.run(full, cwd=ROOT).returncode
+        if status:
+            sys.exit(f"demo: the stage {name!r} ended with status {status}; its messages stand above")
+
+    def checkpoint(self, run: str) -> Path:
+        return sorted((self.out / run).glob(f"ema_{EMA}_*.pt"))[-1]
+
+    def samples(self, key: str) -> Path:
+        return next((self.out / key).glob("samples_*.npz"))
+
+    def classifier_accuracy(self) -> str:
+        facts = self.out / "classifier.json"
+        return f"{json.loads(facts.read_text())['held_out_accuracy']:.1%}" if facts.exists() else "unknown"
+
+
+def table(rows: list[dict], classifier_accuracy: str) -> str:
+    """The comparison, as text. The features are a digit classifier's: these are not Inception numbers."""
+    head = ("method", "NFE", "Frechet distance*", "precision*", "recall*", "class accuracy*", "images/s")
+    lines = [head]
+    for row in rows:
+        m = row["metrics"]
+        lines.append((
+            row["method"], str(row["nfe"]), f"{m['fid']:.3f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}",
+            f"{m['class_accuracy']:.1%}", f"{row['images_per_second']:.0f}",
+        ))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    text.append(
+        "* in the features of the digit classifier trained in this demo (held-out accuracy "
+        f"{classifier_accuracy}); not Inception FID, and not comparable with it"
+    )
+    return "\n".join(text)
+
+
+def mpiexec(ranks: int) -> list[str]:
+    beside = Path(sys.executable).with_name("mpiexec")
+    return [str(beside if beside.exists() else "mpiexec"), "-n", str(ranks)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything the demo makes")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of every training and sampling stage")
+    parser.add_argument("--num_samples", type=int, default=1797, help="images per method; the real set has 1797")
+    parser.add_argument("--train_options", default="", help="flags added to every training stage, in one word")
+    args = parser.parse_args()
+    Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run()
+
+
+if __name__ == "__main__":
+    main()

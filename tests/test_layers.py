@@ -1,0 +1,72 @@
+"""Imports run down the layers: a file imports only from layers above it in this list, never from its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LAYERS = [
+    ["registry"],
+    ["interfaces", "launch", "guard", "log_outputs"],
+    ["collectives"],
+    ["logger", "dist_util", "flags"],
+    ["nn", "forward_ad", "schedules", "curricula", "precond", "weightings", "distances", "resample", "random_util",
+     "image_sources",
+     "config", "meters", "sample_files"],
+    ["fp16_util", "attention"],
+    ["unet", "edm_networks", "augment"],
+    ["samplers"],
+    ["editing", "objectives"],
+    ["karras_diffusion", "image_datasets", "checkpoints"],
+    ["script_util", "train_util", "sampling"],
+    ["run_util"],
+]
+LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Names of the modules and packages of `cm` that a file imports, at any depth of its code."""
+    found = set()
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return {name.split(".")[1] for name in found if name.startswith("cm.") and name.split(".")[1] in LAYER}
+
+
+CM_FILES = sorted((ROOT / "cm").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CM_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_down_the_layers(path):
+    room = path.relative_to(ROOT / "cm").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in LAYER, f"{path} has no layer: give it one in tests/test_layers.py"
+    for imported in rooms_imported(path) - {room}:
+        assert LAYER[imported] < LAYER[room], f"{room} (layer {LAYER[room]}) imports {imported} ({LAYER[imported]})"
+
+
+def test_only_dist_util_imports_mpi():
+    for path in [*CM_FILES, *(ROOT / "scripts").rglob("*.py"), *(ROOT / "evaluations").rglob("*.py")]:
+        if path.name != "dist_util.py":
+            assert "mpi4py" not in {name.split(".")[0] for name in absolute_imports(path)}, path
+
+
+def test_evaluations_never_import_the_training_engine():
+    for path in (ROOT / "evaluations").rglob("*.py"):
+        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags"}, path
+
+
+def absolute_imports(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
+        node.module for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
