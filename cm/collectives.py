@@ -44,7 +44,7 @@ def on_rank(rank: int) -> bool:
 def barrier() -> None:
     """Wait until every rank has come here."""
     if ranks() > 1:
-        dist.barrier()
+        dist.all_reduce(th.zeros(1))                # on the CPU, so by gloo whatever the GPUs are at
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
@@ -86,7 +86,7 @@ def gather_to_main(array: np.ndarray) -> list[np.ndarray] | None:
 
     Shapes may differ and types may too. Only rank 0 needs the memory.
     """
-    array = np.ascontiguousarray(array)
+    array = np.require(array, requirements="CW")    # torch warns of arrays that cannot be written
     if array.dtype.hasobject:
         raise TypeError("gather_to_main sends plain numbers; use all_gather_object for Python objects")
     if ranks() == 1:

@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -162,7 +163,9 @@ def run(main: Callable[[], None]) -> None:
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """A job must not go on without its data or checkpoint thread."""
-    if failure.exc_type is not SystemExit:
+    if multiprocessing.parent_process() is not None:
+        threading.__excepthook__(failure)           # a worker process, forked with this hook, speaks for itself only
+    elif failure.exc_type is not SystemExit:
         name = failure.thread.name if failure.thread else "?"
         guard.end_job(failure.exc_value or failure.exc_type(), _ranks(), name)
 
@@ -192,7 +195,8 @@ def _leave() -> None:
     so the group is destroyed while everybody is here, and the interpreter's own end is skipped.
     """
     gc.collect()                                    # DDP holds the process group in a cycle
-    atexit._run_exitfuncs()
+    threading._shutdown()                           # as the interpreter's end would: wait for threads still writing,
+    atexit._run_exitfuncs()                         # and close what asked to be closed
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
@@ -225,16 +229,18 @@ def _limit(timeout_s: float) -> Iterator[None]:
     several = launch.launcher_size() > 1
     if several:
         faulthandler.dump_traceback_later(timeout_s + guard.LIMIT_S, exit=True, file=sys.__stderr__)
-    yield
-    if several:
-        faulthandler.cancel_dump_traceback_later()
+    try:
+        yield
+    finally:
+        if several:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _find_job(timeout: timedelta) -> _Job:
     if dist.is_initialized():
-        if "gloo" not in dist.get_backend():
+        if "cpu:gloo" not in dist.get_backend_config():
             raise UserError(
-                f"torch.distributed was started with {dist.get_backend()!r} only, and objects and arrays travel by "
+                f"torch.distributed was started with {dist.get_backend_config()!r}, and objects and arrays travel by "
                 "gloo: start it with 'cpu:gloo,cuda:nccl', or leave it to setup_dist"
             )
         return _Job(dist.get_rank(), dist.get_world_size(), launch.machine())

@@ -22,7 +22,7 @@ LIMIT_S = 10.0
 """From the first failure to the end of this process, whatever hangs on the way."""
 ANSWER_S = 1.5
 """For the store to answer, and for the other ranks to fail in the same way."""
-LEAVE_S = 0.3
+LEAVE_S = 0.5
 """Between the report of a failure that all ranks share and their end."""
 SILENCE_S = 4.0
 """How long a rank that was not the first to fail waits for the first to end the job."""
@@ -174,7 +174,7 @@ def await_all(ranks: Ranks) -> bool:
 
 def silent_peers(error: BaseException, ranks: Ranks) -> str:
     """After a timeout: the ranks that everybody else has waited for in vain."""
-    if ranks.store is None or "timed out" not in str(error).lower():
+    if ranks.store is None or not any(sign in str(error).lower() for sign in ("timed out", "timeout")):
         return ""
     await_all(ranks)
     missing = within(ANSWER_S, lambda: silent(ranks), default=[])

@@ -48,7 +48,7 @@ class KarrasDenoiser:
     :raises ValueError: for an unknown weight_schedule or loss_norm, and unless 0 < sigma_min < sigma_max.
     """
 
-    num_timesteps = 40                                              # guided-diffusion's schedule samplers ask for it
+    num_timesteps = 40                                              # levels of the schedule samplers that use a grid
 
     def __init__(
         self,

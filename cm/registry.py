@@ -1,7 +1,8 @@
 """Look a name up in a literal table, and say what the choices are when it is not there."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Mapping, TypeVar
+from typing import TypeVar
 
 Entry = TypeVar("Entry")
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from cm.interfaces import NoiseSource
 from cm.registry import lookup
 
-GRID_POINTS = 40
-
 
 class Draw(NamedTuple):
     sigma: Tensor                                                   # [N]
@@ -147,13 +145,14 @@ SCHEDULE_SAMPLERS = {
 def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     """The law `name`.
 
-    :param diffusion: a KarrasDenoiser, whose grid of 40 noise levels the laws on a grid use, or such a grid [K].
+    :param diffusion: a KarrasDenoiser, whose grid of `num_timesteps` levels the laws on a grid use, or a grid [K].
     :raises ValueError: for a name that is not in SCHEDULE_SAMPLERS.
     """
     kind = lookup(SCHEDULE_SAMPLERS, name, "schedule_sampler")
     if kind is LogNormalSampler:
         return kind()
-    return kind(diffusion.noise_levels(GRID_POINTS) if hasattr(diffusion, "noise_levels") else diffusion)
+    is_grid = not hasattr(diffusion, "noise_levels")
+    return kind(diffusion if is_grid else diffusion.noise_levels(diffusion.num_timesteps))
 
 
 def as_grid(sigmas: Any) -> Tensor:

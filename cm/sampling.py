@@ -18,7 +18,6 @@ from cm.karras_diffusion import KarrasDenoiser, sample
 from cm.random_util import get_generator, labels_for
 from cm.sample_files import NpzWriter, to_uint8
 
-
 SHOWN = 64                                      # images in a grid
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from cm.checkpoints import state
+from cm.checkpoints import state, storage
 from cm.config import ConsistencyConfig, DiffusionConfig, ModelConfig
 from cm.curricula import ema_and_scales
 from cm.flags import Settings, str2bool
@@ -200,21 +200,24 @@ def attend_where_possible(settings: Settings) -> None:
         settings.replace(attention_resolutions=",".join(map(str, fitting)))
 
 
-def adopt_checkpoint(settings: Settings, path: str, *, also: tuple[str, ...] = ()) -> bool:
-    """Take the architecture (and the flags named in `also`) from the manifest beside a weights file.
+def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> None:
+    """Take the architecture, and the flags named in `also`, from the manifest beside the weights that `flag` names.
 
-    :return: whether there was one.
-    :raises UserError: if a flag contradicts it.
+    :raises UserError: if the file is missing, or another flag contradicts the manifest.
     """
+    path = settings.values[flag]
+    if not storage.exists(path):
+        if settings.dry_run:
+            return
+        raise UserError(f"--{flag} {path}: no such file")
     checkpoint = state.beside(path)
     if checkpoint is None:
-        return False
+        return
     # Dropout and recomputation change no weights: they are the run's choice.
     own = ("dropout", "use_checkpoint", "use_fp16")
     names = [name for name in model_and_diffusion_defaults() if name not in own and name != "weight_schedule"]
     known = {name: checkpoint.config[name] for name in (*names, *also) if name in checkpoint.config}
     settings.adopt(known, f"the checkpoint {path}")
-    return True
 
 
 def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:

@@ -31,7 +31,7 @@ class ClassifierConfig:
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
     out: str = option("classifier.ts", "the TorchScript file to write")
-    epochs: int = option(20, "passes over the training images", minimum=1)
+    epochs: int = option(15, "passes over the training images", minimum=1)
     batch_size: int = option(64, "images per step", minimum=2)
     holdout: float = option(0.25, "share of every class that is not trained on but measures the accuracy")
     seed: int = option(0, "seed of the split and the training", minimum=0)

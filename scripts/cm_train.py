@@ -25,9 +25,9 @@ def main() -> None:
     config = settings.section(ConsistencyConfig)
     if config.training_mode != "consistency_training" and not config.teacher_model_path:
         raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")
-    for path in (config.teacher_model_path, settings.values["resume_checkpoint"]):
-        if path:
-            script_util.adopt_checkpoint(settings, path)
+    for flag in ("teacher_model_path", "resume_checkpoint"):
+        if settings.values[flag]:
+            script_util.adopt_checkpoint(settings, flag)
     script_util.attend_where_possible(settings)
     ema_scale_fn = script_util.create_ema_and_scales_fn(
         target_ema_mode=config.target_ema_mode,

@@ -72,9 +72,7 @@ class Demo:
         path = self.out / "real.npz"
         if not path.exists():
             source = open_source("digits", 8)
-            images = np.stack([source.image(i) for i in range(len(source))])
-            labels = np.array([source.label(i) for i in range(len(source))])
-            np.savez(path, arr_0=images, arr_1=labels)
+            np.savez(path, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
 
     def classifier(self) -> None:
         """The feature extractor: a small classifier that never sees a generated image."""
@@ -97,7 +95,8 @@ class Demo:
         self.stage(
             f"sampling {method.name}", self.out / key / "finished",
             ["scripts/image_sample.py", "--model_path", str(self.checkpoint(method.run)),
-             "--num_samples", str(self.num_samples), "--batch_size", "250", "--precision", "auto", "--log_dir", str(self.out / key), *method.options],
+             "--num_samples", str(self.num_samples), "--batch_size", "250", "--precision", "auto",
+             "--log_dir", str(self.out / key), *method.options],
             ranks=self.ranks,
         )
         (self.out / key / "finished").touch()
@@ -111,8 +110,12 @@ class Demo:
              str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result)],
         )
         summary = json.loads(self.samples(key).with_suffix(".json").read_text())
-        return {"method": method.name, "nfe": summary["network_evaluations"],
-                "images_per_second": summary["images_per_second"], "metrics": json.loads(result.read_text())}
+        return {
+            "method": method.name,
+            "nfe": summary["network_evaluations"],
+            "images_per_second": summary["images_per_second"],
+            "metrics": json.loads(result.read_text())["metrics"],
+        }
 
     def picture(self, columns: int = 16) -> Path:
         """Real digits of the same classes above the samples of each method; a column starts from one noise."""
@@ -159,10 +162,10 @@ def table(rows: list[dict], classifier_accuracy: str) -> str:
     head = ("method", "NFE", "Frechet distance*", "precision*", "recall*", "class accuracy*", "images/s")
     lines = [head]
     for row in rows:
-        m = row["metrics"]
+        m = {name: result["value"] for name, result in row["metrics"].items()}
         lines.append((
-            row["method"], str(row["nfe"]), f"{m['fid']:.3f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}",
-            f"{m['class_accuracy']:.1%}", f"{row['images_per_second']:.0f}",
+            row["method"], str(row["nfe"]), f"{m['frechet_distance']:.3f}", f"{m['precision']:.3f}",
+            f"{m['recall']:.3f}", f"{m['class_accuracy']:.1%}", f"{row['images_per_second']:.0f}",
         ))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]

@@ -19,7 +19,7 @@ def main() -> None:
     settings.replace(training_mode="edm")
     dist_util.setup_dist()
     if settings.values["resume_checkpoint"]:
-        script_util.adopt_checkpoint(settings, settings.values["resume_checkpoint"])
+        script_util.adopt_checkpoint(settings, "resume_checkpoint")
     script_util.attend_where_possible(settings)
     if settings.dry_run:
         return run_util.describe(settings)

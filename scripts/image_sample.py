@@ -7,6 +7,7 @@ mpiexec -n 8 python scripts/image_sample.py --model_path runs/cd/ema_0.9999_6000
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from cm import dist_util, logger, run_util, script_util
 from cm.checkpoints import weights
@@ -14,7 +15,10 @@ from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 from cm.flags import Settings, parse
 from cm.registry import UserError
 from cm.sample_files import grid_scale, image_grid
+from cm.samplers import make_sampler
 from cm.sampling import SamplingPlan, SamplingResult, sample_to_npz
+
+RHO = 7.0                                                   # of the Karras grid
 
 
 def main() -> None:
@@ -23,34 +27,26 @@ def main() -> None:
     config = settings.section(SampleConfig)
     if not config.model_path:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
-    script_util.adopt_checkpoint(settings, config.model_path, also=("training_mode",))
+    script_util.adopt_checkpoint(settings, "model_path", also=("training_mode",))
     script_util.attend_where_possible(settings)
     config = settings.section(SampleConfig)
     if settings.dry_run:
         return run_util.describe(settings)
 
+    plan = make_plan(settings, config)
+    options = sampler_options(settings, config)
     run_util.open_log(settings)
     model = script_util.model_from(settings)
     weights.fit(model, dist_util.load_state_dict(config.model_path), config.model_path)
     script_util.place(model, dist_util.dev()).eval()
     distillation = config.training_mode in ("consistency_distillation", "consistency_training")
-    plan = make_plan(settings, config)
     result = sample_to_npz(
         model,
         script_util.diffusion_from(settings, distillation),
         plan,
         logger.get_dir(),
         script_util.choose_precision(settings.values["precision"], settings.values["use_fp16"], dist_util.dev()),
-        sampler=config.sampler,
-        steps=config.steps,
-        ts=script_util.parse_ts(config.ts),
-        clip_denoised=config.clip_denoised,
-        sigma_min=settings.values["sigma_min"],
-        sigma_max=settings.values["sigma_max"],
-        s_churn=config.s_churn,
-        s_tmin=config.s_tmin,
-        s_tmax=config.s_tmax,
-        s_noise=config.s_noise,
+        **options,
     )
     dist_util.on_main(report, config, plan, result)
 
@@ -71,6 +67,20 @@ def make_plan(settings: Settings, config: SampleConfig) -> SamplingPlan:
         class_label=config.class_label,
         generator=config.generator,
     )
+
+
+def sampler_options(settings: Settings, config: SampleConfig) -> dict[str, Any]:
+    """What `cm.karras_diffusion.sample` takes from the flags, tried out before anything is loaded."""
+    values = settings.values
+    ts = script_util.parse_ts(config.ts)
+    make_sampler(config.sampler, {"ts": ts, "sigma_min": values["sigma_min"]}).grid(
+        config.steps, values["sigma_min"], values["sigma_max"], RHO
+    )
+    churn = {name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")}
+    return {
+        "sampler": config.sampler, "steps": config.steps, "ts": ts, "clip_denoised": config.clip_denoised,
+        "sigma_min": values["sigma_min"], "sigma_max": values["sigma_max"], **churn,
+    }
 
 
 def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> None:

@@ -6,10 +6,10 @@ import types
 import numpy as np
 import pytest
 import torch as th
+from mpi import mpi_program
 
 from cm import collectives, dist_util
 from cm.registry import UserError
-from tests.mpi import mpi_program
 
 CONVERSATION = """
     import numpy as np, pytest, sys

@@ -6,10 +6,10 @@ import types
 
 import pytest
 import torch as th
+from mpi import mpi_program, mpiexec, program, python, start
 
 from cm import dist_util, launch
 from cm.registry import UserError
-from tests.mpi import mpi_program, mpiexec, program, python, start
 
 HELLO = """
     import os, sys
@@ -141,6 +141,8 @@ def test_a_batch_script_without_srun_is_a_single_process(tmp_path):
 def test_launch_after_launch_ends_in_good_order(tmp_path):
     # A DDP model that outlives main() used to crash the process in torch's static destructors, now and then.
     path = program(tmp_path, """
+        import atexit, threading, time
+        from concurrent.futures import ThreadPoolExecutor
         import torch as th
         from cm import dist_util
 
@@ -150,12 +152,16 @@ def test_launch_after_launch_ends_in_good_order(tmp_path):
             dist_util.setup_dist()
             kept.append(th.nn.parallel.DistributedDataParallel(th.nn.Linear(4, 4)))
             kept[0](th.ones(2, 4)).sum().backward()
+            atexit.register(print, "closed", flush=True)
+            threading.Thread(target=lambda: (time.sleep(0.5), print("written", flush=True))).start()
+            ThreadPoolExecutor(1).submit(time.sleep, 0)
 
         dist_util.run(main)
     """)
-    for _ in range(4):
+    for _ in range(3):
         finished = mpiexec(2, [path])
         assert finished.rc == 0 and not finished.stderr, finished
+        assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished
 
 
 def test_ranks_that_have_not_met_know_nothing(monkeypatch):

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from mpi import Finished, mpi_program, program, python
 
 from cm import dist_util, guard
 from cm.registry import UserError
-from tests.mpi import Finished, mpi_program, program, python
 
 LIMIT_S = 10.0
 

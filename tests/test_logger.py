@@ -9,10 +9,10 @@ import types
 import numpy as np
 import pytest
 import torch as th
+from mpi import clean_environment
 
 from cm import logger
 from cm.registry import UserError
-from tests.mpi import clean_environment
 
 
 @pytest.fixture(autouse=True)
