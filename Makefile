@@ -23,7 +23,7 @@ demo-clean:
 	rm -rf $(DEMO)
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 --durations 10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 lint: install
 	$(BIN)/python -m ruff check .

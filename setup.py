@@ -18,7 +18,9 @@ setup(
     extras_require={
         "mpi": ["mpi4py>=4", "mpich>=4"],
         "demo": ["scikit-learn>=1.3"],
-        "test": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
+        "lpips": ["piq>=0.8", "torchvision>=0.15"],
+        "lsun": ["lmdb>=1.3"],
+        "test": ["consistency-toolkit[lpips,lsun]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

@@ -23,6 +23,12 @@ Result = TypeVar("Result")
 MESSAGE_BYTES = 256 * 2**20
 """Largest single broadcast: bounds the copies that messages need, not what can be sent."""
 CPU = th.device("cpu")
+LOOKALIKES = {
+    b"<!doctype html": "it is a web page, not the file that a link on it leads to",
+    b"<html": "it is a web page, not the file that a link on it leads to",
+    b"<?xml": "it is an XML text, perhaps a server's error message",
+    b"version https://git-lfs": "it is a git-LFS pointer: `git lfs pull` fetches the file it stands for",
+}
 
 
 def ranks() -> int:
@@ -169,11 +175,17 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     try:
         return th.load(content, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
-        why = str(error).strip().split("\n")[0] or "it ends too early"
+        why = kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
         raise UserError(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
             "tensors and plain values only; if it should be one, fetch or write it again"
         ) from error
+
+
+def kind_of(content: mmap.mmap) -> str:
+    """What often lies where weights should, told by its first bytes; empty for anything else."""
+    start = content[:200].lstrip().lower()
+    return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
 
 
 def _read_everywhere(path: str | os.PathLike) -> mmap.mmap:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from cm.flags import option
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
+EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
+CONSISTENCY_MODES = ("consistency_distillation", "consistency_training")    # D(x, sigma_min) = x
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class ModelConfig:
     use_scale_shift_norm: bool = option(True, "the time embedding scales and shifts (else: is added)")
     resblock_updown: bool = option(False, "residual blocks change the resolution (else: convolutions do)")
     use_fp16: bool = option(False, "fp16 network with fp32 master weights")
-    use_new_attention_order: bool = option(False, "kept for old commands: the published q, k, v order is always used")
+    use_new_attention_order: bool = option(
+        False, "guided-diffusion weights only (their qkv weights have 3 axes): rows are q, k, v, not head by head"
+    )
     learn_sigma: bool = option(False, "kept for old commands: noise levels are given here, so only False is legal")
 
 
@@ -143,3 +147,62 @@ class SampleConfig:
     s_tmin: float = option(0.0, "churn: lowest noise level", minimum=0)
     s_tmax: float = option(float("inf"), "churn: highest noise level", minimum=0)
     s_noise: float = option(1.0, "churn: standard deviation of the noise", minimum=0)
+
+
+@dataclass(frozen=True)
+class EditConfig(SampleConfig):
+    """editing"""
+
+    task: str = option("inpaint", "what to do with the images", choices=EDIT_NAMES)
+    images: str = option("", "folder, EDM zip or npz of images, or `digits`; interpolate needs none")
+    num_samples: int = option(
+        0, "how many results; more than there are images edits them again; 0: one of each image; interpolate: "
+        "how many noises", minimum=0,
+    )
+    sampler: str = option("multistep", "sampler", choices=SAMPLER_NAMES)
+    ts: str = option("0,22,39", "multistep: indices into the noise levels; the last only closes the list")
+    mask: str = option("", "inpaint: PNG or npy of the images' size; white or 1 where the pixels are known")
+    mask_box: str = option("", "inpaint, instead of mask: top,left,height,width in pixels of what is to be filled in")
+    superres_factor: int = option(8, "superres: pixels of the result per pixel of the input", minimum=2)
+    low_resolution: bool = option(
+        False, "superres: the images are small, image_size / superres_factor; else large, and averaged first"
+    )
+    stroke_start: int = option(
+        16, "stroke: index into the `steps` noise levels to begin at; lower adds more noise and changes more", minimum=0
+    )
+    interpolate_pairs: str = option(
+        "", "interpolate: pairs of sample indices of image_sample.py, such as 0:1,4:7; empty: neighbours among "
+        "num_samples",
+    )
+    interpolate_weights: str = option(
+        "0,0.25,0.5,0.75,1", "interpolate: places between the two, 0 for the first and 1 for the second"
+    )
+    denoise_sigma: float = option(0.5, "denoise: standard deviation of the noise, where pixels lie in [-1, 1]")
+    add_noise: bool = option(True, "denoise: add that noise first; False: the images are noisy already")
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    """which images"""
+
+    seeds: str = option(
+        "", "draw these samples, such as 0-63,100, in this order, instead of num_samples: 0-63 are the first 64 "
+        "images of any run with the same --seed",
+    )
+
+
+@dataclass(frozen=True)
+class TernarySearchConfig:
+    """search of multistep schedules"""
+
+    begin: str = option("0", "indices that the schedule starts with, such as 0 or 0,10; points are looked for above")
+    end: str = option(
+        "39", "points are looked for below: steps-1, or later indices that stay, such as 30,39; a single index below "
+        "steps-1 only limits the search",
+    )
+    num_ts: int = option(1, "how many points to add, one at a time", minimum=1)
+    ref_batch: str = option("", "npz of reference images or statistics")
+    inception: str = option("", "TorchScript feature extractor; empty: CM_INCEPTION")
+    cache_gib: float = option(
+        4.0, "memory per rank for shared evaluations, in GiB; what does not fit is evaluated again", minimum=0
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from cm.registry import lookup
+from cm.registry import UserError, lookup
 
 Curriculum = Callable[[int], tuple[float, int]]                     # step -> (target decay rate, N)
 Scales = Callable[[int], int]                                       # step -> N
@@ -41,7 +41,7 @@ def ema_and_scales(
         start_scales, end_scales, total_steps, distill_steps_per_iter
     )
     if not 0 <= start_ema <= 1:
-        raise ValueError(f"start_ema is a decay rate in [0, 1], got {start_ema}")
+        raise UserError(f"start_ema is a decay rate in [0, 1], got {start_ema}")
     decay = lookup(EMA_MODES, target_ema_mode, "target_ema_mode")(start_ema, scale_mode, start_scales)
 
     def curriculum(step: int) -> tuple[float, int]:
@@ -107,12 +107,12 @@ def fixed_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callable[
 def adaptive_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callable[[int], float]:
     """exp(s0 ln(start_ema) / (N-1)): the target averages over more steps as the levels move together."""
     if scale_mode != "progressive":
-        raise ValueError(
+        raise UserError(
             f"target_ema_mode 'adaptive' does not go with scale_mode {scale_mode!r}: it follows a growing N. "
             "Choose scale_mode 'progressive', or target_ema_mode 'fixed'"
         )
     if not start_ema > 0:
-        raise ValueError(
+        raise UserError(
             f"target_ema_mode 'adaptive' needs a start_ema above 0, got {start_ema}; the paper uses 0.9 and 0.95. "
             "For a target without memory choose target_ema_mode 'fixed'"
         )
@@ -125,4 +125,4 @@ EMA_MODES = {"fixed": fixed_ema, "adaptive": adaptive_ema}
 
 def at_least(name: str, value: int, bound: int, bound_name: str = "") -> None:
     if value < bound:
-        raise ValueError(f"{name} must be at least {f'{bound_name}={bound}' if bound_name else bound}, got {value}")
+        raise UserError(f"{name} must be at least {f'{bound_name}={bound}' if bound_name else bound}, got {value}")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cm.registry import UserError, lookup
+from cm.lpips import lpips_network
+from cm.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,29 +48,16 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lpips(a: Tensor, b: Tensor) -> Tensor:
-    """Perceptual distance: Zhang et al. 2018 (arXiv 1801.03924), VGG-16 with average pooling.
+    """Perceptual distance: Zhang et al. 2018 (arXiv 1801.03924), VGG-16 with average pooling; images in [-1,1].
 
     Images narrower than 256 pixels are enlarged to 224x224 first, the size that VGG was trained at. The network is
-    built when first needed, once per device.
+    built when first needed.
 
-    :raises UserError: if the package `piq` is not installed.
+    :raises UserError: if the package `piq` or a file of weights is missing; see `cm.lpips`.
     """
     if a.shape[-1] < 256:
         a, b = (F.interpolate(images, size=224, mode="bilinear", align_corners=False) for images in (a, b))
-    return lpips_network(a.device)((a + 1) / 2, (b + 1) / 2).flatten()
-
-
-@cache
-def lpips_network(device: Any) -> nn.Module:
-    """VGG-16 with the published LPIPS weights, frozen, on `device`; downloads both at first use."""
-    try:
-        from piq import LPIPS
-    except ImportError:
-        raise UserError(
-            "the loss_norm 'lpips' needs the package piq: run `pip install piq`, or choose another --loss_norm "
-            f"({', '.join(name for name in DISTANCES if name != 'lpips')})"
-        ) from None
-    return LPIPS(replace_pooling=True, reduction="none").to(device).eval().requires_grad_(False)
+    return lpips_network(a.device, a.dtype)((a + 1) / 2, (b + 1) / 2)
 
 
 DISTANCES: dict[str, Distance] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,9 @@ class Settings:
     """The resolved flags of a run: every value, and where those that were asked for come from."""
 
     values: dict[str, Any]
-    given: dict[str, str]                       # name -> "--name" or the config file that sets it
+    given: dict[str, str]                       # name -> "--name", the config file or the checkpoint that sets it
     dry_run: bool = False
+    sources: dict[str, Any] = dataclasses.field(default_factory=dict)     # flag -> the file of weights that it names
 
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
@@ -64,6 +66,7 @@ class Settings:
                     f"{name}={value!r}; drop the flag or choose another checkpoint"
                 )
             self.values[name] = value
+            self.given.setdefault(name, source)
 
     def replace(self, **changes: Any) -> None:
         """Set values that the run itself works out, such as the number of classes in the data."""
@@ -151,8 +154,11 @@ def make_parser(description: str, sections: Sequence[type], types: Mapping[str, 
     return parser
 
 
-def read_config(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed."""
+def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
+
+    The key `base` names another file, relative to this one, for what is not set here.
+    """
     import yaml
 
     try:
@@ -164,12 +170,18 @@ def read_config(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    base = content.pop("base", "")
     for name in content:
         if name not in fields:
             near = get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"--config {path}: {name!r} is no flag of this script{hint}")
-    return content
+    if not base:
+        return content
+    base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
+    if base in above:
+        raise UserError(f"--config {path}: its base {base} builds on this file in turn")
+    return read_config(base, fields, (*above, base)) | content
 
 
 def convert(kind: type, value: Any, where: str) -> Any:

@@ -72,8 +72,80 @@ def _convert_convolution(module: nn.Module, dtype: th.dtype) -> None:
         module.to(dtype)
 
 
-class MixedPrecisionTrainer:
-    """Owns the master parameters of a model: make the optimiser and the EMAs from `master_params`.
+class MasterWeights:
+    """The float32 parameters of a network, which itself may compute in half precision.
+
+    Averages are made of `master_params` and files are written from them; `publish_masters` then tells the network.
+    For fp32 and bf16 they are the network's own parameters.
+
+    :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here.
+    :param precision: "fp32", "bf16" or "fp16".
+    :raises ValueError: for an unknown precision, or a model that already is half precision, whose master parameters
+        would be rounded.
+    """
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        self.precision = _choose_precision(precision, False)
+        self.model = model
+        self.model_params: list[nn.Parameter] = list(model.parameters())
+        self.master_params: list[Tensor] = list(self.model_params)
+        if rounded := [name for name, p in model.named_parameters() if p.dtype in HALF]:
+            raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
+                             "master parameters would be rounded: pass the float32 model, it is converted here")
+        if self.use_fp16:
+            if not hasattr(model, "convert_to_fp16"):
+                raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
+            self.master_params = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.model_params]
+            model.convert_to_fp16()
+
+    @property
+    def use_fp16(self) -> bool:
+        """Whether the model itself is half precision."""
+        return self.precision == "fp16"
+
+    @th.no_grad()
+    def publish_masters(self) -> None:
+        """Give the model the values of the master parameters, after something changed them."""
+        if self.use_fp16:
+            th._foreach_copy_(self.model_params, self.master_params)
+
+    @th.no_grad()
+    def load_master_params(self, params: Iterable[Tensor]) -> None:
+        """Set masters and model, say to `state_dict_to_master_params(state_dict)`.
+
+        Loading a file into the model itself would round it to half precision on its way to the masters.
+        """
+        th._foreach_copy_(self.master_params, list(params))
+        self.publish_masters()
+
+    def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
+        """A state dict of the model with these parameters (the masters, or an average of them).
+
+        Plain contiguous float32 tensors that ask for no gradient. They may share memory with `master_params`.
+        """
+        by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
+        state = self.model.state_dict(keep_vars=True)
+        return {key: by_param.get(id(value), value).detach().contiguous() for key, value in state.items()}
+
+    def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
+        """The parameters in a state dict, in the order of `master_params`: new tensors of their dtype, on their device.
+
+        :raises ValueError: if a parameter is missing or has another shape.
+        """
+        params = []
+        for (name, _), master in zip(self.model.named_parameters(), self.master_params):
+            if name not in state_dict:
+                raise ValueError(f"the state dict has no {name!r}: it belongs to another architecture")
+            value = state_dict[name]
+            if value.shape != master.shape:
+                raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and "
+                                 f"{tuple(master.shape)} in the model: it belongs to another architecture")
+            params.append(th.empty_like(master, requires_grad=False).copy_(value.detach()))
+        return params
+
+
+class MixedPrecisionTrainer(MasterWeights):
+    """Trains a network: make the optimiser and the EMAs from `master_params`.
 
     :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here.
     :param use_fp16: guided-diffusion's switch, the same as precision="fp16".
@@ -92,28 +164,13 @@ class MixedPrecisionTrainer:
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
         precision: str | None = None,
     ) -> None:
-        self.precision = _choose_precision(precision, use_fp16)
-        self.model = model
+        super().__init__(model, _choose_precision(precision, use_fp16))
         self.fp16_scale_growth = fp16_scale_growth
         self.lg_loss_scale = initial_lg_loss_scale
+        self.skipped_steps = 0                          # because their gradients overflowed
         self.report: StepReport | None = None           # of the latest step
-        self.model_params: list[nn.Parameter] = list(model.parameters())
-        self.master_params: list[Tensor] = list(self.model_params)
         self._grads: list[Tensor] | None = None
         self._grad_norm: Tensor | None = None
-        if rounded := [name for name, p in model.named_parameters() if p.dtype in HALF]:
-            raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
-                             "master parameters would be rounded: pass the float32 model, it is converted here")
-        if self.use_fp16:
-            if not hasattr(model, "convert_to_fp16"):
-                raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
-            self.master_params = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.model_params]
-            model.convert_to_fp16()
-
-    @property
-    def use_fp16(self) -> bool:
-        """Whether the model itself is half precision."""
-        return self.precision == "fp16"
 
     def autocast(self) -> AbstractContextManager:
         """The context for the forward pass and the loss."""
@@ -180,58 +237,20 @@ class MixedPrecisionTrainer:
             self.publish_masters()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth if finite else -1
+            self.skipped_steps += not finite
         return self.report
 
     def optimize(self, opt: th.optim.Optimizer) -> StepReport:
         """Take a step if all gradients are finite. The report is true if it was taken."""
         return self.step(opt, self.grads_finite())
 
-    @th.no_grad()
-    def publish_masters(self) -> None:
-        """Give the model the values of the master parameters, after something changed them."""
-        if self.use_fp16:
-            th._foreach_copy_(self.model_params, self.master_params)
-
-    @th.no_grad()
-    def load_master_params(self, params: Iterable[Tensor]) -> None:
-        """Set masters and model, say to `state_dict_to_master_params(state_dict)`.
-
-        Loading a file into the model itself would round it to half precision on its way to the masters.
-        """
-        th._foreach_copy_(self.master_params, list(params))
-        self.publish_masters()
-
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides parameters and optimiser."""
-        return {"lg_loss_scale": self.lg_loss_scale}
+        return {"lg_loss_scale": self.lg_loss_scale, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.lg_loss_scale = float(state_dict["lg_loss_scale"])
-
-    def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
-        """A state dict of the model with these parameters (the masters, or an average of them).
-
-        Plain contiguous float32 tensors that ask for no gradient. They may share memory with `master_params`.
-        """
-        by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
-        state = self.model.state_dict(keep_vars=True)
-        return {key: by_param.get(id(value), value).detach().contiguous() for key, value in state.items()}
-
-    def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """The parameters in a state dict, in the order of `master_params`: new tensors of their dtype, on their device.
-
-        :raises ValueError: if a parameter is missing or has another shape.
-        """
-        params = []
-        for (name, _), master in zip(self.model.named_parameters(), self.master_params):
-            if name not in state_dict:
-                raise ValueError(f"the state dict has no {name!r}: it belongs to another architecture")
-            value = state_dict[name]
-            if value.shape != master.shape:
-                raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and "
-                                 f"{tuple(master.shape)} in the model: it belongs to another architecture")
-            params.append(th.empty_like(master, requires_grad=False).copy_(value.detach()))
-        return params
+        self.skipped_steps = int(state_dict.get("skipped_steps", 0))
 
 
 @th.no_grad()

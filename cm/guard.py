@@ -23,7 +23,7 @@ LIMIT_S = 10.0
 ANSWER_S = 1.5
 """For the store to answer, and for the other ranks to fail in the same way."""
 LEAVE_S = 0.5
-"""Between the report of a failure that all ranks share and their end."""
+"""Between the report of a failure and the end: for the launcher to pass the report on."""
 SILENCE_S = 4.0
 """How long a rank that was not the first to fail waits for the first to end the job."""
 
@@ -103,6 +103,7 @@ def end_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     elif report:
         say(f"{who}: {report}")
     flush()
+    time.sleep(LEAVE_S)                         # a launcher drops what it has not yet read when the abort arrives
     ranks.abort(status_of(error))
     os._exit(status_of(error))
 

@@ -288,7 +288,7 @@ def digits_source(data_dir: str, image_size: int) -> ArraySource:
 SOURCES = {"digits": digits_source, "zip": ZipSource, "npz": npz_source, "folder": FolderSource}
 
 
-def open_source(data_dir: str, image_size: int) -> ImageSource:
+def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> ImageSource:
     """Open a set of images.
 
     The kind is read off `data_dir`, in this order: the word `digits`; a name that ends in `.zip` or `.npz`; else a
@@ -297,29 +297,30 @@ def open_source(data_dir: str, image_size: int) -> ImageSource:
 
     :param data_dir: the word, a path, or an address that blobfile can read, such as gs://bucket/images.
     :param image_size: pixels of a side of the images wanted.
+    :param flag: what messages call data_dir.
     :raises UserError: if there is nothing of that name, it holds no images, or it is not what its name says.
     """
     if not data_dir:
-        raise UserError("--data_dir is empty: name a folder of images, a .zip, a .npz, or the word digits")
+        raise UserError(f"{flag} is empty: name a folder of images, a .zip, a .npz, or the word digits")
     if image_size < 1:
         raise UserError(f"--image_size {image_size}: images need at least one pixel")
     suffix = data_dir.lower().rpartition(".")[2]
     kind = data_dir if data_dir == "digits" else suffix if suffix in ("zip", "npz") else "folder"
     if kind != "digits":
-        check_exists(data_dir, is_folder=kind == "folder")
+        check_exists(data_dir, is_folder=kind == "folder", flag=flag)
     return SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
 
 
 # ---- files here and elsewhere ----
 
 
-def check_exists(path: str, is_folder: bool) -> None:
+def check_exists(path: str, is_folder: bool, flag: str) -> None:
     files = os.path if is_local(path) else blobfile()
     if not files.exists(path):
-        raise UserError(f"--data_dir {path} does not exist (looked for from {os.getcwd()})")
+        raise UserError(f"{flag} {path} does not exist (looked for from {os.getcwd()})")
     if files.isdir(path) != is_folder:
         found, wanted = ("file", "a folder of images, a .zip or a .npz") if is_folder else ("folder", "a file")
-        raise UserError(f"--data_dir {path} is a {found}; expected {wanted}")
+        raise UserError(f"{flag} {path} is a {found}; expected {wanted}")
 
 
 def files_under(folder: str) -> list[str]:

@@ -7,7 +7,7 @@ of a sampler are the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -84,7 +84,9 @@ class Batch:
 class Nets:
     """The networks of a run as denoisers; an objective takes those it needs.
 
-    The `*_model` fields are the bare modules behind them, for target averaging and teacher swaps.
+    The `*_model` fields are the bare modules behind them. The `*_params` are their parameters in float32, for target
+    averaging and teacher swaps: by default the module's own, which a half-precision network has rounded. Whoever gives
+    others tells the modules when they have changed.
     """
 
     online: Denoiser
@@ -93,6 +95,18 @@ class Nets:
     target_model: nn.Module | None = None
     teacher: Denoiser | None = None
     teacher_model: nn.Module | None = None
+    online_params: Sequence[Tensor] = ()
+    target_params: Sequence[Tensor] = ()
+    teacher_params: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        self.online_params = self.online_params or own_params(self.online_model)
+        self.target_params = self.target_params or own_params(self.target_model)
+        self.teacher_params = self.teacher_params or own_params(self.teacher_model)
+
+
+def own_params(model: nn.Module | None) -> list[Tensor]:
+    return [] if model is None else list(model.parameters())
 
 
 @dataclass
@@ -123,7 +137,10 @@ class Objective(Protocol):
     def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms: ...
 
     def after_step(self, nets: Nets, step: int) -> bool:
-        """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs."""
+        """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs.
+
+        Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
+        """
 
 
 class Sampler(Protocol):

@@ -202,13 +202,15 @@ class KarrasDenoiser:
         teacher_model: nn.Module | None,
         teacher_diffusion: KarrasDenoiser | None,
     ) -> Nets:
-        nets = Nets(self.bind(model), model)
-        if target_model is not None:
-            nets.target, nets.target_model = self.bind(target_model), target_model
-        if teacher_model is not None:
-            teacher_diffusion = teacher_diffusion or self.as_teacher()
-            nets.teacher, nets.teacher_model = teacher_diffusion.bind(teacher_model), teacher_model
-        return nets
+        teacher_diffusion = teacher_diffusion or self.as_teacher()
+        return Nets(
+            online=self.bind(model),
+            online_model=model,
+            target=None if target_model is None else self.bind(target_model),
+            target_model=target_model,
+            teacher=None if teacher_model is None else teacher_diffusion.bind(teacher_model),
+            teacher_model=teacher_model,
+        )
 
     def losses_of(
         self, mode: str, nets: Nets, x_start: Tensor, num_scales: int, model_kwargs: Cond, noise: Tensor | None,

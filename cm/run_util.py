@@ -1,4 +1,4 @@
-"""What every training script does between its flags and its loop."""
+"""What the scripts do between their flags and their loop."""
 
 from __future__ import annotations
 
@@ -8,15 +8,31 @@ from functools import partial
 from typing import Any
 
 import torch as th
+from torch import Tensor, nn
 
 from cm import dist_util, logger
-from cm.checkpoints import storage
-from cm.config import DataConfig, TrainConfig
+from cm.checkpoints import storage, weights
+from cm.config import CONSISTENCY_MODES, DataConfig, SampleConfig, TrainConfig
 from cm.flags import Settings
 from cm.image_datasets import load_data
 from cm.image_sources import open_source
+from cm.interfaces import Sampler
+from cm.karras_diffusion import KarrasDenoiser
 from cm.registry import UserError
-from cm.script_util import choose_precision, model_from
+from cm.samplers import make_sampler
+from cm.sampling import SamplingPlan, parse_seeds
+from cm.script_util import (
+    PUBLISHED_CLASSES,
+    adopt_checkpoint,
+    attend_where_possible,
+    choose_precision,
+    diffusion_from,
+    model_from,
+    parse_ts,
+    place,
+)
+
+RHO = 7.0                                                   # of the Karras grids
 
 
 def rank_batch(global_batch_size: int, batch_size: int, world_size: int) -> int:
@@ -98,10 +114,91 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
     )
     return {name: getattr(train, name) for name in same_names} | {
         "batch_size": rank_batch(train.global_batch_size, train.batch_size, dist_util.get_world_size()),
-        "precision": choose_precision(values["precision"], values["use_fp16"], dist_util.dev()),
+        "precision": run_precision(settings),
         "seed": values["seed"],
         "config": dict(values),
+        "start": settings.sources.get("resume_checkpoint"),
     }
+
+
+def adopt_model(settings: Settings) -> SampleConfig:
+    """Take from the checkpoint at --model_path what it knows of its network and how it was trained.
+
+    :raises UserError: if there is no such checkpoint, or a flag contradicts it.
+    """
+    if not settings.values["model_path"]:
+        raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
+    adopt_checkpoint(settings, "model_path", also=("training_mode",))
+    attend_where_possible(settings)
+    return settings.section(SampleConfig)
+
+
+def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
+    """The sampler that the flags describe, and its grid of noise levels.
+
+    :raises UserError: if it cannot have such a grid.
+    """
+    config, values = settings.section(SampleConfig), settings.values
+    sampler = make_sampler(config.sampler, {"ts": parse_ts(config.ts), "sigma_min": values["sigma_min"]})
+    return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], RHO)
+
+
+def choose_seeds(settings: Settings) -> tuple[int, ...]:
+    """The sample indices that --seeds lists, none if it is empty; their number becomes num_samples.
+
+    :raises UserError: if it is no list of seeds, or another flag contradicts it.
+    """
+    values, seeds = settings.values, parse_seeds(settings.values["seeds"])
+    if not seeds:
+        return ()
+    if "num_samples" in settings.given and values["num_samples"] != len(seeds):
+        raise UserError(
+            f"--seeds {values['seeds']} lists {len(seeds)} images, but {settings.given['num_samples']} asks for "
+            f"num_samples={values['num_samples']}; drop one of them"
+        )
+    if values["generator"] == "dummy":
+        raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --seeds")
+    settings.replace(num_samples=len(seeds))
+    return seeds
+
+
+def sampling_plan(settings: Settings) -> SamplingPlan:
+    """The images that the flags ask for.
+
+    :raises UserError: for a class that the model does not have.
+    """
+    config, values = settings.section(SampleConfig), settings.values
+    num_classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else None
+    if config.class_label >= 0 and num_classes is None:
+        raise UserError(f"--class_label {config.class_label}: this model is not class-conditional; drop the flag")
+    if num_classes is not None and config.class_label >= num_classes:
+        raise UserError(f"--class_label {config.class_label}: the model has classes 0 to {num_classes - 1}")
+    return SamplingPlan(
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        image_size=values["image_size"],
+        seed=values["seed"],
+        num_classes=num_classes,
+        class_label=config.class_label,
+        generator=config.generator,
+    )
+
+
+def load_model(settings: Settings) -> nn.Module:
+    """The network with the weights of --model_path, on this rank's device, ready to sample."""
+    model, source = model_from(settings), settings.sources["model_path"]
+    weights.fit(model, source.take(), source.path)
+    return place(model, dist_util.dev()).eval()
+
+
+def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
+    """The scalings around the network of --model_path, by how it was trained."""
+    consistency = settings.values["training_mode"] in CONSISTENCY_MODES
+    return diffusion_from(settings, distillation=consistency)
+
+
+def run_precision(settings: Settings) -> str:
+    return choose_precision(settings.values["precision"], settings.values["use_fp16"], dist_util.dev())
 
 
 def describe(settings: Settings) -> None:

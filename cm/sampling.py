@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,10 @@ from torch import nn
 from tqdm import tqdm
 
 from cm import dist_util
+from cm.interfaces import NoiseSource
 from cm.karras_diffusion import KarrasDenoiser, sample
 from cm.random_util import get_generator, labels_for
+from cm.registry import UserError
 from cm.sample_files import NpzWriter, to_uint8
 
 SHOWN = 64                                      # images in a grid
@@ -32,22 +36,53 @@ class SamplingPlan:
     num_classes: int | None                     # None: unconditional
     class_label: int = -1
     generator: str = "determ"
+    seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
+
+    def indices(self, rows: np.ndarray) -> np.ndarray:
+        """The sample indices that stand in these rows of the result."""
+        return np.asarray(self.seeds, np.int64)[rows] if self.seeds else rows
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one rank made of n sample indices."""
+
+    images: dict[str, np.ndarray]               # by kind, [n,H,W,3] uint8
+    labels: np.ndarray | None                   # [n]
+    evaluations: int                            # network evaluations per image (NFE)
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    path: str | None                            # of the npz, on rank 0
-    first_images: np.ndarray | None             # the first of them, [<=64,H,W,3], on rank 0: to look at
+    paths: dict[str, str]                       # of the npz of each kind, on rank 0
+    first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,3], on rank 0: to look at
     evaluations: int                            # network evaluations per image (NFE)
     seconds: float
 
 
 def rounds(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """The sample indices of this rank, round by round; every rank has the same number of rounds, some of them empty."""
+    """The rows of the result that this rank makes, round by round; every rank has as many rounds, some of them empty.
+    """
     per_round = plan.batch_size * world_size
     for first in range(0, plan.num_samples, per_round):
         start = first + rank * plan.batch_size
         yield np.arange(start, max(start, min(start + plan.batch_size, plan.num_samples)))
+
+
+def parse_seeds(seeds: str) -> tuple[int, ...]:
+    """'0-3,100' -> (0, 1, 2, 3, 100), in this order; () when empty.
+
+    :raises UserError: if a part is neither a number nor a rising range, or a seed is named twice.
+    """
+    found: list[int] = []
+    for word in seeds.split(",") if seeds.strip() else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--seeds {seeds!r}: {word.strip()!r} is neither a number nor a rising range such as 0-63")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if twice := [seed for seed, times in Counter(found).items() if times > 1]:
+        raise UserError(f"--seeds {seeds!r} names {twice[0]} twice")
+    return tuple(found)
 
 
 def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
@@ -73,38 +108,77 @@ def draw(
     **sampler_options: Any,
 ) -> tuple[np.ndarray, int]:
     """Images of these indices: [n,H,W,3] uint8, and the network evaluations each took."""
-    size, device = plan.image_size, dist_util.dev()
     if len(indices) == 0:
-        return np.zeros((0, size, size, 3), np.uint8), 0
-    noise = get_generator(plan.generator, plan.num_samples, plan.seed).for_samples(th.as_tensor(indices))
-    cond = {} if labels is None else {"y": th.as_tensor(labels, device=device)}
+        return no_images(plan), 0
+    size = plan.image_size
     result = sample(
-        diffusion, model, (len(indices), 3, size, size), model_kwargs=cond, device=device, generator=noise,
-        **sampler_options,
+        diffusion, model, (len(indices), 3, size, size), model_kwargs=condition(labels), device=dist_util.dev(),
+        generator=noise_of(indices, plan), **sampler_options,
     )
     return to_uint8(result.images), result.evaluations
+
+
+def no_images(plan: SamplingPlan) -> np.ndarray:
+    return np.zeros((0, plan.image_size, plan.image_size, 3), np.uint8)
+
+
+def noise_of(indices: np.ndarray, plan: SamplingPlan) -> NoiseSource:
+    """The random streams of these samples."""
+    return get_generator(plan.generator, plan.num_samples, plan.seed).for_samples(th.as_tensor(indices))
+
+
+def condition(labels: np.ndarray | None) -> dict[str, th.Tensor]:
+    """What the network is told about these classes."""
+    return {} if labels is None else {"y": th.as_tensor(labels, device=dist_util.dev())}
 
 
 def sample_to_npz(
     model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, directory: str, precision: str,
     **sampler_options: Any,
 ) -> SamplingResult:
-    """Draw the plan on all ranks; rank 0 writes each round as it comes, and nobody else holds more than its own."""
-    main = dist_util.is_main()
-    size, start, evaluations = plan.image_size, time.monotonic(), 0
-    writer = NpzWriter(directory, plan.num_samples, size, size, plan.num_classes is not None) if main else None
+    """Draw the plan on all ranks."""
+
+    def make(indices: np.ndarray) -> Drawn:
+        labels = labels_of(indices, plan)
+        images, evaluations = draw(model, diffusion, plan, indices, labels, **sampler_options)
+        return Drawn({"samples": images}, labels, evaluations)
+
+    with at_precision(model, precision):
+        return collect_to_npz(make, plan, directory)
+
+
+def collect_to_npz(
+    make: Callable[[np.ndarray], Drawn], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
+) -> SamplingResult:
+    """Make the plan's images on all ranks; rank 0 writes each round as it comes, the others hold only their own.
+
+    :param make: from sample indices [n], which may be none, to images of these `kinds`.
+    """
+    main, start, evaluations = dist_util.is_main(), time.monotonic(), 0
+    writers = open_writers(plan, directory, kinds) if main else {}
     bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
-    with bar, at_precision(model, precision):
-        for indices in rounds(plan, dist_util.get_rank(), dist_util.get_world_size()):
-            labels = labels_of(indices, plan)
-            images, calls = draw(model, diffusion, plan, indices, labels, **sampler_options)
-            evaluations = max(evaluations, calls)
-            parts = [dist_util.gather_to_main(part) for part in (indices, images)]
-            all_labels = None if labels is None else dist_util.gather_to_main(labels)
-            if main:
-                whose = np.concatenate(parts[0])
-                writer.put(whose, np.concatenate(parts[1]), None if labels is None else np.concatenate(all_labels))
-                bar.update(len(whose))
-    first_images = writer.images[:SHOWN].copy() if main else None
-    path = writer.close() if main else None
-    return SamplingResult(path, first_images, evaluations, time.monotonic() - start)
+    with bar:
+        for own in rounds(plan, dist_util.get_rank(), dist_util.get_world_size()):
+            drawn = make(plan.indices(own))
+            evaluations = max(evaluations, drawn.evaluations)
+            whose, labels, *images = (
+                together(rows) for rows in (own, drawn.labels, *(drawn.images[kind] for kind in kinds))
+            )
+            for kind, rows in zip(writers, images):
+                writers[kind].put(whose, rows, labels)
+            bar.update(0 if whose is None else len(whose))
+    first_images = {kind: writer.images[:SHOWN].copy() for kind, writer in writers.items()}
+    extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
+    paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
+    return SamplingResult(paths, first_images, evaluations, time.monotonic() - start)
+
+
+def open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
+    size, with_labels = plan.image_size, plan.num_classes is not None
+    return {kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind) for kind in kinds}
+
+
+def together(rows: np.ndarray | None) -> np.ndarray | None:
+    """The rows of all ranks on rank 0, None elsewhere and where there are none."""
+    parts = None if rows is None else dist_util.gather_to_main(rows)
+    return None if parts is None else np.concatenate(parts)

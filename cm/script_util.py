@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch as th
 from torch import nn
 
-from cm.checkpoints import state, storage
-from cm.config import ConsistencyConfig, DiffusionConfig, ModelConfig
+from cm import dist_util
+from cm.checkpoints import guided, openai
+from cm.checkpoints.weights_file import WeightsFile, look_at
+from cm.config import CONSISTENCY_MODES, TRAINING_MODES, ConsistencyConfig, DiffusionConfig, ModelConfig
 from cm.curricula import ema_and_scales
 from cm.flags import Settings, str2bool
 from cm.karras_diffusion import KarrasDenoiser
@@ -19,6 +21,7 @@ from cm.registry import UserError
 from cm.unet import UNetModel, attention_factors
 
 PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
+HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -200,24 +203,68 @@ def attend_where_possible(settings: Settings) -> None:
         settings.replace(attention_resolutions=",".join(map(str, fitting)))
 
 
-def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> None:
-    """Take the architecture, and the flags named in `also`, from the manifest beside the weights that `flag` names.
+def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
+    """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
-    :raises UserError: if the file is missing, or another flag contradicts the manifest.
+    They stand in the manifest beside it; without one (the published files) they are read off the weights. The file
+    is then `settings.sources[flag]`, too.
+
+    :raises UserError: if the file is missing or no U-Net's, if another flag contradicts it, or if it leaves something
+        unsaid that no flag says either.
     """
     path = settings.values[flag]
-    if not storage.exists(path):
+    source = settings.sources[flag] = WeightsFile(path)
+    exists, checkpoint = dist_util.on_main(look_at, path)
+    if not exists:
         if settings.dry_run:
-            return
+            return source
         raise UserError(f"--{flag} {path}: no such file")
-    checkpoint = state.beside(path)
-    if checkpoint is None:
-        return
+    if checkpoint is not None:
+        adopt(settings, checkpoint.config, also, path)
+        source.training_mode = checkpoint.config.get("training_mode")
+        return source
+    weights = dist_util.load_state_dict(path)
+    side = settings.values["image_size"] if "image_size" in settings.given else None
+    known = openai.model_flags(weights, path, side) | openai.published_mode(path)
+    demand_the_unsaid(settings, known, also, path)
+    adopt(settings, known, also, path)
+    heads = {name: settings.values[name] for name in HEADS}
+    source.training_mode, source.weights = known.get("training_mode"), guided.to_published_layout(weights, **heads)
+    return source
+
+
+def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
+    """Take over what a manifest, or the weights themselves, say about the network."""
     # Dropout and recomputation change no weights: they are the run's choice.
-    own = ("dropout", "use_checkpoint", "use_fp16")
-    names = [name for name in model_and_diffusion_defaults() if name not in own and name != "weight_schedule"]
-    known = {name: checkpoint.config[name] for name in (*names, *also) if name in checkpoint.config}
-    settings.adopt(known, f"the checkpoint {path}")
+    own = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
+    names = [name for name in (*model_and_diffusion_defaults(), *also) if name in known and name not in own]
+    taken = {name: known[name] for name in names}
+    modes = {taken.get("training_mode"), settings.values.get("training_mode")}
+    if "training_mode" in settings.given and modes <= set(CONSISTENCY_MODES):
+        taken.pop("training_mode")                          # however trained, they are the same kind of network
+    if "channel_mult" in taken:                             # empty is the same as the default of the size
+        side = taken.get("image_size", settings.values["image_size"])
+        taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
+        if "channel_mult" in settings.given:
+            settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
+    settings.adopt(taken, f"the checkpoint {path}")
+
+
+def spell_channel_mult(channel_mult: str, image_size: int) -> str:
+    return ",".join(f"{width:g}" for width in parse_channel_mult(channel_mult, image_size))
+
+
+def demand_the_unsaid(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
+    """Weights alone do not tell everything, and a wrong guess would load without a word."""
+    given = {*known, *settings.given}
+    unsaid = {
+        "--image_size": "image_size" not in given,
+        "--num_head_channels (or --num_heads)": not given & {"num_head_channels", "num_heads"},
+        f"--training_mode ({', '.join(TRAINING_MODES)})": "training_mode" in also and "training_mode" not in given,
+    }
+    if flags := [flag for flag, is_missing in unsaid.items() if is_missing]:
+        raise UserError(f"{path} has no manifest beside it, and its weights do not tell everything about the network: "
+                        f"give also {', '.join(flags)}")
 
 
 def choose_precision(precision: str, use_fp16: bool, device: th.device) -> str:

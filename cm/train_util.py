@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from cm import dist_util, logger
 from cm.checkpoints import state, weights
-from cm.fp16_util import MixedPrecisionTrainer
+from cm.checkpoints.weights_file import WeightsFile
+from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
 from cm.interfaces import Batch, Nets, Objective
 from cm.meters import LossMeter
 from cm.nn import update_ema
@@ -48,6 +49,7 @@ class TrainLoop:
     :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
     :param objective: what to minimise; None for the diffusion's own denoising loss.
     :param config: resolved flags, saved with every checkpoint.
+    :param start: the file `resume_checkpoint`, where it has been looked into already.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class TrainLoop:
         resume: str = "auto",
         objective: Objective | None = None,
         config: Mapping[str, Any] | None = None,
+        start: WeightsFile | None = None,
     ):
         self.model, self.diffusion = model, diffusion
         self.rank, self.world_size = dist_util.get_rank(), dist_util.get_world_size()
@@ -85,6 +88,7 @@ class TrainLoop:
         self.total_training_steps = last_step(total_training_steps, lr_anneal_steps)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.seed, self.config = seed, dict(config or {})
+        self.start = start or WeightsFile(resume_checkpoint)
         self.device = next(model.parameters()).device
 
         self.trainer = MixedPrecisionTrainer(
@@ -97,10 +101,12 @@ class TrainLoop:
         self.ema_rate = parse_rates(ema_rate)
         self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
 
+        self.moving = self.moving_networks()
         self.objective = objective or diffusion.training_objective(schedule_sampler)
         self.to_remember: list[tuple[Tensor, ...]] = []
         self.step = 0
         self.resume(resume, resume_checkpoint)
+        self.start.weights = None                               # not needed where a newer checkpoint was found
         self.ddp_model = self.distribute(model)
         self.nets = self.make_nets()
         self.meter = LossMeter(diffusion.sigma_min, diffusion.sigma_max, dist_util.all_reduce_sum)
@@ -109,7 +115,15 @@ class TrainLoop:
     # --- what the networks are -------------------------------------------------------------------------------------
 
     def make_nets(self) -> Nets:
-        return Nets(online=self.diffusion.bind(self.ddp_model), online_model=self.model)
+        return Nets(
+            online=self.diffusion.bind(self.ddp_model),
+            online_model=self.model,
+            online_params=self.trainer.master_params,
+        )
+
+    def moving_networks(self) -> dict[str, MasterWeights]:
+        """The other networks that change during training, and so belong into a checkpoint."""
+        return {}
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Average the gradients of all ranks while the backward pass runs."""
@@ -155,8 +169,10 @@ class TrainLoop:
         self.remember()
         if self.report.stepped:
             self.update_averages()
-            if self.objective.after_step(self.nets, self.step):
-                self.start_afresh()
+        if self.objective.after_step(self.nets, self.step):
+            self.start_afresh()
+        for network in self.moving.values():
+            network.publish_masters()
         self.step += 1
 
     def forward_backward(self, batch: Batch) -> None:
@@ -218,6 +234,7 @@ class TrainLoop:
             "samples": self.step * self.global_batch,
             **means,
             **self.report.logs(),
+            **({"skipped_steps": self.trainer.skipped_steps} if self.trainer.use_fp16 else {}),
             "lr": self.opt.param_groups[0]["lr"],
             "images_per_second": images / max(seconds, 1e-9),
             **self.extra_logs(),
@@ -237,8 +254,10 @@ class TrainLoop:
             for rate, params in zip(self.ema_rate, self.ema_params)
         }
         memory = {} if self.objective.memory is None else {"memory": self.objective.memory.state_dict()}
+        others = {name: own.master_params_to_state_dict(own.master_params) for name, own in self.moving.items()}
         return {
             "model": self.trainer.master_params_to_state_dict(self.trainer.master_params),
+            **others,
             **averages,
             "opt": self.opt.state_dict(),
             "trainer": self.trainer.state_dict() | memory,
@@ -277,7 +296,7 @@ class TrainLoop:
             self.restore(lambda name: beside.path(name))
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
-        self.trainer.load_master_params(self.read_params(dist_util.load_state_dict(path, map_location="cpu"), path))
+        self.trainer.load_master_params(self.read_params(self.trainer, self.start.take(), path))
         self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
 
     def restore(self, path_of: Callable[[str], str | None]) -> None:
@@ -285,10 +304,12 @@ class TrainLoop:
 
         :raises UserError: if the checkpoint lacks a part or does not fit the network.
         """
-        self.trainer.load_master_params(self.read_params(load_part("model", path_of), path_of("model")))
-        self.ema_params = [
-            self.read_params(load_part(f"ema_{rate}", path_of), path_of(f"ema_{rate}")) for rate in self.ema_rate
-        ]
+        def params(name: str, owner: MasterWeights) -> list[Tensor]:
+            return self.read_params(owner, load_part(name, path_of), path_of(name))
+
+        for name, owner in {"model": self.trainer, **self.moving}.items():
+            owner.load_master_params(params(name, owner))
+        self.ema_params = [params(f"ema_{rate}", self.trainer) for rate in self.ema_rate]
         self.opt.load_state_dict(load_part("opt", path_of))
         trainer = load_part("trainer", path_of)
         self.trainer.load_state_dict(trainer)
@@ -296,10 +317,10 @@ class TrainLoop:
             self.objective.memory.load_state_dict(trainer["memory"])
         logger.drop_after(self.step)                            # rows of steps that are about to be done again
 
-    def read_params(self, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
-        """A saved state dict as one tensor per parameter of the network, on its device."""
-        weights.check(self.model, saved, source)
-        return self.trainer.state_dict_to_master_params(saved)
+    def read_params(self, owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
+        """A saved state dict as one tensor per parameter of a network, on its device."""
+        weights.check(owner.model, saved, source)
+        return owner.state_dict_to_master_params(saved)
 
 
 class CMTrainLoop(TrainLoop):
@@ -335,35 +356,35 @@ class CMTrainLoop(TrainLoop):
             total_training_steps=total_training_steps,
             **kwargs,
         )
+        for step in (0, self.total_training_steps - 1):         # not hours later, where the curriculum has gone too far
+            self.objective.intervals(ema_scale_fn(step)[1])
+
+    def moving_networks(self) -> dict[str, MasterWeights]:
+        moving = {"target_model": self.target_model}
+        if self.training_mode == "progdist":                    # each stage's teacher is the student of the one before
+            moving["teacher_model"] = self.teacher_model
+        elif self.teacher_model is not None and self.trainer.use_fp16:
+            self.teacher_model.convert_to_fp16()                # it stands still: nobody needs its masters
+        return {
+            name: MasterWeights(network, self.trainer.precision)
+            for name, network in moving.items() if network is not None
+        }
 
     def make_nets(self) -> Nets:
         nets = super().make_nets()
         if self.target_model is not None:
             nets.target, nets.target_model = self.diffusion.bind(self.target_model), self.target_model
+            nets.target_params = self.moving["target_model"].master_params
         if self.teacher_model is not None:
             nets.teacher, nets.teacher_model = self.teacher_diffusion.bind(self.teacher_model), self.teacher_model
+        if "teacher_model" in self.moving:
+            nets.teacher_params = self.moving["teacher_model"].master_params
         return nets
 
     def start_from(self, path: str) -> None:
         super().start_from(path)
-        if self.step == 0 and self.target_model is not None:
-            self.target_model.load_state_dict(self.model.state_dict())
-
-    def moving(self) -> dict[str, nn.Module]:
-        """The other networks that change during training, and so belong into a checkpoint."""
-        candidates = {"target_model": self.target_model}
-        if self.training_mode == "progdist":                    # each stage's teacher is the student of the one before
-            candidates["teacher_model"] = self.teacher_model
-        return {name: network for name, network in candidates.items() if network is not None}
-
-    def content(self) -> dict[str, Any]:
-        others = {name: weights.plain_state_dict(network) for name, network in self.moving().items()}
-        return {**super().content(), **others}
-
-    def restore(self, path_of: Callable[[str], str | None]) -> None:
-        super().restore(path_of)
-        for name, network in self.moving().items():
-            weights.fit(network, load_part(name, path_of), path_of(name))
+        if self.step == 0 and "target_model" in self.moving:
+            self.moving["target_model"].load_master_params(self.trainer.master_params)
 
     def extra_logs(self) -> dict[str, float]:
         target_ema, num_scales = self.ema_scale_fn(self.step - 1)

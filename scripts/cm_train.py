@@ -10,8 +10,17 @@ import torch as th
 
 from cm import dist_util, run_util, script_util
 from cm.checkpoints import weights
-from cm.config import ConsistencyConfig, DataConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from cm.config import (
+    CONSISTENCY_MODES,
+    ConsistencyConfig,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from cm.flags import parse
+from cm.lpips import prepare_lpips
 from cm.registry import UserError
 from cm.train_util import CMTrainLoop
 
@@ -28,6 +37,9 @@ def main() -> None:
     for flag in ("teacher_model_path", "resume_checkpoint"):
         if settings.values[flag]:
             script_util.adopt_checkpoint(settings, flag)
+    teacher = settings.sources.get("teacher_model_path")
+    if teacher and teacher.training_mode in CONSISTENCY_MODES:
+        raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
     script_util.attend_where_possible(settings)
     ema_scale_fn = script_util.create_ema_and_scales_fn(
         target_ema_mode=config.target_ema_mode,
@@ -41,15 +53,17 @@ def main() -> None:
     if settings.dry_run:
         return run_util.describe(settings)
 
+    if config.loss_norm == "lpips":
+        dist_util.on_main(prepare_lpips)
     run_util.open_log(settings)
     data = run_util.open_data(settings)
     th.manual_seed(settings.values["seed"])
     device = dist_util.dev()
     model = script_util.model_from(settings)
     teacher_model = teacher_diffusion = None
-    if config.teacher_model_path:
+    if teacher:
         teacher_model = script_util.model_from(settings, dropout=config.teacher_dropout)
-        weights.fit(teacher_model, dist_util.load_state_dict(config.teacher_model_path), config.teacher_model_path)
+        weights.fit(teacher_model, teacher.take(), teacher.path)
         model.load_state_dict(teacher_model.state_dict())       # the student starts from its teacher
         script_util.place(teacher_model, device).eval()
         teacher_diffusion = script_util.diffusion_from(settings, distillation=False)

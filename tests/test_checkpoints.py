@@ -146,7 +146,7 @@ def test_architecture_is_read_off_the_weights(options):
         }
     for name in ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"):
         assert flags[name] == asked[name], name
-    assert flags["resblock_updown"] == (asked.get("resblock_updown", False) and asked["channel_mult"] != "1")
+    assert flags.get("resblock_updown", False) == (asked.get("resblock_updown", False) and asked["channel_mult"] != "1")
 
 
 def test_published_imagenet64_is_recognised(request):

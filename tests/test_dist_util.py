@@ -21,7 +21,9 @@ HELLO = """
         total = dist_util.all_reduce_sum(th.tensor([1]))
         rows = [dist_util.get_rank(), dist_util.get_world_size(), dist_util.get_local_rank(), int(total)]
         started = [th.distributed.is_initialized(), "mpi4py" in sys.modules]
-        print(*rows, th.get_num_threads(), *started, os.environ.get("GLOO_SOCKET_IFNAME"), sep=",", flush=True)
+        facts = [*rows, th.get_num_threads(), *started, os.environ.get("GLOO_SOCKET_IFNAME")]
+        sys.stdout.write(",".join(map(str, facts)) + "\\n")         # in one piece: lines of two ranks must not mix
+        sys.stdout.flush()
 
     dist_util.run(main)
 """
@@ -106,7 +108,7 @@ def test_a_process_group_that_is_already_there_is_used(tmp_path):
         th.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
         assert dist_util.get_rank() == rank and dist_util.get_world_size() == 2
         dist_util.setup_dist()
-        print(dist_util.get_local_rank(), int(dist_util.all_reduce_sum(th.tensor([1]))), sep=",", flush=True)
+        print(f"{dist_util.get_local_rank()},{int(dist_util.all_reduce_sum(th.tensor([1])))}\\n", end="", flush=True)
         dist_util.run(dist_util.barrier)
     """)
     assert lines(finished) == ["0,2", "1,2"], finished

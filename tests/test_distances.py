@@ -1,17 +1,14 @@
 import math
-import sys
 
 import pytest
 import torch as th
 import torch.nn.functional as F
 from gaussian import stored
 
-from cm import distances
 from cm.config import ConsistencyConfig
 from cm.distances import DISTANCES, get_distance
-from cm.registry import UserError
 
-HERE = [name for name in DISTANCES if name != "lpips"]              # those that need no other package
+HERE = [name for name in DISTANCES if name != "lpips"]              # which has test_lpips.py to itself
 
 
 def images(side: int, n: int = 3) -> tuple[th.Tensor, th.Tensor]:
@@ -69,50 +66,6 @@ def test_pseudo_huber_keeps_its_digits_near_zero():
     a = th.full((1, 3, 32, 32), 1e-7)
     c = 0.00054 * math.sqrt(3072)
     assert get_distance("pseudo-huber")(a, th.zeros_like(a)).item() == pytest.approx(3072e-14 / (2 * c), rel=1e-4)
-
-
-class FakeLPIPS(th.nn.Module):
-    """Records what it is given; the l1 distance of the enlarged images."""
-
-    built = 0
-
-    def __init__(self, replace_pooling: bool, reduction: str):
-        super().__init__()
-        FakeLPIPS.built += 1
-        assert replace_pooling and reduction == "none"
-
-    def forward(self, a, b):
-        assert a.min() >= 0 and a.max() <= 1
-        self.side = a.shape[-1]
-        return (a - b).abs().flatten(1).mean(1)[:, None, None, None]
-
-
-@pytest.fixture
-def fake_piq(monkeypatch):
-    monkeypatch.setitem(sys.modules, "piq", type(sys)("piq"))
-    sys.modules["piq"].LPIPS = FakeLPIPS
-    monkeypatch.setattr(FakeLPIPS, "built", 0)
-    distances.lpips_network.cache_clear()
-    yield
-    distances.lpips_network.cache_clear()
-
-
-def test_lpips_is_built_at_first_use_and_once(fake_piq):
-    d = get_distance("lpips")
-    assert FakeLPIPS.built == 0
-    for side, seen in [(64, 224), (256, 256)]:
-        a, b = images(side, n=2)
-        assert d(a, b).shape == (2,)
-        assert distances.lpips_network(a.device).side == seen
-    assert FakeLPIPS.built == 1
-
-
-def test_lpips_without_piq_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "piq", None)                   # importing it now fails
-    distances.lpips_network.cache_clear()
-    a, b = images(8)
-    with pytest.raises(UserError, match=r"pip install piq.*--loss_norm \(l1, l2, l2-32, pseudo-huber\)"):
-        get_distance("lpips")(a, b)
 
 
 def test_an_unknown_name_lists_the_choices():

@@ -14,6 +14,8 @@ from cm.config import (
     ModelConfig,
     RunConfig,
     SampleConfig,
+    SeedsConfig,
+    TernarySearchConfig,
     TrainConfig,
 )
 from cm.flags import parse
@@ -22,7 +24,8 @@ from cm.registry import UserError
 DATA = Path(__file__).parent / "data"
 EDM = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, RunConfig)
 CM = (*EDM, ConsistencyConfig)
-SAMPLE = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
+SAMPLE = (SampleConfig, SeedsConfig, ModelConfig, DiffusionConfig, RunConfig)
+SEARCH = (TernarySearchConfig, *SAMPLE)
 
 # (script, flag): why its default is not the original's.
 CHANGED = {
@@ -35,10 +38,13 @@ def settings_of(script, argv=()):
         "edm_train.py": lambda: parse("", *EDM, argv=argv),
         "cm_train.py": lambda: parse("", *CM, argv=argv, schedule_sampler="uniform", total_training_steps=600_000),
         "image_sample.py": lambda: parse("", *SAMPLE, argv=argv, seed=42),
+        "ternary_search.py": lambda: parse(
+            "", *SEARCH, argv=argv, training_mode="consistency_distillation", seed=42
+        ),
     }[script]()
 
 
-@pytest.mark.parametrize("script", ["edm_train.py", "cm_train.py", "image_sample.py"])
+@pytest.mark.parametrize("script", ["edm_train.py", "cm_train.py", "image_sample.py", "ternary_search.py"])
 def test_every_flag_of_the_original_is_there_with_its_default(script):
     ours = settings_of(script).values
     for flag, default in json.loads((DATA / "cli_flags.json").read_text())[script].items():
@@ -78,6 +84,22 @@ def test_command_line_wins_over_file_over_default(tmp_path):
     values = parse("", *EDM, argv=["--config", str(file), "--image_size", "16"]).values
     assert (values["lr"], values["image_size"], values["class_cond"], values["num_channels"]) == (3e-4, 16, True, 128)
     assert values["attention_resolutions"] == "16,8"
+
+
+def test_a_file_builds_on_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "network.yaml").write_text("image_size: 32\nnum_channels: 64\n")
+    (tmp_path / "common.yaml").write_text("base: network.yaml\nlr: 1e-3\ndropout: 0.1\n")
+    file = tmp_path / "sub" / "run.yaml"
+    file.write_text("base: ../common.yaml\ndropout: 0.2\n")
+    values = parse("", *EDM, argv=["--config", str(file), "--num_channels", "96"]).values
+    assert [values[name] for name in ("image_size", "lr", "dropout", "num_channels")] == [32, 1e-3, 0.2, 96]
+    (tmp_path / "network.yaml").write_text("base: common.yaml\n")
+    with pytest.raises(UserError, match="builds on this file in turn"):
+        parse("", *EDM, argv=["--config", str(file)])
+    file.write_text("base: nowhere.yaml\n")
+    with pytest.raises(UserError, match="nowhere.yaml: No such file"):
+        parse("", *EDM, argv=["--config", str(file)])
 
 
 def test_resolved_settings_are_a_config_file(tmp_path):

@@ -8,20 +8,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["registry"],
-    ["interfaces", "launch", "guard", "log_outputs"],
+    ["registry", "torchvision_shim"],
+    ["lpips", "interfaces", "launch", "guard", "log_outputs"],
     ["collectives"],
     ["logger", "dist_util", "flags"],
     ["nn", "forward_ad", "schedules", "curricula", "precond", "weightings", "distances", "resample", "random_util",
      "image_sources",
-     "config", "meters", "sample_files"],
+     "config", "meters", "sample_files", "line_plot", "schedule_search"],
     ["fp16_util", "attention"],
     ["unet", "edm_networks", "augment"],
     ["samplers"],
     ["editing", "objectives"],
     ["karras_diffusion", "image_datasets", "checkpoints"],
-    ["script_util", "train_util", "sampling"],
-    ["run_util"],
+    ["script_util", "train_util", "sampling", "shared_stages", "score_ledger"],
+    ["run_util", "edit_util"],
 ]
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 

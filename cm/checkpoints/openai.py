@@ -1,10 +1,14 @@
 """What a bare guided-diffusion state dict tells about its network, and what the published files leave unsaid.
 
+The published files are those of https://openaipublic.blob.core.windows.net/consistency/: edm_imagenet64_ema.pt,
+cd_imagenet64_l2.pt, cd_imagenet64_lpips.pt, ct_imagenet64.pt, and the same four for bedroom256 and cat256.
+
 Level l of L works at image_size / 2^l; a level has R residual blocks in the encoder and R + 1 in the decoder.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +25,22 @@ PUBLISHED = (
      {"image_size": 256, "num_head_channels": 64}),
 )
 
+PUBLISHED_NAME = re.compile(r"(edm|cd|ct)_(?:imagenet64|bedroom256|cat256)(?:_ema|_l2|_lpips)?\.pt")
+PUBLISHED_MODES = {"edm": "edm", "cd": "consistency_distillation", "ct": "consistency_training"}
+
+FOREIGN = {
+    "down_blocks.": "these are names of the diffusers library",
+    "param_groups": "this is the state of an optimizer; take the model or ema file beside it",
+    "state_dict": "the weights are wrapped; save its 'state_dict' alone",
+    "model.model": "these are names of k-diffusion",
+}
+
+
+def published_mode(path: str) -> dict[str, str]:
+    """What a published file was trained as, by its name, as a flag; no flag for any other name."""
+    match = PUBLISHED_NAME.fullmatch(os.path.basename(path))
+    return {"training_mode": PUBLISHED_MODES[match[1]]} if match else {}
+
 
 def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """The model flags that names and shapes of a state dict determine, and `attention_levels`.
@@ -28,9 +48,9 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     :raises UserError: if these are not the weights of a guided-diffusion U-Net.
     """
     def shape(name: str) -> tuple[int, ...]:
-        if name not in weights:
+        if not isinstance(weights, Mapping) or not isinstance(weights.get(name), Tensor):
             raise UserError(f"{source} is no U-Net of this toolkit or guided-diffusion: it has no {name!r}; "
-                            f"its first entries are {', '.join(map(str, list(weights)[:3])) or 'none'}")
+                            f"{describe(weights)}")
         return tuple(weights[name].shape)
 
     channels = shape("time_embed.0.weight")[1]
@@ -52,10 +72,9 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
             level for level, block in enumerate(first_blocks) if f"input_blocks.{block}.1.qkv.weight" in weights
         ),
         "use_scale_shift_norm": emb_rows == 2 * widths[0],
-        "resblock_updown": any(name.endswith("in_layers.2.weight") for name in ups),
         "class_cond": classes > 0,
         "num_classes": classes,
-    }
+    } | ({"resblock_updown": ups[0].endswith("in_layers.2.weight")} if ups else {})
 
 
 def model_flags(weights: Mapping[str, Tensor], source: str, image_size: int | None = None) -> dict[str, Any]:
@@ -73,6 +92,15 @@ def model_flags(weights: Mapping[str, Tensor], source: str, image_size: int | No
     if side is not None:
         flags["attention_resolutions"] = ",".join(str(side // 2**level) for level in levels)
     return flags
+
+
+def describe(content: Any) -> str:
+    """A few words on what a file holds that holds no such weights."""
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__}, not a dict of tensors"
+    names = [str(name) for name in content]
+    hints = [hint for start, hint in FOREIGN.items() if any(name.startswith(start) for name in names)]
+    return "; ".join([f"its first entries are {', '.join(names[:3]) or 'none'}", *hints[:1]])
 
 
 def count(weights: Mapping[str, Tensor], stem: str) -> int:

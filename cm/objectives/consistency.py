@@ -15,6 +15,7 @@ from cm.interfaces import Batch, Nets, Terms
 from cm.nn import append_dims, update_ema
 from cm.objectives.grid import GridObjective
 from cm.random_util import SharedDropout
+from cm.registry import UserError
 from cm.samplers.heun import Heun
 
 
@@ -30,14 +31,14 @@ class Consistency(GridObjective):
 
     def intervals(self, num_scales: int) -> int:
         if num_scales < 2:
-            raise ValueError(
+            raise UserError(
                 f"consistency losses compare neighbouring noise levels: num_scales must be at least 2, got {num_scales}"
             )
         return num_scales - 1
 
     def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
         if nets.target is None:
-            raise ValueError("consistency losses compare with a target network: give a target_model")
+            raise UserError("consistency losses compare with a target network: give a target_model")
         x0, cond = batch.images, batch.cond
         grid = self.levels(num_scales, device=x0.device, dtype=x0.dtype)
         t, t2 = grid[index], grid[index + 1]
@@ -56,7 +57,7 @@ class Consistency(GridObjective):
     def after_step(self, nets: Nets, step: int) -> bool:
         """Move the target a little toward the online network."""
         target_ema, _ = self.curriculum(step)
-        update_ema(nets.target_model.parameters(), nets.online_model.parameters(), target_ema)
+        update_ema(nets.target_params, nets.online_params, target_ema)
         return False
 
 
@@ -65,7 +66,7 @@ class ConsistencyDistillation(Consistency):
 
     def follow(self, nets: Nets, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
         if nets.teacher is None:
-            raise ValueError("consistency distillation needs a teacher: give a teacher_model")
+            raise UserError("consistency distillation needs a teacher: give a teacher_model")
         return Heun().step(partial(nets.teacher, **batch.cond), x_t, t, t2, None)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cm.interfaces import Batch, Nets, Terms
 from cm.nn import append_dims
 from cm.objectives.grid import GridObjective
+from cm.registry import UserError
 from cm.samplers.euler import Euler
 
 
@@ -26,12 +27,12 @@ class ProgressiveDistillation(GridObjective):
 
     def intervals(self, num_scales: int) -> int:
         if num_scales < 1:
-            raise ValueError(f"num_scales is the student's number of sampling steps, at least 1, got {num_scales}")
+            raise UserError(f"num_scales is the student's number of sampling steps, at least 1, got {num_scales}")
         return num_scales
 
     def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
         if nets.teacher is None:
-            raise ValueError("progressive distillation needs a teacher: give a teacher_model")
+            raise UserError("progressive distillation needs a teacher: give a teacher_model")
         x0, cond = batch.images, batch.cond
         grid = self.levels(2 * num_scales + 1, device=x0.device, dtype=x0.dtype)        # the teacher's, twice as fine
         t, t_mid, t_end = grid[2 * index], grid[2 * index + 1], grid[2 * index + 2]
@@ -50,5 +51,6 @@ class ProgressiveDistillation(GridObjective):
         (_, scales), (_, next_scales) = self.curriculum(step), self.curriculum(step + 1)
         if next_scales == scales:
             return False
-        nets.teacher_model.load_state_dict(nets.online_model.state_dict())
+        with th.no_grad():
+            th._foreach_copy_(list(nets.teacher_params), list(nets.online_params))
         return True

@@ -1,0 +1,129 @@
+"""Turn an LSUN database (a folder such as bedroom_train_lmdb) into a folder of square PNG images for --data_dir.
+
+python datasets/lsun_bedroom.py bedroom_train_lmdb data/lsun_bedroom --image-size 256
+
+Image i of the database becomes PREFIX_iiiiiii.png, so the prefix is its class. Started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from cm.image_sources import centre_crop, decode
+from cm.registry import UserError
+
+
+class Entry(NamedTuple):
+    key: str                                    # its name in the database
+    path: Path                                  # the image to be
+    data: bytes                                 # an encoded picture; empty where the image is there already
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.image_size < 1 or args.workers < 1:
+        raise UserError(f"--image-size {args.image_size} and --workers {args.workers} must be at least 1")
+    if os.sep in args.prefix:
+        raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
+    database = open_database(args.lmdb)
+    args.out.mkdir(parents=True, exist_ok=True)
+    count = export(database, args.out, args.image_size, args.prefix, args.workers)
+    print(
+        f"{args.out}: {count['written']} images written, {count['there']} were there already, "
+        f"{count['unreadable']} could not be read"
+    )
+    if not count["written"] + count["there"]:
+        raise UserError(f"{args.lmdb}: not one of {count['unreadable']} entries is a picture")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lmdb", type=Path, help="folder of the database, with its data.mdb")
+    parser.add_argument("out", type=Path, help="folder of the images; made if it is not there")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the square images [default: 256]")
+    parser.add_argument("--prefix", default="bedroom", help="start of the files' names, their class [default: bedroom]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images at a time [default: one a core]")
+    return parser.parse_args(argv)
+
+
+def open_database(path: Path) -> Any:
+    """Open for reading only, with no lock file: the folder may be on a read-only disk.
+
+    :raises UserError: if lmdb is not installed, or there is no such database, or it is empty.
+    """
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("reading LSUN's databases needs the package lmdb: pip install lmdb") from None
+    if not (path / "data.mdb").exists():
+        raise UserError(f"{path} is no lmdb folder: there is no {path / 'data.mdb'}")
+    try:
+        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+    except lmdb.Error as error:
+        raise UserError(f"{path} cannot be opened as an lmdb database: {error}; is the download complete?") from None
+    if not database.stat()["entries"]:
+        raise UserError(f"{path} is empty")
+    return database
+
+
+def export(database: Any, out: Path, image_size: int, prefix: str, workers: int) -> Counter:
+    """Write all images; how many were written, were there, and are unreadable. The latter are named as they come."""
+    count: Counter = Counter()
+    entries = read_entries(database, out, prefix)
+    with (
+        ThreadPoolExecutor(workers) as pool,                        # Pillow works outside of Python's lock
+        tqdm(total=database.stat()["entries"], unit="image", disable=None) as progress,
+    ):
+        while chunk := list(islice(entries, 16 * workers)):
+            for outcome, complaint in pool.map(lambda entry: convert(entry, image_size), chunk):
+                count[outcome] += 1
+                if complaint:
+                    tqdm.write(complaint, file=sys.stderr)
+            progress.update(len(chunk))
+    return count
+
+
+def read_entries(database: Any, out: Path, prefix: str) -> Iterator[Entry]:
+    """All entries in the order of their keys; unreadable ones keep their number."""
+    there = {file.name for file in os.scandir(out)}
+    with database.begin(buffers=True) as transaction:               # data that is not wanted is not even read
+        for i, (key, data) in enumerate(transaction.cursor()):
+            path = out / f"{prefix}_{i:07d}.png"
+            yield Entry(bytes(key).decode(errors="replace"), path, b"" if path.name in there else bytes(data))
+
+
+def convert(entry: Entry, image_size: int) -> tuple[str, str]:
+    """Write one image, whole or not at all: what became of it, and a complaint or nothing."""
+    if not entry.data:
+        return ("there", "") if entry.path.exists() else ("unreadable", f"{entry.key} is empty: skipped")
+    try:
+        pixels = centre_crop(decode(entry.data), image_size)        # [S,S,3]
+    except MemoryError:
+        raise
+    except Exception as error:                                      # decoders raise many kinds
+        return "unreadable", f"{entry.key} ({entry.path.name}) cannot be read: {error}: skipped"
+    partial = entry.path.with_name(f".{entry.path.name}.part")      # hidden files are no images
+    try:
+        Image.fromarray(pixels).save(partial, format="PNG")
+        partial.replace(entry.path)
+    except OSError as error:
+        raise UserError(f"{entry.path} cannot be written: {error.strerror or error}") from None
+    return "written", ""
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,77 @@
+"""Edit images with a consistency model: fill in, colour, sharpen, redraw, denoise; or interpolate between two.
+
+python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,32 \\
+    --model_path runs/cd/ema_0.9999_600000.pt --ts 0,22,39 --steps 40 --log_dir runs/inpainted
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+
+from cm import dist_util, logger, run_util
+from cm.config import DiffusionConfig, EditConfig, ModelConfig, RunConfig
+from cm.edit_util import EditJob, edit_images, make_job
+from cm.flags import Settings, parse
+from cm.sample_files import grid_scale, labelled_rows
+from cm.sampling import SamplingResult, at_precision, collect_to_npz
+
+COLUMNS = 8                                                 # images in the comparison
+
+
+def main() -> None:
+    settings = parse(__doc__, EditConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42)
+    dist_util.setup_dist()
+    run_util.adopt_model(settings)
+    if settings.dry_run:
+        return run_util.describe(settings)
+
+    job = make_job(settings, run_util.sampling_plan(settings), *run_util.sampler_of(settings))
+    run_util.open_log(settings)
+    model, diffusion = run_util.load_model(settings), run_util.sampling_diffusion(settings)
+    with at_precision(model, run_util.run_precision(settings)):
+        result = collect_to_npz(partial(edit_images, job, model, diffusion), job.plan, logger.get_dir(), job.kinds)
+    dist_util.on_main(report, settings, job, result)
+
+
+def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
+    """Leave a comparison and a summary beside the results; on rank 0."""
+    config = settings.section(EditConfig)
+    stem = result.paths["samples"].removesuffix(".npz")
+    summary = result.paths | {
+        "task": config.task,
+        "model_path": config.model_path,
+        "images": config.images,
+        "sampler": config.sampler,
+        "steps": config.steps,
+        "ts": config.ts,
+        "seed": job.plan.seed,
+        "num_samples": job.plan.num_samples,
+        "network_evaluations": result.evaluations,
+        "seconds": round(result.seconds, 3),
+    }
+    with open(f"{stem}.json", "w") as file:
+        json.dump(summary, file, indent=2)
+    labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)).save(f"{stem}.png")
+    logger.log(f"{job.plan.num_samples} results, {result.evaluations} network evaluations each")
+    for kind, path in result.paths.items():
+        logger.log(f"{kind}: {path}")
+    logger.log(f"comparison: {stem}.png")
+
+
+def comparison(job: EditJob, result: SamplingResult) -> list[tuple[str, np.ndarray]]:
+    """Named rows of the first images: original, known and result, or a row for each pair."""
+    results = result.first_images["samples"]
+    if job.arcs is not None:
+        starts = range(0, len(results), job.arcs.per_pair)
+        return [("{} to {}".format(*job.arcs.ends[i]), results[i : i + job.arcs.per_pair]) for i in starts]
+    results, known = results[:COLUMNS], result.first_images["inputs"][:COLUMNS]
+    original = job.originals(np.arange(len(results)))
+    changed = [("known", known)] if (known != original).any() else []
+    return [("original", original), *changed, ("result", results)]
+
+
+if __name__ == "__main__":
+    dist_util.run(main)
