@@ -14,13 +14,14 @@ setup(
         "tqdm>=4.60",
         "blobfile>=2.0.5",
         "pyyaml>=6",
+        "piq>=0.8",
+        "torchvision>=0.15",
     ],
     extras_require={
         "mpi": ["mpi4py>=4", "mpich>=4"],
         "demo": ["scikit-learn>=1.3"],
-        "lpips": ["piq>=0.8", "torchvision>=0.15"],
         "lsun": ["lmdb>=1.3"],
-        "test": ["consistency-toolkit[lpips,lsun]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
+        "test": ["consistency-toolkit[lsun]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

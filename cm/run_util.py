@@ -98,6 +98,7 @@ def open_data(settings: Settings) -> Any:
         rank=dist_util.get_rank(),
         world_size=world_size,
         num_workers=None if data.num_workers < 0 else data.num_workers,
+        pin_memory=dist_util.dev().type == "cuda",
     )
 
 

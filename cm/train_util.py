@@ -142,7 +142,7 @@ class TrainLoop:
 
     def run_loop(self) -> None:
         """Train until `total_training_steps`; the last state is always saved, once."""
-        self.clock = time.monotonic()
+        self.clock, self.logged_step = time.monotonic(), self.step
         bar = tqdm(
             total=self.total_training_steps, initial=self.step, unit="step", desc="training",
             disable=not dist_util.is_main(), dynamic_ncols=True,
@@ -228,7 +228,7 @@ class TrainLoop:
         """Write a row of the log; returns the averages of the losses."""
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        images = (self.step % self.log_interval or self.log_interval) * self.global_batch
+        images, self.logged_step = (self.step - self.logged_step) * self.global_batch, self.step
         logger.logkvs({
             "step": self.step,
             "samples": self.step * self.global_batch,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from nets import plain_state_dict
 
 from cm import dist_util, script_util
 from cm.attention import qkv_attention
@@ -50,7 +51,7 @@ def tiny(**changes):
 
 @pytest.fixture
 def bare(tmp_path):
-    th.save(weights.plain_state_dict(tiny()), tmp_path / "cd_imagenet64_l2.pt")
+    th.save(plain_state_dict(tiny()), tmp_path / "cd_imagenet64_l2.pt")
     return tmp_path / "cd_imagenet64_l2.pt"
 
 
@@ -146,7 +147,7 @@ def test_what_agrees_is_no_contradiction(bare):
 
 
 def test_an_empty_channel_mult_is_the_default_of_the_size(tmp_path):
-    th.save(weights.plain_state_dict(tiny(channel_mult="1,2")), tmp_path / "edm_cat256_ema.pt")
+    th.save(plain_state_dict(tiny(channel_mult="1,2")), tmp_path / "edm_cat256_ema.pt")
     settings, _ = adopt(tmp_path / "edm_cat256_ema.pt", *TOLD, "--channel_mult", "")
     assert settings.values["channel_mult"] == "1,2"
 
@@ -156,7 +157,7 @@ def training(*argv):
 
 
 def test_a_teacher_gives_its_student_the_architecture(bare, tmp_path):
-    th.save(weights.plain_state_dict(tiny(num_channels=64)), tmp_path / "wide.pt")
+    th.save(plain_state_dict(tiny(num_channels=64)), tmp_path / "wide.pt")
     settings = training(*TOLD, "--teacher_model_path", bare, "--resume_checkpoint", tmp_path / "wide.pt")
     script_util.adopt_checkpoint(settings, "teacher_model_path")
     assert {name: settings.values[name] for name in TINY} == TINY
@@ -204,7 +205,7 @@ def test_guided_diffusion_weights_are_put_into_order(tmp_path, new_order, heads)
                     if name.startswith(f"{prefix}.qkv.") and hasattr(block, "num_heads"))
 
     path = tmp_path / "guided.pt"
-    th.save(as_guided(weights.plain_state_dict(model), heads_of, new_order), path)
+    th.save(as_guided(plain_state_dict(model), heads_of, new_order), path)
     asked = [word for name, value in heads.items() for word in (f"--{name}", value)]
     settings, source = adopt(path, "--image_size", 8, "--training_mode", "edm", *asked,
                              "--use_new_attention_order", new_order)
@@ -292,7 +293,7 @@ def test_a_truncated_file(bare, part):
     (lambda state: state.update(stranger=th.zeros(1)), "1 unknown: stranger"),
 ])
 def test_what_does_not_fit_is_named(bare, damage, message):
-    state = weights.plain_state_dict(tiny())
+    state = plain_state_dict(tiny())
     damage(state)
     th.save(state, bare)
     settings, source = adopt(bare, *TOLD)

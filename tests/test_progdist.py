@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch as th
 from mpi import mpiexec
+from nets import plain_state_dict
 from test_train_util import digest, images, loop, run  # noqa: F401 (images is a fixture)
 
-from cm.checkpoints import weights
 from cm.curricula import ema_and_scales
 from cm.registry import UserError
 from cm.script_util import create_model
@@ -61,7 +61,7 @@ def test_distil_and_sample_on_two_ranks(tmp_path):
     model = create_model(
         8, 32, 1, "1", class_cond=True, attention_resolutions="8", num_head_channels=32, num_classes=10
     )
-    th.save(weights.plain_state_dict(model), teacher)
+    th.save(plain_state_dict(model), teacher)
     script("cm_train.py", "--training_mode", "progdist", "--teacher_model_path", teacher, "--image_size", 8,
            "--num_head_channels", 32, "--data_dir", "digits", "--scale_mode", "progdist", "--start_scales", 4,
            "--distill_steps_per_iter", 1, "--total_training_steps", 5, "--lr_anneal_steps", 0, "--loss_norm", "l2-32",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch as th
-from torch import Tensor, nn
+from torch import nn
 
 from cm.registry import UserError
 
@@ -37,11 +36,3 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
     """Load a state dict into a network that it fits; see `check`."""
     check(model, weights, source)
     model.load_state_dict(weights)
-
-
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A network's weights as float32 tensors on the CPU, without gradients."""
-    return {
-        name: value.detach().to("cpu", th.float32 if value.is_floating_point() else value.dtype)
-        for name, value in model.state_dict().items()
-    }
