@@ -61,7 +61,7 @@ def test_choices_are_the_tables():
     from cm.random_util import GENERATORS
     from cm.resample import SCHEDULE_SAMPLERS
     from cm.samplers import SAMPLERS
-    from cm.train_util import OPTIMIZERS
+    from cm.train_loop import OPTIMIZERS
     from cm.weightings import WEIGHTINGS
 
     def choices(section, name):

@@ -13,15 +13,14 @@ LAYERS = [
     ["collectives"],
     ["logger", "dist_util", "flags"],
     ["nn", "forward_ad", "schedules", "curricula", "precond", "weightings", "distances", "resample", "random_util",
-     "image_sources",
-     "config", "meters", "sample_files", "line_plot", "schedule_search"],
+     "image_sources", "config", "meters", "sample_files", "line_plot", "schedule_search"],
     ["fp16_util", "attention"],
     ["unet", "edm_networks", "augment"],
     ["samplers"],
     ["editing", "objectives"],
     ["karras_diffusion", "image_datasets", "checkpoints"],
-    ["script_util", "train_util", "sampling", "shared_stages", "score_ledger"],
-    ["run_util", "edit_util"],
+    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger"],
+    ["train_util", "run_util", "edit_util"],
 ]
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 

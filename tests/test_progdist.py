@@ -14,7 +14,7 @@ from test_train_util import digest, images, loop, run  # noqa: F401 (images is a
 from cm.curricula import ema_and_scales
 from cm.registry import UserError
 from cm.script_util import create_model
-from cm.train_util import as_batch
+from cm.train_loop import as_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 HALVING = ema_and_scales("fixed", 0.0, "progdist", 8, 8, 12, 2)

@@ -7,7 +7,7 @@ import torch as th
 from test_train_util import MODES, digest, images, loop, network, run  # noqa: F401 (images is a fixture)
 
 from cm.fp16_util import HALF
-from cm.train_util import as_batch
+from cm.train_loop import as_batch
 
 KINDS = ("edm", "consistency_distillation", "consistency_training", "progdist")
 

@@ -15,7 +15,8 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.registry import UserError
 from cm.resample import create_named_schedule_sampler
 from cm.script_util import create_model
-from cm.train_util import CMTrainLoop, NonFiniteError, TrainLoop, as_batch, last_step, parse_rates
+from cm.train_loop import NonFiniteError, as_batch, last_step, parse_rates
+from cm.train_util import CMTrainLoop, TrainLoop
 
 BATCH = 8
 
