@@ -133,7 +133,8 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
 
 def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
     parser = Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved run and exit")
