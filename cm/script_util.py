@@ -196,10 +196,11 @@ def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2"
 
 
 def attend_where_possible(settings: Settings) -> None:
-    """The default attention resolutions, without those that an image of this size does not have."""
+    """The default attention resolutions, without those that halving an image of this size does not reach."""
     if "attention_resolutions" not in settings.given:
         sides = parse_resolutions(settings.values["attention_resolutions"])
-        fitting = [side for side in sides if side <= settings.values["image_size"]]
+        reached = {settings.values["image_size"] / 2**level for level in range(16)}
+        fitting = [side for side in sides if side in reached]
         settings.replace(attention_resolutions=",".join(map(str, fitting)))
 
 

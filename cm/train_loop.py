@@ -359,5 +359,8 @@ def find_checkpoint(directory: str) -> state.Checkpoint | None:
 def load_part(name: str, path_of: Callable[[str], str | None]) -> Any:
     path = path_of(name)
     if path is None:
-        raise UserError(f"the checkpoint has no {name!r}; was it made with other flags? Start with --resume never")
+        raise UserError(
+            f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
+            "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
+        )
     return dist_util.load_state_dict(path, map_location="cpu")

@@ -38,6 +38,19 @@ def test_attention_keeps_channels_last_and_copies_nothing_to_get_there():
     assert tokens.is_contiguous() and tokens.data_ptr() == qkv.data_ptr()
 
 
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (0, 3, 2, 1), (3, 2, 1, 0), (1, 0, 3, 2)])
+def test_any_strides_will_do(order):
+    """Images that come out of an einsum or a permutation lie in memory in orders of their own."""
+    th.manual_seed(0)
+    qkv = th.randn(2, 96, 4, 6)
+    strided = qkv.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+    assert th.equal(strided, qkv) and not strided.is_contiguous()
+    th.testing.assert_close(qkv_attention(strided, 2), slow_attention(qkv, 2), rtol=1e-5, atol=1e-6)
+    block = AttentionBlock(96, 2)
+    th.nn.init.normal_(block.proj_out.weight, std=0.1)
+    th.testing.assert_close(block(strided), block(qkv), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [th.float16, th.bfloat16])
 def test_half_attention(dtype):
     th.manual_seed(0)

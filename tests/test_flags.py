@@ -54,6 +54,10 @@ def test_every_flag_of_the_original_is_there_with_its_default(script):
             assert ours[name] == (float("inf") if default == "inf" else default), flag
 
 
+def test_edm_training_draws_from_edms_law_by_default():
+    assert settings_of("edm_train.py").values["schedule_sampler"] == "lognormal"
+
+
 def test_choices_are_the_tables():
     from cm.curricula import EMA_MODES, SCALE_MODES
     from cm.distances import DISTANCES

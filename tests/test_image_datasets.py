@@ -166,6 +166,20 @@ def test_a_batch_may_exceed_the_set(npz, workers):
     assert sorted(batch.indices[:N].tolist()) == list(range(N))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fewer_images_than_ranks_need(tmp_path, workers):
+    """Three images for two ranks of four: every step is full, and all images are shown equally often."""
+    for i in range(3):
+        Image.fromarray(PIXELS[i]).save(tmp_path / f"a_{i}.png")
+    ranks = [
+        take(3, data_dir=str(tmp_path), batch_size=4, rank=rank, world_size=2, num_workers=workers)
+        for rank in range(2)
+    ]
+    found = samples(batch for batches in ranks for batch in batches)
+    assert sorted(found) == list(range(24))
+    assert np.bincount([index for index, _, _ in found.values()]).tolist() == [8, 8, 8]
+
+
 def test_workers_live_on_past_epochs(folder):
     stream = load_data(data_dir=folder, image_size=8, batch_size=10, num_workers=2)
     workers = [worker.pid for worker in stream._batches._workers]

@@ -88,6 +88,7 @@ def test_an_empty_interval_is_an_error():
     ("0", "20,39", 40, SearchRange((0, 20, 39), 1, 19)),
     ("0, 5", "20,30,39", 40, SearchRange((0, 5, 20, 30, 39), 6, 19)),
     ("0", "3", 40, SearchRange((0, 39), 1, 3)),                     # a limit, itself allowed
+    ("0", "2", 40, SearchRange((0, 39), 1, 2)),
     ("0", "1", 40, SearchRange((0, 39), 1, 1)),
     ("0", "2", 3, SearchRange((0, 2), 1, 1)),
 ])

@@ -87,6 +87,12 @@ def is_rank(pid):
     return Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable)
 
 
+def test_two_ranks_go_on_from_a_checkpoint_in_another_folder(teacher, tmp_path):
+    edm(tmp_path, 12, "--resume_checkpoint", teacher / "model000008.pt")
+    assert files_of(tmp_path, 12) == files_of(teacher, 12)
+    assert np.array_equal(losses(tmp_path), losses(teacher)[8:])
+
+
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_any_number_of_ranks_gives_the_same_curve(teacher, tmp_path, ranks):
     edm(tmp_path, 4, ranks=ranks)

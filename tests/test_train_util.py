@@ -8,6 +8,7 @@ import pytest
 import torch as th
 
 from cm import logger
+from cm.checkpoints import state
 from cm.curricula import ema_and_scales
 from cm.image_datasets import load_data
 from cm.interfaces import Batch
@@ -213,6 +214,65 @@ def test_start_from_weights_of_another_run(images, tmp_path):
     third = loop(images, tmp_path / "third", 4, resume_checkpoint=str(tmp_path / "first" / "model000002.pt"))
     assert third.step == 2
     assert all(th.equal(a, b) for a, b in zip(first.ema_params[1], third.ema_params[1]))
+
+
+def test_a_run_that_goes_on_in_another_folder_is_the_same_run(images, tmp_path):
+    """--resume_checkpoint counts steps, learning rate and file names from where that run was."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(images, first, 5, save_interval=2, lr_anneal_steps=6)
+    run(images, second, 5, lr_anneal_steps=6, resume_checkpoint=str(first / "model000002.pt"))
+    assert digest(second, 5) == digest(first, 5)
+    assert [path.name for path in second.glob("checkpoint_*")] == ["checkpoint_000005.json"]
+    rows = (second / "progress.csv").read_text().splitlines()
+    column = rows[0].split(",").index("step")
+    assert [row.split(",")[column] for row in rows[1:]] == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize("name", ["model", "ema_0.5"])
+def test_a_fresh_optimizer_is_never_silent(images, tmp_path, name):
+    """Weights alone, or an average, begin a new run, and the log says so."""
+    run(images, tmp_path / "first", 2)
+    path = tmp_path / "first" / state.file_name(name, 2)
+    if name == "model":
+        (tmp_path / "first" / "checkpoint_000002.json").unlink()
+    with logger.scoped_configure(str(tmp_path / "second"), format_strs=["log"]):
+        said = tmp_path / "second" / "log.txt"
+        second = TrainLoop(
+            model=network(), diffusion=KarrasDenoiser(loss_norm="l2"), data=iter(()), batch_size=BATCH, lr=1e-3,
+            ema_rate="0.5", log_interval=1, save_interval=1, resume_checkpoint=str(path),
+        )
+    assert second.step == 0 and not second.opt.state
+    message = f"starting at step 0 from the weights of {path}; optimizer and averages start afresh"
+    assert message in said.read_text()
+
+
+@pytest.mark.parametrize("name", ["opt", "ema_0.9"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(images, tmp_path, name):
+    run(images, tmp_path / "first", 2)
+    (tmp_path / "first" / state.file_name(name, 2)).unlink()
+    with pytest.raises(OSError, match=state.file_name(name, 2)):
+        loop(images, tmp_path / "second", 4, resume_checkpoint=str(tmp_path / "first" / "model000002.pt"))
+
+
+def test_an_average_that_was_never_made_is_named(images, tmp_path):
+    run(images, tmp_path, 1, ema_rate="0.5")
+    with pytest.raises(UserError, match="no 'ema_0.9': .*--ema_rate.*begin a new run.*another --log_dir"):
+        loop(images, tmp_path, 2, ema_rate="0.5,0.9")
+
+
+@pytest.mark.parametrize("schedule_sampler", ["lognormal", "uniform"])
+def test_the_log_has_all_its_columns_from_the_first_row_on(images, tmp_path, schedule_sampler):
+    """Four quarters of the noise range, none of them named after noise levels that happened to be drawn."""
+    training = loop(images, tmp_path, 3, log_interval=1, data=stream(0, images),
+                    schedule_sampler=create_named_schedule_sampler(schedule_sampler, KarrasDenoiser(loss_norm="l2")))
+    headers = []
+    for _ in range(3):
+        training.total_training_steps = training.step + 1
+        training.run_loop()
+        headers.append((tmp_path / "progress.csv").read_text().splitlines()[0].split(","))
+    assert headers[0] == headers[1] == headers[2]
+    quarters = [name for name in headers[0] if name.startswith("loss_q")]
+    assert sorted(quarters) == ["loss_q0", "loss_q1", "loss_q2", "loss_q3"]
 
 
 def test_a_target_starts_from_the_weights_the_student_starts_from(images, tmp_path):
