@@ -34,13 +34,12 @@ class FrechetOverRanks:
 
     def __init__(self, ref_path: str, extractor: Extractor, image_size: int, batch_size: int):
         self.extractor = extractor
-        famous, plain = NAMES[KEY]
-        self.label = famous if extractor.is_inception else f"{plain} ({extractor.name} features, not Inception)"
+        self.label = label(extractor)
         # Asked of blank images, so that a rank without any image knows the dimension too.
         self.dim = extractor.extract(np.zeros((2, image_size, image_size, 3), np.uint8)).pool.shape[1]
         file = BatchFile(ref_path)
         self.reference = file.statistics(POOLED.suffix) or self.measure(file, batch_size)
-        self.check_features(ref_path)
+        check_features(ref_path, self.reference, extractor, self.dim)
 
     def distance(self, batches: Iterable[NDArray[np.uint8]]) -> float:
         """The distance of the images [B,H,W,3] of all ranks; the same number on every rank.
@@ -56,8 +55,7 @@ class FrechetOverRanks:
     def warn_of_few(self, num_images: int) -> None:
         """Say so if a distance of that many images is badly biased."""
         if num_images < self.dim:
-            logger.warn(f"{num_images} images are fewer than the {self.dim} feature dimensions, so their distance is "
-                        "strongly biased; compare it only at equal counts")
+            logger.warn(too_few(num_images, self.dim))
 
     def measure(self, file: BatchFile, batch_size: int) -> Statistics:
         """Statistics of the reference images, which the ranks share out batch by batch."""
@@ -72,13 +70,25 @@ class FrechetOverRanks:
                 bar.update(len(images))
         return Statistics(*over_ranks(moments).finalize(), self.extractor.id, len(file))
 
-    def check_features(self, ref_path: str) -> None:
-        mu, maker = self.reference.mu, self.reference.extractor
-        if len(mu) != self.dim or maker not in (None, self.extractor.id):
-            raise UserError(
-                f"{ref_path} stores {len(mu)} features of {maker or 'an extractor it does not name'}, and the "
-                f"extractor given is {self.extractor.id} with {self.dim}: give the one that the statistics come from"
-            )
+
+def label(extractor: Extractor) -> str:
+    """FID in Inception's features, and a plain name in those of another network."""
+    famous, plain = NAMES[KEY]
+    return famous if extractor.is_inception else f"{plain} ({extractor.name} features, not Inception)"
+
+
+def too_few(num_images: int, dim: int) -> str:
+    return (f"{num_images} images are fewer than the {dim} feature dimensions, so their distance is strongly biased; "
+            "compare it only at equal counts")
+
+
+def check_features(path: str, stored: Statistics, extractor: Extractor, dim: int) -> None:
+    """:raises UserError: if the statistics of a file are not of this extractor's `dim` features."""
+    if len(stored.mu) != dim or stored.extractor not in (None, extractor.id):
+        raise UserError(
+            f"{path} stores {len(stored.mu)} features of {stored.extractor or 'an extractor it does not name'}, and "
+            f"the extractor given is {extractor.id} with {dim}: give the one that the statistics come from"
+        )
 
 
 def over_ranks(moments: Moments) -> Moments:

@@ -1,6 +1,7 @@
 """Imports run down the layers: a file imports only from layers above it in this list, never from its own."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 CM_FILES = sorted((ROOT / "cm").rglob("*.py"))
+ROOMS_OF_SCRIPTS = ("scripts", "evaluations", "datasets")
 
 
 @pytest.mark.parametrize("path", CM_FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -60,7 +62,17 @@ def test_only_dist_util_imports_mpi():
 
 def test_evaluations_never_import_the_training_engine():
     for path in (ROOT / "evaluations").rglob("*.py"):
-        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags"}, path
+        # image_sources is a reader of files, not the engine: images are found and decoded in one way everywhere
+        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags", "image_sources"}, path
+
+
+def test_every_foreign_package_is_one_that_setup_declares():
+    distributions = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    own = {"cm", "evaluations", *sys.stdlib_module_names}
+    declared = (ROOT / "setup.py").read_text()
+    for path in [*CM_FILES, *(file for room in ROOMS_OF_SCRIPTS for file in (ROOT / room).rglob("*.py"))]:
+        for package in {name.split(".")[0] for name in absolute_imports(path)} - own:
+            assert f'"{distributions.get(package, package)}>=' in declared, f"{path} imports {package}"
 
 
 def absolute_imports(path: Path) -> set[str]:

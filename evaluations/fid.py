@@ -1,0 +1,300 @@
+"""The Frechet distance of images from a reference, and references for one's own data; FID in Inception's features.
+
+python evaluations/fid.py ref --data IMAGES --dest ref.npz --inception inception.pt
+mpiexec -n 8 python evaluations/fid.py calc --images SAMPLES --ref ref.npz --inception inception.pt
+
+The commands and flags of NVlabs/edm's fid.py. Batches are cut before the ranks share them out, so the network sees
+the same batches, and the number is the same, on any number of ranks. D feature dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from cm import dist_util
+from cm.flags import Parser
+from cm.registry import UserError
+from evaluations.comparison import DAMAGED
+from evaluations.evaluator import DESCRIPTION, positive, side
+from evaluations.features import ENVIRONMENT_VARIABLE, EXTRACTORS, Extractor, load_extractor
+from evaluations.frechet_over_ranks import check_features, label, over_ranks, too_few
+from evaluations.image_sets import COMPUTED, POOLED, SPATIAL, STORED, FeatureKind
+from evaluations.metrics import Moments, frechet
+from evaluations.picture_files import CHUNK, NpzPictures, Pictures, open_pictures
+from evaluations.readers import BatchFile, Statistics
+
+NUM = 50000                                                 # images behind a published FID
+PROBED = 2                                                  # images the extractor is tried on
+
+
+# --- the features of images ----------------------------------------------------------------------------------------
+
+
+def choose(num_images: int, num: int, seed: int) -> NDArray[np.int64]:
+    """Indices of `num` images, ascending; the choice of NVlabs/edm for the same seed."""
+    return np.sort(np.random.RandomState(seed).permutation(num_images)[:num])
+
+
+def probe(pictures: Pictures, indices: NDArray[np.int64], extractor: Extractor) -> dict[FeatureKind, int]:
+    """The kinds of features that the extractor gives, and their dimensions, asked of the first images."""
+    features = extractor.extract(next(pictures.take([indices[:PROBED]])))
+    values = {kind: getattr(features, kind.field) for kind in (POOLED, SPATIAL)}
+    return {kind: array.shape[1] for kind, array in values.items() if array is not None}
+
+
+def measure(
+    pictures: Pictures,
+    indices: NDArray[np.int64],
+    extractor: Extractor,
+    batch_size: int,
+    dims: Mapping[FeatureKind, int],
+) -> dict[FeatureKind, Statistics]:
+    """Mean and covariance of the chosen images' features; one step of all ranks together.
+
+    :raises UserError: if an image cannot be read, or a feature is not finite.
+    """
+    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    groups = np.split(indices, range(batch_size, len(indices), batch_size))
+    rounds = [sum(map(len, groups[first : first + ranks])) for first in range(0, len(groups), ranks)]
+    mine = groups[rank::ranks]
+    moments = {kind: Moments(dim) for kind, dim in dims.items()}
+    with tqdm(total=len(indices), desc=f"features of {pictures.path}", unit="img", disable=rank > 0) as bar:
+        for group, images, done in zip(mine, pictures.take(mine), rounds):
+            features = extractor.extract(images)
+            for kind, sums in moments.items():
+                values = getattr(features, kind.field)      # [B,D]
+                check_finite(values, kind, pictures, group, extractor)
+                sums.update(values)
+            bar.update(done)
+    return {
+        kind: Statistics(*over_ranks(sums).finalize(), extractor.id, len(indices)) for kind, sums in moments.items()
+    }
+
+
+def check_finite(
+    values: NDArray[np.float32], kind: FeatureKind, pictures: Pictures, group: NDArray[np.int64], extractor: Extractor
+) -> None:
+    """:raises UserError: if a feature is NaN or infinite; the message names the first image that has one."""
+    good = np.isfinite(values).all(1)                       # [B]
+    if not good.all():
+        raise UserError(
+            f"{pictures.path}: the {kind.field} features of {pictures.name(group[good.argmin()])} are not finite: the "
+            f"extractor {extractor.name} ({extractor.id}) is damaged, or cannot take this image"
+        )
+
+
+def check_two(pictures: Pictures) -> None:
+    if len(pictures) < 2:
+        raise UserError(f"{pictures.path} has 1 image; a covariance needs at least 2")
+
+
+# --- calc ----------------------------------------------------------------------------------------------------------
+
+
+def calc(
+    images: str, ref: str, extractor: Extractor, *, num: int = NUM, seed: int = 0, batch_size: int = 64
+) -> dict[str, Any]:
+    """The distance of images from a reference; one step of all ranks together, the same result on each.
+
+    :param images: folder, zip or npz.
+    :param ref: npz of statistics, or of images.
+    :param num: how many of the images; a seeded choice if there are more.
+    :param batch_size: images per pass of the network.
+    :returns: what --json writes.
+    :raises UserError: if there are fewer images than `num`, they or the reference cannot be used, or the reference
+        stores features of another extractor.
+    """
+    start = time.monotonic()
+    ref_file, pictures = BatchFile(ref), open_pictures(images, "--images")
+    reference = ref_file.statistics(POOLED.suffix)
+    source = STORED if reference else COMPUTED
+    check_two(pictures)
+    if not 2 <= num <= len(pictures):
+        raise UserError(f"{images} has {len(pictures)} images, and --num asks for {num}: it may be 2 to "
+                        f"{len(pictures)}. Distances are comparable only at equal numbers")
+    indices = choose(len(pictures), num, seed)
+    dims = {POOLED: probe(pictures, indices, extractor)[POOLED]}
+    if reference is None:
+        ref_pictures = NpzPictures(ref_file)
+        check_two(ref_pictures)
+        reference = measure(ref_pictures, np.arange(len(ref_pictures)), extractor, batch_size, dims)[POOLED]
+    check_features(ref, reference, extractor, dims[POOLED])
+    found = measure(pictures, indices, extractor, batch_size, dims)[POOLED]
+    parts = dist_util.on_main(frechet, reference.mu, reference.sigma, found.mu, found.sigma)
+    counts = sorted({num, reference.num_images or num})
+    warnings = [too_few(count, dims[POOLED]) for count in counts if count < dims[POOLED]]
+    if parts.clipped > DAMAGED:
+        warnings.append(f"a covariance has negative eigenvalues, so the statistics of {ref} are damaged")
+    return {
+        "value": parts.distance,
+        "label": label(extractor),
+        "images": images,
+        "num_images": num,
+        "seed": seed,
+        "reference": ref,
+        "reference_count": reference.num_images,
+        "reference_source": source,
+        "extractor": {name: getattr(extractor, name) for name in DESCRIPTION},
+        "warnings": warnings,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": th.__version__},
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """Where the number comes from, its warnings, and on the last line the bare number."""
+    provenance = "; ".join([
+        side("images", result["num_images"], COMPUTED),
+        side("reference", result["reference_count"], result["reference_source"]),
+        "extractor: {name} ({id}), resize: {resize}".format(**result["extractor"]),
+    ])
+    warnings = [f"warning: {text}" for text in result["warnings"]]
+    return "\n".join([*warnings, f"{result['label']}  [{provenance}]", f"{result['value']:g}"])
+
+
+# --- ref -----------------------------------------------------------------------------------------------------------
+
+
+def ref(
+    data: str, dest: str, extractor: Extractor, *, num_images: int = 0, seed: int = 0, batch_size: int = 64
+) -> str:
+    """Write a reference of all images of a set; one step of all ranks together, the same result on each.
+
+    The keys are those that `evaluations.readers` lists. A file that stood under `dest` stays until the new one is
+    complete.
+
+    :param data: folder, zip or npz.
+    :param num_images: how many of the images, in a seeded choice, the file holds besides (precision, recall and KID
+        need them).
+    :returns: what was written, in a line.
+    :raises UserError: if the images cannot be used, or are fewer than `num_images`, or `dest` cannot be written.
+    """
+    pictures = open_pictures(data, "--data")
+    check_two(pictures)
+    if num_images > len(pictures):
+        raise UserError(f"{data} has {len(pictures)} images, and --images asks for {num_images} of them")
+    check_dest(dest, data)
+    verb = "replaced" if os.path.exists(dest) else "wrote"
+    indices = np.arange(len(pictures))
+    found = measure(pictures, indices, extractor, batch_size, probe(pictures, indices, extractor))
+    arrays = {"extractor": np.array(extractor.id), "num_images": np.array(len(pictures))}
+    for kind, statistics in found.items():
+        arrays |= {f"mu{kind.suffix}": statistics.mu, f"sigma{kind.suffix}": statistics.sigma}
+    kept = choose(len(pictures), num_images, seed)
+    if len(kept) and pictures.labels is not None:
+        arrays["arr_1"] = pictures.labels[kept]
+    dist_util.on_main(write_npz, dest, arrays, pictures, kept)
+    means = ", ".join(f"mu{kind.suffix} {list(statistics.mu.shape)}" for kind, statistics in found.items())
+    dim = len(found[POOLED].mu)
+    warning = f"\nwarning: {too_few(len(pictures), dim)}" if len(pictures) < dim else ""
+    return (
+        f"{verb} {dest}: {means} of {len(pictures)} images, {len(kept)} of them "
+        f"inside; extractor: {extractor.name} ({extractor.id}), resize: {extractor.resize}{warning}"
+    )
+
+
+def check_dest(dest: str, data: str) -> None:
+    """Find out before the work whether the file can be written."""
+    if os.path.realpath(dest) == os.path.realpath(data):
+        raise UserError(f"--dest {dest} is the data itself, which it would replace; name another file")
+    if os.path.isdir(dest):
+        raise UserError(f"--dest {dest} is a folder; name an npz file in it")
+    os.makedirs(os.path.dirname(os.path.abspath(dest)), exist_ok=True)
+
+
+def write_npz(dest: str, arrays: Mapping[str, NDArray], pictures: Pictures, kept: NDArray[np.int64]) -> None:
+    """An npz of arrays and of the images `kept` as arr_0, which are never all in memory; complete or not there."""
+    partial = f"{dest}.partial"
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            if len(kept):
+                write_images(archive, pictures, kept)
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        os.replace(partial, dest)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {dest}: {error}") from error
+        raise
+
+
+def write_images(archive: zipfile.ZipFile, pictures: Pictures, kept: NDArray[np.int64]) -> None:
+    with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        for number, images in enumerate(pictures.take(np.split(kept, range(CHUNK, len(kept), CHUNK)))):
+            if number == 0:
+                form = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), *images.shape[1:])}
+                np.lib.format.write_array_header_1_0(member, form)
+            member.write(images.tobytes())
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
+    one = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
+    one.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
+    one.add_argument("--ref", required=True, metavar="NPZ", help="reference: statistics (mu, sigma) or images (arr_0)")
+    one.add_argument("--num", type=positive, default=NUM,
+                     help=f"images to use: fewer is an error, of more a random choice [default: {NUM}]")
+    one.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
+    two = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
+    two.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
+    two.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
+    two.add_argument("--images", type=natural, default=0, metavar="N",
+                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+    for command in (one, two):
+        command.add_argument("--seed", type=natural, default=0, help="of the random choice [default: 0]")
+        command.add_argument("--batch", type=positive, default=64, help="images per pass [default: 64]")
+        command.add_argument(
+            "--inception", metavar="PATH",
+            help=f"extractor: PATH, or KIND:PATH of the kinds {', '.join(EXTRACTORS)} "
+                 f"[default: ${ENVIRONMENT_VARIABLE}]",
+        )
+    return parser
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:                              # the seeds that numpy takes
+        raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    dist_util.setup_dist()
+    extractor = load_extractor(args.inception, dist_util.dev())
+    if args.command == "ref":
+        text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch)
+    else:
+        if args.json:
+            os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+        result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch)
+        text = report(result)
+        if args.json and dist_util.is_main():
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(result, file, indent=2)
+    if dist_util.is_main():
+        print(text)
+
+
+if __name__ == "__main__":
+    dist_util.run(main)
