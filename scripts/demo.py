@@ -133,7 +133,7 @@ class Demo:
         labelled_rows(rows, scale=6).save(path)
         return path
 
-    # --- helpers ---------------------------------------------------------------------------------------------------
+    # --- parts ---------------------------------------------------------------------------------------------------
 
     def stage(self, name: str, product: Path, command: list[str], ranks: int = 0) -> None:
         """Run a command unless its product is there."""
