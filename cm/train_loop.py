@@ -166,8 +166,8 @@ class TrainLoop:
         self.forward_backward(batch)
         self.report = self.trainer.optimize(self.opt)
         self.check_finite(batch)
-        self.remember()
-        if self.report.stepped:
+        if self.report.stepped:                                 # a step that overflowed has nothing to teach
+            self.remember()
             self.update_averages()
         if self.objective.after_step(self.nets, self.step):
             self.start_afresh()
@@ -177,6 +177,7 @@ class TrainLoop:
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of the mean loss over the global batch, whatever the microbatch and the number of ranks."""
+        self.to_remember.clear()
         for start in range(0, len(batch), self.microbatch):
             part = batch.rows(start, start + self.microbatch)
             rng = SampleStreams(self.seed, part.positions, stream="train")
@@ -195,7 +196,6 @@ class TrainLoop:
         if self.objective.memory is None:
             return
         mine = [th.cat(column) for column in zip(*self.to_remember)]
-        self.to_remember.clear()
         positions, sigma, loss = (th.cat(column) for column in zip(*dist_util.all_gather_object(mine)))
         order = positions.argsort()
         self.objective.memory.remember(sigma[order], loss[order])

@@ -24,7 +24,7 @@ LAUNCH = str(ROOT / "scripts" / "launch.sh")
 # Those of the published files; for CIFAR-10 that of this U-Net (EDM's DDPM++ has 55.7 million).
 PARAMETERS = {"imagenet64": 295_899_267, "bedroom256": 526_304_771, "cat256": 526_304_771, "cifar10": 57_117_955}
 
-# Consistency Models (arXiv 2303.01469), table 3.
+# Consistency Models (arXiv 2303.01469), table 3; the lr of ct_bedroom256 is the preset's own choice.
 COMMON = {"dropout": 0.0, "weight_schedule": "uniform", "optimizer": "radam", "weight_decay": 0.0, "lr_anneal_steps": 0}
 CD = COMMON | {"training_mode": "consistency_distillation", "target_ema_mode": "fixed", "scale_mode": "fixed"}
 CT = COMMON | {"training_mode": "consistency_training", "target_ema_mode": "adaptive", "scale_mode": "progressive",

@@ -5,6 +5,7 @@ import random
 from itertools import combinations, pairwise
 
 import pytest
+from naive import naive_search
 
 from cm.registry import UserError
 from cm.schedule_search import (
@@ -185,23 +186,11 @@ def test_beginnings_are_announced_before_they_are_used():
 # --- what a naive search takes -------------------------------------------------------------------------------------
 
 
-def naive_search(score, size):
-    """The textbook's: probes at thirds, nothing remembered."""
-    left, right = 0, size - 1
-    while right - left >= 3:
-        third = (right - left) // 3
-        if score(left + third) < score(right - third):
-            right -= third
-        else:
-            left += third
-    return min(range(left, right + 1), key=score)
-
-
 @pytest.mark.parametrize("size", range(1, 60))
 def test_the_count_of_the_naive_search_is_what_it_takes(size):
     for bottom in range(size):
         score = Counting(lambda p, bottom=bottom: abs(p - bottom))
-        assert naive_search(score, size) == bottom
+        assert naive_search(score, 0, size - 1) == bottom
         assert len(score.asked) == textbook_scores(size)
 
 

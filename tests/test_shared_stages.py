@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
+from naive import naive_search
 
 from cm.karras_diffusion import KarrasDenoiser
 from cm.sampling import SamplingPlan, draw, labels_of, rounds
@@ -92,17 +93,6 @@ def test_forgotten_stages_give_their_memory_back(network, diffusion):
     assert stages.free_bytes == 2 * STAGE_BYTES
 
 
-def naive_ternary_search(score, low, high):
-    """The textbook's: probes at thirds, every score from the start."""
-    while high - low >= 3:
-        third = (high - low) // 3
-        if score(low + third) < score(high - third):
-            high -= third
-        else:
-            low += third
-    return min(range(low, high + 1), key=score)
-
-
 def test_a_search_takes_half_of_the_evaluations_of_a_naive_one(network, diffusion):
     """Both run for real, on a score with one valley, and the network counts."""
     def score(ts):
@@ -121,6 +111,6 @@ def test_a_search_takes_half_of_the_evaluations_of_a_naive_one(network, diffusio
     stages, seen, space = SharedStages(diffusion, 10 * STAGE_BYTES), {}, read_range("0", "39", 40, 1)
     found = list(search_schedule(shared_score, space, 1, stages.share))
     ours, network.seen = network.seen, 0
-    assert found[0].point == naive_ternary_search(naive_score, 1, 38) == 13
+    assert found[0].point == naive_search(naive_score, 1, 38) == 13
     assert network.seen == 7 * naive_evaluations(space, found)
     assert ours <= 7 * 9 and 2 * ours <= network.seen

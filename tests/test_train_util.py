@@ -1,5 +1,6 @@
 """The training loop: its gradients, its end, its averages, its checkpoints, in one process."""
 
+import dataclasses
 import hashlib
 from functools import partial
 
@@ -119,6 +120,15 @@ def test_a_resumed_run_is_the_same_run_to_the_last_bit(images, tmp_path, name):
     assert len(digest(straight, 7)) >= 5
     rows = (stopped / "progress.csv").read_text().splitlines()
     assert len(rows) == 1 + 7                               # the log goes on and counts nothing twice
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_only_steps_that_were_taken_are_remembered(images, tmp_path, monkeypatch, stepped):
+    training = loop(images, tmp_path, 2, schedule_sampler=second_moment())
+    optimize = training.trainer.optimize
+    monkeypatch.setattr(training.trainer, "optimize", lambda opt: dataclasses.replace(optimize(opt), stepped=stepped))
+    training.run_step(next(training.data))
+    assert training.objective.memory.counts.sum() == (BATCH if stepped else 0)
 
 
 def test_another_seed_is_another_run(images, tmp_path):
