@@ -25,7 +25,7 @@ from cm.objectives import OBJECTIVES
 from cm.objectives.edm import edm_terms
 from cm.precond import PRECONDS
 from cm.random_util import DummyGenerator
-from cm.registry import lookup
+from cm.registry import UserError, lookup
 from cm.resample import ScheduleSampler
 from cm.samplers import Churn, Counted, integrate, make_sampler
 from cm.schedules import get_sigmas_karras, karras_grid
@@ -42,10 +42,14 @@ class KarrasDenoiser:
     :param sigma_data: standard deviation of the data.
     :param rho: of the Karras grids that the losses draw their noise levels from.
     :param weight_schedule: name of a loss weight, see WEIGHTINGS.
-    :param distillation: scale as a consistency function, D(x, sigma_min) = x; otherwise as EDM.
+    :param distillation: scale as a consistency function, D(x, sigma_min) = x; otherwise as `precond` says.
     :param loss_norm: name of the distance of consistency and progressive distillation, see DISTANCES.
-    :param time_scale: the network is told time_scale ln(sigma) / 4: 1000 for UNetModel, 1 for the EDM networks.
-    :raises ValueError: for an unknown weight_schedule or loss_norm, and unless 0 < sigma_min < sigma_max.
+    :param time_scale: the network is told time_scale ln(sigma) / 4: 1000 for UNetModel, 1 for the EDM networks. A
+        precond that counts steps tells their number instead.
+    :param precond: name of the scalings around the network, see PRECONDS. Noise levels that its networks do not know
+        are cut off: sigma_min and sigma_max move to the nearest that they know.
+    :raises ValueError: for an unknown weight_schedule, loss_norm or precond, unless 0 < sigma_min < sigma_max, and
+        for distillation with any precond but EDM's.
     """
 
     num_timesteps = 40                                              # levels of the schedule samplers that use a grid
@@ -60,16 +64,24 @@ class KarrasDenoiser:
         distillation: bool = False,
         loss_norm: str = "lpips",
         time_scale: float = 1000.0,
+        precond: str = "edm",
     ):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         lookup(WEIGHTINGS, weight_schedule, "weight_schedule")
         self.distance = get_distance(loss_norm)
-        self.sigma_data, self.sigma_max, self.sigma_min, self.rho = sigma_data, sigma_max, sigma_min, rho
+        if distillation and precond != "edm":
+            raise UserError(f"a consistency model has EDM's scalings, so a network with --precond {precond} cannot "
+                            "become one; --training_mode progdist distils it, or take a teacher with --precond edm")
+        self.plain = lookup(PRECONDS, precond, "precond")(sigma_data, sigma_min)
+        self.boundary = PRECONDS["consistency"](sigma_data, sigma_min)
+        self.precond = self.boundary if distillation else self.plain
+        self.precond_name = precond
+        lowest, highest = self.plain.levels
+        self.sigma_min, self.sigma_max = max(sigma_min, lowest), min(sigma_max, highest)
+        self.sigma_data, self.rho = sigma_data, rho
         self.weight_schedule, self.distillation, self.loss_norm = weight_schedule, distillation, loss_norm
-        self.time_scale = time_scale
-        self.preconds = {name: kind(sigma_data, sigma_min) for name, kind in PRECONDS.items()}
-        self.precond = self.preconds["consistency" if distillation else "edm"]
+        self.time_scale = 1.0 if self.precond.counts_steps else time_scale
 
     # --- noise levels, weights, scalings: [N] -> [N] ----------------------------------------------------------------
 
@@ -86,12 +98,12 @@ class KarrasDenoiser:
         return get_weightings(self.weight_schedule, self.get_snr(sigmas), self.sigma_data)
 
     def get_scalings(self, sigma: Tensor) -> Scalings:
-        """EDM's c_skip, c_out, c_in."""
-        return self.preconds["edm"].scalings(sigma)
+        """c_skip, c_out, c_in of a diffusion model, EDM's unless `precond` says otherwise."""
+        return self.plain.scalings(sigma)
 
     def get_scalings_for_boundary_condition(self, sigma: Tensor) -> Scalings:
         """A consistency function's c_skip, c_out, c_in."""
-        return self.preconds["consistency"].scalings(sigma)
+        return self.boundary.scalings(sigma)
 
     def noise_levels(self, n: int, device: Any = "cpu", dtype: th.dtype = th.float32) -> Tensor:
         """The Karras grid of n levels from sigma_max to sigma_min: [n]."""
@@ -119,10 +131,10 @@ class KarrasDenoiser:
         return D
 
     def as_teacher(self) -> KarrasDenoiser:
-        """The same noise levels with EDM's scalings, as teachers have them."""
+        """The same noise levels with the scalings of a diffusion model, as teachers have them."""
         return KarrasDenoiser(
             self.sigma_data, self.sigma_max, self.sigma_min, self.rho, self.weight_schedule, False, self.loss_norm,
-            self.time_scale,
+            self.time_scale, self.precond_name,
         )
 
     # --- objectives ------------------------------------------------------------------------------------------------
@@ -273,7 +285,8 @@ def sample(
     """
     if isinstance(sampler, str):
         sampler = make_sampler(sampler, {"ts": ts, "sigma_min": sigma_min})
-    sigmas = sampler.grid(steps, sigma_min, sigma_max, rho)
+    lowest, highest = diffusion.precond.levels
+    sigmas = diffusion.precond.grid(sampler.grid(steps, max(sigma_min, lowest), min(sigma_max, highest), rho))
     generator = DummyGenerator() if generator is None else generator
     D = Counted(diffusion.bind(model))
     x = integrate(

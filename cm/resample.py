@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch as th
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cm.interfaces import NoiseSource
 from cm.registry import lookup
+from cm.schedules import VE_LEVELS, VP, VPLaw, iddpm_levels
 
 
 class Draw(NamedTuple):
@@ -52,6 +54,30 @@ class LogNormalSampler(ScheduleSampler):
         return Draw(sigma, th.ones_like(sigma), None)
 
 
+@dataclass(frozen=True)
+class VPSampler(ScheduleSampler):
+    """Times of the variance-preserving process, uniform between its ends: Song et al. 2021 (arXiv 2011.13456)."""
+
+    law: VPLaw = VP
+
+    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+        first, last = self.law.ends
+        sigma = self.law.sigma(first + (last - first) * rng.rand(n, device=device))
+        return Draw(sigma, th.ones_like(sigma), None)
+
+
+@dataclass(frozen=True)
+class VESampler(ScheduleSampler):
+    """ln sigma uniform between two levels: the variance-exploding process of Song et al. 2021 (arXiv 2011.13456)."""
+
+    levels: tuple[float, float] = VE_LEVELS
+
+    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+        lowest, highest = self.levels
+        sigma = lowest * (highest / lowest) ** rng.rand(n, device=device)
+        return Draw(sigma, th.ones_like(sigma), None)
+
+
 class UniformSampler(ScheduleSampler):
     """Every noise level of a grid is as likely as every other.
 
@@ -65,6 +91,13 @@ class UniformSampler(ScheduleSampler):
         index = rng.randint(0, len(self.sigmas), (n,), device=device)
         sigma = self.sigmas.to(device)[index]
         return Draw(sigma, th.ones_like(sigma), index)
+
+
+class IDDPMSampler(UniformSampler):
+    """Every step of the cosine process is as likely as every other: Nichol and Dhariwal 2021 (arXiv 2102.09672)."""
+
+    def __init__(self) -> None:
+        super().__init__(iddpm_levels())
 
 
 class LossSecondMomentResampler(ScheduleSampler):
@@ -139,6 +172,9 @@ SCHEDULE_SAMPLERS = {
     "lognormal": LogNormalSampler,
     "uniform": UniformSampler,
     "loss-second-moment": LossSecondMomentResampler,
+    "vp": VPSampler,
+    "ve": VESampler,
+    "iddpm": IDDPMSampler,
 }
 
 
@@ -149,7 +185,7 @@ def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     :raises ValueError: for a name that is not in SCHEDULE_SAMPLERS.
     """
     kind = lookup(SCHEDULE_SAMPLERS, name, "schedule_sampler")
-    if kind is LogNormalSampler:
+    if kind not in (UniformSampler, LossSecondMomentResampler):
         return kind()
     is_grid = not hasattr(diffusion, "noise_levels")
     return kind(diffusion if is_grid else diffusion.noise_levels(diffusion.num_timesteps))

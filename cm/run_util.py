@@ -131,6 +131,8 @@ def adopt_model(settings: Settings) -> SampleConfig:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
     adopt_checkpoint(settings, "model_path", also=("training_mode",))
     attend_where_possible(settings)
+    diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
+    settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
     return settings.section(SampleConfig)
 
 

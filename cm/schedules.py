@@ -1,17 +1,21 @@
-"""Grids of noise levels.
+"""Noise levels: grids of them, and the laws by which the older diffusion processes raise them in time.
 
-Source: Karras et al. 2022 (EDM, arXiv 2206.00364), equation 5. There is one formula, `karras_sigma`; every grid of
-this package, in losses and in samplers, is made of it.
+Source: Karras et al. 2022 (EDM, arXiv 2206.00364), equation 5 and table 1. There is one formula for grids,
+`karras_sigma`; every Karras grid of this package, in losses and in samplers, is made of it.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch as th
 from torch import Tensor
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+VE_LEVELS = (0.02, 100.0)                                           # of the published VE networks
 
 
 def karras_sigma(
@@ -66,3 +70,45 @@ def get_sigmas_karras(
 def append_zero(sigmas: Tensor) -> Tensor:
     """[n] -> [n+1], for solvers that go all the way to the data."""
     return th.cat([sigmas, sigmas.new_zeros(1)])
+
+
+@dataclass(frozen=True)
+class VPLaw:
+    """sigma(t) of the variance-preserving process, 1 + sigma^2 = exp(beta_d t^2 / 2 + beta_min t).
+
+    Song et al. 2021 (arXiv 2011.13456), equation 32, with beta(t) = beta_min + beta_d t. Numbers stay numbers, and
+    tensors keep their shape and dtype.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    ends: tuple[float, float] = (1e-5, 1.0)                         # times between which networks are trained
+
+    def sigma(self, t: float | Tensor) -> float | Tensor:
+        exponent = self.beta_d / 2 * t**2 + self.beta_min * t
+        return exponent.expm1().sqrt() if isinstance(t, Tensor) else math.sqrt(math.expm1(exponent))
+
+    def time(self, sigma: float | Tensor) -> float | Tensor:
+        """The inverse of `sigma`."""
+        log = (sigma**2).log1p() if isinstance(sigma, Tensor) else math.log1p(sigma**2)
+        return ((self.beta_min**2 + 2 * self.beta_d * log) ** 0.5 - self.beta_min) / self.beta_d
+
+
+VP = VPLaw()
+
+
+@cache
+def iddpm_levels(steps: int = 1000, c1: float = 0.001, c2: float = 0.008) -> Tensor:
+    """The noise levels u_0 > u_1 > ... of the cosine process of Nichol and Dhariwal 2021: [steps] float64.
+
+    Karras et al. 2022, table 1, iDDPM: alpha_bar(j) = sin^2(pi / 2 j / (steps (1 + c2))), where no step takes away
+    more than the share 1 - c1 of the signal.
+    """
+    def alpha_bar(j: int) -> float:
+        return math.sin(math.pi / 2 * j / (steps * (1 + c2))) ** 2
+
+    levels = [0.0]
+    for j in range(steps, 0, -1):
+        kept = max(alpha_bar(j - 1) / alpha_bar(j), c1)
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / kept - 1))
+    return th.tensor(levels[:0:-1], dtype=th.float64)

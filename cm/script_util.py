@@ -138,11 +138,12 @@ def create_diffusion(
     sigma_max: float = 80.0,
     distillation: bool = False,
     loss_norm: str = "lpips",
+    precond: str = "edm",
 ) -> KarrasDenoiser:
     """The denoiser around a network; `distillation` chooses the boundary scalings of a consistency model."""
     return KarrasDenoiser(
         sigma_data=0.5, sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation,
-        weight_schedule=weight_schedule, loss_norm=loss_norm,
+        weight_schedule=weight_schedule, loss_norm=loss_norm, precond=precond,
     )
 
 
@@ -169,6 +170,7 @@ def create_model_and_diffusion(
     distillation: bool = False,
     loss_norm: str = "lpips",
     num_classes: int = PUBLISHED_CLASSES,
+    precond: str = "edm",
 ) -> tuple[UNetModel, KarrasDenoiser]:
     """Network and denoiser from flags, by guided-diffusion's names."""
     model = create_model(
@@ -176,7 +178,7 @@ def create_model_and_diffusion(
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
         resblock_updown, use_fp16, use_new_attention_order, num_classes,
     )
-    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm)
+    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm, precond)
 
 
 def model_from(settings: Settings, **changes: Any) -> UNetModel:
@@ -193,6 +195,16 @@ def place(model: nn.Module, device: th.device) -> nn.Module:
 def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2") -> KarrasDenoiser:
     config = dataclasses.asdict(settings.section(DiffusionConfig))
     return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm)
+
+
+# What the authors of each precond trained their networks with.
+PUBLISHED_LAW = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm")}
+
+
+def follow_precond(settings: Settings) -> None:
+    """The noise levels and weights that the precond was published with, where no flag asks for others."""
+    published = PUBLISHED_LAW.get(settings.values["precond"], {})
+    settings.replace(**{name: value for name, value in published.items() if name not in settings.given})
 
 
 def attend_where_possible(settings: Settings) -> None:

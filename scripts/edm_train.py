@@ -21,6 +21,7 @@ def main() -> None:
     if settings.values["resume_checkpoint"]:
         script_util.adopt_checkpoint(settings, "resume_checkpoint")
     script_util.attend_where_possible(settings)
+    script_util.follow_precond(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 

@@ -62,6 +62,7 @@ def test_choices_are_the_tables():
     from cm.curricula import EMA_MODES, SCALE_MODES
     from cm.distances import DISTANCES
     from cm.objectives import OBJECTIVES
+    from cm.precond import PRECONDS
     from cm.random_util import GENERATORS
     from cm.resample import SCHEDULE_SAMPLERS
     from cm.samplers import SAMPLERS
@@ -74,6 +75,7 @@ def test_choices_are_the_tables():
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
     assert set(config.TRAINING_MODES) == set(OBJECTIVES)
     assert choices(DiffusionConfig, "weight_schedule") == set(WEIGHTINGS)
+    assert choices(DiffusionConfig, "precond") == set(PRECONDS) - {"consistency"}       # which distillation chooses
     assert choices(TrainConfig, "schedule_sampler") == set(SCHEDULE_SAMPLERS)
     assert choices(TrainConfig, "optimizer") == set(OPTIMIZERS)
     assert choices(ConsistencyConfig, "loss_norm") == set(DISTANCES)

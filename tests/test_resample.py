@@ -14,7 +14,7 @@ from cm.resample import (
     UniformSampler,
     create_named_schedule_sampler,
 )
-from cm.schedules import karras_grid
+from cm.schedules import VP, iddpm_levels, karras_grid
 
 GRID = karras_grid(5, 0.01, 10.0, dtype=th.float32)
 
@@ -53,8 +53,32 @@ def test_named_laws_draw_noise_levels_and_never_indices(name):
     sigma, weight = create_named_schedule_sampler(name, KarrasDenoiser()).sample(1000, "cpu")
     assert sigma.dtype == th.float32 and sigma.shape == weight.shape == (1000,)
     assert (sigma > 0).all() and not (sigma == sigma.round()).all()
-    if name != "lognormal":
+    if name in ("uniform", "loss-second-moment"):
         assert set(sigma.tolist()) == set(karras_grid(40, dtype=th.float32).tolist())
+
+
+def test_the_vp_law_is_uniform_in_its_time():
+    t = VP.time(draws("vp").double())
+    assert 1e-5 <= t.min() < 1e-3 and 0.999 < t.max() <= 1
+    assert t.mean().item() == pytest.approx(0.5, abs=0.01)          # standard error 0.29 / sqrt(20000) = 0.002
+    assert t.quantile(0.25).item() == pytest.approx(0.25, abs=0.015)
+
+
+def test_the_ve_law_is_uniform_in_the_logarithm():
+    u = (draws("ve").log() - math.log(0.02)) / math.log(100 / 0.02)
+    assert -1e-5 < u.min() < 1e-3 and 0.999 < u.max() < 1 + 1e-5
+    assert u.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert u.quantile(0.25).item() == pytest.approx(0.25, abs=0.015)
+
+
+def test_the_iddpm_law_is_uniform_in_its_steps():
+    levels = iddpm_levels().float()
+    counts = (draws("iddpm")[:, None] == levels).sum(0)
+    assert counts.sum() == 20_000 and counts.max() < 50             # 20 each, with a standard deviation of 4.5
+
+
+def draws(name):
+    return create_named_schedule_sampler(name, None).draw(SampleStreams(0, range(20_000)), 20_000, "cpu").sigma
 
 
 def test_second_moment_is_uniform_until_it_knows_every_level():
