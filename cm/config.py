@@ -47,8 +47,8 @@ class DiffusionConfig:
     sigma_min: float = option(0.002, "lowest noise level", minimum=0)
     sigma_max: float = option(80.0, "highest noise level", minimum=0)
     precond: str = option(
-        "edm", "scalings around the network; vp, ve, iddpm: noise law and loss weight as published, too, unless given",
-        choices=("edm", "vp", "ve", "iddpm"),
+        "edm", "scalings around the network; all but edm: noise law and loss weight as published, too, unless given",
+        choices=("edm", "vp", "ve", "iddpm", "ddpm"),
     )
     weight_schedule: str = option(
         "karras", "weight of the loss by noise level", choices=("karras", "snr", "snr+1", "truncated-snr", "uniform")
@@ -83,7 +83,7 @@ class TrainConfig:
 
     schedule_sampler: str = option(
         "lognormal", "law of the noise levels in training",
-        choices=("lognormal", "uniform", "loss-second-moment", "vp", "ve", "iddpm"),
+        choices=("lognormal", "uniform", "loss-second-moment", "vp", "ve", "iddpm", "ddpm"),
     )
     lr: float = option(1e-4, "learning rate", minimum=0)
     weight_decay: float = option(0.0, "weight decay", minimum=0)

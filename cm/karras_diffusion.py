@@ -23,9 +23,9 @@ from cm.interfaces import Batch, Denoiser, Nets, NoiseSource, Objective, Sampler
 from cm.nn import append_dims
 from cm.objectives import OBJECTIVES
 from cm.objectives.edm import edm_terms
-from cm.precond import PRECONDS
+from cm.precond import PRECONDS, BoundaryPrecond, ConsistencyPrecond
 from cm.random_util import DummyGenerator
-from cm.registry import UserError, lookup
+from cm.registry import lookup
 from cm.resample import ScheduleSampler
 from cm.samplers import Churn, Counted, integrate, make_sampler
 from cm.schedules import get_sigmas_karras, karras_grid
@@ -48,8 +48,7 @@ class KarrasDenoiser:
         precond that counts steps tells their number instead.
     :param precond: name of the scalings around the network, see PRECONDS. Noise levels that its networks do not know
         are cut off: sigma_min and sigma_max move to the nearest that they know.
-    :raises ValueError: for an unknown weight_schedule, loss_norm or precond, unless 0 < sigma_min < sigma_max, and
-        for distillation with any precond but EDM's.
+    :raises ValueError: for an unknown weight_schedule, loss_norm or precond, and unless 0 < sigma_min < sigma_max.
     """
 
     num_timesteps = 40                                              # levels of the schedule samplers that use a grid
@@ -70,15 +69,15 @@ class KarrasDenoiser:
             raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         lookup(WEIGHTINGS, weight_schedule, "weight_schedule")
         self.distance = get_distance(loss_norm)
-        if distillation and precond != "edm":
-            raise UserError(f"a consistency model has EDM's scalings, so a network with --precond {precond} cannot "
-                            "become one; --training_mode progdist distils it, or take a teacher with --precond edm")
         self.plain = lookup(PRECONDS, precond, "precond")(sigma_data, sigma_min)
-        self.boundary = PRECONDS["consistency"](sigma_data, sigma_min)
-        self.precond = self.boundary if distillation else self.plain
-        self.precond_name = precond
         lowest, highest = self.plain.levels
         self.sigma_min, self.sigma_max = max(sigma_min, lowest), min(sigma_max, highest)
+        is_edm = precond == "edm"                                   # whose published boundary has a form of its own
+        self.boundary = (
+            ConsistencyPrecond(sigma_data, sigma_min) if is_edm else BoundaryPrecond(self.plain, self.sigma_min)
+        )
+        self.precond = self.boundary if distillation else self.plain
+        self.precond_name = precond
         self.sigma_data, self.rho = sigma_data, rho
         self.weight_schedule, self.distillation, self.loss_norm = weight_schedule, distillation, loss_norm
         self.time_scale = 1.0 if self.precond.counts_steps else time_scale

@@ -1,8 +1,8 @@
 """Preconditioning: how a denoiser is made of a network, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
 Sources: Karras et al. 2022 (EDM, arXiv 2206.00364), table 1, for EDM and, in its terms, VP and VE (Song et al. 2021,
-arXiv 2011.13456) and iDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672); Song et al. 2023 (Consistency Models, arXiv
-2303.01469), appendix C. sigma is [N], and so is everything returned.
+arXiv 2011.13456) and iDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672); Ho et al. 2020 (DDPM, arXiv 2006.11239);
+Song et al. 2023 (Consistency Models, arXiv 2303.01469), appendix C. sigma is [N], and so is everything returned.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
+from cm import vp
 from cm.interfaces import Scalings
 from cm.schedules import VE_LEVELS, VP, iddpm_levels
 
@@ -138,10 +139,42 @@ class IDDPMPrecond(NoisePrecond):
         return above - (sigma - table[above - 1] < table[above] - sigma).long()
 
 
+class DDPMPrecond(NoisePrecond):
+    """The 1000 timesteps of DDPM's linear schedule, zero-based; between them the network is told a fraction."""
+
+    levels = (vp.sigmas()[0].item(), vp.sigmas()[-1].item())
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return vp.timestep_of(sigma)
+
+
+class BoundaryPrecond(Precond):
+    """Another's, moved so that D(x, sigma_min) = x: the denoised image moves on to x in proportion to sigma_min / sigma.
+
+    Far above sigma_min nothing changes, so a student starts as the teacher whose weights it takes.
+    """
+
+    def __init__(self, plain: Precond, sigma_min: float):
+        super().__init__(plain.sigma_data, sigma_min)
+        self.plain, self.levels, self.counts_steps = plain, plain.levels, plain.counts_steps
+
+    def scalings(self, sigma: Tensor) -> Scalings:
+        c_skip, c_out, c_in = self.plain.scalings(sigma)
+        kept = self.sigma_min / sigma
+        return Scalings(c_skip=kept + (1 - kept) * c_skip, c_out=(1 - kept) * c_out, c_in=c_in)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return self.plain.c_noise(sigma)
+
+    def grid(self, sigmas: Tensor) -> Tensor:
+        return self.plain.grid(sigmas)
+
+
 PRECONDS = {
     "edm": EDMPrecond,
     "vp": VPPrecond,
     "ve": VEPrecond,
     "iddpm": IDDPMPrecond,
+    "ddpm": DDPMPrecond,
     "consistency": ConsistencyPrecond,
 }

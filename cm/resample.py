@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import Tensor
 
+from cm import vp
 from cm.interfaces import NoiseSource
 from cm.registry import lookup
 from cm.schedules import VE_LEVELS, VP, VPLaw, iddpm_levels
@@ -100,6 +101,13 @@ class IDDPMSampler(UniformSampler):
         super().__init__(iddpm_levels())
 
 
+class DDPMSampler(UniformSampler):
+    """Every timestep of DDPM is as likely as every other: Ho et al. 2020 (arXiv 2006.11239), algorithm 1."""
+
+    def __init__(self) -> None:
+        super().__init__(vp.sigmas())
+
+
 class LossSecondMomentResampler(ScheduleSampler):
     """Levels of a grid in proportion to the root mean square of their last M losses, unbiased by weights.
 
@@ -175,6 +183,7 @@ SCHEDULE_SAMPLERS = {
     "vp": VPSampler,
     "ve": VESampler,
     "iddpm": IDDPMSampler,
+    "ddpm": DDPMSampler,
 }
 
 

@@ -198,7 +198,7 @@ def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2"
 
 
 # What the authors of each precond trained their networks with.
-PUBLISHED_LAW = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm")}
+PUBLISHED_LAW = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm", "ddpm")}
 
 
 def follow_precond(settings: Settings) -> None:

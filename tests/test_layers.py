@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     ["registry", "torchvision_shim"],
-    ["lpips", "interfaces", "launch", "guard", "log_outputs"],
+    ["lpips", "interfaces", "launch", "guard", "log_outputs", "vp"],
     ["collectives"],
     ["logger", "dist_util", "flags", "schedules"],
     ["nn", "forward_ad", "curricula", "precond", "weightings", "distances", "resample", "random_util",
