@@ -149,7 +149,7 @@ class DDPMPrecond(NoisePrecond):
 
 
 class BoundaryPrecond(Precond):
-    """Another's, moved so that D(x, sigma_min) = x: the denoised image moves on to x in proportion to sigma_min / sigma.
+    """Another's, moved so that D(x, sigma_min) = x: the denoised image gives way to x by sigma_min / sigma.
 
     Far above sigma_min nothing changes, so a student starts as the teacher whose weights it takes.
     """

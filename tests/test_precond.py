@@ -191,8 +191,20 @@ def test_the_published_law_and_weight_come_with_the_precond():
     assert resolved("--precond", "vp", "--schedule_sampler", "lognormal") == ("lognormal", "snr")
 
 
-def test_only_edm_can_become_a_consistency_model():
-    with pytest.raises(UserError, match="--precond vp"):
-        KarrasDenoiser(precond="vp", distillation=True)
+@pytest.mark.parametrize("name", ["vp", "ve", "iddpm", "ddpm"])
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_any_network_can_become_a_consistency_model(name, dtype):
+    """The boundary is exact at the lowest level, and far above it the student starts as its teacher."""
+    student, teacher = KarrasDenoiser(precond=name, distillation=True), KarrasDenoiser(precond=name)
+    sigma = th.tensor([student.sigma_min, 1e4 * student.sigma_min], dtype=dtype)
+    x = th.ones(2, 3, dtype=dtype)
+    identity, far = student.bind(lambda x, t: 0.7 * x)(x, sigma)
+    assert th.equal(identity, x[0])
+    th.testing.assert_close(far, teacher.bind(lambda x, t: 0.7 * x)(x, sigma)[1], rtol=3e-4, atol=0)
+    assert th.equal(student.precond.c_noise(sigma), teacher.precond.c_noise(sigma))
+    assert student.time_scale == teacher.time_scale
+
+
+def test_a_precond_that_is_none_is_named():
     with pytest.raises(UserError, match="unknown precond 'vpp'.*Did you mean 'vp'"):
         KarrasDenoiser(precond="vpp")
