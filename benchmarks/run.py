@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch as th
-
-from bench.ceiling import Ceiling, measure_ceiling
+from bench.ceiling import measure_ceiling
 from bench.lines import Line, ceiling_text, table, write_results
 from bench.memory import memory_suite
 from bench.network import SPECS

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm.nn import checkpoint, conv_nd, normalization, zero_module
+from cm.norm_act import norm_act
 from cm.registry import UserError
 
 
@@ -72,7 +73,7 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return x + self.proj_out(qkv_attention(self.qkv(self.norm(x)), self.num_heads))
+        return x + self.proj_out(qkv_attention(self.qkv(norm_act(self.norm, x, silu=False)), self.num_heads))
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:

@@ -30,6 +30,7 @@ from cm.nn import (
     without_autocast,
     zero_module,
 )
+from cm.norm_act import norm_act
 from cm.registry import UserError
 
 
@@ -139,21 +140,18 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm_in, act, conv_in = self.in_layers
-        h = act(norm_in(x))
+        norm_in, _, conv_in = self.in_layers
+        h = norm_act(norm_in, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv_in(h)
-        emb_out = append_dims(self.emb_layers(emb).to(h.dtype), h.ndim)
-        norm_out, *rest = self.out_layers
+        emb_out = self.emb_layers(emb).to(h.dtype)                  # [N,C], or [N,2C]: scale, then shift
+        norm_out, _, dropout, conv_out = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = th.addcmul(shift, norm_out(h), 1 + scale)
+            h = norm_act(norm_out, h, *emb_out.chunk(2, dim=1))
         else:
-            h = norm_out(h + emb_out)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(x) + h
+            h = norm_act(norm_out, h + append_dims(emb_out, h.ndim))
+        return self.skip_connection(x) + conv_out(dropout(h))
 
 
 @dataclass(frozen=True)
@@ -358,7 +356,8 @@ class UNetModel(nn.Module):
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb)
         with without_autocast(x.device):        # a few channels cost nothing, and the output is not rounded
-            return self.out(h.to(self.out[2].weight.dtype)).to(x.dtype)
+            norm, _, conv = self.out
+            return conv(norm_act(norm, h.to(conv.weight.dtype))).to(x.dtype)
 
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """[N], labels [N] -> [N,D]. Not under autocast: half-precision waves would blur neighbouring noise levels."""

@@ -40,7 +40,10 @@ def peak(device_type: str, mode: str, way: str, precision: str) -> float:
     th.mm(th.ones(64, 64, device=device), th.ones(64, 64, device=device))       # what the libraries take once
     before = held(device)
     images = spec.images(device)
-    job = plain_job(mode, spec, device, images) if way == "plain" else toolkit_job(mode, spec, device, images, precision)
+    if way == "plain":
+        job = plain_job(mode, spec, device, images)
+    else:
+        job = toolkit_job(mode, spec, device, images, precision)
     for _ in range(STEPS):
         job()
     return held(device) - before
