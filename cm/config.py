@@ -108,6 +108,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """samples and their quality during training"""
+
+    eval_interval: int = option(
+        0, "steps between two measurements of the distance of samples from eval_ref; 0: none", minimum=0
+    )
+    eval_ref: str = option("", "npz of reference images or statistics")
+    eval_samples: int = option(10000, "how many images are measured", minimum=2)
+    inception: str = option("", "TorchScript feature extractor; empty: CM_INCEPTION")
+    sample_interval: int = option(
+        0, "steps between two pictures of samples, in log_dir/samples; -1: at each save; 0: none", minimum=-1
+    )
+    eval_sampler: str = option(
+        "", "sampler of both; empty: heun for edm, onestep for consistency models, progdist for progdist",
+        choices=("", *SAMPLER_NAMES),
+    )
+    eval_steps: int = option(40, "as --steps of image_sample.py", minimum=1)
+    eval_ts: str = option("", "as --ts of image_sample.py")
+    eval_seed: int = option(42, "as --seed of image_sample.py", minimum=0)
+    eval_batch_size: int = option(64, "images per rank and pass; no effect on the images", minimum=1)
+    eval_ema_rate: str = option("", "which average of ema_rate draws the samples; empty: the first")
+
+
+@dataclass(frozen=True)
 class ConsistencyConfig:
     """consistency models"""
 

@@ -143,6 +143,20 @@ class Objective(Protocol):
         """
 
 
+class Watcher(Protocol):
+    """Looks at a run after its steps and changes nothing of it, neither weights nor random streams."""
+
+    name: str                                                       # of its state in a checkpoint
+
+    def after_step(self, loop: Any) -> Mapping[str, float]:
+        """Called on all ranks after every step; what it has found goes into a row of the log, none is {}."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know, as tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Sampler(Protocol):
     """One step of a solver from sigma to sigma_next; `integrate` owns the loop."""
 

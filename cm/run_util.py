@@ -146,6 +146,12 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], RHO)
 
 
+def sampler_options(settings: Settings) -> dict[str, Any]:
+    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig`."""
+    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+
+
 def choose_seeds(settings: Settings) -> tuple[int, ...]:
     """The sample indices that --seeds lists, none if it is empty; their number becomes num_samples.
 

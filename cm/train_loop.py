@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -20,7 +20,7 @@ from cm import dist_util, logger
 from cm.checkpoints import state, weights
 from cm.checkpoints.weights_file import WeightsFile
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
-from cm.interfaces import Batch, Nets, Objective
+from cm.interfaces import Batch, Nets, Objective, Watcher
 from cm.meters import LossMeter
 from cm.nn import update_ema
 from cm.random_util import SampleStreams, stream_seed
@@ -50,6 +50,7 @@ class TrainLoop:
     :param objective: what to minimise; None for the diffusion's own denoising loss.
     :param config: resolved flags, saved with every checkpoint.
     :param start: the file `resume_checkpoint`, where it has been looked into already.
+    :param watchers: what looks at the run after each step; their state is part of a checkpoint.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TrainLoop:
         objective: Objective | None = None,
         config: Mapping[str, Any] | None = None,
         start: WeightsFile | None = None,
+        watchers: Sequence[Watcher] = (),
     ):
         self.model, self.diffusion = model, diffusion
         self.rank, self.world_size = dist_util.get_rank(), dist_util.get_world_size()
@@ -89,6 +91,7 @@ class TrainLoop:
         self.log_interval, self.save_interval = log_interval, save_interval
         self.seed, self.config = seed, dict(config or {})
         self.start = start or WeightsFile(resume_checkpoint)
+        self.watchers = watchers
         self.device = next(model.parameters()).device
 
         self.trainer = MixedPrecisionTrainer(
@@ -152,9 +155,10 @@ class TrainLoop:
                 self.run_step(as_batch(next(self.data), self.step, self.rank, self.world_size))
                 bar.update()
                 last = self.step == self.total_training_steps
-                if self.step % self.log_interval == 0 or last:
+                found = self.ask_watchers()
+                if self.step % self.log_interval == 0 or last or found:
                     bar.clear()                                 # the table gets lines of its own
-                    bar.set_postfix(loss=f"{self.log_row()['loss']:.4g}")
+                    bar.set_postfix(loss=f"{self.log_row(found)['loss']:.4g}")
                 if self.step % self.save_interval == 0 or last:
                     self.save()
 
@@ -224,8 +228,16 @@ class TrainLoop:
 
     # --- the log ---------------------------------------------------------------------------------------------------
 
-    def log_row(self) -> dict[str, float]:
-        """Write a row of the log; returns the averages of the losses."""
+    def ask_watchers(self) -> dict[str, float]:
+        """What they have found after this step, for the log; their time is not the training's."""
+        begun, found = time.monotonic(), {}
+        for watcher in self.watchers:
+            found |= watcher.after_step(self)
+        self.clock += time.monotonic() - begun
+        return found
+
+    def log_row(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Write a row of the log, with what watchers have found; returns the averages of the losses."""
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         images, self.logged_step = (self.step - self.logged_step) * self.global_batch, self.step
@@ -238,6 +250,7 @@ class TrainLoop:
             "lr": self.opt.param_groups[0]["lr"],
             "images_per_second": images / max(seconds, 1e-9),
             **self.extra_logs(),
+            **found,
         })
         logger.dumpkvs()
         return means
@@ -254,13 +267,14 @@ class TrainLoop:
             for rate, params in zip(self.ema_rate, self.ema_params)
         }
         memory = {} if self.objective.memory is None else {"memory": self.objective.memory.state_dict()}
+        watchers = {"watchers": {each.name: each.state_dict() for each in self.watchers}} if self.watchers else {}
         others = {name: own.master_params_to_state_dict(own.master_params) for name, own in self.moving.items()}
         return {
             "model": self.trainer.master_params_to_state_dict(self.trainer.master_params),
             **others,
             **averages,
             "opt": self.opt.state_dict(),
-            "trainer": self.trainer.state_dict() | memory,
+            "trainer": self.trainer.state_dict() | memory | watchers,
         }
 
     def save(self) -> None:
@@ -315,6 +329,9 @@ class TrainLoop:
         self.trainer.load_state_dict(trainer)
         if self.objective.memory is not None:
             self.objective.memory.load_state_dict(trainer["memory"])
+        for watcher in self.watchers:
+            if watcher.name in trainer.get("watchers", {}):
+                watcher.load_state_dict(trainer["watchers"][watcher.name])
         logger.drop_after(self.step)                            # rows of steps that are about to be done again
 
     def read_params(self, owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:

@@ -15,6 +15,7 @@ from cm.config import (
     ConsistencyConfig,
     DataConfig,
     DiffusionConfig,
+    EvalConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -23,11 +24,13 @@ from cm.flags import parse
 from cm.lpips import prepare_lpips
 from cm.registry import UserError
 from cm.train_util import CMTrainLoop
+from cm.watchers import check_flags, open_watchers
+from evaluations.in_training import open_metric
 
 
 def main() -> None:
     settings = parse(
-        __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, RunConfig,
+        __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, EvalConfig, RunConfig,
         schedule_sampler="uniform", total_training_steps=600_000,
     )
     dist_util.setup_dist()
@@ -50,6 +53,7 @@ def main() -> None:
         total_steps=settings.values["total_training_steps"],
         distill_steps_per_iter=config.distill_steps_per_iter,
     )
+    check_flags(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
@@ -57,6 +61,7 @@ def main() -> None:
         dist_util.on_main(prepare_lpips)
     run_util.open_log(settings)
     data = run_util.open_data(settings)
+    watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
     device = dist_util.dev()
     model = script_util.model_from(settings)
@@ -82,6 +87,7 @@ def main() -> None:
         ema_scale_fn=ema_scale_fn,
         diffusion=script_util.diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
         data=data,
+        watchers=watchers,
         **run_util.loop_arguments(settings),
     ).run_loop()
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 from cm import dist_util, logger, run_util
 from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SeedsConfig
-from cm.flags import Settings, parse
+from cm.flags import parse
 from cm.sample_files import grid_scale, image_grid
 from cm.sampling import SamplingPlan, SamplingResult, sample_to_npz
 
@@ -26,7 +25,7 @@ def main() -> None:
         return run_util.describe(settings)
 
     plan = replace(run_util.sampling_plan(settings), seeds=seeds)
-    options = sampler_options(settings)                     # tried out before anything is loaded
+    options = run_util.sampler_options(settings)            # tried out before anything is loaded
     run_util.open_log(settings)
     result = sample_to_npz(
         run_util.load_model(settings),
@@ -37,12 +36,6 @@ def main() -> None:
         **options,
     )
     dist_util.on_main(report, config, plan, result)
-
-
-def sampler_options(settings: Settings) -> dict[str, Any]:
-    """What `cm.karras_diffusion.sample` takes from the flags."""
-    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise")
-    return {name: settings.values[name] for name in names} | {"sampler": run_util.sampler_of(settings)[0]}
 
 
 def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> None:

@@ -11,6 +11,7 @@ from cm.config import (
     ConsistencyConfig,
     DataConfig,
     DiffusionConfig,
+    EvalConfig,
     ModelConfig,
     RunConfig,
     SampleConfig,
@@ -22,7 +23,7 @@ from cm.flags import parse
 from cm.registry import UserError
 
 DATA = Path(__file__).parent / "data"
-EDM = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, RunConfig)
+EDM = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, RunConfig)
 CM = (*EDM, ConsistencyConfig)
 SAMPLE = (SampleConfig, SeedsConfig, ModelConfig, DiffusionConfig, RunConfig)
 SEARCH = (TernarySearchConfig, *SAMPLE)

@@ -23,6 +23,7 @@ LAYERS = [
     ["karras_diffusion", "image_datasets", "checkpoints"],
     ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger"],
     ["train_util", "run_util", "edit_util"],
+    ["watchers"],
 ]
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -36,6 +36,18 @@ def parse_name(path: str) -> tuple[str, int] | None:
     return (match[1].removesuffix("_"), int(match[2])) if match else None
 
 
+def manifest_name(step: int) -> str:
+    return f"checkpoint_{step:06d}.json"
+
+
+def list_files(directory: str) -> list[str]:
+    """Names of all files of checkpoints there, complete or not."""
+    def belongs(name: str) -> bool:
+        return bool(MANIFEST.fullmatch(name) or parse_name(name))
+
+    return [name for name in storage.list_names(directory) if belongs(name.removesuffix(".partial"))]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One complete step of a run."""
@@ -79,7 +91,7 @@ def save(
         files[file] = storage.save_tensors(storage.join(directory, file), tensors)
     manifest = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, "config": dict(config)}
     text = json.dumps(manifest, indent=2).encode()
-    storage.write_whole(storage.join(directory, f"checkpoint_{step:06d}.json"), lambda file: file.write(text))
+    storage.write_whole(storage.join(directory, manifest_name(step)), lambda file: file.write(text))
     return Checkpoint(directory, step, images_seen, dict(config), files)
 
 
@@ -119,7 +131,7 @@ def beside(path: str) -> Checkpoint | None:
     parsed = parse_name(path)
     if parsed is None:
         return None
-    manifest = storage.join(os.path.dirname(path), f"checkpoint_{parsed[1]:06d}.json")
+    manifest = storage.join(os.path.dirname(path), manifest_name(parsed[1]))
     return read(manifest) if storage.exists(manifest) else None
 
 

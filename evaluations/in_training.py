@@ -1,0 +1,46 @@
+"""The Frechet distance that a training run measures of its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm import dist_util
+from evaluations.features import load_extractor
+from evaluations.frechet_over_ranks import KEY, FrechetOverRanks
+
+
+@dataclass(frozen=True)
+class TrainingMetric:
+    """Distances from one reference, and how a log names them; one step of all ranks together.
+
+    :param key: `fid` in Inception's features, `frechet_distance` in those of another network.
+    :param label: the same for people, with the name of the features.
+    :param id: of the extractor: values of another one cannot be compared with these.
+    """
+
+    frechet: FrechetOverRanks
+    key: str
+    label: str
+    id: str
+
+    def distance(self, batches: Iterable[NDArray[np.uint8]]) -> float:
+        """The distance of the images [B,H,W,3] of all ranks; the same number on every rank."""
+        return self.frechet.distance(batches)
+
+
+def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_samples: int) -> TrainingMetric:
+    """Load the extractor and measure the reference.
+
+    :param ref: npz of reference images or of statistics.
+    :param inception: an extractor, see `load_extractor`; empty for the environment's.
+    :raises UserError: if one of the two cannot be used, or they do not fit together.
+    """
+    extractor = load_extractor(inception or None, dist_util.dev())
+    frechet = FrechetOverRanks(ref, extractor, image_size, batch_size)
+    frechet.warn_of_few(num_samples)
+    key = "fid" if extractor.is_inception else KEY
+    return TrainingMetric(frechet, key, frechet.label, extractor.id)
