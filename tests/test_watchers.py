@@ -1,4 +1,4 @@
-"""What looks at a run: training is the same without it, its numbers and pictures are the commands', the best is kept."""
+"""Watchers: training is the same without them, numbers and pictures are those of the commands, the best is kept."""
 
 import csv
 import json
