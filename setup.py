@@ -7,6 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["cm", "cm.*", "evaluations", "evaluations.*"]),
+    package_data={"cm": ["report_parts/*"]},
     install_requires=[
         "torch>=2.4",
         "numpy>=1.26",

@@ -212,7 +212,7 @@ def is_after(row: Row, step: int) -> bool:
 def replace_file(path: Path, text: str) -> None:
     """The old content or the new one, whatever happens in between."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", newline="", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,0 +1,58 @@
+"""Report training runs on one self-contained web page: curves, samples, flags and measurements, runs side by side.
+
+python scripts/report.py runs/edm runs/cd --out report.html
+
+Opens from disk in any browser, without a server and without a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from cm import dist_util
+from cm.flags import Parser
+from cm.log_outputs import replace_file
+from cm.registry import UserError
+from cm.report_page import page
+from cm.run_records import read_run
+
+MAX_GRIDS = 12
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --log_dir of a training run")
+    parser.add_argument("--out", default="", metavar="FILE", help="the page [default: report.html in the first folder]")
+    parser.add_argument("--max_grids", type=positive, default=MAX_GRIDS,
+                        help=f"pictures of samples of each run, spread over its steps [default: {MAX_GRIDS}]")
+    return parser
+
+
+def positive(word: str) -> int:
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    runs = [read_run(directory) for directory in args.runs]
+    for run in runs:
+        for gap in run.gaps:
+            print(f"{run.path}: {gap}")
+    out = Path(args.out or os.path.join(args.runs[0], "report.html"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, page(runs, args.max_grids, datetime.now()))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    dist_util.run(main)
