@@ -1,4 +1,5 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
+# make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo demo-clean test lint install clean
+.PHONY: demo demo-clean test lint install browser clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,12 @@ test: install lint
 
 lint: install
 	$(BIN)/python -m ruff check .
+
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	    timeout 300 sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	    --no-install-recommends chromium fonts-dejavu-core' > /dev/null 2>&1; } || \
+	    echo 'no chromium, and it cannot be installed: the tests of the report in a browser are skipped'
 
 clean: demo-clean
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -158,9 +158,9 @@ def log_span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with their 2- and 5-folds where there is room; plain ticks within less than a factor of 4."""
+    """Powers of ten, with multiples of them where there is room; plain ticks within a small factor."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1, 2, 5), (1, 3), (1,)):
+    for factors in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         found = [m * 10.0**p for p in powers for m in factors if low <= m * 10.0**p <= high]
         if len(found) <= MAX_TICKS:
             return found if len(found) >= 3 else ticks(low, high)

@@ -59,14 +59,16 @@ class Demo:
         self.classifier()
         self.train("edm", "edm_train.py")
         teacher = self.checkpoint("edm")
-        self.train("cd", "cm_train.py", "--teacher_model_path", str(teacher))
-        self.train("ct", "cm_train.py")
+        measured = ("--eval_interval", "50", "--eval_samples", "1000", "--eval_batch_size", "250", "--eval_ref",
+                    str(self.out / "real.npz"), "--inception", str(self.out / "classifier.ts"))
+        self.train("cd", "cm_train.py", "--teacher_model_path", str(teacher), *measured)
+        self.train("ct", "cm_train.py", *measured)
         for key, method in METHODS.items():
             self.sample(key, method)
         rows = [self.evaluate(key, method) for key, method in METHODS.items()]
-        picture = self.picture()
+        picture, report = self.picture(), self.report("edm", "cd", "ct")
         print("\n" + table(rows, self.classifier_accuracy()))
-        print(f"\n{time.monotonic() - start:.0f} s in all. The picture: {picture}")
+        print(f"\n{time.monotonic() - start:.0f} s in all. The picture: {picture}; the trainings: {report}")
 
     def reference(self) -> None:
         """The real digits as a batch for the evaluator."""
@@ -132,6 +134,13 @@ class Demo:
         path = self.out / "demo.png"
         labelled_rows(rows, scale=6).save(path)
         return path
+
+    def report(self, *runs: str) -> Path:
+        """The training runs on a web page."""
+        page = self.out / "report.html"
+        folders = [str(self.out / run) for run in runs]
+        self.stage("report", page, ["scripts/report.py", *folders, "--out", str(page)])
+        return page
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
