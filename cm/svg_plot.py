@@ -18,7 +18,7 @@ from cm.line_plot import Points, span, ticks
 
 WIDTH, HEIGHT = 460, 270                                            # in units of the drawing
 LEFT, TOP, RIGHT, BOTTOM = 54, 10, 14, 40                           # margins
-RAW, SMOOTH_FROM = 400, 40                                          # points drawn at most; points from which to smooth
+RAW, SMOOTH_FROM = 240, 40                                          # points drawn at most; points from which to smooth
 MAX_TICKS = 7
 
 
@@ -140,8 +140,9 @@ def moving_mean(points: Points, log: bool) -> Points:
         sums.append(sums[-1] + value)
     mean = []
     for place, (x, _) in enumerate(points):
-        near = min(reach, place, len(points) - 1 - place)            # symmetric, so the ends do not lag
-        value = (sums[place + near + 1] - sums[place - near]) / (2 * near + 1)
+        near = min(reach, place)                                     # fewer at the start, where losses fall steeply
+        stop = min(place + near + 1, len(points))
+        value = (sums[stop] - sums[place - near]) / (stop - place + near)
         mean.append((x, math.exp(value) if log else value))
     return mean
 

@@ -187,4 +187,4 @@ def test_pictures_are_spread_over_the_run():
 
 
 def test_durations():
-    assert [duration(seconds) for seconds in (44.4, 600, 36_000)] == ["44 s", "10 min", "10.0 h"]
+    assert [duration(seconds) for seconds in (44.4, 600, 36_000, 6e5)] == ["44 s", "10 min", "10.0 h", "6.9 days"]
