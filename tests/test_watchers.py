@@ -23,6 +23,7 @@ from cm.train_util import TrainLoop
 from cm.watchers import AverageSampler, Evaluation, SampleGrids, check_flags, sampling_settings
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
+from evaluations.in_training import open_metric
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--data_dir", "digits", "--image_size", 8, "--num_channels", 32, "--num_res_blocks", 1, "--channel_mult", "1",
@@ -186,6 +187,10 @@ def test_the_best_is_kept_and_a_resumed_run_goes_on_knowing_it(tmp_path):
     assert "best so far 3 at step 4" in (tmp_path / "log.txt").read_text()
     assert kept(tmp_path) == (10, 2.5)
     assert list(column(tmp_path, "fid")) == [2, 4, 6, 8, 10]
+    whole = tmp_path / "whole"
+    loop(whole, 10, evaluation([5.0, 3.0, 4.0, float("nan"), 2.5])).run_loop()
+    for name in ("trainer000010.pt", "model000010.pt", "opt000010.pt", "best/ema_0.5_000010.pt", "best.json"):
+        assert (whole / name).read_bytes() == (tmp_path / name).read_bytes(), f"{name}: the run that nobody stopped"
 
 
 def test_a_worse_one_leaves_the_kept_weights_alone(tmp_path):
@@ -229,6 +234,24 @@ def test_the_time_of_watchers_is_not_the_trainings(tmp_path):
     training.step, training.clock = 2, 100.0
     training.ask_watchers()
     assert training.clock > 100.0
+
+
+class Inception(Tiny):
+    """Only its last layer has Inception's form."""
+
+    def __init__(self):
+        super().__init__()
+        self.output = th.nn.Linear(2048, 1008, bias=False)
+
+
+@pytest.mark.parametrize("network, key, label", [
+    (Inception, "fid", "FID"), (Tiny, "frechet_distance", "Frechet distance (none features, not Inception)"),
+])
+def test_only_inceptions_distance_is_called_fid(folder, tmp_path, network, key, label):
+    save_torchscript(network(), str(tmp_path / "net.ts"), "none", "none")
+    metric = open_metric(str(folder / "ref.npz"), str(tmp_path / "net.ts"), 8, 16, 50)
+    assert (metric.key, metric.label) == (key, label)
+    assert metric.distance([np.load(folder / "ref.npz")["arr_0"]]) == pytest.approx(0, abs=1e-6)
 
 
 def flags(*argv):
