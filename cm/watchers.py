@@ -43,8 +43,11 @@ class Metric(Protocol):
     label: str                                              # for people
     id: str                                                 # of the features that it compares
 
-    def distance(self, batches: Iterable[np.ndarray]) -> float:
-        """The distance of the images [B,H,W,3] uint8 of all ranks; the same number on every rank."""
+    def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
+        """The distance of the images of all ranks; the same number on every rank.
+
+        :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
+        """
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Evaluation:
         begun = time.monotonic()
         with undisturbed(loop.device):
             drawn = self.sampler.draw(loop, self.num_samples, "evaluation")
-            value = self.metric.distance(images for _, images in drawn if len(images))
+            value = self.metric.distance((int(rows[0]), images) for rows, images in drawn if len(images))
         if np.isfinite(value) and (not self.best or value < self.best["value"]):
             self.best = {"step": loop.step, "value": value}
             dist_util.on_main(self.keep, loop)

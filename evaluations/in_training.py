@@ -27,9 +27,12 @@ class TrainingMetric:
     label: str
     id: str
 
-    def distance(self, batches: Iterable[NDArray[np.uint8]]) -> float:
-        """The distance of the images [B,H,W,3] of all ranks; the same number on every rank."""
-        return self.frechet.distance(batches)
+    def distance(self, batches: Iterable[tuple[int, NDArray[np.uint8]]]) -> float:
+        """The distance of the images of all ranks; the same number on every rank.
+
+        :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3].
+        """
+        return self.frechet.distance(images for _, images in batches)
 
 
 def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_samples: int) -> TrainingMetric:

@@ -132,7 +132,7 @@ class Listed:
         self.values, self.images = iter(values), []
 
     def distance(self, batches):
-        self.images.append(np.concatenate(list(batches)))
+        self.images.append(np.concatenate([images for _, images in batches]))
         return next(self.values)
 
 
@@ -251,7 +251,7 @@ def test_only_inceptions_distance_is_called_fid(folder, tmp_path, network, key, 
     save_torchscript(network(), str(tmp_path / "net.ts"), "none", "none")
     metric = open_metric(str(folder / "ref.npz"), str(tmp_path / "net.ts"), 8, 16, 50)
     assert (metric.key, metric.label) == (key, label)
-    assert metric.distance([np.load(folder / "ref.npz")["arr_0"]]) == pytest.approx(0, abs=1e-6)
+    assert metric.distance([(0, np.load(folder / "ref.npz")["arr_0"])]) == pytest.approx(0, abs=1e-6)
 
 
 def flags(*argv):
