@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,13 +16,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cm.run_records import RunRecord
+from cm.html_parts import MISSING, cell, chip, run_names, table, text, value_cell
+from cm.run_records import Grid, RunRecord
 from cm.svg_plot import Curve, is_constant, plot, short
 
 PARTS = Path(__file__).parent / "report_parts"                      # style and script of the page
 METRICS = ("fid", "frechet_distance")                               # columns of in-training evaluations
+COMPARABLE = ("features", "reference", "num_samples")               # of a best: distances of other ones are no match
 NO_DIFFERENCE = ("log_dir",)                                        # flags that differ between any two runs
-MISSING = '<span class="missing">–</span>'
 
 
 @dataclass(frozen=True)
@@ -83,25 +82,6 @@ def page(runs: Sequence[RunRecord], max_grids: int, now: datetime) -> str:
 
 def part(name: str) -> str:
     return (PARTS / name).read_text(encoding="utf-8")
-
-
-def text(value: Any) -> str:
-    """Any value as text of a page; what UTF-8 cannot write (odd file names) is replaced."""
-    return html.escape(str(value).encode("utf-8", "replace").decode(), quote=True)
-
-
-def run_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{each[-1]} ({number})" for number, each in enumerate(parts, start=1)]
-
-
-def chip(number: int) -> str:
-    return f'<i class="chip run-{number % 8}"></i>'
 
 
 # --- at a glance ---------------------------------------------------------------------------------------------------
@@ -223,12 +203,17 @@ def note(chart: Chart, runs: Sequence[RunRecord]) -> str:
     """What the values of an evaluation are values of; the features are named in the table of what was measured."""
     if chart.column not in METRICS:
         return ""
-    notes = []
-    for run in runs:
-        settings = run.best.get("settings")
-        if isinstance(settings, dict):
-            notes.append("{} samples by {}".format(*(settings.get(name) for name in ("num_samples", "sampler"))))
-    return "; ".join([*dict.fromkeys(notes), "ring: the best"])
+    bests = [best_settings(run) for run in runs if run.best]
+    ways = {json.dumps([best.get(name) for name in COMPARABLE]) for best in bests}
+    notes = dict.fromkeys(f"{best.get('num_samples')} samples by {best.get('sampler')}" for best in bests)
+    warning = ["measured with different features, references or numbers of samples: not comparable"]
+    return "; ".join([*notes, "ring: the best", *(warning if len(ways) > 1 else [])])
+
+
+def best_settings(run: RunRecord) -> Mapping[str, Any]:
+    """How the best was measured; empty if best.json does not say."""
+    settings = run.best.get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -252,7 +237,7 @@ def grids_section(runs: Sequence[RunRecord], names: Sequence[str], max_grids: in
     )
 
 
-def picture(grid: Any, name: str) -> str:
+def picture(grid: Grid, name: str) -> str:
     source = base64.b64encode(grid.png).decode()
     return (
         f'<label><input type="checkbox"><img loading="lazy" width="{grid.width}" height="{grid.height}" '
@@ -270,16 +255,6 @@ def evenly(steps: Sequence[int], count: int) -> list[int]:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
-    """Cells are text of a page already."""
-    columns = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    return (f'<div class="wide"><table class="{kind}"><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody></table>'
-            "</div>")
-
-
 def settings_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """All resolved flags; those that differ first, and marked."""
     flags = sorted({name for run in runs for name in run.config})
@@ -288,7 +263,7 @@ def settings_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     known = [run.config for run in runs if run.config]
 
     def differs(flag: str) -> bool:
-        values = {json.dumps(config.get(flag), sort_keys=True) for config in known}
+        values = {json.dumps(config[flag], sort_keys=True) for config in known if flag in config}
         return len(values) > 1 and flag not in NO_DIFFERENCE
 
     def row(flag: str) -> list[str]:
@@ -316,8 +291,7 @@ def values_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     for number, (run, name) in enumerate(zip(runs, names)):
         first = f"{chip(number) if len(runs) > 1 else ''}{text(name)}"
         if run.best:
-            settings = run.best.get("settings")
-            count = settings.get("num_samples") if isinstance(settings, dict) else None
+            count = best_settings(run).get("num_samples")
             value, place = value_cell(run.best.get("value")), f"best of training, {run.best.get('file')}"
             rows.append([first, text(run.best.get("metric")), value, cell(count), text(place)])
         for file, content in run.summaries.items():
@@ -337,15 +311,6 @@ def measured(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
             yield result.get("label", name), result["value"], result.get("sample_count")
     if "label" in content and "value" in content:
         yield content["label"], content["value"], content.get("num_images")
-
-
-def value_cell(value: Any) -> str:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"{value:.6g}" if is_number else cell(value)
-
-
-def cell(value: Any) -> str:
-    return MISSING if value is None else text(value)
 
 
 def summaries_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:

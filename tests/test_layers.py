@@ -15,7 +15,7 @@ LAYERS = [
     ["logger", "dist_util", "flags", "schedules"],
     ["nn", "forward_ad", "curricula", "precond", "weightings", "distances", "resample", "random_util",
      "image_sources", "config", "meters", "sample_files", "line_plot", "schedule_search"],
-    ["svg_plot", "run_records"],
+    ["svg_plot", "run_records", "html_parts"],
     ["report_page"],
     ["fp16_util", "norm_act"],
     ["attention"],

@@ -12,8 +12,9 @@ import torch as th
 from browser import chromium, needs_browser, screenshot
 from mpi import python
 
+from cm.html_parts import run_names
 from cm.registry import UserError
-from cm.report_page import duration, evenly, run_names
+from cm.report_page import duration, evenly
 from evaluations.features import save_torchscript
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +151,23 @@ def test_one_run_and_the_default_place(folder, tmp_path, capsys):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "no config.json: the flags are not known" in capsys.readouterr().out and "no config.json" in page
     assert page.count("data:image/png;base64,") == 1 and "step 12<" in page
+
+
+def test_distances_of_different_features_are_said_not_to_be_comparable(folder, page, tmp_path):
+    assert "not comparable" not in page
+    run = tmp_path / "other"
+    shutil.copytree(folder / "fast", run, ignore=shutil.ignore_patterns("*.pt"))
+    best = json.loads((run / "best.json").read_text())
+    best["settings"]["features"] = "torchscript-another"
+    (run / "best.json").write_text(json.dumps(best))
+    config = json.loads((run / "config.json").read_text())
+    del config["lr"]
+    (run / "config.json").write_text(json.dumps(config))
+    report(folder / "slow", run, "--out", tmp_path / "report.html")
+    changed = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "measured with different features, references or numbers of samples: not comparable" in changed
+    different = re.search(r'<table class="settings different">.*?</table>', changed, re.DOTALL)[0]
+    assert re.findall(r"<code>(.*?)</code>", different) == ["end_scales"], "a flag that one run lacks"
 
 
 @pytest.mark.parametrize("words, message", [
