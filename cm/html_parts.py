@@ -12,8 +12,13 @@ MISSING = '<span class="missing">–</span>'
 
 
 def text(value: Any) -> str:
-    """Any value as text of a page; what UTF-8 cannot write (odd file names) is replaced."""
-    return html.escape(str(value).encode("utf-8", "replace").decode(), quote=True)
+    """Any value as text of a page."""
+    return html.escape(str(value), quote=True)
+
+
+def writable(words: str) -> str:
+    """The same with question marks where UTF-8 has no character, as in file names of another encoding."""
+    return words.encode("utf-8", "replace").decode()
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cm.html_parts import MISSING, cell, chip, run_names, table, text, value_cell
+from cm.html_parts import MISSING, cell, chip, run_names, table, text, value_cell, writable
 from cm.run_records import Grid, RunRecord
 from cm.svg_plot import Curve, is_constant, plot, short
 
@@ -71,7 +71,7 @@ def page(runs: Sequence[RunRecord], max_grids: int, now: datetime) -> str:
         curves_section(runs, names), grids_section(runs, names, max_grids), values_section(runs, names),
         settings_section(runs, names), summaries_section(runs, names),
     ])
-    return (
+    return writable(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cm import dist_util
 from cm.flags import Parser
+from cm.html_parts import writable
 from cm.log_outputs import replace_file
 from cm.registry import UserError
 from cm.report_page import page
@@ -44,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [read_run(directory) for directory in args.runs]
     for run in runs:
         for gap in run.gaps:
-            print(f"{run.path}: {gap}")
+            print(writable(f"{run.path}: {gap}"))
     out = Path(args.out or os.path.join(args.runs[0], "report.html"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(out, page(runs, args.max_grids, datetime.now()))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    print(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)")
+    print(writable(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)"))
 
 
 if __name__ == "__main__":

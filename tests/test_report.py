@@ -1,6 +1,7 @@
 """The report of real runs, looked at in a real browser, and as text."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -151,6 +152,17 @@ def test_one_run_and_the_default_place(folder, tmp_path, capsys):
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "no config.json: the flags are not known" in capsys.readouterr().out and "no config.json" in page
     assert page.count("data:image/png;base64,") == 1 and "step 12<" in page
+
+
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path, capsys):
+    run = tmp_path / os.fsdecode(b"run\xff")
+    run.mkdir()
+    rows = [{"step": step, "loss": 1 / step, "\ud800": step} for step in (1, 2)]
+    (run / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.json").write_text(json.dumps({"data_dir": "\ud800"}))
+    report(run)
+    assert "run?" in capsys.readouterr().out
+    assert "<h2>run?</h2>" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_distances_of_different_features_are_said_not_to_be_comparable(folder, page, tmp_path):
