@@ -206,6 +206,8 @@ def check_flags(settings: Settings) -> None:
     :raises UserError: if they do not, naming the flag.
     """
     config, rates = settings.section(EvalConfig), parse_rates(settings.values["ema_rate"])
+    if config.eval_ref and not config.eval_interval:
+        raise UserError(f"--eval_ref {config.eval_ref} has no effect without --eval_interval: give both, or neither")
     if not (config.eval_interval or config.sample_interval):
         return
     if config.eval_interval and not config.eval_ref:

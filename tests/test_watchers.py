@@ -263,6 +263,7 @@ def flags(*argv):
 
 @pytest.mark.parametrize("argv, message", [
     (["--eval_interval", 5], "--eval_interval 5 needs --eval_ref"),
+    (["--eval_ref", "ref.npz"], "--eval_ref ref.npz has no effect without --eval_interval"),
     (["--sample_interval", 5, "--eval_ema_rate", "0.99"], "--eval_ema_rate '0.99' is none of --ema_rate 0.9999"),
     (["--sample_interval", 5, "--eval_sampler", "multistep"], "--eval_ts"),
     (["--sample_interval", 5, "--eval_sampler", "multistep", "--eval_ts", "0,50"], "50"),
