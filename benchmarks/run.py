@@ -6,21 +6,35 @@ python benchmarks/run.py --suite train,sample --out benchmarks
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch as th
-from bench.ceiling import measure_ceiling
+from bench.ceiling import Ceiling, measure_ceiling
 from bench.lines import Line, ceiling_text, table, write_results
 from bench.memory import memory_suite
-from bench.network import SPECS
+from bench.network import SPECS, NetworkSpec
 from bench.sample import sample_suite
+from bench.scale import scale_suite
 from bench.train import train_suite
 
 SUITES = {
-    "train": lambda spec, device, ceiling, repeats: train_suite(spec, device, ceiling, repeats),
-    "sample": lambda spec, device, ceiling, repeats: sample_suite(spec, device, ceiling, repeats),
-    "memory": lambda spec, device, ceiling, repeats: memory_suite(device),
+    "train": lambda job: train_suite(job.spec, job.device, job.ceiling, job.repeats),
+    "sample": lambda job: sample_suite(job.spec, job.device, job.ceiling, job.repeats),
+    "memory": lambda job: memory_suite(job.device),
+    "scale": lambda job: scale_suite(job.device, job.repeats, job.out),
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a suite is run with."""
+
+    spec: NetworkSpec
+    device: th.device
+    ceiling: Ceiling
+    repeats: int
+    out: Path | None                                        # folder of tables and pictures
 
 
 def main() -> None:
@@ -30,13 +44,14 @@ def main() -> None:
         th.set_num_threads(args.threads)
     spec = SPECS[device.type]
     ceiling = measure_ceiling(device, spec.batch, 2 * spec.num_channels, spec.image_size // 2)
+    job = Job(spec, device, ceiling, args.repeats, Path(args.out) if args.out else None)
     print(ceiling_text(ceiling))
     suites: dict[str, list[Line]] = {}
     for name in args.suite:
-        suites[name] = SUITES[name](spec, device, ceiling, args.repeats)
+        suites[name] = SUITES[name](job)
         print(f"\n{name}\n{table(suites[name])}", flush=True)
-    if args.out:
-        write_results(Path(args.out), device, ceiling, suites)
+    if job.out is not None:
+        write_results(job.out, device, ceiling, suites)
 
 
 def parse() -> argparse.Namespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch as th
@@ -56,14 +56,15 @@ def diffusions(mode: str) -> tuple[KarrasDenoiser, KarrasDenoiser]:
 
 
 def toolkit_job(
-    mode: str, spec: NetworkSpec, device: th.device, images: Tensor, precision: str
+    mode: str, spec: NetworkSpec, device: th.device, images: Tensor, precision: str, *,
+    ema_rates: Sequence[float] = EMA_RATES, scales: int = SCALES,
 ) -> Callable[[], None]:
     """One step of the toolkit's training loop."""
     logger.configure(tempfile.mkdtemp(), format_strs=[])
     diffusion, teacher_diffusion = diffusions(mode)
     common = dict(
         model=spec.build(device), diffusion=diffusion, data=stream(images), batch_size=len(images), lr=1e-4,
-        ema_rate=",".join(map(str, EMA_RATES)), log_interval=10**6, save_interval=10**6, total_training_steps=10**6,
+        ema_rate=",".join(map(str, ema_rates)), log_interval=10**6, save_interval=10**6, total_training_steps=10**6,
         precision=precision,
     )
     if mode == "edm":
@@ -73,7 +74,7 @@ def toolkit_job(
         loop = CMTrainLoop(
             target_model=spec.build(device), teacher_model=spec.build(device).eval() if distils else None,
             teacher_diffusion=teacher_diffusion if distils else None, training_mode=mode,
-            ema_scale_fn=ema_and_scales("fixed", 0.95, "fixed", SCALES, SCALES, 10**6, 10**6), **common,
+            ema_scale_fn=ema_and_scales("fixed", 0.95, "fixed", scales, scales, 10**6, 10**6), **common,
         )
     return lambda: loop.run_step(next(loop.data))
 
