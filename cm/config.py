@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cm.flags import option
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
+OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
 CONSISTENCY_MODES = ("consistency_distillation", "consistency_training")    # D(x, sigma_min) = x
@@ -129,6 +130,21 @@ class EvalConfig:
     eval_seed: int = option(42, "as --seed of image_sample.py", minimum=0)
     eval_batch_size: int = option(64, "images per rank and pass; no effect on the images", minimum=1)
     eval_ema_rate: str = option("", "which average of ema_rate draws the samples; empty: the first")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """objective"""
+
+    objective: str = option("edm", "what to minimise", choices=OBJECTIVE_NAMES)
+    martingale_lambda: float = option(10.0, "cdm: weight of the regulariser", minimum=0)
+    martingale_steps: int = option(6, "cdm: noise levels of a backward walk, ends included", minimum=2)
+    martingale_sde: str = option(
+        "t", "cdm: the walk's steps in the noise level, or in u = t^2, which has less bias", choices=("t", "u")
+    )
+    rbatch: int = option(4096, "stf: reference images, the step's own batch included", minimum=1)
+    num_consecutive_steps: int = option(2, "sadpm: neighbouring noise levels whose errors are added up", minimum=1)
+    lamda: float = option(0.2, "sadpm: weight of the sum", minimum=0, aliases=("sa_lambda",))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,12 @@ from cm.registry import UserError
 Section = TypeVar("Section")
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None) -> Any:
-    """A field of a section: its default, one sentence for --help, and what is allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), "minimum": minimum})
+def option(
+    default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None, aliases: Sequence[str] = ()
+) -> Any:
+    """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag."""
+    allowed = {"choices": tuple(choices), "minimum": minimum}
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases), **allowed})
 
 
 def str2bool(value: str | bool) -> bool:
@@ -110,7 +113,8 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
 
     :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
     :param defaults: defaults of this script where they differ from the section's.
-    :raises UserError: if the config file is missing, unreadable or has an unknown key, or a value is not allowed.
+    :raises UserError: if the config file is missing, unreadable or has an unknown key, a value is not allowed, or two
+        names of one flag have different values.
     """
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
@@ -124,8 +128,9 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
         for name, value in read_config(config_file, fields).items():
             values[name] = convert(types[name], value, f"{config_file}: {name}")
             given[name] = config_file
-    for name, value in args.items():
-        values[name], given[name] = value, f"--{name}"
+    spelt = {field.name: alias for field in fields.values() for alias in field.metadata["aliases"] if alias in args}
+    for name, value in by_own_name(args, fields, "").items():
+        values[name], given[name] = value, f"--{spelt.get(name, name)}"
     for name, value in values.items():
         check(fields[name], value, given.get(name, f"--{name}"))
     return Settings(values, given, dry_run)
@@ -145,14 +150,33 @@ def make_parser(description: str, sections: Sequence[type], types: Mapping[str, 
             choices = field.metadata["choices"]
             shown = f" (choices: {', '.join(choices)})" if choices else ""
             kind = types[field.name]
-            group.add_argument(
-                f"--{field.name}",
-                type=str2bool if kind is bool else kind,
-                default=argparse.SUPPRESS,
-                metavar=kind.__name__.upper(),
-                help=f"{field.metadata['help']}{shown} [default: {default!r}]".replace("%", "%%"),
-            )
+            others = "".join(f", also --{alias}" for alias in field.metadata["aliases"])
+            help = f"{field.metadata['help']}{shown}{others} [default: {default!r}]".replace("%", "%%")
+            for name in (field.name, *field.metadata["aliases"]):
+                group.add_argument(
+                    f"--{name}",
+                    type=str2bool if kind is bool else kind,
+                    default=argparse.SUPPRESS,
+                    metavar=kind.__name__.upper(),
+                    help=help if name == field.name else argparse.SUPPRESS,
+                )
     return parser
+
+
+def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values by the flags' own names, where `given` may use their aliases.
+
+    :raises UserError: if two names of one flag are given with different values.
+    """
+    own = {alias: name for name, field in fields.items() for alias in field.metadata["aliases"]}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        name, spelt = own.get(name, name), name
+        if name in found and found[name] != value:
+            raise UserError(f"{where}--{name} and --{spelt} are one flag under two names, but {found[name]!r} and "
+                            f"{value!r} two values; drop one of them")
+        found[name] = value
+    return found
 
 
 def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -172,6 +196,7 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
     base = content.pop("base", "")
+    content = by_own_name(content, fields, f"--config {path}: ")
     for name in content:
         if name not in fields:
             near = get_close_matches(str(name), fields, n=1)

@@ -127,7 +127,7 @@ class Requests:
     """The positions and image indices of this rank's batches, for ever: pairs of int64 [B]."""
 
     def __init__(self, order: EpochOrder, offsets: np.ndarray, global_batch: int, start: int):
-        self._order = order
+        self.order = order
         self._offsets = offsets
         self._global_batch = global_batch
         self._start = start
@@ -136,7 +136,7 @@ class Requests:
         first = self._start
         while True:
             positions = first + self._offsets
-            yield positions, self._order(positions)
+            yield positions, self.order(positions)
             first += self._global_batch
 
 
@@ -201,6 +201,7 @@ class BatchStream:
 
     def __init__(self, samples: Samples, requests: Requests, num_workers: int, pin_memory: bool):
         self.source = samples.source
+        self._samples, self._order = samples, requests.order
         self._pin_memory = pin_memory
         loader = DataLoader(
             samples,
@@ -239,6 +240,21 @@ class BatchStream:
         batch.images = self._to_float(batch.images)
         return batch
 
+    def read(self, positions: np.ndarray) -> Batch:
+        """The images of these positions of the run, int64 [B] ascending, read by this process: bytes, [B,3,S,S].
+
+        :raises UserError: if one cannot be read.
+        """
+        batch = self._samples[positions, self._order(positions)]
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
     def _to_float(self, pixels: Tensor) -> Tensor:
         """uint8 [B,3,S,S] -> float32 [B,3,S,S] in [-1, 1], v / 127.5 - 1."""
         return th.empty(pixels.shape, pin_memory=self._pin_memory).copy_(pixels).div_(127.5).sub_(1)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """The pixels that images of a batch were read as: float [B,3,S,S] in [-1, 1] -> uint8 [B,3,S,S]."""
+    return images.add(1).mul_(127.5).round_().to(th.uint8)

@@ -54,6 +54,7 @@ class Batch:
     cond: dict[str, Tensor] = field(default_factory=dict)           # {"y": [N] int64} when class-conditional
     positions: Tensor | None = None                                 # [N] int64: which draw of the whole run
     indices: Tensor | None = None                                   # [N] int64: which image of the data set
+    references: Batch | None = None                                 # images of the whole run, uint8 or float, if asked
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.images, self.cond))
@@ -69,6 +70,7 @@ class Batch:
             {key: value[cut] for key, value in self.cond.items()},
             None if self.positions is None else self.positions[cut],
             None if self.indices is None else self.indices[cut],
+            self.references,
         )
 
     def to(self, device: Any) -> Batch:
@@ -77,6 +79,7 @@ class Batch:
             {key: value.to(device, non_blocking=True) for key, value in self.cond.items()},
             self.positions,
             self.indices,
+            None if self.references is None else self.references.to(device),
         )
 
 

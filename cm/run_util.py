@@ -18,6 +18,7 @@ from cm.image_datasets import load_data
 from cm.image_sources import open_source
 from cm.interfaces import Sampler
 from cm.karras_diffusion import KarrasDenoiser
+from cm.reference_images import with_references
 from cm.registry import UserError
 from cm.samplers import make_sampler
 from cm.sampling import SamplingPlan, parse_seeds
@@ -63,12 +64,14 @@ def save_config(settings: Settings) -> None:
     storage.write_whole(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
 
 
-def open_data(settings: Settings) -> Any:
+def open_data(settings: Settings, references: int = 0) -> Any:
     """A function from the samples already consumed to the endless iterator of this rank's batches.
 
     Sets num_classes from the data, where no flag or checkpoint has set it.
 
-    :raises UserError: if there is no such data, or class_cond is asked of data without labels.
+    :param references: how many reference images every batch carries.
+    :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
+        references than images of a step.
     """
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
@@ -86,10 +89,17 @@ def open_data(settings: Settings) -> Any:
                 f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
             )
     world_size = dist_util.get_world_size()
+    batch_size = rank_batch(train.global_batch_size, train.batch_size, world_size)
+    if 0 < references < batch_size * world_size:
+        raise UserError(
+            f"--rbatch {references} is less than the {batch_size * world_size} images of a step, which are among the "
+            f"reference images: give --rbatch {batch_size * world_size} or more"
+        )
     return partial(
         open_stream,
+        references=references,
         data_dir=data.data_dir,
-        batch_size=rank_batch(train.global_batch_size, train.batch_size, world_size),
+        batch_size=batch_size,
         image_size=values["image_size"],
         class_cond=values["class_cond"],
         random_crop=data.random_crop,
@@ -102,8 +112,11 @@ def open_data(settings: Settings) -> Any:
     )
 
 
-def open_stream(start: int, **options: Any) -> Any:
-    return load_data(start=start, **options)
+def open_stream(start: int, references: int, rank: int, world_size: int, **options: Any) -> Any:
+    stream = load_data(start=start, rank=rank, world_size=world_size, **options)
+    if not references:
+        return stream
+    return with_references(stream, references, start, rank, world_size, dist_util.all_gather_object)
 
 
 def loop_arguments(settings: Settings) -> dict[str, Any]:

@@ -32,10 +32,14 @@ def karras_sigma(
         raise ValueError(f"noise levels need 0 < sigma_min <= sigma_max, got {sigma_min} and {sigma_max}")
     if not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}; the usual value is {RHO:g}")
-    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     if isinstance(position, Tensor):
-        return (start + position.double() * (end - start)).pow(rho).to(position.dtype)
-    return (start + position * (end - start)) ** rho
+        return _between(sigma_max, sigma_min, position.double(), rho).to(position.dtype)
+    return _between(sigma_max, sigma_min, position, rho)
+
+
+def _between(start: Any, end: Any, share: Any, rho: float) -> Any:
+    root, root_end = start ** (1 / rho), end ** (1 / rho)
+    return (root + share * (root_end - root)) ** rho
 
 
 def karras_grid(
@@ -58,6 +62,28 @@ def karras_grid(
     grid[-1] = sigma_min
     grid[0] = sigma_max
     return grid.to(dtype)
+
+
+def karras_between(start: Tensor, end: Tensor, n: int, rho: float = RHO) -> Tensor:
+    """n levels for each pair of `karras_grid`'s ends, start >= end > 0, [N] each: [n,N], the ends exactly."""
+    share = th.arange(1, n - 1, dtype=th.float64, device=start.device)[:, None] / (n - 1)
+    between = _between(start.double(), end.double(), share, rho).to(start.dtype)
+    return th.cat([start[None], between, end[None]])
+
+
+def karras_earlier(
+    sigma: Tensor, k: int, n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
+) -> tuple[Tensor, Tensor]:
+    """The levels k steps of a grid of n nearer to the image, [N], and whether they are above sigma_min, bool [N].
+
+    Where they are not, the level is sigma_min. For k = 0 it is sigma itself, always.
+    """
+    if k == 0:
+        return sigma, th.ones_like(sigma, dtype=th.bool)
+    step = (sigma_max ** (1 / rho) - sigma_min ** (1 / rho)) / (n - 1)
+    root = sigma.double() ** (1 / rho) - k * step
+    is_there = root >= sigma_min ** (1 / rho)
+    return th.where(is_there, root.clamp(min=0) ** rho, sigma_min).to(sigma.dtype), is_there
 
 
 def get_sigmas_karras(

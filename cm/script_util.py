@@ -13,11 +13,21 @@ from torch import nn
 from cm import dist_util
 from cm.checkpoints import guided, openai
 from cm.checkpoints.weights_file import WeightsFile, look_at
-from cm.config import CONSISTENCY_MODES, TRAINING_MODES, ConsistencyConfig, DiffusionConfig, ModelConfig
+from cm.config import (
+    CONSISTENCY_MODES,
+    TRAINING_MODES,
+    ConsistencyConfig,
+    DiffusionConfig,
+    ModelConfig,
+    ObjectiveConfig,
+)
 from cm.curricula import ema_and_scales
 from cm.flags import Settings, str2bool
+from cm.interfaces import Objective
 from cm.karras_diffusion import KarrasDenoiser
-from cm.registry import UserError
+from cm.objectives import DENOISING
+from cm.registry import UserError, lookup
+from cm.resample import create_named_schedule_sampler
 from cm.unet import UNetModel, attention_factors
 
 PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
@@ -195,6 +205,37 @@ def place(model: nn.Module, device: th.device) -> nn.Module:
 def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2") -> KarrasDenoiser:
     config = dataclasses.asdict(settings.section(DiffusionConfig))
     return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm)
+
+
+def options_of(kind: type) -> list[str]:
+    """The flags of a denoising objective alone: the fields of its class that have the name of a flag."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    return [field.name for field in dataclasses.fields(ObjectiveConfig) if field.name in fields]
+
+
+def follow_objective(settings: Settings) -> None:
+    """The settings that the objective was published with, where nobody asks for others.
+
+    :raises UserError: for a flag that only another objective uses.
+    """
+    objective, values = settings.values["objective"], settings.values
+    kind = lookup(DENOISING, objective, "objective")
+    settings.replace(**{name: value for name, value in kind.defaults.items() if name not in settings.given})
+    own, defaults = options_of(kind), defaults_of(ObjectiveConfig)
+    for name in (name for other in DENOISING.values() for name in options_of(other) if name not in own):
+        # A file may hold every flag of another run; there only a value that somebody chose has been lost.
+        by_flag = settings.given.get(name, "").startswith("--")
+        if by_flag or name in settings.given and values[name] != defaults[name]:
+            users = " or ".join(f"--objective {other}" for other in DENOISING if name in options_of(DENOISING[other]))
+            raise UserError(f"{settings.given[name]}: {name}={values[name]!r} is for {users}, but this run has "
+                            f"--objective {objective}, which does not use it; drop it")
+
+
+def objective_from(settings: Settings, diffusion: KarrasDenoiser) -> Objective:
+    """The denoising objective that the flags describe."""
+    kind = lookup(DENOISING, settings.values["objective"], "objective")
+    law = create_named_schedule_sampler(settings.values["schedule_sampler"], diffusion)
+    return kind.of(diffusion, law, {name: settings.values[name] for name in options_of(kind)})
 
 
 # What the authors of each precond trained their networks with.

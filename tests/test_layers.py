@@ -23,7 +23,7 @@ LAYERS = [
     ["samplers"],
     ["editing", "objectives"],
     ["karras_diffusion", "image_datasets", "checkpoints"],
-    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger"],
+    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images"],
     ["train_util", "run_util", "edit_util"],
     ["watchers"],
 ]

@@ -1,10 +1,20 @@
-"""Training methods, by the name that --training_mode gives them."""
+"""Training methods, by the names that --objective and --training_mode give them."""
 
+from cm.objectives.cdm import CDM
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.edm import EDM
 from cm.objectives.progdist import ProgressiveDistillation
+from cm.objectives.sadpm import SADPM
+from cm.objectives.stf import STF
 
-__all__ = ["OBJECTIVES"]
+__all__ = ["DENOISING", "OBJECTIVES"]
+
+DENOISING = {
+    "edm": EDM,
+    "cdm": CDM,
+    "stf": STF,
+    "sadpm": SADPM,
+}
 
 OBJECTIVES = {
     "edm": EDM,

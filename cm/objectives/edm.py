@@ -1,10 +1,13 @@
-"""Denoising: Karras et al. 2022 (EDM, arXiv 2206.00364), equation 2 with the weights of table 1."""
+"""Denoising: Karras et al. 2022 (EDM, arXiv 2206.00364), equation 2 with the weights of table 1.
+
+Shapes: N batch, C channels, H and W height and width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,19 +20,38 @@ from cm.resample import LogNormalSampler, LossSecondMomentResampler, ScheduleSam
 class EDM:
     """weight(sigma) mean(D(x0 + sigma z, sigma) - x0)^2.
 
+    The other denoising objectives are this one with other `terms`. A field of theirs that has the name of a flag takes
+    its value.
+
     :param weight: the loss weight at noise levels, [N] -> [N].
     :param schedule_sampler: the law of the noise levels.
     """
 
+    defaults: ClassVar[Mapping[str, Any]] = {}                      # flag -> its value where nobody asks for another
+
     weight: Callable[[Tensor], Tensor]
     schedule_sampler: ScheduleSampler = field(default_factory=LogNormalSampler)
+
+    @classmethod
+    def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> EDM:
+        """The objective for a KarrasDenoiser, a law of its noise levels, and values for the other fields by name."""
+        return cls(diffusion.weight, law, **options)
 
     def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms:
         x0 = batch.images
         sigma, importance, _ = self.schedule_sampler.draw(rng, len(x0), x0.device)
-        terms = edm_terms(nets.online, x0, rng.randn_like(x0), sigma.to(x0.dtype), self.weight, batch.cond)
+        terms = self.terms(nets, batch, rng.randn_like(x0), sigma.to(x0.dtype), rng)
         terms.loss = terms.loss * importance
         return terms
+
+    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+        """The loss of given noise [N,C,H,W] at given levels [N]; whatever else is random comes from rng."""
+        return edm_terms(nets.online, batch.images, noise, sigma, self.weight, batch.cond)
+
+    @property
+    def references(self) -> int:
+        """How many reference images every batch must carry."""
+        return 0
 
     @property
     def memory(self) -> LossSecondMomentResampler | None:
@@ -43,8 +65,13 @@ class EDM:
 def edm_terms(
     D: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor], cond: dict[str, Any]
 ) -> Terms:
-    """The loss of given noise at given levels; logs the unweighted `xs_mse` and the weighted `mse`, [N] each."""
+    """The loss of given noise at given levels; logs as `error_terms`."""
     x = x0 + noise * append_dims(sigma, x0.ndim)
-    xs_mse = mean_flat((D(x, sigma, **cond) - x0).square())
+    return error_terms(D(x, sigma, **cond), x0, sigma, weight)
+
+
+def error_terms(denoised: Tensor, target: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor]) -> Terms:
+    """The loss of denoised images [N,C,H,W]; logs the unweighted `xs_mse` and the weighted `mse`, [N] each."""
+    xs_mse = mean_flat((denoised - target).square())
     mse = weight(sigma) * xs_mse
     return Terms(mse, sigma, {"xs_mse": xs_mse, "mse": mse})

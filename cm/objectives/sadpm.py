@@ -1,0 +1,65 @@
+"""Sequence-aware loss: Duan et al. 2023 (SA-DPM, arXiv 2312.12431), equation 11.
+
+What matters to a sampler is the sum of the errors along its way, so the sum over neighbouring levels is penalised too.
+
+Shapes: N batch, C channels, H and W height and width. Times are noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch as th
+from torch import Tensor
+
+from cm import vp
+from cm.interfaces import Batch, Nets, NoiseSource, Terms
+from cm.nn import append_dims, mean_flat
+from cm.objectives.edm import EDM
+from cm.resample import ScheduleSampler
+from cm.schedules import karras_earlier
+
+Earlier = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class SADPM(EDM):
+    """mean(r_0)^2 + lamda / K^2 mean(sum_k r_k)^2, where r_k = sqrt(weight(s_k)) (D(x0 + s_k z_k, s_k) - x0).
+
+    s_0 is drawn, s_1 .. s_K-1 are the levels before it, as far as there are any, and each z_k is new. With the weight
+    1 / sigma^2 r_k is the error of the predicted noise, and on DDPM's levels lamda 0 is DDPM's loss.
+
+    :param num_consecutive_steps: K.
+    :param earlier: (levels [N], k) -> the levels k steps nearer to the image [N], and whether there are any [N].
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {"precond": "ddpm"}
+
+    num_consecutive_steps: int = 2
+    lamda: float = 0.2
+    earlier: Earlier = vp.earlier
+
+    @classmethod
+    def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
+        """On DDPM's timesteps for a network that is told them; else on a Karras grid as fine as these."""
+        ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
+        on_grid = partial(karras_earlier, n=vp.TIMESTEPS, **ends)
+        earlier = vp.earlier if diffusion.precond_name == "ddpm" else on_grid
+        return cls(diffusion.weight, law, earlier=earlier, **options)
+
+    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+        x0, K = batch.images, self.num_consecutive_steps
+        levels, total = [self.earlier(sigma, k) for k in range(K)], 0
+        for k, (s, is_there) in enumerate(levels):
+            z = noise if k == 0 else rng.randn_like(x0)
+            error = nets.online(x0 + z * append_dims(s, x0.ndim), s, **batch.cond) - x0
+            residual = error * append_dims(self.weight(s).sqrt(), x0.ndim)
+            if k == 0:
+                xs_mse, mse = mean_flat(error.square()), mean_flat(residual.square())
+            total = th.where(append_dims(is_there, x0.ndim), total + residual, total)
+        sequence = mean_flat(total.square()) / K**2
+        loss = mse + self.lamda * sequence
+        return Terms(loss, levels[0][0], {"xs_mse": xs_mse, "mse": mse, "sequence": sequence})

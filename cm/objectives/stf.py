@@ -1,0 +1,97 @@
+"""Stable target field: Xu, Tong and Jaakkola 2023 (arXiv 2302.00670), equation 6 and algorithm 1.
+
+Many images could have become the noisy x; the target is their average by likelihood, not the one image that did.
+
+Shapes: N batch, n references, C channels, H and W height and width, d = C H W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch as th
+from torch import Tensor
+
+from cm.interfaces import Batch, Nets, NoiseSource, Terms
+from cm.nn import append_dims
+from cm.objectives.edm import EDM, error_terms
+from cm.registry import UserError
+
+CHUNK = 512                                                         # references that are float64 at a time
+
+
+@dataclass
+class STF(EDM):
+    """weight(sigma) mean(D(x, sigma) - sum_i w_i y_i)^2 with w = softmax_i(-|x - y_i|^2 / (2 sigma^2)).
+
+    The y_i are the sample's own image and those references that it could be mistaken for, see `peers`.
+
+    :param rbatch: how many images a sample's target is made of; the data source puts them into `Batch.references`.
+    """
+
+    rbatch: int = 4096
+
+    @property
+    def references(self) -> int:
+        return self.rbatch
+
+    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+        if batch.references is None:
+            raise UserError("the stable target field needs reference images, but this data source gives none: "
+                            "open it with references (cm.reference_images), or train with --objective edm")
+        x0 = batch.images
+        x = x0 + noise * append_dims(sigma, x0.ndim)
+        target, effective = stable_target(x, x0, sigma, batch.references, peers(batch))
+        terms = error_terms(nets.online(x, sigma, **batch.cond), target, sigma, self.weight)
+        return Terms(terms.loss, sigma, {**terms.logs, "effective_references": effective})
+
+
+def peers(batch: Batch) -> Tensor:
+    """Which references a sample's target may contain: bool [N,n].
+
+    They share the sample's conditioning: its class, and augmentation labels, of which references that have none count
+    as zero, not augmented. The sample itself is left out, since it may be augmented where its reference is not.
+    """
+    references, cond = batch.references, batch.cond
+    device = batch.images.device
+    shared = (batch.positions[:, None] != references.positions).to(device)
+    for name, own in cond.items():
+        own = own.flatten(1) if own.ndim > 1 else own[:, None]      # [N,k]
+        theirs = references.cond.get(name)
+        theirs = own.new_zeros(1, own.shape[1]) if theirs is None else theirs.reshape(-1, own.shape[1])
+        for column, their_column in zip(own.T, theirs.T):
+            shared &= column[:, None] == their_column
+    return shared
+
+
+@th.no_grad()
+def stable_target(x: Tensor, own: Tensor, sigma: Tensor, references: Batch, peers: Tensor) -> tuple[Tensor, Tensor]:
+    """The average of the images that may have become x, and the number of them that have a say, 1 / sum w^2, [N].
+
+    In float64, since |x|^2 + |y|^2 - 2 x.y is a small difference over a small sigma^2; under autocast too, which
+    leaves float64 alone. Memory is N x n and a chunk of the references.
+
+    :param x: noisy images [N,C,H,W] at levels sigma [N], made of the images `own`.
+    :param references: images [n,C,H,W], float or bytes.
+    :param peers: bool [N,n], the references that count.
+    """
+    flat, image = x.flatten(1).double(), own.flatten(1).double()    # [N,d]
+    over = 2 * sigma.double()[:, None] ** 2
+    chunks = references.images.split(CHUNK)
+    logits = [-(flat - image).square().sum(1, keepdim=True) / over]                         # [N,1]
+    for chunk in chunks:
+        y = as_points(chunk)                                        # [<=CHUNK,d]
+        logits.append((2 * flat @ y.T - y.square().sum(1) - flat.square().sum(1, keepdim=True)) / over)
+    logits = th.cat(logits, 1)                                      # [N,1+n]
+    logits[:, 1:].masked_fill_(~peers, float("-inf"))
+    w = logits.softmax(1)
+    target = w[:, :1] * image
+    for chunk, share in zip(chunks, w[:, 1:].split(CHUNK, 1)):
+        target += share @ as_points(chunk)
+    return target.view_as(x).to(x.dtype), (1 / w.square().sum(1)).to(x.dtype)
+
+
+def as_points(images: Tensor) -> Tensor:
+    """[n,C,H,W], float or bytes -> float64 [n,d] in [-1, 1]."""
+    points = images.flatten(1).double()
+    return points if images.is_floating_point() else points.div_(127.5).sub_(1)
