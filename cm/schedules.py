@@ -65,9 +65,13 @@ def karras_grid(
 
 
 def karras_between(start: Tensor, end: Tensor, n: int, rho: float = RHO) -> Tensor:
-    """n levels for each pair of `karras_grid`'s ends, start >= end > 0, [N] each: [n,N], the ends exactly."""
+    """n levels for each pair of `karras_grid`'s ends, start >= end > 0, [N] each: [n,N], the ends exactly.
+
+    No level is above the one before it, however near the ends are to each other.
+    """
     share = th.arange(1, n - 1, dtype=th.float64, device=start.device)[:, None] / (n - 1)
-    between = _between(start.double(), end.double(), share, rho).to(start.dtype)
+    between = _between(start.double(), end.double(), share, rho).to(start.dtype).clamp(end, start)
+    between = between.cummin(0).values if n > 2 else between        # powers round
     return th.cat([start[None], between, end[None]])
 
 

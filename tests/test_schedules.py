@@ -3,7 +3,7 @@ import pytest
 import torch as th
 from gaussian import stored
 
-from cm.schedules import append_zero, get_sigmas_karras, karras_grid, karras_sigma
+from cm.schedules import append_zero, get_sigmas_karras, karras_between, karras_earlier, karras_grid, karras_sigma
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10, 18, 40])
@@ -63,3 +63,27 @@ def test_append_zero():
 def test_impossible_grids(arguments, message):
     with pytest.raises(ValueError, match=message):
         karras_grid(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_grids_between_pairs_of_levels(dtype):
+    """Each column is `karras_grid` between its own ends; ends that touch give one level, ends an ulp apart fall."""
+    start = th.tensor([80.0, 0.5, 0.002, 0.3], dtype=dtype)
+    end = th.tensor([0.002, 0.45, 0.002, 0.3], dtype=dtype)
+    end[3] = th.nextafter(start[3], th.zeros((), dtype=dtype))
+    grid = karras_between(start, end, 6)
+    for column, high, low in list(zip(grid.T, start.tolist(), end.tolist()))[:2]:
+        th.testing.assert_close(column, karras_grid(6, low, high, dtype=dtype))
+    assert th.equal(grid[0], start) and th.equal(grid[-1], end)
+    assert (grid.diff(dim=0) <= 0).all() and th.equal(grid[:, 2], start[2].expand(6))
+    assert th.equal(karras_between(start, end, 2), th.stack([start, end]))
+
+
+def test_levels_a_step_earlier():
+    """From one level of a grid to the next; below the grid's end there is none."""
+    grid = karras_grid(10, 0.01, 5.0)
+    for k in range(4):
+        level, is_there = karras_earlier(grid, k, 10, 0.01, 5.0)
+        th.testing.assert_close(level[: 10 - k], grid[k:])
+        assert is_there[: 9 - k].all() and not is_there[10 - k :].any()
+        assert (level[10 - k :] == 0.01).all()
