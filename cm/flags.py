@@ -170,12 +170,13 @@ def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str)
     """
     own = {alias: name for name, field in fields.items() for alias in field.metadata["aliases"]}
     found: dict[str, Any] = {}
-    for name, value in given.items():
-        name, spelt = own.get(name, name), name
+    spelt: dict[str, str] = {}
+    for word, value in given.items():
+        name = own.get(word, word)
         if name in found and found[name] != value:
-            raise UserError(f"{where}--{name} and --{spelt} are one flag under two names, but {found[name]!r} and "
-                            f"{value!r} two values; drop one of them")
-        found[name] = value
+            raise UserError(f"{where}--{spelt[name]} and --{word} are one flag under two names, but {found[name]!r} "
+                            f"and {value!r} two values; drop one of them")
+        found[name], spelt[name] = value, word
     return found
 
 

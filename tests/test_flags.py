@@ -13,6 +13,7 @@ from cm.config import (
     DiffusionConfig,
     EvalConfig,
     ModelConfig,
+    ObjectiveConfig,
     RunConfig,
     SampleConfig,
     SeedsConfig,
@@ -23,8 +24,9 @@ from cm.flags import parse
 from cm.registry import UserError
 
 DATA = Path(__file__).parent / "data"
-EDM = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, RunConfig)
-CM = (*EDM, ConsistencyConfig)
+COMMON = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, RunConfig)
+EDM = (*COMMON, ObjectiveConfig)
+CM = (*COMMON, ConsistencyConfig)
 SAMPLE = (SampleConfig, SeedsConfig, ModelConfig, DiffusionConfig, RunConfig)
 SEARCH = (TernarySearchConfig, *SAMPLE)
 
@@ -62,7 +64,8 @@ def test_edm_training_draws_from_edms_law_by_default():
 def test_choices_are_the_tables():
     from cm.curricula import EMA_MODES, SCALE_MODES
     from cm.distances import DISTANCES
-    from cm.objectives import OBJECTIVES
+    from cm.objectives import DENOISING, OBJECTIVES
+    from cm.objectives.cdm import BACKWARD
     from cm.precond import PRECONDS
     from cm.random_util import GENERATORS
     from cm.resample import SCHEDULE_SAMPLERS
@@ -75,6 +78,8 @@ def test_choices_are_the_tables():
 
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
     assert set(config.TRAINING_MODES) == set(OBJECTIVES)
+    assert set(config.OBJECTIVE_NAMES) == choices(ObjectiveConfig, "objective") == set(DENOISING)
+    assert choices(ObjectiveConfig, "martingale_sde") == set(BACKWARD)
     assert choices(DiffusionConfig, "weight_schedule") == set(WEIGHTINGS)
     assert choices(DiffusionConfig, "precond") == set(PRECONDS) - {"consistency"}       # which distillation chooses
     assert choices(TrainConfig, "schedule_sampler") == set(SCHEDULE_SAMPLERS)
@@ -186,3 +191,24 @@ def test_a_checkpoint_fills_what_was_not_asked_for_and_contradictions_name_both(
     assert settings.values["image_size"] == 8
     with pytest.raises(UserError, match="--num_channels asks for num_channels=32, but ema.pt was made with .*=64"):
         settings.adopt({"num_channels": 64}, "ema.pt")
+
+
+def test_a_flag_by_its_other_name(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("sa_lambda: 0.5\n")
+    by_flag = parse("", *EDM, argv=["--config", str(file), "--sa_lambda", "0.7"])
+    assert by_flag.values["lamda"] == 0.7 and by_flag.given["lamda"] == "--sa_lambda"
+    assert "sa_lambda" not in by_flag.values
+    assert parse("", *EDM, argv=["--config", str(file)]).values["lamda"] == 0.5
+    assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["lamda"] == 0.3
+    with pytest.raises(UserError, match="--lamda and --sa_lambda are one flag.*0.3 and 0.4"):
+        parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.4"])
+    file.write_text("sa_lambda: 0.5\nlamda: 0.6\n")
+    with pytest.raises(UserError, match="run.yaml: --sa_lambda and --lamda"):
+        parse("", *EDM, argv=["--config", str(file)])
+
+
+def test_help_names_the_other_name_once(capsys):
+    with pytest.raises(SystemExit):
+        parse("Train.", *EDM, argv=["--help"])
+    assert capsys.readouterr().out.count("--sa_lambda") == 1
