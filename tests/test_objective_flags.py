@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
-from cm.config import DiffusionConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from cm.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from cm.flags import parse
 from cm.objectives import DENOISING
 from cm.registry import UserError
+from cm.run_util import open_data
 from cm.script_util import diffusion_from, follow_objective, follow_precond, objective_from, options_of
 
-SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig)
+SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig)
 
 
 def settings_of(*argv):
@@ -71,3 +72,10 @@ def test_the_sequence_aware_loss_brings_ddpm_along():
     assert resolved("--objective", "sadpm") == ["ddpm", "ddpm", "snr"]
     assert resolved("--objective", "sadpm", "--precond", "edm") == ["edm", "lognormal", "karras"]
     assert resolved("--objective", "stf") == ["edm", "lognormal", "karras"]
+
+
+def test_too_few_references_are_named():
+    settings = settings_of("--objective", "stf", "--rbatch", "8", "--global_batch_size", "16", "--data_dir", "digits",
+                           "--image_size", "8")
+    with pytest.raises(UserError, match="--rbatch 8 is less than the 16 images of a step.*--rbatch 16 or more"):
+        open_data(settings, references=8)
