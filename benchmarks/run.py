@@ -14,12 +14,14 @@ from bench.ceiling import Ceiling, measure_ceiling
 from bench.lines import Line, ceiling_text, table, write_results
 from bench.memory import memory_suite
 from bench.network import SPECS, NetworkSpec
+from bench.objectives import objectives_suite
 from bench.sample import sample_suite
 from bench.scale import scale_suite
 from bench.train import train_suite
 
 SUITES = {
     "train": lambda job: train_suite(job.spec, job.device, job.ceiling, job.repeats),
+    "objectives": lambda job: objectives_suite(job.spec, job.device, job.ceiling, job.repeats),
     "sample": lambda job: sample_suite(job.spec, job.device, job.ceiling, job.repeats),
     "memory": lambda job: memory_suite(job.device),
     "scale": lambda job: scale_suite(job.device, job.repeats, job.out),
