@@ -80,7 +80,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     for ranks, text in [(2, TWO_RANKS), (1, ONE_RANK), (4, FOUR_RANKS)]:
         head = HEAD + f"DATA = {DATA!r}\nimport os\nos.chdir({str(folder)!r})\n"
-        done = mpi_program(folder, ranks, head + text, timeout=120, env=QUIET)
+        done = mpi_program(folder, ranks, head + text, timeout=240, env=QUIET)
         assert done.rc == 0, done
     return folder
 
