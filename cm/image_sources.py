@@ -124,9 +124,9 @@ class EncodedSource(ImageSource):
         except MemoryError:
             raise
         except Exception as error:                                  # decoders and archives raise many kinds
-            reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
             raise UserError(
-                f"{self.data_dir}: image {i} ({self._names[i]}) cannot be read: {reason}. Replace or remove it."
+                f"{self.data_dir}: image {i} ({self._names[i]}) cannot be read: {why_unreadable(error)}. "
+                "Replace or remove it."
             ) from error
 
     def read(self, name: str) -> bytes:
@@ -173,9 +173,10 @@ class ZipSource(EncodedSource):
         return {**self.__dict__, "_archive": None}
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, keep_grey: bool = False) -> Image.Image:
     """A picture in RGB from the bytes of its file.
 
+    :param keep_grey: leave a grey picture grey (mode L).
     :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits.
     """
     with Image.open(io.BytesIO(data)) as image:
@@ -185,7 +186,12 @@ def decode(data: bytes) -> Image.Image:
             )
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are not 8 bits deep (mode {image.mode})")
-        return image.convert("RGB")
+        return image.convert("L" if keep_grey and image.mode in ("1", "L") else "RGB")
+
+
+def why_unreadable(error: Exception) -> str:
+    """What a decoder or an archive complains about, in words for people."""
+    return "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
 
 
 def images_among(names: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cm.image_sources import centre_crop, decode
+from cm.raw_datasets import open_database
 from cm.registry import UserError
 
 
@@ -55,26 +56,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefix", default="bedroom", help="start of the files' names, their class [default: bedroom]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images at a time [default: one a core]")
     return parser.parse_args(argv)
-
-
-def open_database(path: Path) -> Any:
-    """Open for reading only, with no lock file: the folder may be on a read-only disk.
-
-    :raises UserError: if lmdb is not installed, or there is no such database, or it is empty.
-    """
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError("reading LSUN's databases needs the package lmdb: pip install lmdb") from None
-    if not (path / "data.mdb").exists():
-        raise UserError(f"{path} is no lmdb folder: there is no {path / 'data.mdb'}")
-    try:
-        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise UserError(f"{path} cannot be opened as an lmdb database: {error}; is the download complete?") from None
-    if not database.stat()["entries"]:
-        raise UserError(f"{path} is empty")
-    return database
 
 
 def export(database: Any, out: Path, image_size: int, prefix: str, workers: int) -> Counter:

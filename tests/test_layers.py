@@ -19,6 +19,7 @@ LAYERS = [
     ["report_page"],
     ["fp16_util", "norm_act"],
     ["attention"],
+    ["raw_datasets"],
     ["unet", "edm_networks", "augment"],
     ["samplers"],
     ["editing", "objectives"],

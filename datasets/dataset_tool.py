@@ -1,0 +1,311 @@
+"""Turn a data set into a StyleGAN zip or folder: PNG images of one size, and their classes in dataset.json.
+
+python datasets/dataset_tool.py --source cifar-10-python.tar.gz --dest cifar10-32x32.zip
+python datasets/dataset_tool.py --source imagenet/train --dest imagenet-64x64.zip --resolution 64x64 \\
+    --transform center-crop
+
+Flags, names and files are those of NVlabs/edm's tool; the same source gives the same bytes. The destination appears
+when it is complete. Exit status: 0, all images are there; 3, the destination is complete but for images that could not
+be read, each named above; 1, nothing was written; 2, wrong flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from PIL import Image
+from tqdm import tqdm
+
+from cm.image_sources import LABEL_FILE, why_unreadable
+from cm.raw_datasets import RawImages, open_raw
+from cm.registry import UserError
+
+TRANSFORMS = ("none", "center-crop", "center-crop-wide")
+SOME_UNREADABLE = 3                             # exit status
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)                # the first that a zip can hold: the time of day is none of its content
+CHUNK = 16                                      # images that a process takes at a time
+
+
+# ---- one image ----
+
+
+class Shape(NamedTuple):
+    width: int
+    height: int
+
+
+def parse_resolution(text: str) -> Shape:
+    """'64x48' or '64,48'; '64' is 64x64."""
+    match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", text)
+    if not match or not int(match[1]) or not int(match[2] or match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form WxH, such as 64x64")
+    return Shape(int(match[1]), int(match[2] or match[1]))
+
+
+def resize(image: Image.Image, size: Shape | None) -> Image.Image:
+    return image if size is None or image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def centre_crop(image: Image.Image, size: Shape) -> Image.Image:
+    """The largest square in the middle, in RGB, resized."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return resize(image.convert("RGB").crop((left, top, left + side, top + side)), size)
+
+
+def centre_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
+    """The middle rows in the proportions of `size`, resized, between black bars that make a square; None if the image
+    is smaller than that.
+    """
+    rows = round(size.width * image.height / image.width)
+    if image.width < size.width or rows < size.height:
+        return None
+    top = (image.height - rows) // 2
+    middle = resize(image.convert("RGB").crop((0, top, image.width, top + rows)), size)
+    canvas = Image.new("RGB", (size.width, size.width))
+    canvas.paste(middle, (0, (size.width - size.height) // 2))
+    return canvas
+
+
+def transform(image: Image.Image, kind: str, size: Shape | None) -> Image.Image | None:
+    if kind == "center-crop":
+        return centre_crop(image, size)
+    return centre_crop_wide(image, size) if kind == "center-crop-wide" else resize(image, size)
+
+
+class Made(NamedTuple):
+    """What became of image i: its PNG, or why there is none (nothing to say if it was too small)."""
+
+    i: int
+    png: bytes = b""
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)
+    complaint: str = ""
+
+
+def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
+    """Read, transform and encode image i."""
+    try:
+        image = source.picture(i)
+    except MemoryError:
+        raise
+    except Exception as error:                                      # decoders raise many kinds
+        return Made(i, complaint=why_unreadable(error))
+    image = transform(image, kind, size)
+    if image is None:
+        return Made(i)
+    file = io.BytesIO()
+    image.save(file, format="png", compress_level=0, optimize=False)        # stored: fast to read in training
+    return Made(i, file.getvalue(), image.mode, image.size)
+
+
+_make = None                                    # in a process of the pool: `make` with all but the number
+
+
+def begin(source: RawImages, kind: str, size: Shape | None) -> None:
+    global _make
+    _make = partial(make, source=source, kind=kind, size=size)
+
+
+def make_here(i: int) -> Made:
+    return _make(i)
+
+
+# ---- where images go ----
+
+
+class Destination(Protocol):
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def finish(self) -> None:
+        """Let the destination appear."""
+
+    def give_up(self) -> None:
+        """Leave nothing behind."""
+
+
+class ZipDestination:
+    """A zip of stored members without dates, so that the same images are the same bytes."""
+
+    def __init__(self, path: Path):
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.archive = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_STORED)
+
+    def write(self, name: str, data: bytes) -> None:
+        member = zipfile.ZipInfo(name, ZIP_DATE)
+        member.external_attr = 0o644 << 16                          # else it unpacks as a file that nobody may read
+        self.archive.writestr(member, data)
+
+    def finish(self) -> None:
+        self.archive.close()
+        os.replace(self.partial, self.path)
+
+    def give_up(self) -> None:
+        self.archive.close()
+        self.partial.unlink()
+
+
+class FolderDestination:
+    """A folder, which must be new or empty."""
+
+    def __init__(self, path: Path):
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"--dest {path} is there already: an existing folder must be empty")
+        if self.partial.exists():                                   # of a run that was killed
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.partial / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
+    def finish(self) -> None:
+        if self.path.exists():
+            self.path.rmdir()
+        self.partial.rename(self.path)
+
+    def give_up(self) -> None:
+        shutil.rmtree(self.partial)
+
+
+def open_destination(dest: str) -> Destination:
+    path = Path(dest)
+    try:
+        return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
+    except OSError as error:
+        raise UserError(f"--dest {dest} cannot be written: {error.strerror or error}") from None
+
+
+# ---- all images ----
+
+
+def member_name(i: int) -> str:
+    """1000 images a folder."""
+    return f"{i // 1000:05d}/img{i:08d}.png"
+
+
+class Uniform:
+    """Holds that all images are alike: square, a power of two in size, all grey or all in colour."""
+
+    def __init__(self, source: RawImages):
+        self.source = source
+        self.first: Made | None = None
+
+    def check(self, made: Made) -> None:
+        """:raises UserError: if this image is not as the first; the message names both."""
+        name, (width, height) = self.source.name(made.i), made.size
+        if self.first is None:
+            self.first = made
+            if width != height:
+                raise UserError(f"{name} is {width}x{height}, and images must be square: "
+                                "give --transform center-crop with --resolution")
+            if width & (width - 1):
+                raise UserError(f"{name} is {width}x{height}, and sides must be powers of two: give --resolution")
+        elif (made.size, made.mode) != (self.first.size, self.first.mode):
+            raise UserError(
+                f"all images must be alike, but {self.source.name(self.first.i)} is {describe(self.first)} and {name} "
+                f"is {describe(made)}: give --transform center-crop with --resolution, which makes them so"
+            )
+
+
+def describe(made: Made) -> str:
+    return f"{made.size[0]}x{made.size[1]} {'grey' if made.mode == 'L' else 'RGB'}"
+
+
+def convert(
+    source: RawImages, dest: Destination, count: int, kind: str, size: Shape | None, workers: int
+) -> Counter:
+    """Write the first `count` images and their labels: how many were written, were too small, and are unreadable.
+
+    Image i of the source keeps its number, whatever became of those before it.
+    """
+    outcomes: Counter = Counter()
+    labels, uniform = [], Uniform(source)
+    with (
+        multiprocessing.Pool(workers, begin, (source, kind, size)) as pool,
+        tqdm(total=count, unit="image", disable=None) as progress,
+    ):
+        for made in pool.imap(make_here, range(count), CHUNK):
+            progress.update()
+            if made.complaint:
+                outcomes["unreadable"] += 1
+                tqdm.write(f"{source.name(made.i)} cannot be read: {made.complaint}: left out", file=sys.stderr)
+            elif not made.png:
+                outcomes["too small"] += 1
+            else:
+                uniform.check(made)
+                dest.write(member_name(made.i), made.png)
+                if source.labels:
+                    labels.append([member_name(made.i), source.labels[made.i]])
+                outcomes["written"] += 1
+    if not outcomes["written"]:
+        raise UserError(f"none of {count} images could be used: {summary(outcomes)}")
+    dest.write(LABEL_FILE, json.dumps({"labels": labels or None}).encode())
+    return outcomes
+
+
+def summary(outcomes: Counter) -> str:
+    return (f"{outcomes['written']} images written, {outcomes['too small']} too small and left out, "
+            f"{outcomes['unreadable']} unreadable and left out")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    args = parse(argv)
+    if args.transform != "none" and args.resolution is None:
+        raise UserError(f"--transform {args.transform} needs --resolution, such as 64x64")
+    if args.resolution and args.transform != "center-crop-wide" and args.resolution.width != args.resolution.height:
+        raise UserError(f"--resolution {args.resolution.width}x{args.resolution.height}: images must be square; only "
+                        "--transform center-crop-wide, which adds black bars, takes another shape")
+    if args.workers < 1 or (args.max_images is not None and args.max_images < 1):
+        raise UserError(f"--workers {args.workers} and --max-images {args.max_images} must be at least 1")
+    source = open_raw(args.source, args.max_images)
+    count = min(len(source), args.max_images or len(source))
+    dest = open_destination(args.dest)
+    try:
+        outcomes = convert(source, dest, count, args.transform, args.resolution, args.workers)
+    except BaseException as error:
+        dest.give_up()
+        if isinstance(error, OSError):
+            raise UserError(f"--dest {args.dest} cannot be written: {error.strerror or error}") from error
+        raise
+    dest.finish()
+    classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
+    print(f"{args.dest}: {summary(outcomes)}; {classes}")
+    return SOME_UNREADABLE if outcomes["unreadable"] else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, metavar="PATH",
+                        help="cifar-10-python.tar.gz, train-images-idx3-ubyte.gz, an lmdb folder, a folder or a .zip")
+    parser.add_argument("--dest", required=True, metavar="PATH", help="a .zip, or a new or empty folder")
+    parser.add_argument("--resolution", type=parse_resolution, metavar="WxH",
+                        help="size of the images [default: theirs]")
+    parser.add_argument("--transform", choices=TRANSFORMS, default="none",
+                        help="how they are cropped; none: only resized [default: none]")
+    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N [default: all]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one a core]")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
