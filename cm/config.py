@@ -237,6 +237,21 @@ class SeedsConfig:
 
 
 @dataclass(frozen=True)
+class PngConfig:
+    """images in files of their own"""
+
+    outdir: str = option(
+        "", "write one PNG per seed into this folder, {seed:06d}.png, instead of an npz; a stopped run goes on with "
+        "the same command",
+    )
+    subdirs: bool = option(False, "outdir: a folder for each 1000 seeds")
+    rounding: str = option(
+        "truncate", "from [-1, 1] to grey levels: truncate, as guided-diffusion and consistency_models do, or nearest, "
+        "as EDM does", choices=("truncate", "nearest"),
+    )
+
+
+@dataclass(frozen=True)
 class TernarySearchConfig:
     """search of multistep schedules"""
 

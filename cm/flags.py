@@ -156,6 +156,8 @@ def make_parser(description: str, sections: Sequence[type], types: Mapping[str, 
                 group.add_argument(
                     f"--{name}",
                     type=str2bool if kind is bool else kind,
+                    nargs="?" if kind is bool else None,            # --flag alone is --flag True
+                    const=True if kind is bool else None,
                     default=argparse.SUPPRESS,
                     metavar=kind.__name__.upper(),
                     help=help if name == field.name else argparse.SUPPRESS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cm import dist_util, logger
 from cm.checkpoints import storage, weights
-from cm.config import CONSISTENCY_MODES, DataConfig, SampleConfig, TrainConfig
+from cm.config import CONSISTENCY_MODES, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from cm.flags import Settings
 from cm.image_datasets import load_data
 from cm.image_sources import open_source
@@ -163,6 +164,17 @@ def sampler_options(settings: Settings) -> dict[str, Any]:
     """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig`."""
     names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise")
     return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+
+
+def png_recipe(settings: Settings) -> dict[str, Any]:
+    """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
+    of_the_image = (*fields(SampleConfig), *fields(ModelConfig), *fields(DiffusionConfig))
+    names = {field.name for field in of_the_image} - {
+        "model_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
+    }
+    values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
+    weights_of = dist_util.on_main(storage.checksum, settings.values["model_path"])
+    return {"weights": weights_of} | values | {"precision": run_precision(settings)}
 
 
 def choose_seeds(settings: Settings) -> tuple[int, ...]:

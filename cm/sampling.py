@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from cm import dist_util
 from cm.interfaces import NoiseSource
 from cm.karras_diffusion import KarrasDenoiser, sample
+from cm.png_folder import PngFolder, PngWriter
 from cm.random_util import get_generator, labels_for
 from cm.registry import UserError
 from cm.sample_files import NpzWriter, to_uint8
@@ -37,6 +38,7 @@ class SamplingPlan:
     class_label: int = -1
     generator: str = "determ"
     seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
+    rounding: str = "truncate"
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
         """The sample indices that stand in these rows of the result."""
@@ -57,6 +59,14 @@ class SamplingResult:
     paths: dict[str, str]                       # of the npz of each kind, on rank 0
     first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,3], on rank 0: to look at
     evaluations: int                            # network evaluations per image (NFE)
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PngResult:
+    drawn: int                                  # images
+    there: int                                  # images that an earlier run has left
+    evaluations: int                            # network evaluations per image (NFE) on this rank; 0 if it drew none
     seconds: float
 
 
@@ -115,7 +125,7 @@ def draw(
         diffusion, model, (len(indices), 3, size, size), model_kwargs=condition(labels), device=dist_util.dev(),
         generator=noise_of(indices, plan), **sampler_options,
     )
-    return to_uint8(result.images), result.evaluations
+    return to_uint8(result.images, nearest=plan.rounding == "nearest"), result.evaluations
 
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
@@ -171,6 +181,36 @@ def collect_to_npz(
     extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
     paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
     return SamplingResult(paths, first_images, evaluations, time.monotonic() - start)
+
+
+def sample_to_pngs(
+    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, folder: PngFolder, precision: str,
+    **sampler_options: Any,
+) -> PngResult:
+    """Draw those of the plan's seeds that have no image in the folder yet; each rank writes what it makes.
+
+    Every batch has the full size, the last one filled up with its last seed: with the same batch size a seed's image
+    then has the same bits whichever seeds are asked beside it.
+    """
+    seeds = plan.indices(np.arange(plan.num_samples)).tolist()
+    missing = tuple(dist_util.on_main(folder.missing, seeds))
+    rest = replace(plan, num_samples=len(missing), seeds=missing)
+    main, start, evaluations = dist_util.is_main(), time.monotonic(), 0
+    per_round = plan.batch_size * dist_util.get_world_size()
+    bar = tqdm(
+        total=len(seeds), initial=len(seeds) - len(missing), unit="image", desc="sampling", disable=not main,
+        dynamic_ncols=True,
+    )
+    with at_precision(model, precision), PngWriter(folder) as writer, bar:
+        for done, rows in enumerate(rounds(rest, dist_util.get_rank(), dist_util.get_world_size())):
+            own = rest.indices(rows)
+            if len(own):
+                filled = np.pad(own, (0, plan.batch_size - len(own)), mode="edge")
+                images, evaluations = draw(model, diffusion, rest, filled, labels_of(filled, rest), **sampler_options)
+                writer.put(own.tolist(), images[: len(own)])
+            bar.update(min(per_round, len(missing) - done * per_round))
+    dist_util.barrier()
+    return PngResult(len(missing), len(seeds) - len(missing), evaluations, time.monotonic() - start)
 
 
 def open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:

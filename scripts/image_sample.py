@@ -1,32 +1,47 @@
-"""Sample images from a checkpoint: an npz for the evaluator, and a grid to look at.
+"""Sample images from a checkpoint: an npz for the evaluator, and a grid to look at; or a PNG for each seed.
 
 mpiexec -n 8 python scripts/image_sample.py --model_path runs/cd/ema_0.9999_600000.pt --sampler onestep \\
     --num_samples 50000 --log_dir runs/cd_samples
+mpiexec -n 8 python scripts/image_sample.py --model_path runs/edm/ema_0.9999_600000.pt --steps 18 \\
+    --seeds 0-49999 --outdir samples --subdirs
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
+import numpy as np
+
 from cm import dist_util, logger, run_util
-from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SeedsConfig
-from cm.flags import parse
+from cm.config import DiffusionConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, SeedsConfig
+from cm.flags import Settings, parse
+from cm.png_folder import PngFolder
+from cm.registry import UserError
 from cm.sample_files import grid_scale, image_grid
-from cm.sampling import SamplingPlan, SamplingResult, sample_to_npz
+from cm.sampling import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_to_npz, sample_to_pngs
 
 
 def main() -> None:
-    settings = parse(__doc__, SampleConfig, SeedsConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42)
+    settings = parse(__doc__, SampleConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42)
     dist_util.setup_dist()
     config = run_util.adopt_model(settings)
     seeds = run_util.choose_seeds(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
-    plan = replace(run_util.sampling_plan(settings), seeds=seeds)
+    pngs = settings.section(PngConfig)
+    plan = replace(run_util.sampling_plan(settings), seeds=seeds, rounding=pngs.rounding)
     options = run_util.sampler_options(settings)            # tried out before anything is loaded
+    folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
     run_util.open_log(settings)
+    if folder:
+        result = sample_to_pngs(
+            run_util.load_model(settings), run_util.sampling_diffusion(settings), plan, folder,
+            run_util.run_precision(settings), **options,
+        )
+        return dist_util.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
         run_util.load_model(settings),
         run_util.sampling_diffusion(settings),
@@ -36,6 +51,28 @@ def main() -> None:
         **options,
     )
     dist_util.on_main(report, config, plan, result)
+
+
+def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> PngFolder:
+    """The folder of --outdir, which holds no images of another model or other flags.
+
+    :raises UserError: if it does.
+    """
+    if plan.generator == "dummy":
+        raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --outdir")
+    folder = PngFolder(pngs.outdir, pngs.subdirs)
+    dist_util.on_main(folder.claim, run_util.png_recipe(settings))
+    return folder
+
+
+def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> None:
+    """Leave a grid of the first images in the log directory; on rank 0."""
+    shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
+    grid_path = os.path.join(logger.get_dir(), "grid.png")
+    image_grid(shown, columns=8, scale=grid_scale(plan.image_size)).save(grid_path)
+    logger.log(f"{folder.outdir}: {result.drawn} images drawn, {result.there} were there already, "
+               f"{result.evaluations} network evaluations each, {result.drawn / result.seconds:.3f} images/s")
+    logger.log(f"grid: {grid_path}")
 
 
 def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> None:

@@ -14,6 +14,7 @@ from cm.config import (
     EvalConfig,
     ModelConfig,
     ObjectiveConfig,
+    PngConfig,
     RunConfig,
     SampleConfig,
     SeedsConfig,
@@ -212,3 +213,9 @@ def test_help_names_the_other_name_once(capsys):
     with pytest.raises(SystemExit):
         parse("Train.", *EDM, argv=["--help"])
     assert capsys.readouterr().out.count("--sa_lambda") == 1
+
+
+def test_a_boolean_flag_alone_is_true():
+    values = parse("", *SAMPLE, PngConfig, argv=["--subdirs", "--class_cond", "--seeds", "0-3"]).values
+    assert values["subdirs"] is True and values["class_cond"] is True and values["seeds"] == "0-3"
+    assert parse("", PngConfig, argv=["--subdirs", "False"]).values["subdirs"] is False

@@ -19,7 +19,7 @@ LAYERS = [
     ["report_page"],
     ["fp16_util", "norm_act"],
     ["attention"],
-    ["raw_datasets"],
+    ["raw_datasets", "png_folder"],
     ["unet", "edm_networks", "augment"],
     ["samplers"],
     ["editing", "objectives"],
