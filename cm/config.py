@@ -92,14 +92,39 @@ class TrainConfig:
     total_training_steps: int = option(
         0, "training ends after so many steps; 0: after lr_anneal_steps, or 600000 where that is 0 too", minimum=0
     )
+    total_kimg: float = option(
+        0.0, "training ends after so many thousand images, instead of total_training_steps; 0: by steps", minimum=0
+    )
+    lr_rampup_kimg: float = option(
+        0.0, "the learning rate rises linearly from 0 over so many thousand images (EDM: 10000); 0: no rise", minimum=0
+    )
     global_batch_size: int = option(2048, "images per step over all ranks", minimum=1)
     batch_size: int = option(-1, "images per step and rank; -1 for global_batch_size over the ranks")
     microbatch: int = option(-1, "images per forward pass, to save memory; -1 for all at once; no effect on the result")
-    ema_rate: str = option("0.9999", "decay rates of the weight averages, comma-separated")
+    ema_rate: str = option(
+        "0.9999", "decay rates of the weight averages, comma-separated; 500kimg is a half-life of 500 thousand images"
+    )
+    ema_halflife_kimg: float = option(
+        0.0, "a weight average with a half-life of so many thousand images (EDM: 500), beside the rates given or "
+        "instead of ema_rate's default; 0: none", minimum=0,
+    )
+    ema_rampup_ratio: float = option(
+        0.05, "half-lives are no longer than this fraction of the images seen; 0: as long as they say from the start",
+        minimum=0,
+    )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
     log_interval: int = option(10, "steps between two rows of the log", minimum=1)
     save_interval: int = option(10000, "steps between two checkpoints", minimum=1)
+    tick: float = option(
+        0.0, "thousand images of a tick, instead of log_interval (EDM: 50); each ends with a row of the log, a status "
+        "line and a line of stats.jsonl; 0: rows by steps, without these", minimum=0,
+    )
+    snap: int = option(0, "ticks between two checkpoints, instead of save_interval (EDM: 50); 0: by steps", minimum=0)
+    dump: int = option(
+        0, "as snap, for EDM's commands: a checkpoint holds averages and training state alike, so the more frequent of "
+        "both counts", minimum=0,
+    )
     resume_checkpoint: str = option(
         "", "start from this model file (with its optimizer and averages, where they lie beside it)"
     )

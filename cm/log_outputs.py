@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -131,6 +132,21 @@ class JSONOutput:
         """Nothing is held open between rows."""
 
 
+class StatsOutput(JSONOutput):
+    """stats.jsonl, as tools for NVlabs/edm read it: an object a line, {"Loss/loss": {"num", "mean", "std"}, ...,
+    "timestamp"}. A value is one report, and `step` a plain number.
+    """
+
+    def writekvs(self, row: Row) -> None:
+        named = {
+            f"{'Loss' if name.startswith('loss') or 'mse' in name else 'Progress'}/{name}": {
+                "num": 1, "mean": value if math.isfinite(value) else None, "std": 0.0,
+            }
+            for name, value in row.items() if isinstance(value, (int, float))
+        }
+        super().writekvs({"step": row.get("step"), **named, "timestamp": time.time()})
+
+
 class TensorBoardOutput:
     """tb/: a curve for each name, over `step` if the row has one."""
 
@@ -162,6 +178,7 @@ FORMATS = {
     "log": lambda directory, suffix: TableOutput((directory / f"log{suffix}.txt").open("a")),
     "csv": lambda directory, suffix: CSVOutput(directory / f"progress{suffix}.csv"),
     "json": lambda directory, suffix: JSONOutput(directory / f"progress{suffix}.json"),
+    "stats": lambda directory, suffix: StatsOutput(directory / f"stats{suffix}.jsonl"),
     "tensorboard": lambda directory, suffix: TensorBoardOutput(directory / f"tb{suffix}"),
 }
 

@@ -83,6 +83,7 @@ def configure(
     log_suffix: str = "",
     rank: int | None = None,
     resume_step: int | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Start a log, or go on with the one that is there.
 
@@ -91,6 +92,7 @@ def configure(
     :param log_suffix: added to the names of the files.
     :param rank: only rank 0 writes, unless $OPENAI_LOG_FORMAT_MPI names formats for the others, whose files then end
         in -rank001 and so on. By default what the launcher says.
+    :param also: formats of rank 0 beside those.
     :param resume_step: the step a resumed run starts from; rows after it are dropped.
     :raises UserError: if the directory cannot be made or written, or there is no such format.
     """
@@ -101,6 +103,8 @@ def configure(
         format_strs = words(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
     elif format_strs is None:
         format_strs = words(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
+    if rank == 0:
+        format_strs = [*format_strs, *also]
     makers = [lookup(FORMATS, name, "log format") for name in format_strs]
     dir = str(dir or os.environ.get("OPENAI_LOGDIR") or default_directory())
     if "://" in dir:

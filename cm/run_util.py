@@ -11,7 +11,7 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm import dist_util, logger
+from cm import dist_util, durations, logger
 from cm.checkpoints import storage, weights
 from cm.config import CONSISTENCY_MODES, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from cm.flags import Settings
@@ -53,9 +53,18 @@ def rank_batch(global_batch_size: int, batch_size: int, world_size: int) -> int:
     return global_batch_size // world_size
 
 
+def resolve_durations(settings: Settings) -> None:
+    """Turn the durations that are given in images into steps; see `cm.durations`."""
+    train, world_size = settings.section(TrainConfig), dist_util.get_world_size()
+    durations.resolve_durations(
+        settings, world_size * rank_batch(train.global_batch_size, train.batch_size, world_size)
+    )
+
+
 def open_log(settings: Settings) -> None:
     """Start the log in --log_dir and leave the resolved flags there."""
-    logger.configure(settings.values["log_dir"] or None, rank=dist_util.get_rank())
+    also = ("stats",) if settings.values.get("tick") else ()
+    logger.configure(settings.values["log_dir"] or None, rank=dist_util.get_rank(), also=also)
     dist_util.on_main(save_config, settings)
     logger.log(f"logging to {logger.get_dir()} on {dist_util.get_world_size()} rank(s), device {dist_util.dev()}")
 
@@ -125,9 +134,11 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
     train, values = settings.section(TrainConfig), settings.values
     same_names = (
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
-        "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps",
+        "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
+        "ema_rampup_ratio",
     )
     return {name: getattr(train, name) for name in same_names} | {
+        "with_ticks": train.tick > 0,
         "batch_size": rank_batch(train.global_batch_size, train.batch_size, dist_util.get_world_size()),
         "precision": run_precision(settings),
         "seed": values["seed"],

@@ -19,12 +19,14 @@ from tqdm import tqdm
 from cm import dist_util, logger
 from cm.checkpoints import state, weights
 from cm.checkpoints.weights_file import WeightsFile
+from cm.durations import parse_rates, rampup
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
 from cm.interfaces import Batch, Nets, Objective, Watcher
 from cm.meters import LossMeter
 from cm.nn import update_ema
 from cm.random_util import SampleStreams, stream_seed
 from cm.registry import UserError, lookup
+from cm.ticks import Ticks, status_line
 
 OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
 ENDLESS = 600_000
@@ -43,7 +45,10 @@ class TrainLoop:
         function from the number of samples already consumed by the whole run to such an iterator.
     :param batch_size: images per step on this rank.
     :param microbatch: images per forward pass; -1 for all at once.
-    :param ema_rate: decay rates of the weight averages, a number or a comma-separated string.
+    :param ema_rate: decay rates of the weight averages, a number or a comma-separated string; see `cm.durations`.
+    :param ema_rampup_ratio: of those that are half-lives.
+    :param lr_rampup_kimg: thousand images over which the learning rate rises from 0.
+    :param with_ticks: rows of the log are ticks, with a status line.
     :param resume_checkpoint: model file to start from, with its optimizer and averages where they lie beside it.
     :param resume: "auto" goes on from the newest checkpoint in the log directory, "never" refuses to.
     :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
@@ -80,15 +85,18 @@ class TrainLoop:
         config: Mapping[str, Any] | None = None,
         start: WeightsFile | None = None,
         watchers: Sequence[Watcher] = (),
+        lr_rampup_kimg: float = 0.0,
+        ema_rampup_ratio: float = 0.0,
+        with_ticks: bool = False,
     ):
         self.model, self.diffusion = model, diffusion
         self.rank, self.world_size = dist_util.get_rank(), dist_util.get_world_size()
         self.batch_size = batch_size
         self.global_batch = batch_size * self.world_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
-        self.lr, self.lr_anneal_steps = lr, lr_anneal_steps
+        self.lr, self.lr_anneal_steps, self.lr_rampup_kimg = lr, lr_anneal_steps, lr_rampup_kimg
         self.total_training_steps = last_step(total_training_steps, lr_anneal_steps)
-        self.log_interval, self.save_interval = log_interval, save_interval
+        self.log_interval, self.save_interval, self.with_ticks = log_interval, save_interval, with_ticks
         self.seed, self.config = seed, dict(config or {})
         self.start = start or WeightsFile(resume_checkpoint)
         self.watchers = watchers
@@ -101,7 +109,7 @@ class TrainLoop:
             self.trainer.master_params, lr=lr, weight_decay=weight_decay
         )
         self.opt = self.make_optimizer()
-        self.ema_rate = parse_rates(ema_rate)
+        self.ema_rate = parse_rates(ema_rate, ema_rampup_ratio)
         self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
 
         self.moving = self.moving_networks()
@@ -146,6 +154,7 @@ class TrainLoop:
     def run_loop(self) -> None:
         """Train until `total_training_steps`; the last state is always saved, once."""
         self.clock, self.logged_step = time.monotonic(), self.step
+        self.ticks = Ticks(self.step, self.log_interval, self.device)
         bar = tqdm(
             total=self.total_training_steps, initial=self.step, unit="step", desc="training",
             disable=not dist_util.is_main(), dynamic_ncols=True,
@@ -155,12 +164,14 @@ class TrainLoop:
                 self.run_step(as_batch(next(self.data), self.step, self.rank, self.world_size))
                 bar.update()
                 last = self.step == self.total_training_steps
-                found = self.ask_watchers()
+                with self.ticks.maintenance():
+                    found = self.ask_watchers()
                 if self.step % self.log_interval == 0 or last or found:
                     bar.clear()                                 # the table gets lines of its own
                     bar.set_postfix(loss=f"{self.log_row(found)['loss']:.4g}")
                 if self.step % self.save_interval == 0 or last:
-                    self.save()
+                    with self.ticks.maintenance():
+                        self.save()
 
     def run_step(self, batch: Batch) -> None:
         """One optimizer step. Raises NonFiniteError on every rank before a bad update."""
@@ -207,11 +218,11 @@ class TrainLoop:
     def set_learning_rate(self) -> None:
         done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
         for group in self.opt.param_groups:
-            group["lr"] = self.lr * max(0.0, 1.0 - done)
+            group["lr"] = self.lr * max(0.0, 1.0 - done) * rampup(self.step * self.global_batch, self.lr_rampup_kimg)
 
     def update_averages(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params):
-            update_ema(params, self.trainer.master_params, float(rate))
+            update_ema(params, self.trainer.master_params, rate.decay(self.step * self.global_batch, self.global_batch))
 
     def start_afresh(self) -> None:
         """A new stage: a fresh optimizer, averages that start from the present weights."""
@@ -241,6 +252,7 @@ class TrainLoop:
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         images, self.logged_step = (self.step - self.logged_step) * self.global_batch, self.step
+        tick = self.ticks.end(self.step, self.global_batch) if self.with_ticks else {}
         logger.logkvs({
             "step": self.step,
             "samples": self.step * self.global_batch,
@@ -251,8 +263,11 @@ class TrainLoop:
             "images_per_second": images / max(seconds, 1e-9),
             **self.extra_logs(),
             **found,
+            **tick,
         })
         logger.dumpkvs()
+        if tick:
+            logger.log(status_line(tick))
         return means
 
     def extra_logs(self) -> dict[str, float]:
@@ -344,19 +359,6 @@ def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
     """Where training ends: never after the learning rate has reached 0."""
     total = total_training_steps or lr_anneal_steps or ENDLESS
     return min(total, lr_anneal_steps) if lr_anneal_steps else total
-
-
-def parse_rates(ema_rate: str | float) -> list[str]:
-    """'0.999,0.9999' -> ['0.999', '0.9999']: kept as words, because they name files."""
-    rates = [rate.strip() for rate in str(ema_rate).split(",") if rate.strip()]
-    for rate in rates:
-        try:
-            legal = 0 <= float(rate) <= 1
-        except ValueError:
-            legal = False
-        if not legal:
-            raise UserError(f"--ema_rate {ema_rate!r}: {rate!r} is not a decay rate in [0, 1]")
-    return rates
 
 
 def as_batch(item: Any, step: int, rank: int, world_size: int) -> Batch:

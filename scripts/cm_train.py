@@ -34,6 +34,7 @@ def main() -> None:
         schedule_sampler="uniform", total_training_steps=600_000,
     )
     dist_util.setup_dist()
+    run_util.resolve_durations(settings)
     config = settings.section(ConsistencyConfig)
     if config.training_mode != "consistency_training" and not config.teacher_model_path:
         raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")

@@ -29,6 +29,7 @@ def main() -> None:
     )
     settings.replace(training_mode="edm")
     dist_util.setup_dist()
+    run_util.resolve_durations(settings)
     if settings.values["resume_checkpoint"]:
         script_util.adopt_checkpoint(settings, "resume_checkpoint")
     script_util.attend_where_possible(settings)

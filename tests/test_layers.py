@@ -19,7 +19,7 @@ LAYERS = [
     ["report_page"],
     ["fp16_util", "norm_act"],
     ["attention"],
-    ["raw_datasets", "png_folder"],
+    ["raw_datasets", "png_folder", "durations", "ticks"],
     ["unet", "edm_networks", "augment"],
     ["samplers"],
     ["editing", "objectives"],

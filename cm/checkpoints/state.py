@@ -22,7 +22,7 @@ from cm.registry import UserError
 
 FORMAT = 1
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+_)(\d{6,})\.pt")
+WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
 
 def file_name(name: str, step: int) -> str:

@@ -1,0 +1,93 @@
+"""The status line that users of NVlabs/edm and StyleGAN know, once a tick: progress, speed, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch as th
+
+GIB = 2**30
+LINE = (
+    ("tick", "{:<5.0f}"), ("kimg", "{:<9.1f}"), ("time", "{:<12}"), ("sec_per_tick", "{:<7.1f}"),
+    ("sec_per_kimg", "{:<7.2f}"), ("maintenance_sec", "{:<6.1f}"), ("cpumem_gib", "{:<6.2f}"),
+    ("gpumem_gib", "{:<6.2f}"), ("reserved_gib", "{:<6.2f}"),
+)
+TITLES = {"sec_per_tick": "sec/tick", "sec_per_kimg": "sec/kimg", "maintenance_sec": "maintenance",
+          "cpumem_gib": "cpumem", "gpumem_gib": "gpumem", "reserved_gib": "reserved"}
+
+
+class Ticks:
+    """Times the ticks of a run. A tick ends when its row is written; checkpoints and rows between two are maintenance.
+
+    :param step: where this start of the run begins.
+    :param tick_steps: steps of a tick.
+    """
+
+    def __init__(self, step: int, tick_steps: int, device: th.device):
+        self.tick_steps, self.device = tick_steps, device
+        self.begun = self.tick_begun = time.monotonic()
+        self.last_step, self.idle = step, 0.0
+
+    @contextlib.contextmanager
+    def maintenance(self) -> Iterator[None]:
+        """The time inside does not count as the tick's, and is reported by the next that ends."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.idle, self.tick_begun = self.idle + seconds, self.tick_begun + seconds
+
+    def end(self, step: int, batch: int) -> dict[str, float]:
+        """The tick that ends with this step, as columns of the log's row.
+
+        :param batch: images per step over all ranks.
+        """
+        now = time.monotonic()
+        seconds, kimg_of_tick = now - self.tick_begun, (step - self.last_step) * batch / 1000
+        gpu = th.cuda.is_available() and self.device.type == "cuda"
+        row = {
+            "tick": -(-step // self.tick_steps),
+            "kimg": step * batch / 1000,
+            "time_sec": now - self.begun,
+            "sec_per_tick": seconds,
+            "sec_per_kimg": seconds / max(kimg_of_tick, 1e-9),
+            "maintenance_sec": self.idle,
+            "cpumem_gib": resident_bytes() / GIB,
+            "gpumem_gib": th.cuda.max_memory_allocated(self.device) / GIB if gpu else 0.0,
+            "reserved_gib": th.cuda.max_memory_reserved(self.device) / GIB if gpu else 0.0,
+        }
+        if gpu:
+            th.cuda.reset_peak_memory_stats(self.device)
+        self.last_step, self.tick_begun, self.idle = step, now, 0.0
+        return row
+
+
+def status_line(row: dict[str, float]) -> str:
+    """The row of a tick in one line for people."""
+    shown = row | {"time": spell_time(row["time_sec"])}
+    return " ".join(f"{TITLES.get(name, name)} {form.format(shown[name])}" for name, form in LINE).rstrip()
+
+
+def spell_time(seconds: float) -> str:
+    """3725 -> '1h 02m 05s'."""
+    whole = round(seconds)
+    days, hours, minutes, rest = whole // 86400, whole // 3600 % 24, whole // 60 % 60, whole % 60
+    if days:
+        return f"{days}d {hours:02d}h {minutes:02d}m"
+    if hours:
+        return f"{hours}h {minutes:02d}m {rest:02d}s"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def resident_bytes() -> int:
+    """Memory of this process: what it holds now, or, where the system does not tell, what it has held at most."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
