@@ -74,6 +74,11 @@ class DataConfig:
 
     data_dir: str = option("", "folder, EDM zip or npz of images, or `digits`: scikit-learn's handwritten digits")
     random_flip: bool = option(True, "mirror half of the images, left to right")
+    augment: float = option(
+        0.0, "EDM's non-leaky augmentation: probability of each transform of an image, of which the network is told "
+        "(0.12 for CIFAR-10, 0.15 for 64x64); it mirrors too, so random_flip is off unless asked for; 0: none",
+        minimum=0,
+    )
     random_crop: bool = option(False, "crop at a random place, not at the centre")
     num_workers: int = option(-1, "loader processes per rank; -1 chooses by the kind of data", minimum=-1)
 

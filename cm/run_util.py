@@ -12,6 +12,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm import dist_util, durations, logger
+from cm.augment import AUGMENT_LABELS, augmented
 from cm.checkpoints import storage, weights
 from cm.config import CONSISTENCY_MODES, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
 from cm.flags import Settings
@@ -98,6 +99,8 @@ def open_data(settings: Settings, references: int = 0) -> Any:
             raise UserError(
                 f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
             )
+    if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
+        settings.replace(random_flip=False)
     world_size = dist_util.get_world_size()
     batch_size = rank_batch(train.global_batch_size, train.batch_size, world_size)
     if 0 < references < batch_size * world_size:
@@ -113,7 +116,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         image_size=values["image_size"],
         class_cond=values["class_cond"],
         random_crop=data.random_crop,
-        random_flip=data.random_flip,
+        random_flip=values["random_flip"],
         seed=values["seed"],
         rank=dist_util.get_rank(),
         world_size=world_size,
@@ -127,6 +130,24 @@ def open_stream(start: int, references: int, rank: int, world_size: int, **optio
     if not references:
         return stream
     return with_references(stream, references, start, rank, world_size, dist_util.all_gather_object)
+
+
+def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
+    """The data of `open_data` with --augment's transforms.
+
+    :raises UserError: if the network cannot be told of them.
+    """
+    p = settings.section(DataConfig).augment
+    if not p:
+        return data
+    if p > 1:
+        raise UserError(f"--augment {p:g} is a probability: at most 1, such as 0.12")
+    if getattr(model, "augment_dim", 0) != AUGMENT_LABELS:
+        raise UserError(
+            f"--augment {p:g} needs a network that is told how its images were augmented, by {AUGMENT_LABELS} numbers, "
+            f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
+        )
+    return augmented(data, p, settings.values["seed"], dist_util.dev())
 
 
 def loop_arguments(settings: Settings) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def main() -> None:
         training_mode=config.training_mode,
         ema_scale_fn=ema_scale_fn,
         diffusion=script_util.diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
-        data=data,
+        data=run_util.augment(settings, data, model),
         watchers=watchers,
         **run_util.loop_arguments(settings),
     ).run_loop()

@@ -49,7 +49,7 @@ def main() -> None:
     TrainLoop(
         model=model,
         diffusion=diffusion,
-        data=data,
+        data=run_util.augment(settings, data, model),
         objective=objective,
         watchers=watchers,
         **run_util.loop_arguments(settings),
