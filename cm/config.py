@@ -80,6 +80,9 @@ class DataConfig:
         minimum=0,
     )
     random_crop: bool = option(False, "crop at a random place, not at the centre")
+    cache_gib: float = option(
+        0.25, "a set that fits into so much memory per rank is decoded once and kept; 0: none is", minimum=0
+    )
     num_workers: int = option(-1, "loader processes per rank; -1 chooses by the kind of data", minimum=-1)
 
 

@@ -44,6 +44,7 @@ def load_data(
     start: int = 0,
     num_workers: int | None = None,
     pin_memory: bool = False,
+    cache_bytes: int | None = None,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -60,9 +61,12 @@ def load_data(
     :param start: samples that the run has consumed already, over all ranks.
     :param num_workers: processes that read images ahead; None for none where the set is kept in memory, else one.
     :param pin_memory: put images in page-locked memory, from where they reach a GPU sooner.
+    :param cache_bytes: a set of so many bytes at most is kept decoded in memory; None for `image_sources.CACHE_BYTES`.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     source = open_source(data_dir, image_size)
+    if cache_bytes is not None:
+        source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
         raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
     requests = Requests(

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -21,6 +22,9 @@ from cm.registry import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
 LABEL_FILE = "dataset.json"
+LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a member in a zip, before its name
+NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
+ENCRYPTED = 1                                                       # flag of a member
 
 
 class ImageSource:
@@ -35,13 +39,23 @@ class ImageSource:
         self.labels: np.ndarray | None = None
         self.no_labels = ""
         self._length = length
-        # Small sets are decoded once a process; the system commits the memory only as it is filled.
-        fits = length * image_size**2 * 3 <= CACHE_BYTES
-        self._cache: np.ndarray | None = np.empty((length, image_size, image_size, 3), np.uint8) if fits else None
+        self._cache: np.ndarray | None = None
         self._cached = np.zeros(length, bool)
+        self.keep_decoded(CACHE_BYTES)
 
     def __len__(self) -> int:
         return self._length
+
+    def keep_decoded(self, limit_bytes: int) -> None:
+        """Decode each image once a process if all together have so many bytes at most; what is in memory stays there.
+
+        The system commits the memory only as it is filled.
+        """
+        size = self.image_size
+        if self._cache is None and len(self) * size**2 * 3 <= limit_bytes:
+            self._cache = np.empty((len(self), size, size, 3), np.uint8)
+        elif self._cache is not None and not self._cached.any() and len(self) * size**2 * 3 > limit_bytes:
+            self._cache = None
 
     @property
     def in_memory(self) -> bool:
@@ -120,7 +134,7 @@ class EncodedSource(ImageSource):
 
     def load(self, i: int) -> Image.Image:
         try:
-            return decode(self.read(self._names[i]))
+            return decode(self.encoded(i))
         except MemoryError:
             raise
         except Exception as error:                                  # decoders and archives raise many kinds
@@ -128,6 +142,10 @@ class EncodedSource(ImageSource):
                 f"{self.data_dir}: image {i} ({self._names[i]}) cannot be read: {why_unreadable(error)}. "
                 "Replace or remove it."
             ) from error
+
+    def encoded(self, i: int) -> bytes:
+        """The file of picture i."""
+        return self.read(self._names[i])
 
     def read(self, name: str) -> bytes:
         raise NotImplementedError
@@ -147,30 +165,59 @@ class FolderSource(EncodedSource):
 class ZipSource(EncodedSource):
     """The images in a zip archive.
 
-    Each process opens the archive for itself: a handle shared with a forked data worker would share its position.
+    Where each image lies is read once, when the archive is opened, and not again in the workers that are forked or
+    given a copy. Each process opens the file for itself: a handle shared with a forked worker would share its position.
     """
 
     def __init__(self, data_dir: str, image_size: int):
         self._path = data_dir
-        self._archive: zipfile.ZipFile | None = None
+        self._file: BinaryIO | None = None
         self._opened_by = 0
         try:
-            files = self.archive().namelist()
+            with zipfile.ZipFile(self.file()) as archive:
+                members = {member.filename: member for member in archive.infolist()}
+                self._labels = archive.read(LABEL_FILE) if LABEL_FILE in members else b""
         except zipfile.BadZipFile as error:
             raise UserError(f"{data_dir} is not a zip archive: {error}") from None
-        super().__init__(data_dir, image_size, files)
+        super().__init__(data_dir, image_size, list(members))
+        ours = [members[name] for name in self._names]
+        columns = ("header_offset", "compress_size", "compress_type", "CRC", "flag_bits")
+        self._index = {column: np.array([getattr(member, column) for member in ours]) for column in columns}
 
-    def archive(self) -> zipfile.ZipFile:
-        if self._archive is None or self._opened_by != os.getpid():
-            self._archive = zipfile.ZipFile(open_file(self._path))
-            self._opened_by = os.getpid()
-        return self._archive
+    def file(self) -> BinaryIO:
+        if self._file is None or self._opened_by != os.getpid():
+            self._file, self._opened_by = open_file(self._path), os.getpid()
+        return self._file
 
     def read(self, name: str) -> bytes:
-        return self.archive().read(name)
+        return self._labels if name == LABEL_FILE else self.encoded(self._names.index(name))
+
+    def encoded(self, i: int) -> bytes:
+        """:raises ValueError: if the bytes are damaged, or packed by anything but deflate."""
+        start, size, kind, crc, flags = (int(column[i]) for column in self._index.values())
+        if flags & ENCRYPTED or kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("it is encrypted, or compressed by a method other than deflate")
+        block = self.bytes_at(start, LOCAL_HEADER + NAME_ROOM + size)
+        name_size, extra_size = block[26:28], block[28:30]          # those of the directory may differ
+        before = LOCAL_HEADER + int.from_bytes(name_size, "little") + int.from_bytes(extra_size, "little")
+        if before > LOCAL_HEADER + NAME_ROOM:
+            block = self.bytes_at(start, before + size)
+        data = block[before : before + size]
+        if kind == zipfile.ZIP_DEFLATED:
+            data = zlib.decompress(data, wbits=-zlib.MAX_WBITS)
+        if block[:4] != LOCAL_MAGIC or zlib.crc32(data) != crc:
+            raise ValueError("Bad CRC-32: its bytes are damaged")
+        return data
+
+    def bytes_at(self, start: int, size: int) -> bytes:
+        """As many of these bytes of the archive as there are."""
+        if is_local(self._path):
+            return os.pread(self.file().fileno(), size, start)
+        self.file().seek(start)
+        return self.file().read(size)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
+        return {**self.__dict__, "_file": None}
 
 
 def decode(data: bytes, keep_grey: bool = False) -> Image.Image:

@@ -63,8 +63,8 @@ class Arrays:
 class EncodedFiles:
     """The pictures of a folder or a zip.
 
-    Labels are those of its dataset.json. A folder without one takes its top-level folders as classes, as EDM does,
-    or else the start of the names before an underscore, as guided-diffusion does; in both cases only if there are two.
+    Labels are those of its dataset.json. A folder without one takes its top-level folders as classes, as EDM does. Else
+    they are the start of the names before an underscore, as guided-diffusion has it. One class for all is none.
     """
 
     def __init__(self, source: EncodedSource, is_folder: bool):
@@ -73,8 +73,8 @@ class EncodedFiles:
         self.labels = json_labels(source, names)
         if self.labels is None and is_folder:
             self.labels = folder_labels(names)
-            if self.labels is None and source.labels is not None and source.num_classes > 1:
-                self.labels = source.labels.tolist()
+        if self.labels is None and source.labels is not None and source.num_classes > 1:
+            self.labels = source.labels.tolist()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,7 +83,7 @@ class EncodedFiles:
         return self.source.name(i)
 
     def picture(self, i: int) -> Image.Image:
-        return decode(self.source.read(self.source.name(i)), keep_grey=True)
+        return decode(self.source.encoded(i), keep_grey=True)
 
 
 class Database:

@@ -122,6 +122,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         world_size=world_size,
         num_workers=None if data.num_workers < 0 else data.num_workers,
         pin_memory=dist_util.dev().type == "cuda",
+        cache_bytes=int(data.cache_gib * 2**30),
     )
 
 

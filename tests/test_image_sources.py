@@ -212,11 +212,61 @@ def test_a_zip_can_be_read_in_other_processes(tmp_path, start):
 
 def test_every_process_opens_the_zip_for_itself(tmp_path, monkeypatch):
     source = open_source(as_zip(tmp_path, files(NAMED)), 8)
-    here = source.archive()
-    assert source.archive() is here
+    here = source.file()
+    assert source.file() is here
     monkeypatch.setattr(image_sources.os, "getpid", lambda: -1)
-    assert source.archive() is not here
-    assert pickle.loads(pickle.dumps(source))._archive is None
+    assert source.file() is not here
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy._file is None
+    np.testing.assert_array_equal(copy.images(np.arange(6)), source.images(np.arange(6)))
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_of_every_make_are_read(tmp_path, kind):
+    """Long names, notes of the writer in the local header, bytes before the archive, sizes that follow the data."""
+    path, content = tmp_path / "images.zip", files([f"{'x' * 70}/{'y' * 90}_{i}.png" for i in range(6)])
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in content.items():
+            member = zipfile.ZipInfo(name)
+            member.compress_type, member.extra = kind, b"\x99\x99\x04\x00abcd"
+            archive.writestr(member, data)
+    path.write_bytes(b"#!/bin/sh\nsome lines before" + path.read_bytes())
+    np.testing.assert_array_equal(open_source(str(path), 8).images(np.arange(6)), PIXELS)
+
+    class Pipe(io.BytesIO):                                         # zipfile then writes sizes after the data
+        def seek(self, *place):
+            raise io.UnsupportedOperation
+
+        seekable = tell = seek
+
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", kind) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    path.write_bytes(pipe.getvalue())
+    np.testing.assert_array_equal(open_source(str(path), 8).images(np.arange(6)), PIXELS)
+
+
+def test_members_packed_in_another_way_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("cat_0.png", encoded(PIXELS[0]))
+    with pytest.raises(UserError, match=r"image 0 \(cat_0.png\) cannot be read: it is .* other than deflate"):
+        open_source(str(tmp_path / "images.zip"), 8).image(0)
+
+
+def test_a_set_is_kept_decoded_if_it_fits(tmp_path):
+    source = open_source(as_folder(tmp_path, files(NAMED)), 8)
+    assert source.in_memory
+    source.keep_decoded(6 * 8 * 8 * 3 - 1)
+    assert not source.in_memory
+    source.keep_decoded(6 * 8 * 8 * 3)
+    assert source.in_memory
+    source.image(0)
+    source.keep_decoded(0)
+    assert source.in_memory                                         # what is there stays
+    array = open_source("digits", 8)
+    array.keep_decoded(0)
+    assert array.in_memory
 
 
 # ---- what is said ----
