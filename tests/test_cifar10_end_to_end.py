@@ -1,4 +1,4 @@
-"""From CIFAR-10's own archive to a distance, as a user of NVlabs/edm types it: convert, train, sample by seeds, score."""
+"""From CIFAR-10's own archive to a distance, as a user of NVlabs/edm types it: convert, train, sample, score."""
 
 import json
 from pathlib import Path
