@@ -12,6 +12,7 @@ be read, each named above; 1, nothing was written; 2, wrong flags.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import multiprocessing
@@ -154,7 +155,8 @@ class ZipDestination:
         os.replace(self.partial, self.path)
 
     def give_up(self) -> None:
-        self.archive.close()
+        with contextlib.suppress(OSError):                          # its last words may not fit on the disk either
+            self.archive.close()
         self.partial.unlink()
 
 
@@ -279,12 +281,12 @@ def main(argv: list[str] | None = None) -> int:
     dest = open_destination(args.dest)
     try:
         outcomes = convert(source, dest, count, args.transform, args.resolution, args.workers)
+        dest.finish()
     except BaseException as error:
         dest.give_up()
         if isinstance(error, OSError):
             raise UserError(f"--dest {args.dest} cannot be written: {error.strerror or error}") from error
         raise
-    dest.finish()
     classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
     print(f"{args.dest}: {summary(outcomes)}; {classes}")
     return SOME_UNREADABLE if outcomes["unreadable"] else 0

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -261,6 +262,20 @@ def test_sources_and_destinations_that_are_not_there(tool, tmp_path):
     with pytest.raises(SystemExit) as ended:
         run(tool, tmp_path / "full", tmp_path / "out", "--resolution", "big")
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, dest):
+    """A limit on the size of files stands for the disk."""
+    source = cifar10(tmp_path, CIFAR, CLASSES)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--source", str(source), "--dest", str(tmp_path / dest), "--workers", "1"],
+        env=clean_environment(), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: --dest") and "File too large" in done.stderr, done
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_killed_it_leaves_no_destination_and_the_next_run_is_whole(tool, tmp_path):
