@@ -1,14 +1,17 @@
 """EDM's augmentation: flips and shifts exactly, warps against a slow way and a closed form, labels, ranks, the loop."""
 
+import csv
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from test_train_util import BATCH, images, stream  # noqa: F401
+from mpi import mpi_program
+from test_train_util import BATCH, images  # noqa: F401
 
-from cm import augment, logger, run_util
+from cm import augment, dist_util, logger, run_util
 from cm.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, apply, augmented, warp
 from cm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.flags import parse
@@ -238,23 +241,62 @@ class Told(th.nn.Module):
         return self.conv(x) + shift
 
 
-def test_the_network_is_told_in_training_and_not_in_sampling(images, tmp_path):    # noqa: F811
-    logger.configure(str(tmp_path), format_strs=["csv"])
+def train(images, directory, batch_size=BATCH):                     # noqa: F811
+    """Three steps with augmentation in this process, which may be one of several ranks."""
+    logger.configure(str(directory), format_strs=["csv"], rank=dist_util.get_rank())
     settings = parse("", DataConfig, RunConfig, argv=["--augment", "0.5"])
-    model, diffusion = Told(), KarrasDenoiser(loss_norm="l2")
-    before = model.of_labels.weight.detach().clone()
+    th.manual_seed(0)
+    model = Told()
+
+    def data(start):
+        return load_data(
+            data_dir=images, batch_size=batch_size, image_size=8, class_cond=True, start=start, num_workers=0,
+            random_flip=False, rank=dist_util.get_rank(), world_size=dist_util.get_world_size(),
+        )
+
     TrainLoop(
-        model=model, diffusion=diffusion, data=run_util.augment(settings, lambda start: stream(start, images), model),
-        batch_size=BATCH, microbatch=3, lr=1e-2, ema_rate="0.9", log_interval=1, save_interval=100,
+        model=model, diffusion=KarrasDenoiser(loss_norm="l2"), data=run_util.augment(settings, data, model),
+        batch_size=batch_size, microbatch=3, lr=1e-2, ema_rate="0.9", log_interval=1, save_interval=100,
         total_training_steps=3, optimizer="adam",
     ).run_loop()
     logger.reset()
+    return model
+
+
+def losses(directory):
+    with open(directory / "progress.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_the_network_is_told_in_training_and_not_in_sampling(images, tmp_path):    # noqa: F811
+    model = train(images, tmp_path)
     assert [len(labels) for labels in model.seen] == [3, 3, 2] * 3
     assert th.cat(model.seen).abs().sum() > 0
-    assert not th.equal(model.of_labels.weight, before)
+    th.manual_seed(0)
+    assert not th.equal(model.of_labels.weight, Told().of_labels.weight)
     model.seen.clear()
-    sample(diffusion, model, (2, 3, 8, 8), steps=2, sampler="euler", generator=DummyGenerator())
+    sample(KarrasDenoiser(loss_norm="l2"), model, (2, 3, 8, 8), steps=2, sampler="euler", generator=DummyGenerator())
     assert model.seen == [None] * 2
+
+
+@pytest.mark.mpi
+def test_two_ranks_train_as_one(images, tmp_path):                  # noqa: F811
+    train(images, tmp_path / "one")
+    done = mpi_program(tmp_path, 2, f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from cm import dist_util
+        from test_augment import train
+
+        def main():
+            dist_util.setup_dist()
+            train({images!r}, Path({str(tmp_path / "two")!r}), {BATCH // 2})
+
+        dist_util.run(main)
+    """)
+    assert done.rc == 0, str(done)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
 
 
 def test_a_network_that_cannot_be_told_is_refused():
