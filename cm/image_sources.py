@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".ti
 CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
 LABEL_FILE = "dataset.json"
 LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a member in a zip, before its name
+PICTURE_BYTES = 512 * 2**20                                         # largest file of a picture
 NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
 ENCRYPTED = 1                                                       # flag of a member
 
@@ -176,12 +177,12 @@ class ZipSource(EncodedSource):
         try:
             with zipfile.ZipFile(self.file()) as archive:
                 members = {member.filename: member for member in archive.infolist()}
-                self._labels = archive.read(LABEL_FILE) if LABEL_FILE in members else b""
+                self._labels = {name: archive.read(name) for name in members if name == LABEL_FILE}
         except zipfile.BadZipFile as error:
             raise UserError(f"{data_dir} is not a zip archive: {error}") from None
         super().__init__(data_dir, image_size, list(members))
         ours = [members[name] for name in self._names]
-        columns = ("header_offset", "compress_size", "compress_type", "CRC", "flag_bits")
+        columns = ("header_offset", "compress_size", "file_size", "compress_type", "CRC", "flag_bits")
         self._index = {column: np.array([getattr(member, column) for member in ours]) for column in columns}
 
     def file(self) -> BinaryIO:
@@ -190,11 +191,14 @@ class ZipSource(EncodedSource):
         return self._file
 
     def read(self, name: str) -> bytes:
-        return self._labels if name == LABEL_FILE else self.encoded(self._names.index(name))
+        """:raises KeyError: if there is no such file."""
+        return self._labels[name] if name == LABEL_FILE else self.encoded(self._names.index(name))
 
     def encoded(self, i: int) -> bytes:
-        """:raises ValueError: if the bytes are damaged, or packed by anything but deflate."""
-        start, size, kind, crc, flags = (int(column[i]) for column in self._index.values())
+        """:raises ValueError: if the bytes are damaged, too many, or packed by anything but deflate."""
+        start, size, whole, kind, crc, flags = (int(column[i]) for column in self._index.values())
+        if max(size, whole) > PICTURE_BYTES:
+            raise ValueError(f"it has {max(size, whole)} bytes, more than a picture may have ({PICTURE_BYTES})")
         if flags & ENCRYPTED or kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("it is encrypted, or compressed by a method other than deflate")
         block = self.bytes_at(start, LOCAL_HEADER + NAME_ROOM + size)
@@ -204,7 +208,7 @@ class ZipSource(EncodedSource):
             block = self.bytes_at(start, before + size)
         data = block[before : before + size]
         if kind == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, wbits=-zlib.MAX_WBITS)
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, whole + 1)  # no more than was announced
         if block[:4] != LOCAL_MAGIC or zlib.crc32(data) != crc:
             raise ValueError("Bad CRC-32: its bytes are damaged")
         return data

@@ -175,6 +175,16 @@ def test_labels_of_folders(tool, tmp_path):
     assert made(tmp_path / "5.zip", 8)[1] is None
 
 
+def test_a_zip_of_named_images_and_one_without_classes(tool, tmp_path):
+    for names, labels in ((["dog_0.png", "cat_0.png"], [0, 1]), (["1.png", "0.png"], None)):
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for name, pixels in zip(names, pictures(2)):
+                archive.writestr(name, png(pixels))
+        run(tool, tmp_path / "set.zip", tmp_path / "out.zip")
+        found = made(tmp_path / "out.zip", 8)[1]
+        assert (None if found is None else found.tolist()) == labels
+
+
 def test_other_bytes_for_labels_are_an_error(tool, tmp_path):
     put(tmp_path / "set", {"0.png": pictures(1)[0], "dataset.json": b"{"})
     with pytest.raises(UserError, match="dataset.json is not of the form"):

@@ -248,6 +248,19 @@ def test_members_of_every_make_are_read(tmp_path, kind):
     np.testing.assert_array_equal(open_source(str(path), 8).images(np.arange(6)), PIXELS)
 
 
+def test_members_that_unpack_without_end_are_named(tmp_path, monkeypatch):
+    """One that says how large it becomes, and one that lies about it."""
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat_0.png", bytes(10**6))
+    monkeypatch.setattr(image_sources, "PICTURE_BYTES", 10**5)
+    with pytest.raises(UserError, match="cat_0.png.* it has 1000000 bytes, more than a picture"):
+        open_source(str(path), 8).image(0)
+    path.write_bytes(path.read_bytes().replace((10**6).to_bytes(4, "little"), (10**4).to_bytes(4, "little")))
+    with pytest.raises(UserError, match="cat_0.png.* Bad CRC-32"):
+        open_source(str(path), 8).image(0)
+
+
 def test_members_packed_in_another_way_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("cat_0.png", encoded(PIXELS[0]))
