@@ -4,6 +4,8 @@ import os
 import signal
 import time
 import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,3 +343,15 @@ def test_pinned_images_are_the_same(npz):
     plain, = take(1, data_dir=npz, batch_size=8)
     pinned, = take(1, data_dir=npz, batch_size=8, pin_memory=True)
     assert pinned.images.is_pinned() and th.equal(pinned.images, plain.images)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, None])
+def test_a_zip_gives_the_same_batches_in_any_worker_and_from_memory(folder, tmp_path, cache_bytes):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in Path(folder).iterdir():
+            archive.write(file, file.name)
+    expected = samples(take(9, data_dir=folder, batch_size=10, class_cond=True, num_workers=0))
+    for workers in (0, 2):
+        batches = take(9, data_dir=str(tmp_path / "images.zip"), batch_size=10, class_cond=True, num_workers=workers,
+                       cache_bytes=cache_bytes)
+        assert samples(batches) == expected
