@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch as th
@@ -175,7 +175,8 @@ def half_steps(side: int, device: Any) -> Tensor:
 class AugmentedStream:
     """Batches of a stream with their images augmented, on the device, and `augment_labels` [N,9] for the network.
 
-    What is done to a sample depends on (seed, position), so it is the same on any number of ranks.
+    What is done to a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
+    stay as they are.
     """
 
     def __init__(self, batches: Iterator[Batch], pipe: AugmentPipe, seed: int, device: th.device):
@@ -188,7 +189,7 @@ class AugmentedStream:
         batch = next(self.batches)
         rng = SampleStreams(self.seed, batch.positions, stream="augment")
         images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
-        return Batch(images, {**batch.cond, "augment_labels": labels}, batch.positions, batch.indices)
+        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
 
 
 def augmented(

@@ -16,6 +16,7 @@ from cm.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, apply, aug
 from cm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.flags import parse
 from cm.image_datasets import load_data
+from cm.interfaces import Batch
 from cm.karras_diffusion import KarrasDenoiser, sample
 from cm.random_util import DummyGenerator, SampleStreams
 from cm.registry import UserError
@@ -219,6 +220,14 @@ def test_ranks_augment_the_same_samples(images):                    # noqa: F811
         th.testing.assert_close(image, other, rtol=0, atol=1e-5)
     assert len({tuple(label.tolist()) for _, label in alone}) > 20
     assert not any(image.requires_grad for image, _ in alone)
+
+
+def test_references_stay_as_they_are():
+    references = Batch(PICTURES.float())
+    batch = Batch(PICTURES.float(), {}, th.arange(5), th.arange(5), references)
+    result = next(augmented(lambda start: iter([batch]), 1.0, 0, th.device("cpu"))(0))
+    assert result.references is references and result.indices is batch.indices
+    assert not th.equal(result.images, batch.images) and th.equal(references.images, PICTURES.float())
 
 
 # ---- in training ----
