@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from cm.registry import UserError
 from evaluations.features import Extractor, Features
-from evaluations.image_sets import COMPUTED, POOLED, SPATIAL, FeatureKind, ImageSet, Unavailable
+from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
 from evaluations.manifold import NEIGHBOURS, precision_recall
 from evaluations.metrics import SPLIT_SIZE, frechet, kid
+from evaluations.tally import POOLED, SPATIAL, FeatureKind
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 DAMAGED = 1e-4                                              # share of negative eigenvalues that no rounding explains
@@ -116,7 +117,7 @@ class Score(Metric):
         run.check_output("logits")
 
     def measure(self, run: Comparison) -> None:
-        run.record("inception_score", run.sample.score.finalize(), of_samples_alone=True)
+        run.record("inception_score", run.sample.tally.score.finalize(), of_samples_alone=True)
 
 
 class ClassAccuracy(Metric):

@@ -70,7 +70,7 @@ def evaluate(
     skipped |= unavailable(chosen, lambda metric: metric.check(run), optional)
 
     for side in sides:
-        side.extract(run.extractor, batch_size, progress)
+        side.extract(run.extractor, run.probe, batch_size, progress)
     for name, metric in chosen.items():
         if name not in skipped:
             metric.measure(run)

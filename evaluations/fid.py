@@ -30,11 +30,12 @@ from cm.registry import UserError
 from evaluations.comparison import DAMAGED
 from evaluations.evaluator import DESCRIPTION, positive, side
 from evaluations.features import ENVIRONMENT_VARIABLE, EXTRACTORS, Extractor, load_extractor
-from evaluations.frechet_over_ranks import check_features, label, over_ranks, too_few
-from evaluations.image_sets import COMPUTED, POOLED, SPATIAL, STORED, FeatureKind
-from evaluations.metrics import Moments, frechet
+from evaluations.image_sets import COMPUTED, STORED
+from evaluations.metrics import frechet
 from evaluations.picture_files import CHUNK, NpzPictures, Pictures, open_pictures
 from evaluations.readers import BatchFile, Statistics
+from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of, moments_over_ranks
+from evaluations.th_evaluator import check_features, label, too_few
 
 NUM = 50000                                                 # images behind a published FID
 PROBED = 2                                                  # images the extractor is tried on
@@ -50,9 +51,7 @@ def choose(num_images: int, num: int, seed: int) -> NDArray[np.int64]:
 
 def probe(pictures: Pictures, indices: NDArray[np.int64], extractor: Extractor) -> dict[FeatureKind, int]:
     """The kinds of features that the extractor gives, and their dimensions, asked of the first images."""
-    features = extractor.extract(next(pictures.take([indices[:PROBED]])))
-    values = {kind: getattr(features, kind.field) for kind in (POOLED, SPATIAL)}
-    return {kind: array.shape[1] for kind, array in values.items() if array is not None}
+    return dims_of(extractor.extract(next(pictures.take([indices[:PROBED]]))))
 
 
 def measure(
@@ -70,30 +69,17 @@ def measure(
     groups = np.split(indices, range(batch_size, len(indices), batch_size))
     rounds = [sum(map(len, groups[first : first + ranks])) for first in range(0, len(groups), ranks)]
     mine = groups[rank::ranks]
-    moments = {kind: Moments(dim) for kind, dim in dims.items()}
+    tally = Tally(dims)
     with tqdm(total=len(indices), desc=f"features of {pictures.path}", unit="img", disable=rank > 0) as bar:
         for group, images, done in zip(mine, pictures.take(mine), rounds):
             features = extractor.extract(images)
-            for kind, sums in moments.items():
-                values = getattr(features, kind.field)      # [B,D]
-                check_finite(values, kind, pictures, group, extractor)
-                sums.update(values)
+            check_finite(features, extractor, pictures.path, lambda row, group=group: pictures.name(group[row]))
+            tally.add(features, int(group[0]))
             bar.update(done)
     return {
-        kind: Statistics(*over_ranks(sums).finalize(), extractor.id, len(indices)) for kind, sums in moments.items()
+        kind: Statistics(*moments_over_ranks(sums).finalize(), extractor.id, len(indices))
+        for kind, sums in tally.moments.items()
     }
-
-
-def check_finite(
-    values: NDArray[np.float32], kind: FeatureKind, pictures: Pictures, group: NDArray[np.int64], extractor: Extractor
-) -> None:
-    """:raises UserError: if a feature is NaN or infinite; the message names the first image that has one."""
-    good = np.isfinite(values).all(1)                       # [B]
-    if not good.all():
-        raise UserError(
-            f"{pictures.path}: the {kind.field} features of {pictures.name(group[good.argmin()])} are not finite: the "
-            f"extractor {extractor.name} ({extractor.id}) is damaged, or cannot take this image"
-        )
 
 
 def check_two(pictures: Pictures) -> None:
@@ -140,7 +126,7 @@ def calc(
         warnings.append(f"a covariance has negative eigenvalues, so the statistics of {ref} are damaged")
     return {
         "value": parts.distance,
-        "label": label(extractor),
+        "label": label("frechet_distance", extractor),
         "images": images,
         "num_images": num,
         "seed": seed,

@@ -5,7 +5,6 @@ Shapes: N images of the set, B of a batch, D features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,26 +12,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from evaluations.features import Extractor, Features
-from evaluations.metrics import InceptionScore, Moments
 from evaluations.readers import BatchFile
+from evaluations.tally import POOLED, SPATIAL, FeatureKind, Tally, check_finite, dims_of
 
 STORED, COMPUTED = "stored statistics", "images"
 
 
 class Unavailable(Exception):
     """Why a metric cannot be computed from these files with this extractor."""
-
-
-@dataclass(frozen=True)
-class FeatureKind:
-    """A kind of features that has a mean and covariance."""
-
-    field: str                                              # of `Features`
-    suffix: str                                             # of the keys mu, sigma in a file
-
-
-POOLED = FeatureKind("pool", "")
-SPATIAL = FeatureKind("spatial", "_s")
 
 
 class Gaussian(NamedTuple):
@@ -53,11 +40,12 @@ class ImageSet:
         self.file = BatchFile(path)
         self.path, self.role = self.file.path, role
         self.stored = {kind: self.file.statistics(kind.suffix) for kind in (POOLED, SPATIAL)}
-        self.moments: dict[FeatureKind, Moments | None] = {}
-        self.score: InceptionScore | None = None
+        self.tally: Tally | None = None
         self.labels: NDArray[np.int64] | None = None
         self.correct = 0
         self.points: NDArray[np.float32] | None = None      # pooled features [N,D]
+        self._wants_moments: set[FeatureKind] = set()
+        self._split_size = 0
         self._wants_points = False
 
     def __len__(self) -> int:
@@ -78,13 +66,13 @@ class ImageSet:
 
     def want_gaussian(self, kind: FeatureKind) -> None:
         if self.stored[kind] is None:
-            self.moments[kind] = None
+            self._wants_moments.add(kind)
 
     def want_points(self) -> None:
         self._wants_points = True
 
     def want_score(self, split_size: int) -> None:
-        self.score = InceptionScore(split_size)
+        self._split_size = split_size
 
     def want_accuracy(self) -> None:
         """:raises Unavailable: without labels."""
@@ -94,34 +82,32 @@ class ImageSet:
 
     @property
     def needs_extractor(self) -> bool:
-        return bool(self.moments or self._wants_points or self.score is not None or self.labels is not None)
+        return bool(self._wants_moments or self._wants_points or self._split_size or self.labels is not None)
 
     # --- the pass over the images ----------------------------------------------------------------------------------
 
-    def extract(self, extractor: Extractor, batch_size: int, progress: bool) -> None:
-        """Pass once over the images and keep what is wanted."""
-        done = 0
+    def extract(self, extractor: Extractor, probe: Features, batch_size: int, progress: bool) -> None:
+        """Pass once over the images and keep what is wanted.
+
+        :param probe: the extractor's outputs for a few images.
+        :raises UserError: if a feature is not finite.
+        """
+        given = dims_of(probe)
+        self.tally = Tally(
+            {kind: given[kind] for kind in self._wants_moments if kind in given},
+            self._split_size if probe.logits is not None else 0, self._wants_points,
+        )
         with tqdm(total=len(self), desc=f"features of the {self.role}", unit="img", disable=not progress) as bar:
             for images in self.file.batches(batch_size):
-                self._keep(extractor.extract(images), done)
-                done += len(images)
+                start = self.tally.count
+                features = extractor.extract(images)
+                check_finite(features, extractor, self.path, lambda row, start=start: f"image {start + row}")
+                self.tally.add(features, start)
+                if self.labels is not None and features.logits is not None:
+                    labels = self.labels[start : start + len(images)]
+                    self.correct += int((features.logits.argmax(1) == labels).sum())
                 bar.update(len(images))
-
-    def _keep(self, features: Features, start: int) -> None:
-        rows = slice(start, start + len(features.pool))
-        for kind in self.moments:
-            values = getattr(features, kind.field)          # [B,D]
-            if values is not None:
-                self.moments[kind] = self.moments[kind] or Moments(values.shape[1])
-                self.moments[kind].update(values)
-        if self._wants_points:
-            if self.points is None:
-                self.points = np.empty((len(self), features.pool.shape[1]), np.float32)
-            self.points[rows] = features.pool
-        if self.score is not None and features.logits is not None:
-            self.score.update(features.logits)
-        if self.labels is not None and features.logits is not None:
-            self.correct += int((features.logits.argmax(1) == self.labels[rows]).sum())
+        self.points = self.tally.points() if self._wants_points else None
 
     # --- what the metrics read -------------------------------------------------------------------------------------
 
@@ -130,5 +116,5 @@ class ImageSet:
         stored = self.stored[kind]
         if stored is not None:
             return Gaussian(stored.mu, stored.sigma, stored.num_images, STORED)
-        moments = self.moments[kind]
+        moments = self.tally.moments[kind]
         return Gaussian(*moments.finalize(), moments.n, COMPUTED)

@@ -34,8 +34,8 @@ from cm.schedule_search import Round, Schedule, best_schedule, naive_evaluations
 from cm.score_ledger import Ledger, open_ledger, write_json
 from cm.shared_stages import SharedStages
 from evaluations.features import load_extractor
-from evaluations.frechet_over_ranks import FrechetOverRanks
 from evaluations.readers import BatchFile
+from evaluations.th_evaluator import ThEvaluator
 
 SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
 STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "ternary_search.png"
@@ -59,10 +59,10 @@ def main() -> None:
     precision = run_util.run_precision(settings)
     extractor = load_extractor(config.inception or None, dist_util.dev())
     ledger = dist_util.on_main(start_ledger, settings, precision, extractor.id)
-    frechet = FrechetOverRanks(config.ref_batch, extractor, plan.image_size, plan.batch_size)
-    frechet.warn_of_few(plan.num_samples)
+    evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
+    evaluator.warn_of_few(plan.num_samples)
     stages = SharedStages(run_util.sampling_diffusion(settings), config.cache_gib * 2**30)
-    scorer = Scorer(run_util.load_model(settings), stages, plan, sampler_options(settings), frechet)
+    scorer = Scorer(run_util.load_model(settings), stages, plan, sampler_options(settings), evaluator)
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
             lambda ts: ledger.score(text(ts), partial(scorer, ts)), space, config.num_ts, stages.share
@@ -71,7 +71,7 @@ def main() -> None:
         logger.log(f"--cache_gib {config.cache_gib:g} held only a part of the shared evaluations; more saves time")
     naive = naive_evaluations(space, found) * plan.num_samples
     result = summary(found, ledger, naive) | {
-        "metric": frechet.label,
+        "metric": evaluator.label,
         "command": sampling_command(settings, asked, found[-1].ts),
         "seconds": round(time.monotonic() - start, 3),
     }
@@ -120,23 +120,23 @@ class Scorer:
     stages: SharedStages
     plan: SamplingPlan
     options: dict[str, Any]
-    frechet: FrechetOverRanks
+    evaluator: ThEvaluator
 
     def __call__(self, ts: Schedule) -> tuple[float, int]:
         """The distance, and how many images went through the network for it: the same numbers on all ranks."""
         before = self.stages.evaluations
-        distance = self.frechet.distance(self.images(ts))
+        distance = self.evaluator.evaluate(self.batches(ts))["frechet_distance"].value
         logger.log(f"ts {text(ts)}: {distance:.6g}")
         return distance, int(dist_util.all_reduce_sum(th.tensor(self.stages.evaluations - before)))
 
-    def images(self, ts: Schedule) -> Iterator[np.ndarray]:
-        """This rank's share of the images, [n,H,W,3] uint8 a batch."""
+    def batches(self, ts: Schedule) -> Iterator[tuple[int, np.ndarray]]:
+        """This rank's share of the images: a batch's place in the result, and its [n,H,W,3] uint8."""
         shares = list(rounds(self.plan, dist_util.get_rank(), dist_util.get_world_size()))
         main = dist_util.is_main()
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
                 denoiser, labels = self.stages.denoiser(ts, batch), labels_of(indices, self.plan)
-                yield draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
+                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
 
 
 def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:
