@@ -22,7 +22,8 @@ setup(
         "mpi": ["mpi4py>=4", "mpich>=4"],
         "demo": ["scikit-learn>=1.3"],
         "lsun": ["lmdb>=1.3"],
-        "test": ["consistency-toolkit[lsun]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
+        "tf": ["tensorflow>=2.16"],
+        "test": ["consistency-toolkit[lsun,tf]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

@@ -295,7 +295,7 @@ class TernarySearchConfig:
     )
     num_ts: int = option(1, "how many points to add, one at a time", minimum=1)
     ref_batch: str = option("", "npz of reference images or statistics")
-    inception: str = option("", "TorchScript feature extractor; empty: CM_INCEPTION")
+    inception: str = option("", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION or torch")
     cache_gib: float = option(
         4.0, "memory per rank for shared evaluations, in GiB; what does not fit is evaluated again", minimum=0
     )

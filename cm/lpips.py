@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from http.client import HTTPException
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from torch import Tensor, nn
 
 from cm.registry import UserError
 from cm.torchvision_shim import import_torchvision
+from cm.weight_files import DOWNLOAD_ERRORS, WeightFile, download, path_of, where_files_go
 
 LAYERS = {"3": 64, "8": 128, "15": 256, "22": 512, "29": 512}
 """The last ReLU of each group of VGG-16's convolutions, and its channels."""
-
-
-class WeightFile(NamedTuple):
-    name: str
-    url: str
-    sha256_prefix: str | None                                       # checked when it is downloaded
 
 
 LPIPS_WEIGHTS = WeightFile(
@@ -66,23 +59,13 @@ def prepare_lpips() -> None:
         if path.exists():
             continue
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            th.hub.download_url_to_file(file.url, str(path), file.sha256_prefix)
-        except (OSError, HTTPException, RuntimeError) as error:     # the last for a download with a wrong hash
+            download(file)
+        except DOWNLOAD_ERRORS as error:
             raise UserError(
                 f"the loss_norm 'lpips' needs {path}, which cannot be downloaded ({error}). "
-                f"{where_files_go()}\nOr {OTHERWISE}."
+                "On a machine with a network fetch two files, and put them here:\n"
+                f"{where_files_go(WEIGHT_FILES)}\nOr {OTHERWISE}."
             ) from None
-
-
-def where_files_go() -> str:
-    lines = [f"  {file.url} -> {path_of(file)}" for file in WEIGHT_FILES]
-    return "\n".join(["On a machine with a network fetch two files, and put them here:", *lines])
-
-
-def path_of(file: WeightFile) -> Path:
-    """In the cache of torch.hub, where piq and torchvision look too: under TORCH_HOME, or else ~/.cache/torch."""
-    return Path(th.hub.get_dir()) / "checkpoints" / file.name
 
 
 def import_content_loss() -> Any:

@@ -8,6 +8,7 @@ Stored statistics (mu, sigma, mu_s, sigma_s) serve the Frechet distances where a
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -23,8 +24,9 @@ from cm import dist_util
 from cm.flags import Parser
 from cm.registry import UserError, lookup
 from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
-from evaluations.features import ENVIRONMENT_VARIABLE, EXTRACTORS, Extractor, load_extractor
+from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
 from evaluations.image_sets import STORED, ImageSet, Unavailable
+from evaluations.inception_files import FILES
 from evaluations.manifold import NEIGHBOURS
 from evaluations.metrics import SPLIT_SIZE
 
@@ -38,6 +40,7 @@ def evaluate(
     sample_path: str,
     extractor: Extractor | None = None,
     *,
+    device: th.device | str = "cpu",
     metrics: Sequence[str] = ALL,
     batch_size: int = 64,
     split_size: int = SPLIT_SIZE,
@@ -49,7 +52,7 @@ def evaluate(
     When the whole of `ALL` is asked for, those of its metrics that the files or the extractor cannot give are left out,
     with their reasons under "skipped"; otherwise they are an error.
 
-    :param extractor: None for the one that $CM_INCEPTION names, on the CPU, if any metric needs one.
+    :param extractor: None for the one that $CM_INCEPTION names, or else Inception, on `device`, if a metric needs one.
     :param metrics: names in `METRICS`.
     :returns: {"metrics": {key: the fields of a Result}, "skipped": {name: reason}, "warnings": [...], "extractor",
         "reference", "samples", "settings", "versions", "seconds"}; the keys are those of `comparison.NAMES`.
@@ -65,7 +68,7 @@ def evaluate(
     chosen = {name: metric for name, metric in chosen.items() if name not in skipped}
     sides = [side for side in run.sides if side.needs_extractor]
     if sides:
-        run.extractor = extractor or load_extractor()
+        run.extractor = extractor or load_extractor(None, device, default_kind(run))
         run.probe = run.extractor.extract(next(sides[0].file.batches(PROBED)))
     skipped |= unavailable(chosen, lambda metric: metric.check(run), optional)
 
@@ -105,6 +108,14 @@ def unavailable(
                 raise UserError(f"{name} cannot be computed: {reason}") from None
             reasons[name] = str(reason)
     return reasons
+
+
+def default_kind(run: Comparison) -> str:
+    """The kind of Inception that stored statistics come from, or else TensorFlow's if TensorFlow is there."""
+    stored = [statistics for side in run.sides for statistics in side.stored.values() if statistics is not None]
+    kinds = [str(statistics.extractor).partition("-")[0] for statistics in stored]
+    recorded = next((kind for kind in kinds if kind in FILES), None)
+    return recorded or ("tf" if importlib.util.find_spec("tensorflow") else "torch")
 
 
 def warn_of_sizes(run: Comparison) -> None:
@@ -151,7 +162,7 @@ def make_parser() -> Parser:
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
     parser.add_argument(
         "--inception", metavar="PATH",
-        help=f"extractor: PATH, or KIND:PATH of the kinds {', '.join(EXTRACTORS)} [default: ${ENVIRONMENT_VARIABLE}]",
+        help=f"{SPEC} [default: ${ENVIRONMENT_VARIABLE}, or tf where TensorFlow is installed and torch elsewhere]",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
     parser.add_argument("--batch_size", type=positive, default=64, help="images per pass [default: 64]")
@@ -190,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.ref_batch,
         args.sample_batch,
         load_extractor(named, dist_util.dev()) if named else None,
+        device=dist_util.dev(),
         metrics=chosen_metrics(args.metrics, args.class_accuracy),
         batch_size=args.batch_size,
         split_size=args.split_size,

@@ -29,7 +29,7 @@ from cm.flags import Parser
 from cm.registry import UserError
 from evaluations.comparison import DAMAGED
 from evaluations.evaluator import DESCRIPTION, positive, side
-from evaluations.features import ENVIRONMENT_VARIABLE, EXTRACTORS, Extractor, load_extractor
+from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
 from evaluations.image_sets import COMPUTED, STORED
 from evaluations.metrics import frechet
 from evaluations.picture_files import CHUNK, NpzPictures, Pictures, open_pictures
@@ -251,8 +251,7 @@ def make_parser() -> Parser:
         command.add_argument("--batch", type=positive, default=64, help="images per pass [default: 64]")
         command.add_argument(
             "--inception", metavar="PATH",
-            help=f"extractor: PATH, or KIND:PATH of the kinds {', '.join(EXTRACTORS)} "
-                 f"[default: ${ENVIRONMENT_VARIABLE}]",
+            help=f"{SPEC} [default: ${ENVIRONMENT_VARIABLE}, or torch]",
         )
     return parser
 

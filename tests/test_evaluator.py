@@ -13,9 +13,10 @@ from torch import nn
 
 from cm.registry import UserError
 from evaluations.evaluator import ALL, evaluate, main, report
-from evaluations.features import Features, TorchScriptExtractor, load_extractor, quiet_torchscript, save_torchscript
+from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
 from evaluations.manifold import precision_recall
 from evaluations.metrics import frechet_distance, inception_score, kid
+from evaluations.torchscript import quiet_torchscript
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM, CLASSES = 6, 4
@@ -192,12 +193,14 @@ def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
         load_extractor(str(tmp_path))
     th.save({"weight": th.zeros(2)}, tmp_path / "state.pt")
     for wrong in (tmp_path / "state.pt", folder / "ref.npz"):
-        with pytest.raises(UserError, match="is not a TorchScript file"):
+        with pytest.raises(UserError, match="TorchScript"):
             load_extractor(str(wrong))
+        with pytest.raises(UserError, match="is not a TorchScript file"):
+            load_extractor(f"torchscript:{wrong}")
     with pytest.raises(UserError, match="unknown kind of extractor 'tourchscript'.*Did you mean 'torchscript'"):
         load_extractor(f"tourchscript:{folder}/two.ts")
-    with pytest.raises(UserError, match="--inception PATH .*CM_INCEPTION"):
-        load_extractor()
+    with pytest.raises(UserError, match="the extractor torchscript does not exist.*PATH, KIND:PATH"):
+        load_extractor("torchscript")
 
 
 def test_the_environment_names_the_extractor(folder, monkeypatch):

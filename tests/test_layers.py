@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["registry", "torchvision_shim"],
+    ["registry", "torchvision_shim", "weight_files"],
     ["lpips", "interfaces", "launch", "guard", "log_outputs", "vp"],
     ["collectives"],
     ["logger", "dist_util", "flags", "schedules"],
@@ -68,7 +68,8 @@ def test_only_dist_util_imports_mpi():
 def test_evaluations_never_import_the_training_engine():
     for path in (ROOT / "evaluations").rglob("*.py"):
         # image_sources is a reader of files, not the engine: images are found and decoded in one way everywhere
-        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags", "image_sources"}, path
+        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags", "image_sources",
+                                        "weight_files"}, path
 
 
 def test_every_foreign_package_is_one_that_setup_declares():

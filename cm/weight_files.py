@@ -1,0 +1,53 @@
+"""Published files of weights: where they are on this machine, and how they get there."""
+
+from __future__ import annotations
+
+import hashlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import torch as th
+
+DOWNLOAD_ERRORS = (OSError, HTTPException, RuntimeError)     # the last for a download with a wrong hash
+
+BLOCK_BYTES = 2**20
+
+
+class WeightFile(NamedTuple):
+    name: str
+    url: str
+    sha256_prefix: str | None                               # None where the publisher names no hash
+
+
+def path_of(file: WeightFile) -> Path:
+    """In the cache of torch.hub, where other packages look too: under TORCH_HOME, or else ~/.cache/torch."""
+    return Path(th.hub.get_dir()) / "checkpoints" / file.name
+
+
+def download(file: WeightFile) -> None:
+    """Fetch a file; it appears under its name only when it is complete and has the right hash.
+
+    :raises OSError, http.client.HTTPException, RuntimeError: those of `DOWNLOAD_ERRORS`.
+    """
+    path_of(file).parent.mkdir(parents=True, exist_ok=True)
+    th.hub.download_url_to_file(file.url, str(path_of(file)), file.sha256_prefix)
+
+
+def has_right_hash(file: WeightFile) -> bool:
+    """Whether what lies under the file's name is the published file, as far as its hash is known."""
+    return file.sha256_prefix is None or sha256(path_of(file)).startswith(file.sha256_prefix)
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def where_files_go(files: tuple[WeightFile, ...]) -> str:
+    """What to fetch on another machine, and where to put it: a line per file."""
+    return "\n".join(f"  {file.url} -> {path_of(file)}" for file in files)

@@ -1,0 +1,69 @@
+"""What an extractor is: a network that turns images into features, behind one call.
+
+Shapes: N images, H and W height and width, D pooled features, S spatial features (flattened), K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cm.registry import UserError
+
+INCEPTION_HEAD = (1008, 2048)                               # the classes and features of Inception-v3 of 2015-12-05
+ID_DIGITS = 12                                              # of the SHA-256 in an extractor's identity
+
+
+class Features(NamedTuple):
+    pool: NDArray[np.float32]                               # [N,D]
+    spatial: NDArray[np.float32] | None                     # [N,S]
+    logits: NDArray[np.float32] | None                      # [N,K]; Inception's without the last layer's bias
+
+
+class Extractor(Protocol):
+    id: str                                                 # kind and hash of the weights; stored beside statistics
+    name: str                                               # for people
+    resize: str                                             # what happens to the images first
+    is_inception: bool                                      # whether published FIDs are in these features
+
+    def extract(self, images: NDArray[np.uint8]) -> Features:
+        """Features of images [N,H,W,3], values 0 to 255."""
+
+
+@contextlib.contextmanager
+def full_float32(device: th.device | str) -> Iterator[None]:
+    """Convolutions and products in float32 proper, whatever a training loop around has chosen."""
+    cuda = th.backends.cuda.matmul.allow_tf32
+    th.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with th.backends.cudnn.flags(benchmark=th.backends.cudnn.benchmark, allow_tf32=False), \
+                th.autocast(th.device(device).type, enabled=False):
+            yield
+    finally:
+        th.backends.cuda.matmul.allow_tf32 = cuda
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """Short SHA-256 of names, types, shapes and values: the same network has it in whatever file it is."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy())
+    return digest.hexdigest()[:ID_DIGITS]
+
+
+def as_rows(part: Tensor, count: int, name: str, path: str) -> NDArray[np.float32]:
+    """[N,...] -> [N,-1] float32."""
+    if part.ndim < 2 or len(part) != count or not part.is_floating_point():
+        raise UserError(
+            f"{path} returned {name} of shape {tuple(part.shape)} and type {part.dtype} for {count} images; "
+            f"they must be floats [{count}, ...]"
+        )
+    return part.flatten(1).float().cpu().numpy()

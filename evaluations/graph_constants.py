@@ -1,0 +1,107 @@
+"""The constants of a TensorFlow graph in a .pb file, read without TensorFlow.
+
+A protocol buffer is a sequence of fields: a key (number << 3 | wire type), then a varint, 4 or 8 bytes, or a length and
+that many bytes. Only the few fields that lead to a float constant are looked at:
+GraphDef.node = 1; NodeDef.name = 1, .op = 2, .attr = 5 (key = 1, value = 2); AttrValue.tensor = 8;
+TensorProto.dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5; TensorShapeProto.dim = 2, .size = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm.registry import UserError
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5                # wire types
+FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
+DT_FLOAT = 1
+
+
+def read_constants(path: str) -> dict[str, NDArray[np.float32]]:
+    """The float32 constants of a frozen graph by node name.
+
+    :raises UserError: if the file is missing, or is no graph.
+    """
+    try:
+        with open(path, "rb") as file:
+            graph = memoryview(file.read())
+    except OSError as error:
+        raise UserError(f"the graph {path} cannot be read: {error.strerror}") from None
+    constants = {}
+    try:
+        for number, node in fields(graph):
+            if number == 1:
+                name, tensor = read_node(node)
+                if tensor is not None:
+                    constants[name] = tensor
+    except (IndexError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a TensorFlow graph, or is damaged ({error})") from None
+    return constants
+
+
+def read_node(node: memoryview) -> tuple[str, NDArray[np.float32] | None]:
+    """The name of a NodeDef, and its value if it is a float constant."""
+    name, op, tensor = "", "", None
+    for number, value in fields(node):
+        if number == 1:
+            name = bytes(value).decode()
+        elif number == 2:
+            op = bytes(value).decode()
+        elif number == 5:
+            entry = dict(fields(value))
+            if bytes(entry[1]) == b"value":
+                tensor = dict(fields(entry[2])).get(8)
+    return name, read_tensor(tensor) if op == "Const" and tensor is not None else None
+
+
+def read_tensor(tensor: memoryview) -> NDArray[np.float32] | None:
+    """A TensorProto of floats, or None for another type."""
+    dtype, shape, content, listed = None, (), None, []
+    for number, value in fields(tensor):
+        if number == 1:
+            dtype = value
+        elif number == 2:
+            shape = tuple(dict(fields(dim)).get(1, 0) for key, dim in fields(value) if key == 2)
+        elif number == 4:
+            content = value
+        elif number == 5:                                   # packed, or one by one
+            listed.append(np.frombuffer(value, "<f4"))
+    if dtype != DT_FLOAT:
+        return None
+    values = np.frombuffer(content, "<f4") if content is not None else np.concatenate(listed or [np.zeros(1, "<f4")])
+    if len(values) < np.prod(shape, dtype=np.int64):        # the last value stands for all that follow
+        values = np.concatenate([values, np.repeat(values[-1:], np.prod(shape, dtype=np.int64) - len(values))])
+    return values.reshape(shape).astype(np.float32)         # a copy of its own, which torch may take
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message: number, and an int or the bytes.
+
+    :raises IndexError, ValueError: if it is no message.
+    """
+    at = 0
+    while at < len(message):
+        key, at = varint(message, at)
+        kind = key & 7
+        if kind == VARINT:
+            value, at = varint(message, at)
+        else:
+            size, at = varint(message, at) if kind == BYTES else (FIXED_SIZES.get(kind), at)
+            if size is None or at + size > len(message):
+                raise ValueError(f"no field can begin at byte {at}")
+            value, at = message[at : at + size], at + size
+        yield key >> 3, value
+
+
+def varint(message: memoryview, at: int) -> tuple[int, int]:
+    """The integer at a place, and the place behind it."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

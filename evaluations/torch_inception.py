@@ -1,0 +1,36 @@
+"""Inception-v3 in PyTorch as an extractor, from any file of its weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+
+from evaluations.extractor import Features, as_rows, full_float32, hash_weights
+from evaluations.inception_v3 import SIDE
+from evaluations.inception_weights import read_inception
+
+
+class InceptionExtractor:
+    """The FID Inception-v3: 2048 pooled features, 2023 spatial ones, 1008 logits without bias.
+
+    :param path: weights as `evaluations.inception_weights` lists them; the same weights have the same `id` whatever
+        file they come from.
+    :raises UserError: if the file is missing or does not hold them.
+    """
+
+    name, resize, is_inception = "Inception-v3 on PyTorch", f"TF1 bilinear to {SIDE}x{SIDE}", True
+
+    def __init__(self, path: str, device: th.device | str = "cpu"):
+        self.path, self.device = path, device
+        network = read_inception(path)
+        self.id = f"torch-{hash_weights(network.state_dict())}"
+        self.network = network.to(device)
+
+    @th.inference_mode()
+    def extract(self, images: NDArray[np.uint8]) -> Features:
+        """Features of images [N,H,W,3] uint8."""
+        x = th.from_numpy(images).to(self.device).permute(0, 3, 1, 2)                     # [N,3,H,W]
+        with full_float32(self.device):
+            output = self.network(x)
+        return Features(*(as_rows(part, len(x), name, self.path) for name, part in output._asdict().items()))

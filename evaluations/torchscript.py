@@ -1,0 +1,133 @@
+"""Any TorchScript module as an extractor.
+
+Shapes: N images, H and W height and width, D pooled features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cm.registry import UserError
+from cm.weight_files import sha256
+from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
+
+DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote
+OUTPUT_NAMES = ("features", "logits", "spatial")
+
+
+class TorchScriptExtractor:
+    """A TorchScript file: a module called with a uint8 tensor [N,3,H,W] in 0..255.
+
+    It returns features [N,D], or a tuple (features, logits[, spatial]), or a dict with those keys. A module whose
+    forward takes `return_features`, as the published Inception-v3 in TorchScript does, is called with it; logits are
+    then the features times its `output.weight`.
+
+    :raises UserError: if the file is missing or is no TorchScript file.
+    """
+
+    def __init__(self, path: str, device: th.device | str = "cpu"):
+        self.path, self.device = path, device
+        self.module, description = load_torchscript(path, device)
+        weights = dict(self.module.state_dict())
+        self.id = f"torchscript-{hash_weights(weights) if weights else sha256(path)[:ID_DIGITS]}"
+        self.is_inception = any(tuple(weight.shape) == INCEPTION_HEAD for weight in weights.values())
+        stem = os.path.splitext(os.path.basename(path))[0]
+        self.name = description.get("name") or ("Inception-v3" if self.is_inception else stem)
+        self.resize = description.get("resize") or "as the TorchScript module does it"
+        self.takes_flag = "return_features" in (arg.name for arg in self.module.forward.schema.arguments)
+        self.head = weights.get("output.weight") if self.takes_flag else None
+
+    @th.inference_mode()
+    def extract(self, images: NDArray[np.uint8]) -> Features:
+        """Features of images [N,H,W,3] uint8.
+
+        :raises UserError: if the module cannot take such images, or returns something else than features.
+        """
+        x = th.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(self.device)       # [N,3,H,W]
+        try:
+            with full_float32(self.device):
+                output = self.module(x, return_features=True) if self.takes_flag else self.module(x)
+        except th.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = [line for line in str(error).splitlines() if line.strip()][-1]
+            raise UserError(
+                f"{self.path} failed on uint8 images {tuple(x.shape)}, as an extractor is called: {cause}"
+            ) from error
+        parts = name_outputs(output, self.path)
+        if self.head is not None:
+            parts["logits"] = parts["features"].float() @ self.head.float().T             # [N,K]
+        arrays = {name: as_rows(part, len(x), name, self.path) for name, part in parts.items()}
+        return Features(arrays["features"], arrays.get("spatial"), arrays.get("logits"))
+
+
+# --- TorchScript files ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet_torchscript() -> Iterator[None]:
+    """TorchScript is deprecated for new work, but Inception is published in it, and it needs no code of ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        yield
+
+
+def save_torchscript(module: nn.Module, path: str, name: str, resize: str) -> None:
+    """Write a module as an extractor file; `name` and `resize` come back when it is loaded."""
+    partial = f"{path}.partial"
+    with quiet_torchscript():
+        scripted = th.jit.script(module.eval())
+        th.jit.save(scripted, partial, _extra_files={DESCRIPTION_FILE: json.dumps({"name": name, "resize": resize})})
+    os.replace(partial, path)
+
+
+def is_torchscript(path: str) -> bool:
+    """Whether a file is an archive as torch.jit.save writes it."""
+    return zipfile.is_zipfile(path) and any(
+        name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
+    )
+
+
+def load_torchscript(path: str, device: th.device | str) -> tuple[th.jit.ScriptModule, dict[str, str]]:
+    """The module in evaluation mode, and its description (empty for files that other programs wrote)."""
+    if not os.path.isfile(path):
+        raise UserError(f"the feature extractor {path} does not exist or is no file")
+    extra = {DESCRIPTION_FILE: ""}
+    try:
+        with quiet_torchscript():
+            module = th.jit.load(path, map_location=device, _extra_files=extra)
+    except RuntimeError:
+        raise UserError(
+            f"{path} is not a TorchScript file (a checkpoint or state dict is not one either): give a file made by "
+            "torch.jit.save, such as inception-2015-12-05.pt or what scripts/classifier_train.py writes"
+        ) from None
+    return module.eval(), json.loads(extra[DESCRIPTION_FILE] or "{}")
+
+
+# --- what a module returns -----------------------------------------------------------------------------------------
+
+
+def name_outputs(output: Any, path: str) -> dict[str, Tensor]:
+    """A tensor, tuple or dict of tensors by name."""
+    if isinstance(output, Tensor):
+        output = (output,)
+    if isinstance(output, tuple) and len(output) <= len(OUTPUT_NAMES):
+        output = dict(zip(OUTPUT_NAMES, output))
+    if not isinstance(output, dict) or "features" not in output or not set(output) <= set(OUTPUT_NAMES):
+        got = f"a dict of {', '.join(map(str, output))}" if isinstance(output, dict) else f"a {type(output).__name__}"
+        raise UserError(
+            f"{path} returned {got}; an extractor returns features [N,D], a tuple (features, logits, spatial) or a "
+            "dict with those keys; only the features are required"
+        )
+    return dict(output)
