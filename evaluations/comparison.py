@@ -39,10 +39,12 @@ class Result:
     label: str
     extractor: str | None                                   # identity; None where the files do not record it
     sample_count: int | None                                # None where stored statistics do not record it
-    sample_source: str                                      # STORED or COMPUTED
+    sample_source: str                                      # STORED, COMPUTED or CACHED
     reference_count: int | None = None
     reference_source: str | None = None                     # None where the reference plays no part
     std: float | None = None                                # over subsets
+    resize: str | None = None                               # of the images; None where the files do not record it
+    clipped: float | None = None                            # share of negative eigenvalues that were set to 0
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Comparison:
     extractor: Extractor | None = None
     split_size: int = SPLIT_SIZE
     k: int = NEIGHBOURS
+    pr_dtype: str = "float32"                               # of the distances of precision and recall
     probe: Features | None = None                           # the extractor's outputs for a few of the images
     results: dict[str, Result] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -75,8 +78,10 @@ class Comparison:
         """Note a result that was computed from images."""
         reference = () if of_samples_alone else (len(self.ref), COMPUTED)
         label = self.label(key, self.extractor.id)
-        result = Result(value, label, self.extractor.id, len(self.sample), COMPUTED, *reference, std=std)
-        self.results[key] = result
+        self.results[key] = Result(
+            value, label, self.extractor.id, len(self.sample), COMPUTED, *reference, std=std,
+            resize=self.extractor.resize,
+        )
 
     def label(self, key: str, extractor_id: str | None) -> str:
         """The name of a result in the features of an extractor; only Inception's have the famous names."""
@@ -86,6 +91,11 @@ class Comparison:
         if self.extractor is None or self.extractor.id != extractor_id:
             return f"{plain} ({extractor_id} features)"
         return famous if self.extractor.is_inception else f"{plain} ({self.extractor.name} features, not Inception)"
+
+    def resize_of(self, extractor_id: str | None) -> str | None:
+        """What happens to images in the features of an extractor, if it is the one at hand."""
+        known = self.extractor is not None and self.extractor.id == extractor_id
+        return self.extractor.resize if known else None
 
     def check_output(self, field_name: str) -> None:
         """:raises Unavailable: if the extractor does not give this field of `Features`."""
@@ -178,7 +188,8 @@ class FrechetDistance(Metric):
         ids = [self.origin(run, side)[1] for side in run.sides]
         label = run.label(self.key, ids[0] or ids[1])
         run.results[self.key] = Result(
-            parts.distance, label, ids[0] or ids[1], sample.count, sample.source, ref.count, ref.source
+            parts.distance, label, ids[0] or ids[1], sample.count, sample.source, ref.count, ref.source,
+            resize=run.resize_of(ids[0] or ids[1]), clipped=parts.clipped,
         )
         for side, gaussian in zip(run.sides, (ref, sample)):
             if gaussian.count is not None and gaussian.count < len(gaussian.mu):
@@ -212,7 +223,7 @@ class PrecisionRecall(PointMetric):
         return run.k
 
     def measure(self, run: Comparison) -> None:
-        precision, recall = precision_recall(run.ref.points, run.sample.points, run.k)
+        precision, recall = precision_recall(run.ref.points, run.sample.points, run.k, dtype=run.pr_dtype)
         run.record("precision", precision)
         run.record("recall", recall)
 

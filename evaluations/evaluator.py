@@ -12,8 +12,9 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +26,11 @@ from cm.flags import Parser
 from cm.registry import UserError, lookup
 from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
 from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
-from evaluations.image_sets import STORED, ImageSet, Unavailable
+from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
 from evaluations.inception_files import FILES
-from evaluations.manifold import NEIGHBOURS
+from evaluations.manifold import DTYPES, NEIGHBOURS
 from evaluations.metrics import SPLIT_SIZE
+from evaluations.statistics_cache import OFF, StatisticsCache, default_folder, open_cache
 
 ALL = tuple(name for name in METRICS if name != "class_accuracy")       # that one needs labels: only when asked for
 DESCRIPTION = ("id", "name", "resize", "is_inception")
@@ -45,6 +47,8 @@ def evaluate(
     batch_size: int = 64,
     split_size: int = SPLIT_SIZE,
     k: int = NEIGHBOURS,
+    pr_dtype: str = "float32",
+    cache: StatisticsCache | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compare two npz files; returns what --json writes.
@@ -54,6 +58,8 @@ def evaluate(
 
     :param extractor: None for the one that $CM_INCEPTION names, or else Inception, on `device`, if a metric needs one.
     :param metrics: names in `METRICS`.
+    :param pr_dtype: of the distances of precision and recall, a name in `evaluations.manifold.DTYPES`.
+    :param cache: where means and covariances are looked for and kept.
     :returns: {"metrics": {key: the fields of a Result}, "skipped": {name: reason}, "warnings": [...], "extractor",
         "reference", "samples", "settings", "versions", "seconds"}; the keys are those of `comparison.NAMES`.
     :raises UserError: if a file or the extractor cannot be used, the two sides come from different extractors, or a
@@ -62,7 +68,8 @@ def evaluate(
     start = time.monotonic()
     chosen = {name: lookup(METRICS, name, "metric") for name in metrics}
     optional = ALL if set(ALL) <= set(chosen) else ()
-    run = Comparison(ImageSet(ref_path, "reference images"), ImageSet(sample_path, "samples"), extractor, split_size, k)
+    run = Comparison(ImageSet(ref_path, "reference images"), ImageSet(sample_path, "samples"), extractor, split_size, k,
+                     pr_dtype)
 
     skipped = unavailable(chosen, lambda metric: metric.prepare(run), optional)
     chosen = {name: metric for name, metric in chosen.items() if name not in skipped}
@@ -70,10 +77,14 @@ def evaluate(
     if sides:
         run.extractor = extractor or load_extractor(None, device, default_kind(run))
         run.probe = run.extractor.extract(next(sides[0].file.batches(PROBED)))
+        if cache is not None:
+            for side in sides:
+                side.look_up(cache, run.extractor)
     skipped |= unavailable(chosen, lambda metric: metric.check(run), optional)
 
     for side in sides:
-        side.extract(run.extractor, run.probe, batch_size, progress)
+        if side.needs_extractor:                            # the cache may have had all
+            side.extract(run.extractor, run.probe, batch_size, progress, cache)
     for name, metric in chosen.items():
         if name not in skipped:
             metric.measure(run)
@@ -85,11 +96,18 @@ def evaluate(
         "extractor": run.extractor and {name: getattr(run.extractor, name) for name in DESCRIPTION},
         "reference": run.ref.path,
         "samples": run.sample.path,
-        "settings": {"split_size": split_size, "k": k, "kid_subsets": KID_SUBSETS, "kid_seed": KID_SEED,
-                     "kid_subset_size": run.kid_subset_size},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": th.__version__},
+        "settings": {"split_size": split_size, "k": k, "pr_dtype": pr_dtype, "kid_subsets": KID_SUBSETS,
+                     "kid_seed": KID_SEED, "kid_subset_size": run.kid_subset_size},
+        "versions": versions(),
         "seconds": round(time.monotonic() - start, 3),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers come from."""
+    found = {"python": platform.python_version(), "numpy": np.__version__, "torch": th.__version__}
+    tensorflow = sys.modules.get("tensorflow")
+    return found | ({"tensorflow": tensorflow.__version__} if tensorflow else {})
 
 
 def unavailable(
@@ -148,22 +166,32 @@ def provenance(fields: Mapping[str, Any]) -> str:
     parts = [side("samples", fields["sample_count"], fields["sample_source"])]
     if fields["reference_source"]:
         parts.append(side("reference", fields["reference_count"], fields["reference_source"]))
-    return "; ".join([*parts, fields["extractor"] or "extractor not recorded"])
+    extractor = fields["extractor"] or "extractor not recorded"
+    return "; ".join([*parts, f"{extractor}, resize {fields['resize']}" if fields["resize"] else extractor])
 
 
 def side(role: str, count: int | None, source: str) -> str:
     size = "N not recorded" if count is None else f"N={count}"
-    return f"{role}: {size}{', stored statistics' if source == STORED else ''}"
+    return f"{role}: {size}{'' if source == COMPUTED else f', {source}'}"
 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_flags(parser, METRICS, ALL, f"${ENVIRONMENT_VARIABLE}, or tf where TensorFlow is installed and torch elsewhere")
+    parser.add_argument("--pr_dtype", choices=DTYPES, default="float32",
+                        help="distances of precision and recall; float16 as guided-diffusion's [default: float32]")
+    parser.add_argument("--class_accuracy", action="store_true",
+                        help="also the share of samples that the extractor takes for their label (arr_1)")
+    return parser
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, metrics: Iterable[str], every: Iterable[str], extractor_default: str
+) -> None:
+    """The flags of commands that compare two npz files; `every` is what "--metrics all" means."""
     parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
-    parser.add_argument(
-        "--inception", metavar="PATH",
-        help=f"{SPEC} [default: ${ENVIRONMENT_VARIABLE}, or tf where TensorFlow is installed and torch elsewhere]",
-    )
+    parser.add_argument("--inception", metavar="PATH", help=f"{SPEC} [default: {extractor_default}]")
     parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
     parser.add_argument("--batch_size", type=positive, default=64, help="images per pass [default: 64]")
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
@@ -171,10 +199,13 @@ def make_parser() -> Parser:
     parser.add_argument("--k", type=positive, default=NEIGHBOURS,
                         help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
     parser.add_argument("--metrics", default="all",
-                        help=f"comma-separated choice of {', '.join(METRICS)}; all: {', '.join(ALL)} [default: all]")
-    parser.add_argument("--class_accuracy", action="store_true",
-                        help="also the share of samples that the extractor takes for their label (arr_1)")
-    return parser
+                        help=f"comma-separated choice of {', '.join(metrics)}; all: {', '.join(every)} [default: all]")
+    add_cache_flag(parser)
+
+
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", metavar="DIR",
+                        help=f"folder that keeps means and covariances; {OFF}: none [default: {default_folder()}]")
 
 
 def positive(text: str) -> int:
@@ -192,10 +223,9 @@ def chosen_metrics(text: str, class_accuracy: bool) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if dist_util.get_world_size() > 1:
-        raise UserError("the evaluator is one process; start it without mpiexec")
+        raise UserError("the evaluator is one process: start it without mpiexec, or th_evaluator.py with it")
     dist_util.setup_dist()
-    if args.json:
-        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+    make_folder_of(args.json)
     named = args.inception or os.environ.get(ENVIRONMENT_VARIABLE)
     result = evaluate(
         args.ref_batch,
@@ -206,11 +236,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         split_size=args.split_size,
         k=args.k,
+        pr_dtype=args.pr_dtype,
+        cache=open_cache(args.cache),
         progress=True,
     )
     print(report(result))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
+    write_json(args.json, result)
+
+
+def make_folder_of(path: str | None) -> None:
+    """Find out before the work whether there is a place for its result."""
+    if path:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+
+def write_json(path: str | None, result: Mapping[str, Any]) -> None:
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)
 
 

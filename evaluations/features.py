@@ -41,7 +41,7 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     elif spec in FILES:
         kind, path = spec, find_weights(spec)
     else:
-        raise UserError(f"the extractor {spec} does not exist or is no file; give {SPEC.removeprefix('extractor: ')}")
+        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {SPEC.removeprefix('extractor: ')}")
     return lookup(EXTRACTORS, kind, "kind of extractor")(path, device)
 
 

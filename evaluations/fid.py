@@ -10,17 +10,13 @@ the same batches, and the number is the same, on any number of ranks. D feature 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import platform
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -28,12 +24,22 @@ from cm import dist_util
 from cm.flags import Parser
 from cm.registry import UserError
 from evaluations.comparison import DAMAGED
-from evaluations.evaluator import DESCRIPTION, positive, side
+from evaluations.evaluator import (
+    DESCRIPTION,
+    add_cache_flag,
+    make_folder_of,
+    positive,
+    side,
+    versions,
+    write_json,
+)
 from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
-from evaluations.image_sets import COMPUTED, STORED
+from evaluations.image_sets import CACHED, COMPUTED, STORED
 from evaluations.metrics import frechet
-from evaluations.picture_files import CHUNK, NpzPictures, Pictures, open_pictures
+from evaluations.npz_writer import add_array, new_npz
+from evaluations.picture_files import CHUNK, Pictures, open_pictures
 from evaluations.readers import BatchFile, Statistics
+from evaluations.statistics_cache import StatisticsCache, open_cache
 from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of, moments_over_ranks
 from evaluations.th_evaluator import check_features, label, too_few
 
@@ -91,34 +97,38 @@ def check_two(pictures: Pictures) -> None:
 
 
 def calc(
-    images: str, ref: str, extractor: Extractor, *, num: int = NUM, seed: int = 0, batch_size: int = 64
+    images: str, ref: str, extractor: Extractor, *, num: int = NUM, seed: int = 0, batch_size: int = 64,
+    cache: StatisticsCache | None = None,
 ) -> dict[str, Any]:
     """The distance of images from a reference; one step of all ranks together, the same result on each.
 
     :param images: folder, zip or npz.
-    :param ref: npz of statistics, or of images.
+    :param ref: npz of statistics, or a data set: folder, zip, or npz of images.
     :param num: how many of the images; a seeded choice if there are more.
     :param batch_size: images per pass of the network.
+    :param cache: where means and covariances are looked for and kept.
     :returns: what --json writes.
     :raises UserError: if there are fewer images than `num`, they or the reference cannot be used, or the reference
         stores features of another extractor.
     """
     start = time.monotonic()
-    ref_file, pictures = BatchFile(ref), open_pictures(images, "--images")
-    reference = ref_file.statistics(POOLED.suffix)
-    source = STORED if reference else COMPUTED
+    reference = open_statistics(ref)
+    pictures = open_pictures(images, "--images")
     check_two(pictures)
     if not 2 <= num <= len(pictures):
         raise UserError(f"{images} has {len(pictures)} images, and --num asks for {num}: it may be 2 to "
                         f"{len(pictures)}. Distances are comparable only at equal numbers")
     indices = choose(len(pictures), num, seed)
     dims = {POOLED: probe(pictures, indices, extractor)[POOLED]}
+    source = STORED
     if reference is None:
-        ref_pictures = NpzPictures(ref_file)
+        ref_pictures = open_pictures(ref, "--ref")
         check_two(ref_pictures)
-        reference = measure(ref_pictures, np.arange(len(ref_pictures)), extractor, batch_size, dims)[POOLED]
+        everything = np.arange(len(ref_pictures))
+        reference, source = measure_or_recall(ref_pictures, everything, extractor, batch_size, dims, cache)
     check_features(ref, reference, extractor, dims[POOLED])
-    found = measure(pictures, indices, extractor, batch_size, dims)[POOLED]
+    choice = f"{num}-of-{len(pictures)}-seed{seed}" if num < len(pictures) else ""
+    found, found_source = measure_or_recall(pictures, indices, extractor, batch_size, dims, cache, choice)
     parts = dist_util.on_main(frechet, reference.mu, reference.sigma, found.mu, found.sigma)
     counts = sorted({num, reference.num_images or num})
     warnings = [too_few(count, dims[POOLED]) for count in counts if count < dims[POOLED]]
@@ -127,7 +137,9 @@ def calc(
     return {
         "value": parts.distance,
         "label": label("frechet_distance", extractor),
+        "clipped": parts.clipped,
         "images": images,
+        "images_source": found_source,
         "num_images": num,
         "seed": seed,
         "reference": ref,
@@ -135,15 +147,35 @@ def calc(
         "reference_source": source,
         "extractor": {name: getattr(extractor, name) for name in DESCRIPTION},
         "warnings": warnings,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": th.__version__},
+        "versions": versions(),
         "seconds": round(time.monotonic() - start, 3),
     }
+
+
+def open_statistics(ref: str) -> Statistics | None:
+    """Those that an npz stores; None for images, whatever they come in."""
+    return BatchFile(ref).statistics(POOLED.suffix) if ref.lower().endswith(".npz") else None
+
+
+def measure_or_recall(
+    pictures: Pictures, indices: NDArray[np.int64], extractor: Extractor, batch_size: int,
+    dims: Mapping[FeatureKind, int], cache: StatisticsCache | None, choice: str = "",
+) -> tuple[Statistics, str]:
+    """Statistics of the pooled features of the chosen images, and whether they were computed now or are cached."""
+    if cache is not None:
+        known = dist_util.on_main(cache.load, pictures.path, extractor.id, POOLED.suffix, choice)
+        if known is not None:
+            return known, CACHED
+    found = measure(pictures, indices, extractor, batch_size, dims)[POOLED]
+    if cache is not None:
+        dist_util.on_main(cache.save, pictures.path, found, POOLED.suffix, choice)
+    return found, COMPUTED
 
 
 def report(result: Mapping[str, Any]) -> str:
     """Where the number comes from, its warnings, and on the last line the bare number."""
     provenance = "; ".join([
-        side("images", result["num_images"], COMPUTED),
+        side("images", result["num_images"], result["images_source"]),
         side("reference", result["reference_count"], result["reference_source"]),
         "extractor: {name} ({id}), resize: {resize}".format(**result["extractor"]),
     ])
@@ -202,22 +234,12 @@ def check_dest(dest: str, data: str) -> None:
 
 
 def write_npz(dest: str, arrays: Mapping[str, NDArray], pictures: Pictures, kept: NDArray[np.int64]) -> None:
-    """An npz of arrays and of the images `kept` as arr_0, which are never all in memory; complete or not there."""
-    partial = f"{dest}.partial"
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            if len(kept):
-                write_images(archive, pictures, kept)
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-        os.replace(partial, dest)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {dest}: {error}") from error
-        raise
+    """An npz of arrays and of the images `kept` as arr_0, which are never all in memory."""
+    with new_npz(dest) as archive:
+        if len(kept):
+            write_images(archive, pictures, kept)
+        for name, array in arrays.items():
+            add_array(archive, name, array)
 
 
 def write_images(archive: zipfile.ZipFile, pictures: Pictures, kept: NDArray[np.int64]) -> None:
@@ -237,10 +259,12 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
     one = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
     one.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
-    one.add_argument("--ref", required=True, metavar="NPZ", help="reference: statistics (mu, sigma) or images (arr_0)")
+    one.add_argument("--ref", required=True, metavar="PATH",
+                     help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
     one.add_argument("--num", type=positive, default=NUM,
                      help=f"images to use: fewer is an error, of more a random choice [default: {NUM}]")
     one.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
+    add_cache_flag(one)
     two = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
     two.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
     two.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
@@ -270,13 +294,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "ref":
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch)
     else:
-        if args.json:
-            os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-        result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch)
+        make_folder_of(args.json)
+        result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch,
+                      cache=open_cache(args.cache))
         text = report(result)
-        if args.json and dist_util.is_main():
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=2)
+        if dist_util.is_main():
+            write_json(args.json, result)
     if dist_util.is_main():
         print(text)
 

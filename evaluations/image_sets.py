@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from evaluations.features import Extractor, Features
-from evaluations.readers import BatchFile
+from evaluations.readers import BatchFile, Statistics
+from evaluations.statistics_cache import StatisticsCache
 from evaluations.tally import POOLED, SPATIAL, FeatureKind, Tally, check_finite, dims_of
 
-STORED, COMPUTED = "stored statistics", "images"
+STORED, COMPUTED, CACHED = "stored statistics", "images", "cached statistics"
 
 
 class Unavailable(Exception):
@@ -26,7 +27,7 @@ class Gaussian(NamedTuple):
     mu: NDArray[np.float64]                                 # [D]
     sigma: NDArray[np.float64]                              # [D,D]
     count: int | None                                       # images behind it; None where a file does not say
-    source: str                                             # STORED or COMPUTED
+    source: str                                             # STORED, COMPUTED or CACHED
 
 
 class ImageSet:
@@ -40,6 +41,7 @@ class ImageSet:
         self.file = BatchFile(path)
         self.path, self.role = self.file.path, role
         self.stored = {kind: self.file.statistics(kind.suffix) for kind in (POOLED, SPATIAL)}
+        self.cached: dict[FeatureKind, Statistics] = {}
         self.tally: Tally | None = None
         self.labels: NDArray[np.int64] | None = None
         self.correct = 0
@@ -84,10 +86,20 @@ class ImageSet:
     def needs_extractor(self) -> bool:
         return bool(self._wants_moments or self._wants_points or self._split_size or self.labels is not None)
 
+    def look_up(self, cache: StatisticsCache, extractor: Extractor) -> None:
+        """Take from the cache what is wanted and there."""
+        for kind in self._wants_moments:
+            found = cache.load(self.path, extractor.id, kind.suffix)
+            if found is not None:
+                self.cached[kind] = found
+        self._wants_moments -= set(self.cached)
+
     # --- the pass over the images ----------------------------------------------------------------------------------
 
-    def extract(self, extractor: Extractor, probe: Features, batch_size: int, progress: bool) -> None:
-        """Pass once over the images and keep what is wanted.
+    def extract(
+        self, extractor: Extractor, probe: Features, batch_size: int, progress: bool, cache: StatisticsCache | None
+    ) -> None:
+        """Pass once over the images and keep what is wanted, in the cache too.
 
         :param probe: the extractor's outputs for a few images.
         :raises UserError: if a feature is not finite.
@@ -107,7 +119,10 @@ class ImageSet:
                     labels = self.labels[start : start + len(images)]
                     self.correct += int((features.logits.argmax(1) == labels).sum())
                 bar.update(len(images))
-        self.points = self.tally.points() if self._wants_points else None
+        self.points = self.tally.points(given[POOLED]) if self._wants_points else None
+        if cache is not None and len(self) > 1:
+            for kind, moments in self.tally.moments.items():
+                cache.save(self.path, Statistics(*moments.finalize(), extractor.id, moments.n), kind.suffix)
 
     # --- what the metrics read -------------------------------------------------------------------------------------
 
@@ -116,5 +131,8 @@ class ImageSet:
         stored = self.stored[kind]
         if stored is not None:
             return Gaussian(stored.mu, stored.sigma, stored.num_images, STORED)
+        if kind in self.cached:
+            cached = self.cached[kind]
+            return Gaussian(cached.mu, cached.sigma, cached.num_images, CACHED)
         moments = self.tally.moments[kind]
         return Gaussian(*moments.finalize(), moments.n, COMPUTED)

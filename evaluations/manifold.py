@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from evaluations.metrics import Array, as_pair, as_points
+from evaluations.arrays import Array, as_pair, as_points
 
 NEIGHBOURS = 3                                              # k, as published
+DTYPES = ("float32", "float64", "float16")
 BLOCK = 2048                                                # rows and columns of distances held at a time
 
 
@@ -39,11 +40,15 @@ def precision_recall(
     Beside the features this takes 2 block (block + D) numbers of `dtype` and k per point: 64 MiB at 2048-d float32,
     whatever N and M.
 
-    :param dtype: of the distances; float32 suffices because both sets are first shifted by the reference mean.
+    :param dtype: of the distances; float32 suffices because both sets are first shifted by the reference mean. float16
+        imitates guided-diffusion, which shifts nothing: its numbers are off in the second or third digit.
     :raises ValueError: if k does not lie between 1 and the smaller set's size - 1, or dimensions differ.
     """
     ref, sample = as_pair(ref, sample)
-    shift = centre(ref)
+    dtype = np.dtype(dtype)
+    if dtype == np.float16 and not fit_half(ref, sample):
+        dtype = np.dtype(np.float32)
+    shift = centre(ref) if dtype != np.float16 else np.zeros(ref.shape[1], ref.dtype)
     options = {"shift": shift, "dtype": dtype, "block": block}
     ref_radii = manifold_radii(ref, k, **options)
     sample_radii = manifold_radii(sample, k, **options)
@@ -114,8 +119,24 @@ def shifted(points: Array, shift: Array, dtype: DTypeLike) -> Array:
 
 def squared_distances(x: Array, y: Array) -> Array:
     """[B,D], [C,D] -> [B,C], by |x|^2 - 2 x.y + |y|^2, clamped at 0."""
+    if x.dtype == np.float16:
+        return half_distances(x, y)
     distance = x @ y.T
     distance *= -2
     distance += np.einsum("bd,bd->b", x, x)[:, None]
     distance += np.einsum("cd,cd->c", y, y)
     return distance.clip(min=0, out=distance)
+
+
+def half_distances(x: Array, y: Array) -> Array:
+    """The same with every term rounded to float16, and sums over D in float32, as GPUs do it."""
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    product = (x @ y.T).astype(np.float16)
+    norms_x, norms_y = (np.einsum("bd,bd->b", z, z).astype(np.float16) for z in (x, y))
+    return (norms_x[:, None] - 2 * product + norms_y).clip(min=0)
+
+
+def fit_half(*sets: Array) -> bool:
+    """Whether no squared distance can leave the range of float16; beyond it guided-diffusion falls back to float32."""
+    longest = max(float(np.einsum("nd,nd->n", points, points).max()) for points in sets)
+    return 4 * longest < float(np.finfo(np.float16).max)

@@ -1,16 +1,23 @@
-"""Frechet distance, Inception Score and kernel distance, in float64, from features that are already there.
+"""The numbers, from features that are already there, in float64; precision and recall have a room of their own.
 
 Shapes: N points of a set, B a batch of them, D feature dimensions, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-Array = NDArray[np.floating]
+from evaluations.arrays import Array, as_gaussian, as_pair, as_points
+from evaluations.manifold import PrecisionRecall, precision_recall
+
+__all__ = [
+    "Frechet", "InceptionScore", "KernelDistance", "Moments", "PrecisionRecall", "frechet", "frechet_distance",
+    "inception_score", "kid", "kid_draws", "precision_recall", "squared_mmd",
+]
 
 SPLIT_SIZE = 5000                                           # images per chunk of the Inception Score, as published
 
@@ -206,21 +213,31 @@ def kid(ref: Array, sample: Array, subsets: int = 100, subset_size: int = 1000, 
 
     :raises ValueError: if a set is smaller than a subset, or dimensions differ.
     """
-    ref, sample = as_pair(ref, sample, np.float64)
+    ref, sample = as_pair(ref, sample)
+    values = np.array([
+        squared_mmd(sample[i].astype(np.float64), ref[j].astype(np.float64))
+        for i, j in kid_draws(len(ref), len(sample), subsets, subset_size, seed)
+    ])
+    return KernelDistance(float(values.mean()), float(values.std()), values)
+
+
+def kid_draws(
+    num_ref: int, num_sample: int, subsets: int, subset_size: int, seed: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows of the samples and of the reference in each subset.
+
+    :raises ValueError: if a set is smaller than a subset.
+    """
     if subsets < 1:
         raise ValueError(f"subsets={subsets}: at least 1 is needed")
-    if not 2 <= subset_size <= min(len(ref), len(sample)):
+    if not 2 <= subset_size <= min(num_ref, num_sample):
         raise ValueError(
-            f"subset_size={subset_size} must lie between 2 and the smaller set ({len(ref)} reference points, "
-            f"{len(sample)} samples)"
+            f"subset_size={subset_size} must lie between 2 and the smaller set ({num_ref} reference points, "
+            f"{num_sample} samples)"
         )
     rng = np.random.RandomState(seed)
-    values = np.empty(subsets)
-    for i in range(subsets):
-        x = sample[rng.choice(len(sample), subset_size, replace=False)]
-        y = ref[rng.choice(len(ref), subset_size, replace=False)]
-        values[i] = squared_mmd(x, y)
-    return KernelDistance(float(values.mean()), float(values.std()), values)
+    for _ in range(subsets):
+        yield rng.choice(num_sample, subset_size, replace=False), rng.choice(num_ref, subset_size, replace=False)
 
 
 def squared_mmd(x: Array, y: Array) -> float:
@@ -238,31 +255,3 @@ def cubic_kernel(x: Array, y: Array) -> Array:
     """[M,D], [N,D] -> [M,N]."""
     base = x @ y.T / x.shape[1] + 1
     return base * base * base
-
-
-# --- arguments -----------------------------------------------------------------------------------------------------
-
-
-def as_points(points: Array, what: str, dtype: DTypeLike = None) -> Array:
-    points = np.asarray(points, dtype)
-    if points.ndim != 2 or not points.size:
-        raise ValueError(f"{what} must be [points, dimensions], neither of them 0, not of shape {points.shape}")
-    if not np.isfinite(points.sum(dtype=np.float64)):
-        raise ValueError(f"{what} are not all finite")
-    return points
-
-
-def as_pair(ref: Array, sample: Array, dtype: DTypeLike = None) -> tuple[Array, Array]:
-    ref, sample = as_points(ref, "reference points", dtype), as_points(sample, "samples", dtype)
-    if ref.shape[1] != sample.shape[1]:
-        raise ValueError(f"reference has {ref.shape[1]} dimensions, samples {sample.shape[1]}: not the same features")
-    return ref, sample
-
-
-def as_gaussian(mu: Array, sigma: Array, which: str) -> tuple[Array, Array]:
-    mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{which} Gaussian: mu must be [D] and sigma [D,D], not {mu.shape} and {sigma.shape}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{which} Gaussian: mu or sigma is not finite")
-    return mu, sigma

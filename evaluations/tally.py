@@ -42,6 +42,7 @@ class Tally:
         self.moments = {kind: Moments(dim) for kind, dim in dims.items()}
         self.score = InceptionScore(split_size) if split_size else None
         self._batches: list[NDArray[np.float32]] | None = [] if keep_points else None
+        self._places: list[NDArray[np.int64]] = []
 
     def add(self, features: Features, start: int) -> None:
         """Take in the features of images start, start+1, ... of the set."""
@@ -52,11 +53,16 @@ class Tally:
             self.score.update(features.logits, start)
         if self._batches is not None:
             self._batches.append(features.pool)
+            self._places.append(np.arange(start, start + len(features.pool)))
 
-    def points(self) -> NDArray[np.float32]:
-        """The pooled features [N,D] in the order they came; to be called once, since it lets go of what it copies."""
+    def places(self) -> NDArray[np.int64]:
+        """Where the `points` stand in the set: [N]."""
+        return np.concatenate([np.zeros(0, np.int64), *self._places])
+
+    def points(self, dim: int) -> NDArray[np.float32]:
+        """The pooled features [N,dim] in the order they came; to be called once, since it lets go of what it copies."""
         rows = sum(map(len, self._batches))
-        joined = np.empty((rows, self._batches[0].shape[1] if rows else 0), np.float32)
+        joined = np.empty((rows, dim), np.float32)
         while self._batches:                                # from the end, so that the set is never there twice
             batch = self._batches.pop()
             joined[rows - len(batch) : rows] = batch

@@ -1,15 +1,18 @@
 """The evaluator's numbers on all ranks: images in memory or in an npz against one reference, asked as often as wanted.
 
-mpiexec -n 8 python evaluations/th_evaluator.py VIRTUAL_imagenet64_labeled.npz samples.npz --inception torch
+mpiexec -n 8 python evaluations/th_evaluator.py VIRTUAL_imagenet64_labeled.npz samples.npz
 
-A rank looks at its share of the images and adds up float64 sums, which alone travel; features never leave their rank.
+A rank looks at its share of the images and adds up float64 sums, which alone travel. Precision, recall and KID need
+the features themselves: these stay on their ranks too, and blocks of them go round.
 
 Shapes: N images of the set, B of a batch, H and W height and width, D features.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch as th
@@ -17,12 +20,17 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from cm import dist_util, logger
+from cm.flags import Parser
 from cm.registry import UserError, lookup
-from evaluations.comparison import DAMAGED, NAMES, OUTPUT_WORDS, Result
-from evaluations.features import Extractor
-from evaluations.image_sets import COMPUTED, STORED, Gaussian
+from evaluations.comparison import DAMAGED, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS, NAMES, OUTPUT_WORDS, Result
+from evaluations.evaluator import DESCRIPTION, add_flags, make_folder_of, report, versions, write_json
+from evaluations.features import ENVIRONMENT_VARIABLE, Extractor, Features, load_extractor
+from evaluations.image_sets import CACHED, COMPUTED, STORED, Gaussian
+from evaluations.manifold import NEIGHBOURS
 from evaluations.metrics import SPLIT_SIZE, frechet
+from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
 from evaluations.readers import BatchFile, Statistics
+from evaluations.statistics_cache import StatisticsCache, open_cache
 from evaluations.tally import (
     POOLED,
     SPATIAL,
@@ -36,9 +44,24 @@ from evaluations.tally import (
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
 
-# metric -> key of its result
-FRECHET = {"fid": ("frechet_distance", POOLED), "sfid": ("spatial_frechet_distance", SPATIAL)}
-METRICS = {"inception_score": "logits", "fid": "pool", "sfid": "spatial"}              # and what it is made of
+
+@dataclass(frozen=True)
+class Need:
+    """What a metric is made of."""
+
+    output: str                                             # of the extractor
+    kind: FeatureKind | None = None                         # whose mean and covariance it compares
+    points: bool = False                                    # whether it needs the features of single images
+
+
+METRICS = {
+    "inception_score": Need("logits"),
+    "fid": Need("pool", POOLED),
+    "sfid": Need("spatial", SPATIAL),
+    "precision_recall": Need("pool", points=True),
+    "kid": Need("pool", points=True),
+}
+FRECHET_KEYS = {POOLED: "frechet_distance", SPATIAL: "spatial_frechet_distance"}
 
 
 class ThEvaluator:
@@ -54,10 +77,14 @@ class ThEvaluator:
 
     :param ref_path: npz of statistics, or of images, which the ranks measure together, once.
     :param image_size: side of the images to come, or (height, width), in pixels.
-    :param metrics: names in `METRICS`.
+    :param metrics: names in `METRICS`; None for all that the extractor and the file allow, with the reasons of the
+        others in `skipped`.
     :param batch_size: images of a file per pass and rank.
-    :raises UserError: if the file cannot be used, stores statistics of other features, or the extractor does not give
-        what a metric is made of.
+    :param split_size: images per chunk of the Inception Score.
+    :param k: neighbours of precision and recall.
+    :param cache: where the statistics of the reference's images are looked for and kept.
+    :raises UserError: if the file cannot be used, stores statistics of other features, or a metric that is named
+        cannot be had.
     """
 
     def __init__(
@@ -66,46 +93,59 @@ class ThEvaluator:
         extractor: Extractor,
         image_size: int | tuple[int, int],
         *,
-        metrics: Sequence[str] = ("fid",),
+        metrics: Sequence[str] | None = ("fid",),
         batch_size: int = 64,
         split_size: int = SPLIT_SIZE,
+        k: int = NEIGHBOURS,
+        cache: StatisticsCache | None = None,
     ):
-        self.extractor, self.batch_size = extractor, batch_size
-        self.label = label("frechet_distance", extractor)
+        self.extractor, self.batch_size, self.k, self.cache = extractor, batch_size, k, cache
+        self.label = label(FRECHET_KEYS[POOLED], extractor)
+        file = BatchFile(ref_path)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         # Asked of blank images, so that a rank without any image knows the dimensions too.
         blank = extractor.extract(np.zeros((2, *size, 3), np.uint8))
-        for name in metrics:
-            if getattr(blank, lookup(METRICS, name, "metric")) is None:
-                raise UserError(f"{name} cannot be computed: {extractor.name} gives no {OUTPUT_WORDS[METRICS[name]]}")
-        self.metrics = tuple(metrics)
-        self.dims = {kind: dim for kind, dim in dims_of(blank).items() if self.wants(kind)}
-        self.classes = 0 if blank.logits is None else blank.logits.shape[1]
-        self.split_size = split_size if "inception_score" in metrics else 0
-        self.reference = self._read(BatchFile(ref_path)) if self.dims else {}
-
-    def wants(self, kind: FeatureKind) -> bool:
-        return any(FRECHET[name][1] is kind for name in self.metrics if name in FRECHET)
+        self.skipped = self._missing(METRICS if metrics is None else metrics, blank, file)
+        if metrics is not None and self.skipped:
+            raise UserError("; ".join(f"{name} cannot be computed: {why}" for name, why in self.skipped.items()))
+        self.metrics = tuple(name for name in (METRICS if metrics is None else metrics) if name not in self.skipped)
+        needs = [METRICS[name] for name in self.metrics]
+        given = dims_of(blank)
+        self.dim, self.classes = given[POOLED], 0 if blank.logits is None else blank.logits.shape[1]
+        self.dims = {need.kind: given[need.kind] for need in needs if need.kind}
+        self.keeps_points = any(need.points for need in needs)
+        self.split_size = split_size if "inception_score" in self.metrics else 0
+        self.ref_points: Share | None = None
+        self.reference = self._read(file)
 
     def evaluate(self, batches: Batches) -> dict[str, Result]:
         """The numbers of the images of all ranks; the same on every rank, keys as in `evaluations.comparison.NAMES`.
 
         :param batches: this rank's share, possibly none: pairs of a batch's place in the whole set (the index of its
             first image, which decides the chunk of the Inception Score) and its images, uint8 [B,H,W,3].
-        :raises UserError: if a feature is not finite, or all ranks together have fewer than 2 images.
+        :raises UserError: if a feature is not finite, or all ranks together have too few images.
         """
         tally = self._tally("the images", batches, self.dims, self.split_size)
         count = int(dist_util.all_reduce_sum(th.tensor(tally.count)))
-        if count < 2:
-            raise UserError(f"{count} images: a distance needs at least 2")
+        least = max([2, *([self.k + 1] if "precision_recall" in self.metrics else [])])
+        if count < least:
+            raise UserError(f"{count} images are too few: {', '.join(self.metrics)} need at least {least} images")
+        points = self._share_of(tally, count) if self.keeps_points else None
         results = {}
         for name in self.metrics:
-            if name in FRECHET:
-                key, kind = FRECHET[name]
-                results[key] = self._distance(key, self.reference[kind], tally, kind)
-            else:
+            if METRICS[name].kind:
+                self._distance(results, METRICS[name].kind, tally)
+            elif name == "inception_score":
                 score = score_over_ranks(tally.score, self.classes).finalize()
-                results[name] = Result(score, label(name, self.extractor), self.extractor.id, count, COMPUTED)
+                results[name] = self._result(name, score, count, of_samples_alone=True)
+            elif name == "precision_recall":
+                precision, recall = precision_recall_over_ranks(self.ref_points, points, self.k)
+                results["precision"] = self._result("precision", precision, count)
+                results["recall"] = self._result("recall", recall, count)
+            else:
+                subset = min(KID_SUBSET_SIZE, count, self.ref_points.count)
+                distance = kid_over_ranks(self.ref_points, points, KID_SUBSETS, subset, KID_SEED)
+                results["kernel_distance"] = self._result("kernel_distance", distance.mean, count, distance.std)
         return results
 
     def evaluate_file(self, path: str) -> dict[str, Result]:
@@ -113,59 +153,93 @@ class ThEvaluator:
 
         :raises UserError: if the file cannot be used, besides what `evaluate` raises.
         """
-        return self.evaluate(self._share(BatchFile(path)))
+        return self.evaluate(self._part_of(BatchFile(path)))
 
     def warn_of_few(self, num_images: int) -> None:
         """Say so if a distance of that many images is badly biased."""
-        for kind in self.dims:
-            if num_images < self.dims[kind]:
-                logger.warn(too_few(num_images, self.dims[kind]))
-                break
+        if self.dims and num_images < max(self.dims.values()):
+            logger.warn(too_few(num_images, max(self.dims.values())))
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _missing(self, names: Iterable[str], blank: Features, file: BatchFile) -> dict[str, str]:
+        """The metrics that cannot be had, and why."""
+        reasons = {}
+        for name in names:
+            need = lookup(METRICS, name, "metric")
+            if getattr(blank, need.output) is None:
+                reasons[name] = f"{self.extractor.name} gives no {OUTPUT_WORDS[need.output]}"
+            elif need.points and not file.has_images:
+                reasons[name] = f"it needs images (arr_0), and {file.path} holds only statistics"
+            elif need.points and len(file) <= self.k:
+                reasons[name] = f"it needs more than {self.k} images, and {file.path} has {len(file)}"
+        return reasons
+
     def _read(self, file: BatchFile) -> dict[FeatureKind, Gaussian]:
-        """The reference: what the file stores, and the rest from its images."""
-        stored = {kind: file.statistics(kind.suffix) for kind in self.dims}
+        """The reference: what the file stores, what the cache knows, and the rest from its images."""
         found = {}
-        for kind, statistics in stored.items():
+        for kind, dim in self.dims.items():
+            statistics, source = file.statistics(kind.suffix), STORED
+            if statistics is None and self.cache is not None:
+                known = dist_util.on_main(self.cache.load, file.path, self.extractor.id, kind.suffix)
+                statistics, source = known, CACHED
             if statistics is not None:
-                check_features(file.path, statistics, self.extractor, self.dims[kind])
-                found[kind] = Gaussian(statistics.mu, statistics.sigma, statistics.num_images, STORED)
+                check_features(file.path, statistics, self.extractor, dim)
+                found[kind] = Gaussian(statistics.mu, statistics.sigma, statistics.num_images, source)
         missing = {kind: dim for kind, dim in self.dims.items() if kind not in found}
-        if missing:
-            if file.has_images and len(file) < 2:
-                raise UserError(f"the reference {file.path} has 1 image; a covariance needs at least 2")
-            tally = self._tally(file.path, self._share(file), missing)
-            for kind in missing:
-                moments = moments_over_ranks(tally.moments[kind])
-                found[kind] = Gaussian(*moments.finalize(), moments.n, COMPUTED)
+        if not missing and not self.keeps_points:
+            return found
+        if file.has_images and len(file) < 2:
+            raise UserError(f"the reference {file.path} has 1 image; a covariance needs at least 2")
+        tally = self._tally(file.path, self._part_of(file), missing)
+        for kind in missing:
+            moments = moments_over_ranks(tally.moments[kind])
+            found[kind] = Gaussian(*moments.finalize(), moments.n, COMPUTED)
+            if self.cache is not None:
+                statistics = Statistics(*found[kind][:2], self.extractor.id, moments.n)
+                dist_util.on_main(self.cache.save, file.path, statistics, kind.suffix)
+        if self.keeps_points:
+            self.ref_points = self._share_of(tally, len(file))
         return found
 
-    def _share(self, file: BatchFile) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _part_of(self, file: BatchFile) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """This rank's batches of a file; the ranks take turns, so a batch is the same on any number of them."""
         rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
-        with tqdm(total=len(file), desc=f"features of {file.path}", unit="img", disable=rank > 0, leave=False) as bar:
+        with tqdm(total=len(file), desc=f"features of {file.path}", unit="img", disable=rank > 0) as bar:
             for number, images in enumerate(file.batches(self.batch_size)):
                 if number % ranks == rank:
                     yield number * self.batch_size, images
                 bar.update(len(images))
 
     def _tally(self, what: str, batches: Batches, dims: dict[FeatureKind, int], split_size: int = 0) -> Tally:
-        tally = Tally(dims, split_size)
+        tally = Tally(dims, split_size, self.keeps_points)
         for start, images in batches:
             features = self.extractor.extract(images)
             check_finite(features, self.extractor, what, lambda row, start=start: f"image {start + row}")
             tally.add(features, start)
         return tally
 
-    def _distance(self, key: str, reference: Gaussian, tally: Tally, kind: FeatureKind) -> Result:
+    def _share_of(self, tally: Tally, count: int) -> Share:
+        places = tally.places()
+        return Share(tally.points(self.dim), places, count)
+
+    def _distance(self, results: dict[str, Result], kind: FeatureKind, tally: Tally) -> None:
+        key, reference = FRECHET_KEYS[kind], self.reference[kind]
         moments = moments_over_ranks(tally.moments[kind])
         parts = dist_util.on_main(frechet, reference.mu, reference.sigma, *moments.finalize())
         if parts.clipped > DAMAGED:
             logger.warn("a covariance of the reference has negative eigenvalues: its statistics are damaged")
-        return Result(parts.distance, label(key, self.extractor), self.extractor.id, moments.n, COMPUTED,
-                      reference.count, reference.source)
+        results[key] = Result(
+            parts.distance, label(key, self.extractor), self.extractor.id, moments.n, COMPUTED, reference.count,
+            reference.source, resize=self.extractor.resize, clipped=parts.clipped,
+        )
+
+    def _result(
+        self, key: str, value: float, count: int, std: float | None = None, *, of_samples_alone: bool = False
+    ) -> Result:
+        reference = () if of_samples_alone else (self.ref_points.count, COMPUTED)
+        return Result(value, label(key, self.extractor), self.extractor.id, count, COMPUTED, *reference, std=std,
+                      resize=self.extractor.resize)
 
 
 def label(key: str, extractor: Extractor) -> str:
@@ -186,3 +260,41 @@ def check_features(path: str, stored: Statistics, extractor: Extractor, dim: int
             f"{path} stores {len(stored.mu)} features of {stored.extractor or 'an extractor it does not name'}, and "
             f"the extractor given is {extractor.id} with {dim}: give the one that the statistics come from"
         )
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_flags(parser, METRICS, METRICS, f"${ENVIRONMENT_VARIABLE}, or torch")
+    args = parser.parse_args(argv)
+    dist_util.setup_dist()
+    start = time.monotonic()
+    make_folder_of(args.json)
+    samples = BatchFile(args.sample_batch)
+    if not samples.has_images:
+        raise UserError(f"{samples.path} holds only statistics, no images (arr_0)")
+    evaluator = ThEvaluator(
+        args.ref_batch, load_extractor(args.inception, dist_util.dev()), samples.image_shape[1:3],
+        metrics=None if args.metrics == "all" else [name.strip() for name in args.metrics.split(",")],
+        batch_size=args.batch_size, split_size=args.split_size, k=args.k, cache=open_cache(args.cache),
+    )
+    results = evaluator.evaluate_file(args.sample_batch)
+    result = {
+        "metrics": {key: asdict(each) for key, each in results.items()},
+        "skipped": evaluator.skipped,
+        "warnings": [too_few(len(samples), dim) for dim in evaluator.dims.values() if len(samples) < dim],
+        "extractor": {name: getattr(evaluator.extractor, name) for name in DESCRIPTION},
+        "reference": args.ref_batch,
+        "samples": args.sample_batch,
+        "versions": versions(),
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    if dist_util.is_main():
+        print(report(result))
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    dist_util.run(main)

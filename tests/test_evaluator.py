@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from evaluations.evaluator import ALL, evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
 from evaluations.manifold import precision_recall
 from evaluations.metrics import frechet_distance, inception_score, kid
+from evaluations.readers import Statistics
+from evaluations.statistics_cache import KEPT, StatisticsCache
 from evaluations.torchscript import quiet_torchscript
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +202,7 @@ def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
             load_extractor(f"torchscript:{wrong}")
     with pytest.raises(UserError, match="unknown kind of extractor 'tourchscript'.*Did you mean 'torchscript'"):
         load_extractor(f"tourchscript:{folder}/two.ts")
-    with pytest.raises(UserError, match="the extractor torchscript does not exist.*PATH, KIND:PATH"):
+    with pytest.raises(UserError, match="the feature extractor torchscript does not exist.*PATH, KIND:PATH"):
         load_extractor("torchscript")
 
 
@@ -287,7 +290,7 @@ def test_inception_has_the_famous_names(folder):
     numbers = [line.split(": ")[0] for line in lines if "[samples: N=50" in line]
     assert numbers == ["Inception Score", "FID", "sFID", "Precision", "Recall", "KID"]
     assert next(line for line in lines if line.startswith("FID: ")).endswith(
-        "[samples: N=50; reference: N=60; torchscript-0123]"
+        "[samples: N=50; reference: N=60; torchscript-0123, resize bilinear to 299x299]"
     )
 
 
@@ -317,6 +320,78 @@ def test_warnings_say_when_a_number_is_weak(folder, tmp_path):
     np.savez(tmp_path / "damaged.npz", mu=np.zeros(DIM), sigma=np.diag([1.0] * (DIM - 1) + [-1]))
     warnings = run(folder, ref=tmp_path / "damaged.npz", metrics=["fid"])["warnings"]
     assert any("damaged" in text for text in warnings)
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+class Counting(StandIn):
+    def __init__(self, name="torch-0123"):
+        self.id, self.images = name, 0
+
+    def extract(self, images):
+        self.images += len(images)
+        return super().extract(images)
+
+
+def test_statistics_are_computed_once_for_the_same_images_and_network(folder, tmp_path):
+    cache = StatisticsCache(tmp_path / "cache")
+    first, second, other = Counting(), Counting(), Counting("torch-4567")
+    files = folder / "ref.npz", folder / "sample.npz"
+    before = evaluate(*files, first, metrics=["fid", "sfid"], cache=cache)
+    shutil.copy(files[0], tmp_path / "renamed.npz")         # the content counts, not the name
+    after = evaluate(tmp_path / "renamed.npz", files[1], second, metrics=["fid", "sfid"], cache=cache)
+    assert first.images == 2 + 60 + 50 and second.images == 2
+    assert values(after) == values(before) == values(evaluate(*files, Counting(), metrics=["fid", "sfid"]))
+    fields = after["metrics"]["frechet_distance"]
+    assert (fields["reference_source"], fields["sample_source"]) == ("cached statistics",) * 2
+    assert (fields["reference_count"], fields["sample_count"]) == (60, 50)
+    assert "samples: N=50, cached statistics; reference: N=60, cached statistics; torch-0123" in report(after)
+    evaluate(*files, other, metrics=["fid"], cache=cache)
+    assert other.images == 2 + 60 + 50                      # another network
+    np.savez(tmp_path / "changed.npz", np.roll(images_of(files[0]), 1, 0))
+    evaluate(tmp_path / "changed.npz", files[1], second, metrics=["fid"], cache=cache)
+    assert second.images == 2 + 2 + 60                      # other content
+
+
+def test_a_cache_that_cannot_be_used_costs_only_time(folder, tmp_path):
+    cache = StatisticsCache(tmp_path / "cache")
+    files = folder / "ref.npz", folder / "sample.npz"
+    expected = values(evaluate(*files, Counting(), metrics=["fid"], cache=cache))
+    entries = sorted((tmp_path / "cache").iterdir())
+    assert len(entries) == 2
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:200])         # half a file, by somebody else's fault
+    damaged = Counting()
+    assert values(evaluate(*files, damaged, metrics=["fid"], cache=cache)) == expected and damaged.images > 100
+    (tmp_path / "file").write_text("no folder")
+    assert values(evaluate(*files, Counting(), metrics=["fid"], cache=StatisticsCache(tmp_path / "file"))) == expected
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
+    cache = StatisticsCache(tmp_path)
+    np.savez(tmp_path / "images.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "images.npz").rename(tmp_path / "images")   # not an entry
+    statistics = Statistics(np.zeros(2), np.eye(2), "torch-0", 2)
+    for number in range(KEPT + 3):
+        cache.save(str(tmp_path / "images"), statistics, choice=str(number))
+        for entry in tmp_path.glob(f"*-{number}-torch-0.npz"):
+            os.utime(entry, (number, number))
+        assert number > 3 or cache.load(str(tmp_path / "images"), "torch-0", choice="0").num_images == 2
+    left = {int(entry.name.split("-")[1]) for entry in tmp_path.glob("*.npz")}
+    assert left == {0, *range(4, KEPT + 3)}                 # the first was read in between
+
+
+def test_the_command_keeps_statistics_unless_told_not_to(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [str(folder / "ref.npz"), str(folder / "sample.npz"), "--inception", str(folder / "two.ts"),
+               "--metrics", "fid"]
+    main([*command, "--cache", "off"])
+    assert not list(tmp_path.rglob("*.npz"))
+    main([*command, "--cache", str(tmp_path / "mine")])
+    main(command)
+    kept = [list(place.glob("*.npz")) for place in (tmp_path / "mine", tmp_path / "consistency-toolkit/statistics")]
+    assert [len(each) for each in kept] == [2, 2]
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_what_makes_no_number_is_refused(folder, extractor, samples, tmp_path):
     with pytest.raises(UserError, match="unknown metric 'fids'.*Did you mean 'fid'"):
         make(folder, extractor, metrics=["fids"])
     evaluator = make(folder, extractor)
-    with pytest.raises(UserError, match="1 images: a distance needs at least 2"):
+    with pytest.raises(UserError, match="1 images are too few: fid need at least 2"):
         evaluator.evaluate([(0, samples[:1])])
     samples[9, 0, 0, 0] = 255                               # the extractor's cue for NaN
     with pytest.raises(UserError, match="the pool features of image 9 are not finite"):
