@@ -25,11 +25,12 @@ from cm import dist_util
 from cm.flags import Parser
 from cm.registry import UserError, lookup
 from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
-from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
+from evaluations.features import CHOICES, ENVIRONMENT_VARIABLE, Extractor, load_extractor
 from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
 from evaluations.inception_files import FILES
 from evaluations.manifold import DTYPES, NEIGHBOURS
 from evaluations.metrics import SPLIT_SIZE
+from evaluations.readers import check_same_size
 from evaluations.statistics_cache import OFF, StatisticsCache, default_folder, open_cache
 
 ALL = tuple(name for name in METRICS if name != "class_accuracy")       # that one needs labels: only when asked for
@@ -74,6 +75,7 @@ def evaluate(
     skipped = unavailable(chosen, lambda metric: metric.prepare(run), optional)
     chosen = {name: metric for name, metric in chosen.items() if name not in skipped}
     sides = [side for side in run.sides if side.needs_extractor]
+    check_counts_and_sizes(run, sides)
     if sides:
         run.extractor = extractor or load_extractor(None, device, default_kind(run))
         run.probe = run.extractor.extract(next(sides[0].file.batches(PROBED)))
@@ -88,7 +90,8 @@ def evaluate(
     for name, metric in chosen.items():
         if name not in skipped:
             metric.measure(run)
-    warn_of_sizes(run)
+    if not run.results:
+        raise UserError("nothing can be computed: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
     return {
         "metrics": {key: asdict(result) for key, result in run.results.items()},
         "skipped": skipped,
@@ -136,11 +139,15 @@ def default_kind(run: Comparison) -> str:
     return recorded or ("tf" if importlib.util.find_spec("tensorflow") else "torch")
 
 
-def warn_of_sizes(run: Comparison) -> None:
-    if all(side.file.has_images for side in run.sides):
-        ref, sample = (side.file.image_shape[1:3] for side in run.sides)
-        if ref != sample:
-            run.warnings.append(f"the reference images are {ref[0]}x{ref[1]}, the samples {sample[0]}x{sample[1]}")
+def check_counts_and_sizes(run: Comparison, looked_at: Sequence[ImageSet]) -> None:
+    """:raises UserError: if a side is a single image, or the images of the two sides have different sizes.
+
+    :param looked_at: the sides whose images the extractor will see.
+    """
+    for side in run.sides:
+        if len(side) == 1 and not any(side.stored.values()):
+            raise UserError(f"{side.path} has 1 image; sets of images are compared, of at least 2")
+    check_same_size({side.path: side.file.image_shape[1:3] for side in looked_at})
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
@@ -191,7 +198,7 @@ def add_flags(
     """The flags of commands that compare two npz files; `every` is what "--metrics all" means."""
     parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
-    parser.add_argument("--inception", metavar="PATH", help=f"{SPEC} [default: {extractor_default}]")
+    parser.add_argument("--inception", metavar="PATH", help=f"extractor: {CHOICES} [default: {extractor_default}]")
     parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
     parser.add_argument("--batch_size", type=positive, default=64, help="images per pass [default: 64]")
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,

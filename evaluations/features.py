@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 EXTRACTORS = {"tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor}
-SPEC = (f"extractor: PATH, KIND:PATH of the kinds {', '.join(EXTRACTORS)}, or {' or '.join(FILES)} alone for "
-        "Inception's published weights")
+CHOICES = (f"PATH, KIND:PATH of the kinds {', '.join(EXTRACTORS)}, or {' or '.join(FILES)} alone for Inception's "
+           "published weights")
 
 
 def load_extractor(spec: str | None = None, device: th.device | str = "cpu", default: str = "torch") -> Extractor:
@@ -41,7 +41,7 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     elif spec in FILES:
         kind, path = spec, find_weights(spec)
     else:
-        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {SPEC.removeprefix('extractor: ')}")
+        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {CHOICES}")
     return lookup(EXTRACTORS, kind, "kind of extractor")(path, device)
 
 

@@ -33,12 +33,12 @@ from evaluations.evaluator import (
     versions,
     write_json,
 )
-from evaluations.features import ENVIRONMENT_VARIABLE, SPEC, Extractor, load_extractor
+from evaluations.features import CHOICES, ENVIRONMENT_VARIABLE, Extractor, load_extractor
 from evaluations.image_sets import CACHED, COMPUTED, STORED
 from evaluations.metrics import frechet
 from evaluations.npz_writer import add_array, new_npz
 from evaluations.picture_files import CHUNK, Pictures, open_pictures
-from evaluations.readers import BatchFile, Statistics
+from evaluations.readers import BatchFile, Statistics, check_same_size
 from evaluations.statistics_cache import StatisticsCache, open_cache
 from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of, moments_over_ranks
 from evaluations.th_evaluator import check_features, label, too_few
@@ -125,6 +125,8 @@ def calc(
         ref_pictures = open_pictures(ref, "--ref")
         check_two(ref_pictures)
         everything = np.arange(len(ref_pictures))
+        firsts = {images: next(pictures.take([indices[:1]])), ref: next(ref_pictures.take([everything[:1]]))}
+        check_same_size({path: first.shape[1:3] for path, first in firsts.items()})
         reference, source = measure_or_recall(ref_pictures, everything, extractor, batch_size, dims, cache)
     check_features(ref, reference, extractor, dims[POOLED])
     choice = f"{num}-of-{len(pictures)}-seed{seed}" if num < len(pictures) else ""
@@ -275,7 +277,7 @@ def make_parser() -> Parser:
         command.add_argument("--batch", type=positive, default=64, help="images per pass [default: 64]")
         command.add_argument(
             "--inception", metavar="PATH",
-            help=f"{SPEC} [default: ${ENVIRONMENT_VARIABLE}, or torch]",
+            help=f"extractor: {CHOICES} [default: ${ENVIRONMENT_VARIABLE}, or torch]",
         )
     return parser
 

@@ -15,7 +15,7 @@ import contextlib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
@@ -201,6 +201,16 @@ def check_images(header: Header, path: str) -> None:
         raise UserError(f"{path}: images (arr_0) have shape {shape}, but must be RGB [N,H,W,3]")
     if 0 in shape:
         raise UserError(f"{path}: images (arr_0) are empty: shape {shape}")
+
+
+def check_same_size(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """:raises UserError: unless all sets of images have one (height, width)."""
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{path} {height}x{width}" for path, (height, width) in sizes.items())
+        raise UserError(
+            f"images of different sizes (height x width: {found}) are not compared: resize one set, or take a "
+            "reference with stored statistics and metrics that need no more (fid, sfid, inception_score)"
+        )
 
 
 def read_into(member: BinaryIO, batch: NDArray[np.uint8]) -> None:

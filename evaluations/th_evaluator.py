@@ -29,7 +29,7 @@ from evaluations.image_sets import CACHED, COMPUTED, STORED, Gaussian
 from evaluations.manifold import NEIGHBOURS
 from evaluations.metrics import SPLIT_SIZE, frechet
 from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
-from evaluations.readers import BatchFile, Statistics
+from evaluations.readers import BatchFile, Statistics, check_same_size
 from evaluations.statistics_cache import StatisticsCache, open_cache
 from evaluations.tally import (
     POOLED,
@@ -116,7 +116,7 @@ class ThEvaluator:
         self.keeps_points = any(need.points for need in needs)
         self.split_size = split_size if "inception_score" in self.metrics else 0
         self.ref_points: Share | None = None
-        self.reference = self._read(file)
+        self.reference = self._read(file, tuple(size))
 
     def evaluate(self, batches: Batches) -> dict[str, Result]:
         """The numbers of the images of all ranks; the same on every rank, keys as in `evaluations.comparison.NAMES`.
@@ -175,7 +175,7 @@ class ThEvaluator:
                 reasons[name] = f"it needs more than {self.k} images, and {file.path} has {len(file)}"
         return reasons
 
-    def _read(self, file: BatchFile) -> dict[FeatureKind, Gaussian]:
+    def _read(self, file: BatchFile, size: tuple[int, int]) -> dict[FeatureKind, Gaussian]:
         """The reference: what the file stores, what the cache knows, and the rest from its images."""
         found = {}
         for kind, dim in self.dims.items():
@@ -191,6 +191,8 @@ class ThEvaluator:
             return found
         if file.has_images and len(file) < 2:
             raise UserError(f"the reference {file.path} has 1 image; a covariance needs at least 2")
+        if file.has_images:
+            check_same_size({file.path: file.image_shape[1:3], "the images to come": size})
         tally = self._tally(file.path, self._part_of(file), missing)
         for kind in missing:
             moments = moments_over_ranks(tally.moments[kind])

@@ -312,10 +312,10 @@ def test_unrecorded_features_are_not_called_fid(tmp_path):
 
 
 def test_warnings_say_when_a_number_is_weak(folder, tmp_path):
-    np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8))
-    warnings = run(folder, sample=tmp_path / "few.npz", metrics=["fid"])["warnings"]
-    assert any("5 samples are fewer than the 6 feature dimensions" in text for text in warnings)
-    assert any("reference images are 4x4, the samples 8x8" in text for text in warnings)
+    np.savez(tmp_path / "few.npz", np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8))
+    result = run(folder, sample=tmp_path / "few.npz", metrics=["fid"])
+    assert any("5 samples are fewer than the 6 feature dimensions" in text for text in result["warnings"])
+    assert result["metrics"]["frechet_distance"]["clipped"] < 1e-6
     assert run(folder, metrics=["fid"])["warnings"] == []
     np.savez(tmp_path / "damaged.npz", mu=np.zeros(DIM), sigma=np.diag([1.0] * (DIM - 1) + [-1]))
     warnings = run(folder, ref=tmp_path / "damaged.npz", metrics=["fid"])["warnings"]
@@ -413,6 +413,39 @@ def test_metrics_that_cannot_be_had_are_left_out_or_refused(folder, tmp_path):
     with_statistics(tmp_path / "ref.npz")
     with pytest.raises(UserError, match="precision_recall .* needs images .*ref.npz holds only statistics"):
         run(folder, ref=tmp_path / "ref.npz", metrics=["precision_recall"])
+
+
+class Nan(nn.Module):
+    def forward(self, images: th.Tensor) -> th.Tensor:
+        x = images.float().mean((2, 3))
+        return th.where(x == 255, float("nan"), x)
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"arr_0": np.array([{}, {}])}, "holds pickled Python objects, which are never loaded"),
+    ({"arr_0": np.zeros((9, 4, 4, 3))}, "are float64, but must be uint8"),
+    ({"arr_0": np.zeros((9, 3, 4, 4), np.uint8)}, "are NCHW, but must be NHWC"),
+    ({"arr_0": np.zeros((9, 5, 5, 3), np.uint8)}, "different sizes .*(4x4, .*bad.npz 5x5|bad.npz 5x5, .*4x4)"),
+    ({"arr_0": np.zeros((1, 4, 4, 3), np.uint8)}, "bad.npz has 1 image; sets of images are compared, of at least 2"),
+    ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "are empty"),
+    ({"images": np.zeros((9, 4, 4, 3), np.uint8)}, r"has neither images \(arr_0\) nor statistics .*; it has: images"),
+    ({"arr_0": np.full((9, 4, 4, 3), 255, np.uint8)}, "bad.npz: the pool features of image 0 are not finite"),
+])
+def test_bad_images_are_one_clear_error_each(folder, tmp_path, arrays, message):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    save_torchscript(Nan(), f"{tmp_path}/nan.ts", "nan", "none")
+    for ref, sample in (("ref.npz", tmp_path / "bad.npz"), (tmp_path / "bad.npz", "sample.npz")):
+        with pytest.raises(UserError, match=message):
+            run(folder, tmp_path / "nan.ts", ref, sample)
+
+
+def test_statistics_serve_images_of_another_size(folder, tmp_path):
+    np.savez(tmp_path / "large.npz", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    with_statistics(tmp_path / "ref.npz", images_of(folder / "ref.npz"))
+    assert "frechet_distance" in values(run(folder, ref=tmp_path / "ref.npz", sample=tmp_path / "large.npz",
+                                            metrics=["fid"]))
+    with pytest.raises(UserError, match="different sizes"):
+        run(folder, ref=tmp_path / "ref.npz", sample=tmp_path / "large.npz")
 
 
 def test_labels_of_more_classes_than_the_extractors_are_refused(folder, tmp_path):

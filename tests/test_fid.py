@@ -14,8 +14,9 @@ from torch import nn
 from cm.registry import UserError
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
-from evaluations.fid import calc, choose, main, ref
+from evaluations.fid import calc, choose, main, ref, report
 from evaluations.picture_files import open_pictures
+from evaluations.statistics_cache import StatisticsCache
 
 N = 70
 
@@ -110,6 +111,33 @@ def test_more_images_than_asked_for_are_a_seeded_choice(data, extractor, tmp_pat
     assert distance(data, extractor, num=40, seed=3) == chosen
     assert distance(data, extractor, num=40, seed=4) != chosen
     assert np.array_equal(choose(N, N, 3), np.arange(N))
+
+
+def test_a_data_set_is_a_reference(data, extractor, tmp_path):
+    """In a folder, a zip or an npz; EDM's commands need a statistics file."""
+    ref(f"{data}/samples", f"{tmp_path}/statistics.npz", extractor)
+    by_statistics = calc(f"{data}/ref.npz", f"{tmp_path}/statistics.npz", extractor, num=90)
+    for name in ("samples", "samples.zip", "samples.npz"):
+        found = calc(f"{data}/ref.npz", f"{data}/{name}", extractor, num=90)
+        assert found["value"] == by_statistics["value"] > 0.1
+        assert (found["reference_source"], found["reference_count"]) == ("images", N)
+
+
+def test_statistics_of_folders_and_choices_are_cached(data, extractor, tmp_path):
+    cache = StatisticsCache(tmp_path / "cache")
+    write_folder(tmp_path / "images", np.load(data / "ref.npz")["arr_0"])
+
+    def run(num, seed=0):
+        return calc(str(tmp_path / "images"), f"{data}/samples.zip", extractor, num=num, seed=seed, cache=cache)
+
+    first, again, other_seed, fewer = run(40), run(40), run(40, 1), run(30)
+    assert (first["images_source"], first["reference_source"]) == ("images", "images")
+    assert (again["images_source"], again["reference_source"]) == ("cached statistics",) * 2
+    assert again["value"] == first["value"] not in (other_seed["value"], fewer["value"])
+    assert other_seed["images_source"] == fewer["images_source"] == "images"
+    assert "images: N=40, cached statistics; reference: N=70, cached statistics; extractor: tiny0" in report(again)
+    Image.new("RGB", (12, 8), "blue").save(tmp_path / "images/00000/img00000003.png")
+    assert run(90)["images_source"] == "images"
 
 
 def test_groups_may_lie_anywhere_in_an_npz(data):
@@ -217,7 +245,7 @@ def test_a_failed_write_leaves_nothing(data, extractor, tmp_path, monkeypatch):
     (9, "images.npz: the pool features of image 7 are not finite: the extractor tiny0"),
 ])
 def test_images_that_make_no_covariance_are_refused(data, extractor, tmp_path, count, message):
-    images = np.zeros((count, 8, 8, 3), np.uint8)
+    images = np.zeros((count, 8, 12, 3), np.uint8)
     images[7:8, 0, 0, 0] = 255                              # the extractor's cue for NaN
     path = str(tmp_path / "images.npz")
     np.savez(path, images)
@@ -231,11 +259,14 @@ def test_images_that_make_no_covariance_are_refused(data, extractor, tmp_path, c
 
 
 def test_images_of_two_sizes_are_refused_by_name(data, extractor, tmp_path):
-    write_folder(tmp_path, np.zeros((3, 8, 8, 3), np.uint8))
-    Image.new("RGB", (12, 8)).save(tmp_path / "00000/img00000002.png")
-    message = "00000/img00000000.png is 8x8 and 00000/img00000002.png is 12x8"
+    write_folder(tmp_path, np.zeros((3, 8, 12, 3), np.uint8))
+    Image.new("RGB", (8, 8)).save(tmp_path / "00000/img00000002.png")
+    message = "00000/img00000000.png is 12x8 and 00000/img00000002.png is 8x8"
     with pytest.raises(UserError, match=message):
         calc(str(tmp_path), f"{data}/ref.npz", extractor, num=3)
+    np.savez(tmp_path / "square.npz", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="different sizes .*samples 8x12, .*square.npz 8x8"):
+        calc(f"{data}/samples", f"{tmp_path}/square.npz", extractor, num=N)
 
 
 def test_fewer_images_than_asked_for_are_an_error_with_both_numbers(data, extractor):

@@ -10,6 +10,7 @@ from inception_stand_in import random_tensors
 from cm.registry import UserError
 from evaluations.evaluator import ALL, evaluate, report
 from evaluations.features import load_extractor
+from evaluations.fid import calc, ref
 from evaluations.graph_constants import read_constants
 from evaluations.manifold import precision_recall
 from evaluations.metrics import frechet_distance, inception_score, kid
@@ -85,13 +86,13 @@ def test_the_evaluators_numbers_through_tensorflow(folder, tiny, extractor):
     metrics = [name for name in ALL if name != "sfid"]      # 2023 dimensions cost a test too many seconds
     result = evaluate(folder / "ref.npz", folder / "sample.npz", extractor, metrics=metrics, batch_size=16,
                       split_size=20)
-    (ref, _, _), (sample, _, logits) = (by_hand(images_of(folder / f"{name}.npz"), tiny) for name in ("ref", "sample"))
-    precision, recall = precision_recall(ref, sample, dtype=np.float64)
+    (pool, _, _), (sample, _, logits) = (by_hand(images_of(folder / f"{name}.npz"), tiny) for name in ("ref", "sample"))
+    precision, recall = precision_recall(pool, sample, dtype=np.float64)
     expected = {
         "inception_score": inception_score(logits, 20),
-        "frechet_distance": frechet_distance(ref.mean(0), np.cov(ref.T), sample.mean(0), np.cov(sample.T)),
+        "frechet_distance": frechet_distance(pool.mean(0), np.cov(pool.T), sample.mean(0), np.cov(sample.T)),
         "precision": precision, "recall": recall,
-        "kernel_distance": kid(ref, sample, subset_size=30).mean,
+        "kernel_distance": kid(pool, sample, subset_size=30).mean,
     }
     found = {key: fields["value"] for key, fields in result["metrics"].items()}
     assert found == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in expected.items()}
@@ -106,6 +107,28 @@ def test_tensorflow_and_pytorch_see_the_same_in_the_whole_network(folder, whole)
     for theirs, ours in zip(by_tensorflow.extract(images), by_torch.extract(images)):
         # 94 layers in float32, summed in other orders
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_calc_and_ref_go_through_tensorflow(folder, extractor, tmp_path):
+    text = ref(f"{folder}/ref.npz", f"{tmp_path}/made.npz", extractor)
+    assert "mu [24], mu_s [2023] of 40 images" in text and f"({extractor.id}), resize: TF1 bilinear to 299x299" in text
+    by_images, by_statistics = (
+        calc(f"{folder}/sample.npz", path, extractor, num=30) for path in (f"{folder}/ref.npz", f"{tmp_path}/made.npz")
+    )
+    assert by_images["value"] == by_statistics["value"] > 0.01
+    assert "tensorflow" in by_images["versions"]
+
+
+def test_a_reference_of_one_inception_is_not_compared_with_another(folder, whole, tmp_path):
+    images = images_of(folder / "ref.npz")[:3]
+    np.savez(tmp_path / "few.npz", images)
+    inception = load_extractor(f"torch:{whole}")
+    assert "mu [2048], mu_s [2023] of 3 images" in ref(f"{tmp_path}/few.npz", f"{tmp_path}/ref.npz", inception)
+    with np.load(tmp_path / "ref.npz") as written:
+        features = inception.extract(images).pool.astype(np.float64)
+        np.testing.assert_allclose(written["mu"], features.mean(0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match=f"stores 2048 features of {inception.id}, and the extractor given is tf-"):
+        calc(f"{tmp_path}/few.npz", f"{tmp_path}/ref.npz", load_extractor(whole), num=3)
 
 
 def test_constants_come_out_of_a_graph_without_tensorflow(whole, tensors):

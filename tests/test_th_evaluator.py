@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch as th
-from mpi import mpi_program
+from mpi import mpi_program, mpiexec
 
 from cm.registry import UserError
-from evaluations.evaluator import evaluate
+from evaluations.evaluator import evaluate, report
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.metrics import Moments
+from evaluations.statistics_cache import StatisticsCache
 from evaluations.tally import moments_over_ranks
 from evaluations.th_evaluator import METRICS, ThEvaluator
 
@@ -122,6 +123,38 @@ def test_three_ranks_give_the_numbers_of_one(folder, extractor, tmp_path):
     same = values(alone.evaluate_file(str(folder / "samples.npz")))
     assert from_file == pytest.approx(same, rel=1e-9)        # the same batches; float64 sums in another order
     assert in_memory == pytest.approx(same, rel=1e-5)        # other batches
+
+
+@pytest.mark.mpi
+def test_the_command_on_two_ranks(folder, tmp_path, theirs):
+    done = mpiexec(2, ["evaluations/th_evaluator.py", folder / "ref.npz", folder / "samples.npz", "--inception",
+                       folder / "4.ts", "--split_size", "10", "--batch_size", "8", "--json", tmp_path / "out.json"])
+    assert done.rc == 0, done
+    written = json.loads((tmp_path / "out.json").read_text())
+    found = {key: fields["value"] for key, fields in written["metrics"].items()}
+    assert found == {key: pytest.approx(fields["value"], rel=1e-5) for key, fields in theirs.items()}
+    assert report(written) in done.stdout and done.stdout.count("reference: ") == 1 + 5
+    assert "31/31" in done.stderr and "img/s" in done.stderr
+
+
+def test_what_cannot_be_had_is_left_out_or_refused(folder, extractor, samples, tmp_path):
+    stored = store_statistics(tmp_path / "stored.npz", samples, extractor)
+    evaluator = make(tmp_path, extractor, stored, metrics=["fid"])
+    with pytest.raises(UserError, match="kid cannot be computed: it needs images .*stored.npz holds only statistics"):
+        make(tmp_path, extractor, stored, metrics=["fid", "kid"])
+    everything = make(folder, extractor, metrics=None)
+    assert everything.metrics == tuple(METRICS) and not everything.skipped
+    with pytest.raises(UserError, match="different sizes .*ref.npz 8x8, the images to come 16x16"):
+        ThEvaluator(str(folder / "ref.npz"), extractor, 16)
+    assert evaluator.evaluate([(0, samples)])["frechet_distance"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reference_is_measured_once(folder, extractor, samples, tmp_path):
+    cache = StatisticsCache(tmp_path)
+    first, second = (make(folder, extractor, metrics=["fid", "sfid"], cache=cache) for _ in range(2))
+    assert {each.source for each in first.reference.values()} == {"images"}
+    assert {each.source for each in second.reference.values()} == {"cached statistics"}
+    assert values(first.evaluate([(0, samples)])) == values(second.evaluate([(0, samples)]))
 
 
 def test_stored_statistics_serve_as_well_as_images(folder, extractor, samples, tmp_path):
