@@ -1,0 +1,94 @@
+"""Memory that the evaluator takes beyond the feature net, for published numbers of images; not a test of speed.
+
+python benchmarks/evaluator_memory.py --num 50000 --ref_num 10000 --size 64
+
+Images are noise, and the features as wide as Inception's but cheap. Peak resident memory of this process is counted
+from the moment when the network is there; Linux only.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm import dist_util
+from cm.flags import Parser
+from cm.registry import UserError
+from evaluations.evaluator import ALL, evaluate
+from evaluations.features import Features
+from evaluations.npz_writer import new_npz
+
+LIMIT_GIB = 1.5                                             # for 50,000 images of 64x64
+GRID = 8                                                    # the network sees averages over a grid of this size
+
+
+class Cheap:
+    """ReLUs of a random projection of a coarse image: D pooled features, spatial ones and logits."""
+
+    id, name, resize, is_inception = "cheap-0", "a random projection", f"{GRID}x{GRID} averages", False
+
+    def __init__(self, dim: int, spatial: int, classes: int):
+        rng = np.random.default_rng(0)
+        inside = 3 * GRID**2
+        self.pool, self.spatial = (rng.standard_normal((inside, n), np.float32) for n in (dim, spatial))
+        self.last = rng.standard_normal((dim, classes), np.float32) / dim
+
+    def extract(self, images: NDArray[np.uint8]) -> Features:
+        n, height, width, _ = images.shape
+        cells = images.reshape(n, GRID, height // GRID, GRID, width // GRID, 3).mean((2, 4), dtype=np.float32)
+        x = cells.reshape(n, -1) / 255
+        pool = np.maximum(x @ self.pool, 0)
+        return Features(pool, np.maximum(x @ self.spatial, 0), pool @ self.last)
+
+
+def write_noise(path: str, count: int, size: int, seed: int) -> None:
+    """An npz of noise images, never all in memory."""
+    rng = np.random.default_rng(seed)
+    with new_npz(path) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        form = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+        np.lib.format.write_array_header_1_0(member, form)
+        for batch in batches(count):
+            member.write(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8).tobytes())
+
+
+def batches(count: int, most: int = 256) -> Iterator[int]:
+    return (min(most, count - first) for first in range(0, count, most))
+
+
+def memory_gib(field: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    for name, default, text in (
+        ("num", 50000, "samples"), ("ref_num", 10000, "reference images"), ("size", 64, "pixels of a side"),
+        ("dim", 2048, "pooled features"), ("spatial_dim", 2023, "spatial features"), ("classes", 1008, "classes"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [default: {default}]")
+    parser.add_argument("--metrics", default=",".join(ALL), help=f"[default: {','.join(ALL)}]")
+    args = parser.parse_args()
+    if args.size % GRID:
+        raise UserError(f"--size {args.size} must be a multiple of {GRID}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, count in (("ref", args.ref_num), ("sample", args.num)):
+            write_noise(f"{folder}/{name}.npz", count, args.size, seed=count)
+        network = Cheap(args.dim, args.spatial_dim, args.classes)
+        network.extract(np.zeros((64, args.size, args.size, 3), np.uint8))
+        Path("/proc/self/clear_refs").write_text("5")       # forget the peak so far
+        before = memory_gib("VmRSS")
+        result = evaluate(f"{folder}/ref.npz", f"{folder}/sample.npz", network, metrics=args.metrics.split(","),
+                          progress=True)
+        peak = memory_gib("VmHWM") - before
+    print(f"{args.num} samples and {args.ref_num} reference images of {args.size}x{args.size}, {args.dim} features, "
+          f"{', '.join(result['metrics'])}: {peak:.2f} GiB beyond the network, in {result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    dist_util.run(main)
