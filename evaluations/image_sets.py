@@ -107,7 +107,8 @@ class ImageSet:
         given = dims_of(probe)
         self.tally = Tally(
             {kind: given[kind] for kind in self._wants_moments if kind in given},
-            self._split_size if probe.logits is not None else 0, self._wants_points,
+            self._split_size if probe.logits is not None else 0,
+            np.empty((len(self), given[POOLED]), np.float32) if self._wants_points else None,
         )
         with tqdm(total=len(self), desc=f"features of the {self.role}", unit="img", disable=not progress) as bar:
             for images in self.file.batches(batch_size):
@@ -119,7 +120,7 @@ class ImageSet:
                     labels = self.labels[start : start + len(images)]
                     self.correct += int((features.logits.argmax(1) == labels).sum())
                 bar.update(len(images))
-        self.points = self.tally.points(given[POOLED]) if self._wants_points else None
+        self.points = self.tally.points()
         if cache is not None and len(self) > 1:
             for kind, moments in self.tally.moments.items():
                 cache.save(self.path, Statistics(*moments.finalize(), extractor.id, moments.n), kind.suffix)

@@ -35,39 +35,39 @@ class Tally:
 
     :param dims: the kinds of features whose mean and covariance are wanted, and their dimensions.
     :param split_size: images per chunk of the Inception Score; 0 for no score.
+    :param points: None, or a place [N,D] for the pooled features of N images, where they are to be kept.
     """
 
-    def __init__(self, dims: Mapping[FeatureKind, int], split_size: int = 0, keep_points: bool = False):
+    def __init__(
+        self, dims: Mapping[FeatureKind, int], split_size: int = 0, points: NDArray[np.float32] | None = None
+    ):
         self.count = 0
         self.moments = {kind: Moments(dim) for kind, dim in dims.items()}
         self.score = InceptionScore(split_size) if split_size else None
-        self._batches: list[NDArray[np.float32]] | None = [] if keep_points else None
-        self._places: list[NDArray[np.int64]] = []
+        self._points, self._places = points, [np.zeros(0, np.int64)]
 
     def add(self, features: Features, start: int) -> None:
         """Take in the features of images start, start+1, ... of the set."""
-        self.count += len(features.pool)
+        count = len(features.pool)
         for kind, sums in self.moments.items():
             sums.update(getattr(features, kind.field))
         if self.score is not None:
             self.score.update(features.logits, start)
-        if self._batches is not None:
-            self._batches.append(features.pool)
-            self._places.append(np.arange(start, start + len(features.pool)))
+        if self._points is not None:
+            if self.count + count > len(self._points):      # their number was not known
+                self._points = np.concatenate([self._points, np.empty_like(self._points, shape=(
+                    max(count, len(self._points)), self._points.shape[1]))])
+            self._points[self.count : self.count + count] = features.pool
+            self._places.append(np.arange(start, start + count))
+        self.count += count
+
+    def points(self) -> NDArray[np.float32] | None:
+        """The pooled features kept, in the order they came: [N,D]."""
+        return None if self._points is None else self._points[: self.count]
 
     def places(self) -> NDArray[np.int64]:
         """Where the `points` stand in the set: [N]."""
-        return np.concatenate([np.zeros(0, np.int64), *self._places])
-
-    def points(self, dim: int) -> NDArray[np.float32]:
-        """The pooled features [N,dim] in the order they came; to be called once, since it lets go of what it copies."""
-        rows = sum(map(len, self._batches))
-        joined = np.empty((rows, dim), np.float32)
-        while self._batches:                                # from the end, so that the set is never there twice
-            batch = self._batches.pop()
-            joined[rows - len(batch) : rows] = batch
-            rows -= len(batch)
-        return joined
+        return np.concatenate(self._places)
 
 
 def dims_of(features: Features) -> dict[FeatureKind, int]:

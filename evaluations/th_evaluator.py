@@ -118,14 +118,16 @@ class ThEvaluator:
         self.ref_points: Share | None = None
         self.reference = self._read(file, tuple(size))
 
-    def evaluate(self, batches: Batches) -> dict[str, Result]:
+    def evaluate(self, batches: Batches, expected: int = 0) -> dict[str, Result]:
         """The numbers of the images of all ranks; the same on every rank, keys as in `evaluations.comparison.NAMES`.
 
         :param batches: this rank's share, possibly none: pairs of a batch's place in the whole set (the index of its
             first image, which decides the chunk of the Inception Score) and its images, uint8 [B,H,W,3].
+        :param expected: how many images this rank's share has, if that is known: it saves memory where features are
+            kept (precision, recall, KID).
         :raises UserError: if a feature is not finite, or all ranks together have too few images.
         """
-        tally = self._tally("the images", batches, self.dims, self.split_size)
+        tally = self._tally("the images", batches, self.dims, self.split_size, expected)
         count = int(dist_util.all_reduce_sum(th.tensor(tally.count)))
         least = max([2, *([self.k + 1] if "precision_recall" in self.metrics else [])])
         if count < least:
@@ -153,7 +155,8 @@ class ThEvaluator:
 
         :raises UserError: if the file cannot be used, besides what `evaluate` raises.
         """
-        return self.evaluate(self._part_of(BatchFile(path)))
+        file = BatchFile(path)
+        return self.evaluate(self._part_of(file), self._expected(file))
 
     def warn_of_few(self, num_images: int) -> None:
         """Say so if a distance of that many images is badly biased."""
@@ -193,7 +196,7 @@ class ThEvaluator:
             raise UserError(f"the reference {file.path} has 1 image; a covariance needs at least 2")
         if file.has_images:
             check_same_size({file.path: file.image_shape[1:3], "the images to come": size})
-        tally = self._tally(file.path, self._part_of(file), missing)
+        tally = self._tally(file.path, self._part_of(file), missing, expected=self._expected(file))
         for kind in missing:
             moments = moments_over_ranks(tally.moments[kind])
             found[kind] = Gaussian(*moments.finalize(), moments.n, COMPUTED)
@@ -213,8 +216,16 @@ class ThEvaluator:
                     yield number * self.batch_size, images
                 bar.update(len(images))
 
-    def _tally(self, what: str, batches: Batches, dims: dict[FeatureKind, int], split_size: int = 0) -> Tally:
-        tally = Tally(dims, split_size, self.keeps_points)
+    def _expected(self, file: BatchFile) -> int:
+        """How many images of a file are this rank's, at most."""
+        numbers = range(dist_util.get_rank(), -(-len(file) // self.batch_size), dist_util.get_world_size())
+        return len(numbers) * self.batch_size
+
+    def _tally(
+        self, what: str, batches: Batches, dims: dict[FeatureKind, int], split_size: int = 0, expected: int = 0
+    ) -> Tally:
+        """What the extractor sees in batches; `expected` images, if their number is known."""
+        tally = Tally(dims, split_size, np.empty((expected, self.dim), np.float32) if self.keeps_points else None)
         for start, images in batches:
             features = self.extractor.extract(images)
             check_finite(features, self.extractor, what, lambda row, start=start: f"image {start + row}")
@@ -222,8 +233,7 @@ class ThEvaluator:
         return tally
 
     def _share_of(self, tally: Tally, count: int) -> Share:
-        places = tally.places()
-        return Share(tally.points(self.dim), places, count)
+        return Share(tally.points(), tally.places(), count)
 
     def _distance(self, results: dict[str, Result], kind: FeatureKind, tally: Tally) -> None:
         key, reference = FRECHET_KEYS[kind], self.reference[kind]

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
+from mpi import python
 from torch import nn
 
 from cm.registry import UserError
@@ -465,6 +467,52 @@ def test_features_of_two_networks_are_never_compared(folder, tmp_path):
     with_statistics(ref, dim=2048 // 64)
     with pytest.raises(UserError, match="32 features of an extractor it does not name.*6 features of torchscript-"):
         run(folder, ref=ref)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(folder, count, metrics):
+    """Largest memory of an evaluation of `count` samples; all of its numbers are numpy's."""
+    rng = np.random.default_rng(1)
+    if not (folder / f"{count}.npz").exists():
+        np.savez(folder / f"{count}.npz", rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8))
+    np.savez(folder / "ref16.npz", rng.integers(0, 256, (500, 16, 16, 3), dtype=np.uint8))
+    tracemalloc.start()
+    evaluate(folder / "ref16.npz", folder / f"{count}.npz", Wide(), metrics=metrics)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+class Wide(StandIn):
+    def extract(self, images):
+        x = images.reshape(len(images), -1).astype(np.float32)
+        return Features(x[:, :256], x[:, 256:384], x[:, :CLASSES])
+
+
+def test_memory_grows_by_the_points_of_precision_and_recall_alone(tmp_path):
+    few, many = 1000, 5000
+    images = 16 * 16 * 3
+    sums = ["inception_score", "fid", "sfid"]
+    peak_bytes(tmp_path, few, sums)                         # what is imported late is not counted
+    growth = peak_bytes(tmp_path, many, sums) - peak_bytes(tmp_path, few, sums)
+    assert growth < 0.02 * (many - few) * images            # the images alone would be 3 MB
+    all_growth = peak_bytes(tmp_path, many, [*sums, "kid"]) - peak_bytes(tmp_path, few, [*sums, "kid"])
+    assert all_growth < 1.1 * (many - few) * 256 * 4
+    # blocks of 2048 x (2048 + 256) distances, in place of 500 x 500 and 1000 x 500 in the smaller set
+    block_growth = peak_bytes(tmp_path, many, ["precision_recall"]) - peak_bytes(tmp_path, few, ["precision_recall"])
+    assert block_growth < 1.1 * ((many - few) * 256 * 4 + 2 * 2048 * (2048 + 256) * 4)
+
+
+def test_the_benchmark_counts_memory(tmp_path):
+    """A small run of what measures 50,000 images."""
+    done = python(["benchmarks/evaluator_memory.py", "--num", "600", "--ref_num", "300", "--size", "16", "--dim", "64",
+                   "--spatial_dim", "32", "--classes", "10", "--metrics", "fid,sfid,inception_score,precision_recall"])
+    assert done.rc == 0, done
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("600 samples and 300 reference images of 16x16, 64 features, frechet_distance, ")
+    assert 0 <= float(line.split(": ")[1].split()[0]) < 0.2
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
