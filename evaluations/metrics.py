@@ -19,6 +19,7 @@ __all__ = [
     "inception_score", "kid", "kid_draws", "precision_recall", "squared_mmd",
 ]
 
+WAITING = 512                                               # points whose products are taken at once, which is quicker
 SPLIT_SIZE = 5000                                           # images per chunk of the Inception Score, as published
 
 
@@ -31,7 +32,21 @@ class Moments:
     def __init__(self, dim: int):
         self.n = 0
         self.s = np.zeros(dim)                              # [D]
-        self.Q = np.zeros((dim, dim))                       # [D,D]
+        self._Q = np.zeros((dim, dim))                      # [D,D], without the points that wait
+        self._waiting: list[Array] = []
+        self._count = 0                                     # of points that wait
+
+    @property
+    def Q(self) -> Array:
+        """[D,D]."""
+        self._take_in()
+        return self._Q
+
+    def _take_in(self) -> None:
+        if self._waiting:
+            x = np.concatenate(self._waiting)
+            self._Q += x.T @ x
+            self._waiting, self._count = [], 0
 
     def update(self, features: Array) -> None:
         """Take in features [B,D].
@@ -43,7 +58,10 @@ class Moments:
             raise ValueError(f"features have {x.shape[1]} dimensions; these moments were begun with {len(self.s)}")
         self.n += len(x)
         self.s += x.sum(0)
-        self.Q += x.T @ x
+        self._waiting.append(x.copy() if x is features else x)                  # the caller may use its array again
+        self._count += len(x)
+        if self._count >= WAITING:
+            self._take_in()
 
     def merge(self, other: Moments) -> None:
         """Take in what another part of the set has gathered.
@@ -52,9 +70,13 @@ class Moments:
         """
         if len(other.s) != len(self.s):
             raise ValueError(f"cannot merge moments of {len(other.s)} and {len(self.s)} dimensions")
-        self.n += other.n
-        self.s += other.s
-        self.Q += other.Q
+        self.add_sums(other.n, other.s, other.Q)
+
+    def add_sums(self, n: int, s: Array, Q: Array) -> None:
+        """Take in the sums of another part of the set."""
+        self.n += n
+        self.s += s
+        self._Q += Q
 
     def finalize(self) -> tuple[Array, Array]:
         """mu [D] and sigma [D,D], normalised by n - 1 like np.cov.

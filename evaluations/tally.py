@@ -96,8 +96,9 @@ def check_finite(features: Features, extractor: Extractor, path: str, name: Call
 def moments_over_ranks(moments: Moments) -> Moments:
     """The moments of all ranks' features together; one step of all ranks."""
     total = Moments(len(moments.s))
-    total.n = int(dist_util.all_reduce_sum(th.tensor(moments.n)))
-    total.s, total.Q = (dist_util.all_reduce_sum(th.from_numpy(part.copy())).numpy() for part in (moments.s, moments.Q))
+    n = int(dist_util.all_reduce_sum(th.tensor(moments.n)))
+    s, Q = (dist_util.all_reduce_sum(th.from_numpy(part.copy())).numpy() for part in (moments.s, moments.Q))
+    total.add_sums(n, s, Q)
     return total
 
 

@@ -110,7 +110,7 @@ class Demo:
         self.stage(
             f"evaluating {method.name}", result,
             ["evaluations/evaluator.py", str(self.out / "real.npz"), str(self.samples(key)), "--inception",
-             str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result)],
+             str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result), "--cache", "off"],
         )
         summary = json.loads(self.samples(key).with_suffix(".json").read_text())
         return {
