@@ -150,7 +150,7 @@ class EvalConfig:
     )
     eval_ref: str = option("", "npz of reference images or statistics")
     eval_samples: int = option(10000, "how many images are measured", minimum=2)
-    inception: str = option("", "TorchScript feature extractor; empty: CM_INCEPTION")
+    inception: str = option("", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION or torch")
     sample_interval: int = option(
         0, "steps between two pictures of samples, in log_dir/samples; -1: at each save; 0: none", minimum=-1
     )

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from cm import dist_util
 from evaluations.features import load_extractor
-from evaluations.frechet_over_ranks import KEY, FrechetOverRanks
+from evaluations.statistics_cache import open_cache
+from evaluations.tally import POOLED
+from evaluations.th_evaluator import FRECHET_KEYS, ThEvaluator
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TrainingMetric:
     :param id: of the extractor: values of another one cannot be compared with these.
     """
 
-    frechet: FrechetOverRanks
+    evaluator: ThEvaluator
     key: str
     label: str
     id: str
@@ -32,7 +34,7 @@ class TrainingMetric:
 
         :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3].
         """
-        return self.frechet.distance(images for _, images in batches)
+        return self.evaluator.evaluate(batches)[FRECHET_KEYS[POOLED]].value
 
 
 def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_samples: int) -> TrainingMetric:
@@ -43,7 +45,7 @@ def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_
     :raises UserError: if one of the two cannot be used, or they do not fit together.
     """
     extractor = load_extractor(inception or None, dist_util.dev())
-    frechet = FrechetOverRanks(ref, extractor, image_size, batch_size)
-    frechet.warn_of_few(num_samples)
-    key = "fid" if extractor.is_inception else KEY
-    return TrainingMetric(frechet, key, frechet.label, extractor.id)
+    evaluator = ThEvaluator(ref, extractor, image_size, batch_size=batch_size, cache=open_cache(None))
+    evaluator.warn_of_few(num_samples)
+    key = "fid" if extractor.is_inception else FRECHET_KEYS[POOLED]
+    return TrainingMetric(evaluator, key, evaluator.label, extractor.id)
