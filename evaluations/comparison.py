@@ -57,6 +57,7 @@ class Comparison:
     split_size: int = SPLIT_SIZE
     k: int = NEIGHBOURS
     pr_dtype: str = "float32"                               # of the distances of precision and recall
+    progress: bool = False                                  # whether long work shows a bar
     probe: Features | None = None                           # the extractor's outputs for a few of the images
     results: dict[str, Result] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -223,7 +224,9 @@ class PrecisionRecall(PointMetric):
         return run.k
 
     def measure(self, run: Comparison) -> None:
-        precision, recall = precision_recall(run.ref.points, run.sample.points, run.k, dtype=run.pr_dtype)
+        precision, recall = precision_recall(
+            run.ref.points, run.sample.points, run.k, dtype=run.pr_dtype, progress=run.progress
+        )
         run.record("precision", precision)
         run.record("recall", recall)
 
@@ -235,7 +238,9 @@ class KernelDistance(PointMetric):
         return 1
 
     def measure(self, run: Comparison) -> None:
-        distance = kid(run.ref.points, run.sample.points, KID_SUBSETS, run.kid_subset_size, KID_SEED)
+        distance = kid(
+            run.ref.points, run.sample.points, KID_SUBSETS, run.kid_subset_size, KID_SEED, progress=run.progress
+        )
         run.record("kernel_distance", distance.mean, distance.std)
 
 

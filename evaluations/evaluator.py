@@ -70,7 +70,7 @@ def evaluate(
     chosen = {name: lookup(METRICS, name, "metric") for name in metrics}
     optional = ALL if set(ALL) <= set(chosen) else ()
     run = Comparison(ImageSet(ref_path, "reference images"), ImageSet(sample_path, "samples"), extractor, split_size, k,
-                     pr_dtype)
+                     pr_dtype, progress)
 
     skipped = unavailable(chosen, lambda metric: metric.prepare(run), optional)
     chosen = {name: metric for name, metric in chosen.items() if name not in skipped}

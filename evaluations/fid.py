@@ -44,6 +44,7 @@ from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of,
 from evaluations.th_evaluator import check_features, label, too_few
 
 NUM = 50000                                                 # images behind a published FID
+JPEG = (".jpg", ".jpeg")
 PROBED = 2                                                  # images the extractor is tried on
 
 
@@ -134,6 +135,8 @@ def calc(
     parts = dist_util.on_main(frechet, reference.mu, reference.sigma, found.mu, found.sigma)
     counts = sorted({num, reference.num_images or num})
     warnings = [too_few(count, dims[POOLED]) for count in counts if count < dims[POOLED]]
+    if any(pictures.name(i).lower().endswith(JPEG) for i in indices.tolist()):
+        warnings.append(f"{images} holds JPEG files, whose compression changes features: keep samples as PNG or npz")
     if parts.clipped > DAMAGED:
         warnings.append(f"a covariance has negative eigenvalues, so the statistics of {ref} are damaged")
     return {

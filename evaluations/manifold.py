@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from tqdm.auto import tqdm
 
 from evaluations.arrays import Array, as_pair, as_points
 
@@ -31,7 +32,8 @@ class Hits(NamedTuple):
 
 
 def precision_recall(
-    ref: Array, sample: Array, k: int = NEIGHBOURS, *, dtype: DTypeLike = np.float32, block: int = BLOCK
+    ref: Array, sample: Array, k: int = NEIGHBOURS, *, dtype: DTypeLike = np.float32, block: int = BLOCK,
+    progress: bool = False,
 ) -> PrecisionRecall:
     """Share of the samples [M,D] in the manifold of the reference [N,D], and of the reference in that of the samples.
 
@@ -49,19 +51,23 @@ def precision_recall(
     if dtype == np.float16 and not fit_half(ref, sample):
         dtype = np.dtype(np.float32)
     shift = centre(ref) if dtype != np.float16 else np.zeros(ref.shape[1], ref.dtype)
-    options = {"shift": shift, "dtype": dtype, "block": block}
-    ref_radii = manifold_radii(ref, k, **options)
-    sample_radii = manifold_radii(sample, k, **options)
-    hits = manifold_hits(ref, ref_radii, sample, sample_radii, **options)
+    total = pairs(len(ref), len(sample), block)
+    with tqdm(None, "precision and recall", total, unit="pair", unit_scale=True, disable=not progress) as bar:
+        options = {"shift": shift, "dtype": dtype, "block": block, "bar": bar}
+        ref_radii = manifold_radii(ref, k, **options)
+        sample_radii = manifold_radii(sample, k, **options)
+        hits = manifold_hits(ref, ref_radii, sample, sample_radii, **options)
     return PrecisionRecall(float(hits.samples.mean()), float(hits.reference.mean()))
 
 
 def manifold_radii(
-    points: Array, k: int = NEIGHBOURS, *, shift: Array | None = None, dtype: DTypeLike = np.float32, block: int = BLOCK
+    points: Array, k: int = NEIGHBOURS, *, shift: Array | None = None, dtype: DTypeLike = np.float32,
+    block: int = BLOCK, bar: tqdm | None = None,
 ) -> Array:
     """Squared distance [N] of each point [N,D] to its k-th nearest neighbour, itself (but no twin of it) left out.
 
     :param shift: [D] taken from every point against cancellation; by default the mean of the points.
+    :param bar: told of the pairs that are done.
     :raises ValueError: if k does not lie between 1 and N - 1.
     """
     points = as_points(points, "points")
@@ -78,6 +84,8 @@ def manifold_radii(
         distance = squared_distances(x, x)
         np.fill_diagonal(distance, np.inf)
         keep_nearest(nearest[rows], distance)
+        if bar is not None:
+            bar.update(len(x) * rows.stop)
     return nearest.max(1)
 
 
@@ -91,7 +99,7 @@ def keep_nearest(nearest: Array, distance: Array) -> None:
 
 def manifold_hits(
     ref: Array, ref_radii: Array, sample: Array, sample_radii: Array,
-    *, shift: Array, dtype: DTypeLike = np.float32, block: int = BLOCK,
+    *, shift: Array, dtype: DTypeLike = np.float32, block: int = BLOCK, bar: tqdm | None = None,
 ) -> Hits:
     """Which samples [M,D] lie within a reference point's squared radius [N], and the other way round."""
     in_ref = np.zeros(len(sample), bool)
@@ -102,7 +110,15 @@ def manifold_hits(
             distance = squared_distances(x, shifted(sample[columns], shift, dtype))
             in_ref[columns] |= (distance <= ref_radii[rows, None]).any(0)
             in_samples[rows] |= (distance <= sample_radii[columns]).any(1)
+        if bar is not None:
+            bar.update(len(x) * len(sample))
     return Hits(in_ref, in_samples)
+
+
+def pairs(num_ref: int, num_sample: int, block: int) -> int:
+    """Distances that are taken in blocks: about half of each set's own, and those between the sets."""
+    own = [sum((rows.stop - rows.start) * rows.stop for rows in blocks(n, block)) for n in (num_ref, num_sample)]
+    return sum(own) + num_ref * num_sample
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from evaluations.arrays import Array, as_gaussian, as_pair, as_points
 from evaluations.manifold import PrecisionRecall, precision_recall
@@ -227,7 +228,9 @@ class KernelDistance(NamedTuple):
     values: Array
 
 
-def kid(ref: Array, sample: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> KernelDistance:
+def kid(
+    ref: Array, sample: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 2020, *, progress: bool = False
+) -> KernelDistance:
     """Kernel distance of features ref [N,D] and sample [M,D], averaged over random subsets; on Inception's, KID.
 
     Binkowski et al. 2018, "Demystifying MMD GANs". The draws are numpy's RandomState(seed), per subset the samples'
@@ -236,9 +239,10 @@ def kid(ref: Array, sample: Array, subsets: int = 100, subset_size: int = 1000, 
     :raises ValueError: if a set is smaller than a subset, or dimensions differ.
     """
     ref, sample = as_pair(ref, sample)
+    draws = kid_draws(len(ref), len(sample), subsets, subset_size, seed)
     values = np.array([
         squared_mmd(sample[i].astype(np.float64), ref[j].astype(np.float64))
-        for i, j in kid_draws(len(ref), len(sample), subsets, subset_size, seed)
+        for i, j in tqdm(draws, "kernel distance", subsets, unit="subset", disable=not progress)
     ])
     return KernelDistance(float(values.mean()), float(values.std()), values)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
+from tqdm.auto import tqdm
 
 from cm import dist_util
 from evaluations.arrays import Array
@@ -93,9 +94,12 @@ def hits(points: Array, centres: Array, centre_radii: Array, block: int) -> NDAr
 def circulate(points: Array, block: int) -> Iterator[tuple[int, slice, Array]]:
     """Every rank's points in turn, on all ranks: their owner, their rows on it, and the points."""
     rank = dist_util.get_rank()
-    for owner, count in enumerate(dist_util.all_gather_object(len(points))):
-        for rows in blocks(count, block):
-            yield owner, rows, dist_util.broadcast_object(points[rows] if owner == rank else None, owner)
+    counts = dist_util.all_gather_object(len(points))
+    with tqdm(total=sum(counts), desc="precision and recall: distances", unit="img", disable=rank > 0) as bar:
+        for owner, count in enumerate(counts):
+            for rows in blocks(count, block):
+                yield owner, rows, dist_util.broadcast_object(points[rows] if owner == rank else None, owner)
+                bar.update(rows.stop - rows.start)
 
 
 def kid_over_ranks(ref: Share, sample: Share, subsets: int, subset_size: int, seed: int) -> KernelDistance:
@@ -106,6 +110,7 @@ def kid_over_ranks(ref: Share, sample: Share, subsets: int, subset_size: int, se
     rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
     values = np.zeros(subsets)
     draws = kid_draws(ref.count, sample.count, subsets, subset_size, seed)
+    draws = tqdm(draws, "kernel distance", subsets, unit="subset", disable=rank > 0)
     for number, (sample_places, ref_places) in enumerate(draws):
         x, y = sample.rows(sample_places), ref.rows(ref_places)
         if number % ranks == rank:

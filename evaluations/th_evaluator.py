@@ -300,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "extractor": {name: getattr(evaluator.extractor, name) for name in DESCRIPTION},
         "reference": args.ref_batch,
         "samples": args.sample_batch,
+        "settings": {"split_size": args.split_size, "k": args.k, "kid_subsets": KID_SUBSETS, "kid_seed": KID_SEED,
+                     "ranks": dist_util.get_world_size()},
         "versions": versions(),
         "seconds": round(time.monotonic() - start, 3),
     }

@@ -172,6 +172,23 @@ def test_the_published_calling_convention_is_understood(tmp_path):
     assert not script(LikePublished(10, 4), tmp_path / "small.pt").is_inception
 
 
+def test_features_are_float32_whatever_the_loop_around_computes_in(tmp_path):
+    """A training loop may sample in bfloat16; the network that judges the samples must not."""
+    class Conv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 4)
+
+        def forward(self, images: th.Tensor) -> th.Tensor:
+            return self.conv(images.float()).flatten(1)
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    extractor = script(Conv(), tmp_path / "conv.ts")
+    alone = extractor.extract(images).pool
+    with th.autocast("cpu", dtype=th.bfloat16):
+        np.testing.assert_array_equal(extractor.extract(images).pool, alone)
+
+
 def test_identity_is_of_the_weights_not_of_the_file(tmp_path):
     first = script(Features2(0), tmp_path / "a.ts")
     again = script(Features2(0), tmp_path / "renamed.ts")
@@ -528,7 +545,7 @@ def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
     assert written["metrics"]["frechet_distance"]["value"] == pytest.approx(
         values(run(folder, metrics=["fid"]))["frechet_distance"], rel=1e-5
     )
-    assert report(written) in printed.out and "50/50" in printed.err
+    assert report(written) in printed.out and "50/50" in printed.err and "img/s" in printed.err
     assert written["extractor"]["name"] == "tiny" and written["settings"]["kid_subset_size"] == 50
 
 

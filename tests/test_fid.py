@@ -311,6 +311,14 @@ def test_the_number_is_the_last_line(data, extractor, tmp_path, capsys):
     assert "70/70" in printed.err and "img/s" in printed.err
 
 
+def test_samples_in_jpeg_are_warned_of(data, extractor, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (12, 8), (40 * i, 0, 0)).save(tmp_path / f"{i}.jpg")
+    warnings = calc(str(tmp_path), f"{data}/ref.npz", extractor, num=3)["warnings"]
+    assert any("holds JPEG files, whose compression changes features" in text for text in warnings)
+    assert not any("JPEG" in text for text in calc(f"{data}/samples", f"{data}/ref.npz", extractor, num=N)["warnings"])
+
+
 def test_bad_input_is_one_line_and_status_2(data, tmp_path):
     done = python(["evaluations/fid.py", "calc", "--images", tmp_path, "--ref", data / "ref.npz",
                        "--inception", data / "0.ts"])

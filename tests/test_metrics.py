@@ -10,8 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluations.manifold import manifold_hits, manifold_radii, precision_recall
-from evaluations.metrics import InceptionScore, Moments, frechet, frechet_distance, inception_score, kid, squared_mmd
+from evaluations.manifold import manifold_hits, manifold_radii
+from evaluations.metrics import (
+    InceptionScore,
+    Moments,
+    frechet,
+    frechet_distance,
+    inception_score,
+    kid,
+    precision_recall,
+    squared_mmd,
+)
 from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden_metrics.npz", allow_pickle=False)
