@@ -94,7 +94,7 @@ class Spelling(NamedTuple):
     beta: str
     mean: str
     var: str
-    gamma: str | None                                       # a factor that OpenAI's files leave out, being 1
+    gamma: str | None                                       # a factor, which neither OpenAI's files nor the graph use
     output_weight: str
     output_bias: str
 
@@ -105,7 +105,7 @@ SPELLINGS = {
     "pytorch-fid": Spelling("fid", "{}.conv.weight", "{}.bn.bias", "{}.bn.running_mean", "{}.bn.running_var",
                             "{}.bn.weight", "fc.weight", "fc.bias"),
     "tensorflow": Spelling("tf", "{}/conv2d_params", "{}/batchnorm/beta", "{}/batchnorm/moving_mean",
-                           "{}/batchnorm/moving_variance", "{}/batchnorm/gamma", "softmax/weights", "softmax/biases"),
+                           "{}/batchnorm/moving_variance", None, "softmax/weights", "softmax/biases"),
 }
 
 

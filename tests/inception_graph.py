@@ -18,10 +18,11 @@ def write_inception(path, tensors):
 
     def conv(x, name, stride=1, padding="SAME"):
         y = tf.nn.conv2d(x, constant(f"{name}/conv2d_params"), stride, padding, name=f"{name}/Conv2D")
-        beta, gamma, mean, variance = (
+        beta, _, mean, variance = (
             constant(f"{name}/batchnorm/{part}") for part in ("beta", "gamma", "moving_mean", "moving_variance")
         )
-        y = tf.nn.batch_normalization(y, mean, variance, beta, gamma, 1e-3, name=f"{name}/batchnorm_1")
+        # gamma is in the graph and takes no part, as OpenAI's state dict of the same network has none
+        y = tf.nn.batch_normalization(y, mean, variance, beta, None, 1e-3, name=f"{name}/batchnorm_1")
         return tf.nn.relu(y, name=name)
 
     def chain(x, *names):

@@ -25,8 +25,11 @@ def random_tensors(seed=0):
     return tensors
 
 
-def as_pytorch_fid(tensors):
-    """The same weights as a state dict in the spelling of pytorch-fid, with the counters that such files have."""
+def as_pytorch_fid(tensors, with_gamma=False):
+    """The same weights as a state dict in the spelling of pytorch-fid, with the counters that such files have.
+
+    :param with_gamma: whether its factors are those in the graph, which the graph does not use, or ones.
+    """
     state = {}
     for names in conv_names():
         ours = {part: th.from_numpy(tensors[f"{names['tf']}/{part}"]) for part in (
@@ -35,7 +38,8 @@ def as_pytorch_fid(tensors):
         weight, gamma, beta, mean, variance = ours.values()
         state |= {
             f"{names['fid']}.conv.weight": weight.permute(3, 2, 0, 1).contiguous(),
-            f"{names['fid']}.bn.weight": gamma, f"{names['fid']}.bn.bias": beta,
+            f"{names['fid']}.bn.weight": gamma if with_gamma else th.ones_like(gamma),
+            f"{names['fid']}.bn.bias": beta,
             f"{names['fid']}.bn.running_mean": mean, f"{names['fid']}.bn.running_var": variance,
             f"{names['fid']}.bn.num_batches_tracked": th.tensor(0),
         }

@@ -96,8 +96,8 @@ def test_the_names_and_shapes_are_those_of_the_published_files():
     assert state["output.weight"].shape == (1008, 2048)
 
 
-def test_the_features_are_those_of_torchvisions_network(tensors, images, features, monkeypatch):
-    """It was written by others; its average pools are first made those of FID."""
+def test_the_features_are_those_of_torchvisions_network(tensors, images, tmp_path, monkeypatch):
+    """It was written by others; its average pools are first made those of FID. Its normalisations have factors."""
     import_torchvision()
     from torchvision.models import inception
 
@@ -108,7 +108,10 @@ def test_the_features_are_those_of_torchvisions_network(tensors, images, feature
 
     monkeypatch.setattr(inception, "F", SimpleNamespace(**{**vars(F), "avg_pool2d": avg_pool2d}))
     network = inception.Inception3(1008, aux_logits=False, init_weights=False).eval()
-    network.load_state_dict(as_pytorch_fid(tensors))        # strict: all names are there, and no others
+    state = as_pytorch_fid(tensors, with_gamma=True)
+    th.save(state, tmp_path / "state.pth")
+    features = InceptionExtractor(f"{tmp_path}/state.pth").extract(images)
+    network.load_state_dict(state)                          # strict: all names are there, and no others
     found = {}
     network.avgpool.register_forward_hook(lambda _, __, output: found.update(pool=output.flatten(1)))
     network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: found.update(branch=output))
