@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cm.forward_ad import inside_jvp
 from cm.nn import checkpoint, conv_nd, normalization, zero_module
 from cm.norm_act import norm_act
 from cm.registry import UserError
@@ -19,9 +19,7 @@ from cm.registry import UserError
 
 def _differentiable_kernel() -> AbstractContextManager:
     """Inside forward-mode differentiation, torch's plain kernel: its fused kernels have no Jacobian-vector product."""
-    # torch.func.jvp and jacfwd raise this level too. torch has no public way to ask: unpack_dual, the nearest, fails
-    # under vmap and sees no tangent when a gradient is differentiated.
-    if forward_ad._current_level >= 0:
+    if inside_jvp():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 

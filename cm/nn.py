@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from cm.forward_ad import depth, inside_jvp
 from cm.registry import UserError
 
 GROUPS = 32     # the published checkpoints were trained with 32 groups everywhere
-SiLU = nn.SiLU  # the name guided-diffusion's networks import
 
 
 def append_dims(x: Tensor, target_dims: int) -> Tensor:
@@ -56,12 +56,23 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
+class SiLU(nn.SiLU):
+    """x sigmoid(x), which inside two forward-mode passes is spelt out: torch's own has no second derivative there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if depth() < 2 else x * x.sigmoid()
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation with float32 statistics and weights for half-precision inputs; the output is as the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The CPU kernel takes half inputs with float32 weights and computes in float32; other devices' kernels do not.
-        if x.dtype not in (th.float16, th.bfloat16) or x.device.type == "cpu":
+        # The CPU kernel takes half inputs with float32 weights and computes in float32; other devices' kernels do not,
+        # and the derivative of neither does. That derivative also wants x [N,C,...] to lie in this order in memory.
+        differentiated = inside_jvp()
+        if differentiated:
+            x = x.contiguous()
+        if x.dtype not in (th.float16, th.bfloat16) or (x.device.type == "cpu" and not differentiated):
             return super().forward(x)
         weight, bias = self.weight.float(), self.bias.float()
         return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)

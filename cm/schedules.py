@@ -97,6 +97,11 @@ def get_sigmas_karras(
     return append_zero(karras_grid(n, sigma_min, sigma_max, rho, device, th.float32))
 
 
+def geometric_grid(n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Tensor:
+    """n noise levels in constant ratio, falling from sigma_max to sigma_min, float64: [n]."""
+    return sigma_max * (sigma_min / sigma_max) ** (th.arange(n, dtype=th.float64) / max(n - 1, 1))
+
+
 def append_zero(sigmas: Tensor) -> Tensor:
     """[n] -> [n+1], for solvers that go all the way to the data."""
     return th.cat([sigmas, sigmas.new_zeros(1)])

@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
     ["registry", "torchvision_shim", "weight_files"],
-    ["lpips", "interfaces", "launch", "guard", "log_outputs", "vp"],
+    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp"],
     ["collectives"],
     ["logger", "dist_util", "flags", "schedules"],
-    ["nn", "forward_ad", "curricula", "precond", "weightings", "distances", "resample", "random_util",
+    ["nn", "curricula", "precond", "weightings", "distances", "resample", "random_util",
      "image_sources", "config", "meters", "sample_files", "line_plot", "schedule_search"],
     ["svg_plot", "run_records", "html_parts"],
     ["report_page"],

@@ -12,12 +12,16 @@ from typing import Any
 
 from cm.registry import lookup
 from cm.samplers.ancestral import Ancestral
+from cm.samplers.ddim import DDIM
 from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
+from cm.samplers.euler_maruyama import EulerMaruyama
 from cm.samplers.heun import Heun
 from cm.samplers.integrate import Churn, Counted, integrate
+from cm.samplers.ito_taylor import ItoTaylor
 from cm.samplers.multistep import Multistep
 from cm.samplers.onestep import OneStep
+from cm.samplers.predictor_corrector import PredictorCorrector
 from cm.samplers.progdist import ProgDist
 
 __all__ = ["SAMPLERS", "Churn", "Counted", "integrate", "make_sampler"]
@@ -30,6 +34,10 @@ SAMPLERS = {
     "onestep": OneStep,
     "multistep": Multistep,
     "progdist": ProgDist,
+    "ddim": DDIM,
+    "pc": PredictorCorrector,
+    "sde": EulerMaruyama,
+    "ito": ItoTaylor,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cm.forward_ad import evaluations_of_a_call, inside_jvp, jvp
 from cm.interfaces import Denoiser, NoiseSource, Sampler
 from cm.registry import UserError
 
@@ -40,14 +41,17 @@ class Churn:
 
 
 class Counted:
-    """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed."""
+    """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed.
+
+    A forward-mode pass counts as JVP_COST evaluations, one inside another as JVP_COST^2.
+    """
 
     def __init__(self, D: Denoiser):
         self.D = D
         self.calls = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        self.calls += 1
+        self.calls += evaluations_of_a_call()
         return self.D(x, sigma, **cond)
 
 
@@ -63,9 +67,26 @@ class Watched:
         denoised = self.D(x, sigma, **cond)
         if self.clip:
             denoised = denoised.clamp(-1, 1)
+        if not inside_jvp():                                        # there it stands for more than a value
+            self.saw(denoised)
+        return denoised
+
+    def saw(self, denoised: Tensor) -> None:
         if self.first is None:
             self.first = denoised
-        return denoised
+
+
+def denoise_along(
+    D: Denoiser, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """D(x, sigma), and how it changes along (dx [N,C,H,W], dsigma [N]) to first order, in one forward-mode pass."""
+    if dsigma is None:
+        denoised, change = jvp(lambda z: D(z, sigma), (x,), (dx,))
+    else:
+        denoised, change = jvp(lambda z, level: D(z, level), (x, sigma), (dx, dsigma))
+    if isinstance(D, Watched):
+        D.saw(denoised)
+    return denoised, change
 
 
 def integrate(

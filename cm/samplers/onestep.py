@@ -16,6 +16,7 @@ class OneStep(Euler):
     """f(x_T, sigma_max), whatever the number of steps asked for. Its only step is Euler's last one."""
 
     accepts_churn: ClassVar[bool] = False
+    uses_rho: ClassVar[bool] = False
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         return th.tensor([sigma_max, 0.0], dtype=th.float64)

@@ -1,0 +1,45 @@
+"""DDIM and DDPM sampling: Song et al. 2021 (DDIM, arXiv 2010.02502), equations 12 and 16.
+
+The discrete VP process is the VE process x_t / sqrt(abar_t) at noise levels sigma_t = sqrt((1 - abar_t) / abar_t), so
+that any denoiser can be sampled so. There the step from sigma to sigma' is
+x' = D + sqrt(sigma'^2 - s^2) (x - D) / sigma + s z,  s = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch as th
+from torch import Tensor
+
+from cm.interfaces import Denoiser, NoiseSource
+from cm.nn import append_dims
+from cm.samplers.euler import Euler, toward
+from cm.samplers.euler_maruyama import check_eta
+from cm.schedules import append_zero, vp_timestep_grid
+
+
+@dataclass(frozen=True)
+class DDIM(Euler):
+    """One evaluation per step. With eta 0 it is Euler's method, with eta 1 ancestral sampling, on the levels of DDPM.
+
+    :param eta: amount of fresh noise: 0 DDIM, 1 DDPM.
+    """
+
+    eta: float = 0.0
+
+    accepts_churn: ClassVar[bool] = False
+    uses_rho: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_eta(self.eta)
+
+    def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+        """The levels of `steps` evenly spaced timesteps, of those between sigma_min and sigma_max; then 0."""
+        return append_zero(vp_timestep_grid(steps, sigma_min, sigma_max))
+
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
+        noise_up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
+        mean = toward(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
+        return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)

@@ -1,0 +1,55 @@
+"""The Euler-Maruyama method for the reverse SDE: Song et al. 2021 (arXiv 2011.13456), equation 6, and its relatives.
+
+Between the probability-flow ODE and the reverse SDE lies a family with the same marginals, of which eta chooses one:
+dx = -(1 + eta^2) sigma score dsigma + eta sqrt(2 sigma) dw, where sigma falls and score = (D - x) / sigma^2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch as th
+from torch import Tensor
+
+from cm.interfaces import Denoiser, NoiseSource
+from cm.nn import append_dims
+from cm.registry import UserError
+from cm.samplers.euler import Euler, toward
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(Euler):
+    """One evaluation per step. The order is the strong one.
+
+    :param eta: amount of fresh noise: 1 the reverse SDE, 0 Euler's method for the ODE.
+    :param s_tmin, s_tmax: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.
+    """
+
+    eta: float = 1.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+
+    accepts_churn: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_eta(self.eta)
+
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        eta = eta_at(sigma, self.eta, self.s_tmin, self.s_tmax)     # [N]
+        fall = sigma - sigma_next
+        x_next = toward(D(x, sigma), x, 1 - (1 + eta**2) * fall / sigma)
+        if not eta.any():
+            return x_next
+        return x_next + append_dims(eta * (2 * sigma * fall).sqrt(), x.ndim) * rng.randn_like(x)
+
+
+def check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta:g} must lie between 0, no fresh noise, and 1, that of the reverse SDE")
+
+
+def eta_at(sigma: Tensor, eta: float, s_tmin: float, s_tmax: float) -> Tensor:
+    """eta at these noise levels, [N] -> [N]: 0 outside of s_tmin..s_tmax."""
+    return eta * ((sigma >= s_tmin) & (sigma <= s_tmax)).to(sigma.dtype)

@@ -1,0 +1,147 @@
+"""The second-order SDE sampler: Ito-Taylor expansions of the reverse SDE, with forward-mode differentiation.
+
+Textbook: Kloeden and Platen 1992, the strong scheme of order 1.5 for additive noise. For the exponential form let
+u = sigma^2, h = u - u', W = int dW over the step. The reverse SDE is dX = score dv + dW while u falls, score and D
+are martingales along it, and D moves by J_D dW to first order. Hence with
+A = u' int dW / u and K = W - A:  x' = (u'/u) x + (1 - u'/u) D + A + J_D K.
+
+Shapes: N batch; every coefficient is [N].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch as th
+from torch import Tensor
+
+from cm.forward_ad import second_derivative
+from cm.interfaces import Denoiser, NoiseSource
+from cm.nn import append_dims
+from cm.registry import UserError, lookup
+from cm.samplers.euler import Euler, toward
+from cm.samplers.euler_maruyama import check_eta, eta_at
+from cm.samplers.integrate import denoise_along
+
+FORMS = ("exp", "taylor")
+LAPLACIANS = ("hutchinson", "none")
+
+
+@dataclass(frozen=True)
+class ItoTaylor(Euler):
+    """Strong order 1.5 and weak order 2, from one forward-mode pass per step.
+
+    :param eta: amount of fresh noise, see `EulerMaruyama`; where it is below 1 a step costs one more evaluation.
+    :param ito_form: `exp`, above; `taylor`, the textbook's scheme in sigma.
+    :param ito_laplacian: taylor only: `hutchinson` estimates the Laplacian of D by one random probe, with a pass inside
+        a pass; `none` drops it, and the order falls to 1.
+    :param s_tmin, s_tmax: exp only: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.
+    :raises UserError: for options that exclude each other.
+    """
+
+    eta: float = 1.0
+    ito_form: str = "exp"
+    ito_laplacian: str = "hutchinson"
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+
+    order: ClassVar[float] = 1.5
+    accepts_churn: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_eta(self.eta)
+        lookup(dict.fromkeys(FORMS), self.ito_form, "ito_form")
+        lookup(dict.fromkeys(LAPLACIANS), self.ito_laplacian, "ito_laplacian")
+        if self.ito_form == "taylor" and (self.eta, self.s_tmin, self.s_tmax) != (1, 0, math.inf):
+            raise UserError(f"ito_form taylor is the reverse SDE at all noise levels, but eta={self.eta:g}, "
+                            f"s_tmin={self.s_tmin:g}, s_tmax={self.s_tmax:g}; use ito_form exp")
+
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        if self.ito_form == "taylor":
+            return taylor_step(D, x, sigma, sigma_next, rng, self.ito_laplacian == "hutchinson")
+        return exponential_step(D, x, sigma, sigma_next, rng, eta_at(sigma, self.eta, self.s_tmin, self.s_tmax))
+
+
+def exponential_step(
+    D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource, eta: Tensor
+) -> Tensor:
+    """The step above for any eta [N]: with p = (1 + eta^2) / 2 the ratio u'/u gets the power p, the noise the factor
+    eta, and D drifts along the probability-flow ODE, linearly in ln(sigma), with the weight 1 - eta^2.
+    """
+    def broad(coefficient: Tensor) -> Tensor:
+        return append_dims(coefficient.to(x.dtype), x.ndim)
+
+    c = Coefficients.of(sigma.double(), sigma_next.double(), eta.double())
+    A = K = th.zeros_like(x)
+    if eta.any():
+        z1, z2 = rng.randn_like(x), rng.randn_like(x)
+        A, K = broad(c.A_z1) * z1, broad(c.K_z1) * z1 + broad(c.K_z2) * z2
+    if (eta == 1).all():                                            # D and its change by the noise at once
+        denoised, change = denoise_along(D, x, sigma, K)
+    else:
+        along_ode = D(x, sigma) - x                                 # dx per unit of -ln(sigma)
+        tangent = K + broad(c.drift) * along_ode
+        denoised, change = denoise_along(D, x, sigma, tangent, -c.drift.to(sigma.dtype) * sigma)
+    return toward(denoised, x, c.keep.to(x.dtype)) + A + change
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Of an exponential step: x' = D + keep (x - D) + A + J K + drift D', with A and K made of two normal numbers."""
+
+    keep: Tensor
+    drift: Tensor
+    A_z1: Tensor
+    K_z1: Tensor
+    K_z2: Tensor
+
+    @classmethod
+    def of(cls, sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> Coefficients:
+        u, u_next, p = sigma**2, sigma_next**2, (1 + eta**2) / 2
+        length = (u / u_next).log()
+
+        def phi(a: Tensor) -> Tensor:
+            """int_0^length exp(a s) ds"""
+            return th.where(a == 0, length, th.expm1(a * length) / a.masked_fill(a == 0, 1))
+
+        var_A = u_next * phi(-(eta**2))
+        cov_WA = u_next * phi(1 - p)
+        cov_AK = cov_WA - var_A
+        var_K = (u - u_next) - 2 * cov_WA + var_A
+        rest = (var_K - cov_AK**2 / var_A).clamp(min=0).sqrt()      # rounding may leave less than nothing
+        return cls(
+            keep=(-p * length).exp(),
+            drift=(1 - eta**2) * (length - phi(-p)) / 2,
+            A_z1=eta * var_A.sqrt(),
+            K_z1=eta * cov_AK / var_A.sqrt(),
+            K_z2=eta * rest,
+        )
+
+
+def taylor_step(
+    D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource, with_laplacian: bool
+) -> Tensor:
+    """With t = sigma, k = t - t', a = 2 (D - x) / t, b = sqrt(2 t):
+    x' = x + a k + b dW + k^2/2 L0a + (da/dx) b dZ + (dW k - dZ) db/dt', where L0a = -da/dt + (da/dx) a + t lap(a).
+
+    All of da comes from one pass along (k^2/2 a + b dZ, -k^2/2).
+    """
+    def broad(coefficient: Tensor) -> Tensor:
+        return append_dims(coefficient, x.ndim)
+
+    k = sigma - sigma_next
+    z1, z2 = rng.randn_like(x), rng.randn_like(x)
+    dW = broad(k.sqrt()) * z1
+    dZ = broad(k**1.5) * (z1 / 2 + z2 / math.sqrt(12))
+    t, k, b = broad(sigma), broad(k), broad((2 * sigma).sqrt())
+
+    a = 2 * (D(x, sigma) - x) / t
+    dx, dt = k**2 / 2 * a + b * dZ, -k**2 / 2
+    _, dD = denoise_along(D, x, sigma, dx, dt.flatten())
+    change = 2 * (dD - dx) / t - a / t * dt                         # of a = 2 (D - x) / t
+    if with_laplacian:
+        probe = rng.randn_like(x).sign()
+        change = change + k**2 * second_derivative(lambda z: D(z, sigma), x, probe)     # k^2/2 t lap(a), a = 2 D/t + ..
+    return x + a * k + b * dW + change - (k * dW - dZ) / b
