@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from cm.flags import option
 
-SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist")
+SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
+                 "ito")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
@@ -222,9 +223,41 @@ class SampleConfig:
     class_label: int = option(-1, "draw this class only; -1 for random classes")
     clip_denoised: bool = option(True, "clamp every denoised image to [-1, 1]")
     s_churn: float = option(0.0, "heun, dpm: amount of noise added back", minimum=0)
-    s_tmin: float = option(0.0, "churn: lowest noise level", minimum=0)
-    s_tmax: float = option(float("inf"), "churn: highest noise level", minimum=0)
+    s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)
+    s_tmax: float = option(float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0)
     s_noise: float = option(1.0, "churn: standard deviation of the noise", minimum=0)
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """options of single samplers"""
+
+    rho: float = option(
+        7.0, "noise levels: larger crowds them near sigma_min; onestep, ddim and pc have their own", minimum=1
+    )
+    eta: float = option(
+        -1.0, "ddim, sde, ito: fresh noise, from 0 for none (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1 for the "
+        "sampler's own: ddim 0, sde and ito 1", minimum=-1,
+    )
+    ito_form: str = option(
+        "exp", "ito: exponential integrator, one forward-mode pass a step, or Ito-Taylor in sigma",
+        choices=("exp", "taylor"),
+    )
+    ito_laplacian: str = option(
+        "hutchinson", "ito, taylor form: the Laplacian by one random probe, or none, which costs half an order",
+        choices=("hutchinson", "none"),
+    )
+    pc_sde: str = option("ve", "pc: the process whose noise levels and steps are used", choices=("ve", "vp"))
+    snr: float = option(0.16, "pc: signal-to-noise ratio of the corrector", minimum=0)
+    corrector_steps: int = option(1, "pc: steps of the corrector at each noise level", minimum=0)
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """classifier guidance"""
+
+    classifier_path: str = option("", "classifier of noisy images, made by classifier_train.py --noised True")
+    classifier_scale: float = option(1.0, "how strongly it pulls towards the class; 0 for not at all", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     """
     config, values = settings.section(EditConfig), settings.values
     refuse_options_of_others(config)
-    make_edit = lookup(MAKERS, config.task, "task")(config, plan.image_size, values["sigma_min"], values["sigma_max"])
+    levels = (values[name] for name in ("sigma_min", "sigma_max", "rho"))
+    make_edit = lookup(MAKERS, config.task, "task")(config, plan.image_size, *levels)
     churn = Churn(*(values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")))
     source, arcs = (None, find_arcs(config)) if config.task == "interpolate" else (find_images(config, plan), None)
     count = len(arcs.weights) if arcs else config.num_samples or len(source)
@@ -130,7 +131,7 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: KarrasDenoiser, indic
 # --- one maker a task: from its flags to edits -----------------------------------------------------------------------
 
 
-def inpaint_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def inpaint_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     if bool(config.mask) == bool(config.mask_box):
         raise UserError("--task inpaint needs either --mask FILE (white is known) or --mask_box top,left,height,width")
     mask = read_mask(config.mask, size) if config.mask else box_mask(config.mask_box, size)
@@ -144,27 +145,27 @@ def inpaint_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: fl
     return lambda images, rng: Inpaint(images, th.from_numpy(mask))
 
 
-def colorize_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def colorize_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     return lambda images, rng: Colorize(images)
 
 
-def superres_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def superres_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     check_factor(config.superres_factor, (size, size))
     return lambda images, rng: SuperRes(images, config.superres_factor)
 
 
-def stroke_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def stroke_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     last = max(config.steps - 2, 0)                         # below that there is no noise to take away
     if config.stroke_start > last:
         raise UserError(
             f"--stroke_start {config.stroke_start} is no index into {config.steps} noise levels to begin at; "
             f"choose 0 to {last}, or other --steps"
         )
-    sigma = karras_grid(config.steps, sigma_min, sigma_max)[config.stroke_start].item()
+    sigma = karras_grid(config.steps, sigma_min, sigma_max, rho)[config.stroke_start].item()
     return lambda images, rng: Stroke(images, sigma)
 
 
-def denoise_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def denoise_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     sigma = config.denoise_sigma
     if not sigma_min <= sigma <= sigma_max:
         raise UserError(f"--denoise_sigma {sigma}: the network knows noise levels from {sigma_min} to {sigma_max}")
@@ -175,7 +176,7 @@ def denoise_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: fl
     return make
 
 
-def interpolate_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float) -> EditMaker:
+def interpolate_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
     if config.images:
         raise UserError(f"--images {config.images}: interpolation goes between two noises; drop it or --task")
     return lambda images, rng: Interpolate(images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,26 @@ from torch import Tensor, nn
 from cm import dist_util, durations, logger
 from cm.augment import AUGMENT_LABELS, augmented
 from cm.checkpoints import storage, weights
-from cm.config import CONSISTENCY_MODES, DataConfig, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig
+from cm.config import (
+    CONSISTENCY_MODES,
+    DataConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    ModelConfig,
+    SampleConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from cm.flags import Settings
 from cm.image_datasets import load_data
 from cm.image_sources import open_source
 from cm.interfaces import Sampler
 from cm.karras_diffusion import KarrasDenoiser
+from cm.noisy_classifier import NoisyClassifier, from_content
 from cm.reference_images import with_references
 from cm.registry import UserError
-from cm.samplers import make_sampler
+from cm.samplers import SAMPLERS, make_sampler
+from cm.samplers.guidance import GuidedDiffusion
 from cm.sampling import SamplingPlan, parse_seeds
 from cm.script_util import (
     PUBLISHED_CLASSES,
@@ -34,8 +45,7 @@ from cm.script_util import (
     parse_ts,
     place,
 )
-
-RHO = 7.0                                                   # of the Karras grids
+OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
 def rank_batch(global_batch_size: int, batch_size: int, world_size: int) -> int:
@@ -186,28 +196,49 @@ def adopt_model(settings: Settings) -> SampleConfig:
 def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     """The sampler that the flags describe, and its grid of noise levels.
 
-    :raises UserError: if it cannot have such a grid.
+    :raises UserError: if it cannot have such a grid, or a flag belongs to other samplers.
     """
-    config, values = settings.section(SampleConfig), settings.values
-    sampler = make_sampler(config.sampler, {"ts": parse_ts(config.ts), "sigma_min": values["sigma_min"]})
-    return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], RHO)
+    config, solver, values = settings.section(SampleConfig), settings.section(SolverConfig), settings.values
+    refuse_flags_of_other_samplers(config.sampler, solver)
+    options = {
+        **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
+        "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
+    }
+    if solver.eta == OWN_ETA:
+        del options["eta"]
+    sampler = make_sampler(config.sampler, options)
+    return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
+
+
+def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
+    for field in fields(solver):
+        owners = [
+            other for other, kind in SAMPLERS.items()
+            if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
+        ]
+        value = getattr(solver, field.name)
+        if value != field.default and name not in owners:
+            raise UserError(f"--{field.name} {value} belongs to --sampler {', '.join(owners)}, not to {name}; "
+                            "drop one of them")
 
 
 def sampler_options(settings: Settings) -> dict[str, Any]:
-    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig`."""
-    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig` and `SolverConfig`."""
+    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
     return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
 
 
 def png_recipe(settings: Settings) -> dict[str, Any]:
     """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
-    of_the_image = (*fields(SampleConfig), *fields(ModelConfig), *fields(DiffusionConfig))
-    names = {field.name for field in of_the_image} - {
-        "model_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
+    sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
+    names = {field.name for section in sections for field in fields(section)} - {
+        "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
     }
     values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
     weights_of = dist_util.on_main(storage.checksum, settings.values["model_path"])
-    return {"weights": weights_of} | values | {"precision": run_precision(settings)}
+    guide = settings.values["classifier_path"]
+    classifier = dist_util.on_main(storage.checksum, guide) if guide else None
+    return {"weights": weights_of, "classifier": classifier} | values | {"precision": run_precision(settings)}
 
 
 def choose_seeds(settings: Settings) -> tuple[int, ...]:
@@ -229,13 +260,16 @@ def choose_seeds(settings: Settings) -> tuple[int, ...]:
     return seeds
 
 
-def sampling_plan(settings: Settings) -> SamplingPlan:
+def sampling_plan(settings: Settings, classifier: NoisyClassifier | None = None) -> SamplingPlan:
     """The images that the flags ask for.
 
+    :param classifier: gives classes to the images of an unconditional model.
     :raises UserError: for a class that the model does not have.
     """
     config, values = settings.section(SampleConfig), settings.values
     num_classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else None
+    if num_classes is None and classifier is not None:
+        num_classes = classifier.config.num_classes
     if config.class_label >= 0 and num_classes is None:
         raise UserError(f"--class_label {config.class_label}: this model is not class-conditional; drop the flag")
     if num_classes is not None and config.class_label >= num_classes:
@@ -262,6 +296,41 @@ def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
     """The scalings around the network of --model_path, by how it was trained."""
     consistency = settings.values["training_mode"] in CONSISTENCY_MODES
     return diffusion_from(settings, distillation=consistency)
+
+
+def load_classifier(settings: Settings) -> NoisyClassifier | None:
+    """The classifier at --classifier_path, on this rank's device; None where there is to be no guidance.
+
+    :raises UserError: if there is no such file, or it is for images of another size or for fewer classes.
+    """
+    config, values = settings.section(GuidanceConfig), settings.values
+    path = config.classifier_path
+    if not path:
+        if config.classifier_scale != GuidanceConfig.classifier_scale:
+            raise UserError(f"--classifier_scale {config.classifier_scale:g} needs a classifier: give "
+                            "--classifier_path, made by classifier_train.py --noised True")
+        return None
+    try:
+        classifier = from_content(dist_util.load_state_dict(path), path)
+    except FileNotFoundError:
+        raise UserError(f"--classifier_path {path}: no such file") from None
+    own = classifier.config
+    if own.image_size != values["image_size"]:
+        raise UserError(f"--classifier_path {path} knows images of side {own.image_size}, the model makes them of side "
+                        f"{values['image_size']}; train a classifier with --image_size {values['image_size']}")
+    classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else 0
+    if classes > own.num_classes:
+        raise UserError(f"--classifier_path {path} knows {own.num_classes} classes, the model has {classes}")
+    return classifier.to(dist_util.dev())
+
+
+def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> KarrasDenoiser | GuidedDiffusion:
+    """`sampling_diffusion`, with the classifier's pull if there is one."""
+    diffusion = sampling_diffusion(settings)
+    if classifier is None:
+        return diffusion
+    scale, tell_class = settings.values["classifier_scale"], settings.values["class_cond"]
+    return GuidedDiffusion(diffusion, classifier, scale, tell_class)
 
 
 def run_precision(settings: Settings) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cm import dist_util, logger, run_util, script_util
 from cm.checkpoints import state, storage, weights
-from cm.config import CONSISTENCY_MODES, EvalConfig, SampleConfig
+from cm.config import CONSISTENCY_MODES, EvalConfig, SampleConfig, SolverConfig
 from cm.flags import Settings
 from cm.interfaces import Watcher
 from cm.karras_diffusion import KarrasDenoiser
@@ -197,7 +197,8 @@ def sampling_settings(settings: Settings) -> Settings:
         "sampler": config.eval_sampler or usual, "steps": config.eval_steps, "ts": config.eval_ts,
         "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
     }
-    return Settings(script_util.defaults_of(SampleConfig) | settings.values | asked, {})
+    defaults = script_util.defaults_of(SampleConfig) | script_util.defaults_of(SolverConfig)
+    return Settings(defaults | settings.values | asked, {})
 
 
 def check_flags(settings: Settings) -> None:

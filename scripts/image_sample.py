@@ -15,7 +15,16 @@ from dataclasses import replace
 import numpy as np
 
 from cm import dist_util, logger, run_util
-from cm.config import DiffusionConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, SeedsConfig
+from cm.config import (
+    DiffusionConfig,
+    GuidanceConfig,
+    ModelConfig,
+    PngConfig,
+    RunConfig,
+    SampleConfig,
+    SeedsConfig,
+    SolverConfig,
+)
 from cm.flags import Settings, parse
 from cm.png_folder import PngFolder
 from cm.registry import UserError
@@ -24,27 +33,30 @@ from cm.sampling import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_t
 
 
 def main() -> None:
-    settings = parse(__doc__, SampleConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42)
+    settings = parse(
+        __doc__, SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
+        RunConfig, seed=42,
+    )
     dist_util.setup_dist()
     config = run_util.adopt_model(settings)
     seeds = run_util.choose_seeds(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
-    pngs = settings.section(PngConfig)
-    plan = replace(run_util.sampling_plan(settings), seeds=seeds, rounding=pngs.rounding)
+    pngs, classifier = settings.section(PngConfig), run_util.load_classifier(settings)
+    plan = replace(run_util.sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
     options = run_util.sampler_options(settings)            # tried out before anything is loaded
     folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
     run_util.open_log(settings)
     if folder:
         result = sample_to_pngs(
-            run_util.load_model(settings), run_util.sampling_diffusion(settings), plan, folder,
+            run_util.load_model(settings), run_util.guided_diffusion(settings, classifier), plan, folder,
             run_util.run_precision(settings), **options,
         )
         return dist_util.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
         run_util.load_model(settings),
-        run_util.sampling_diffusion(settings),
+        run_util.guided_diffusion(settings, classifier),
         plan,
         logger.get_dir(),
         run_util.run_precision(settings),

@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
+from cm import vp
 from cm.interfaces import Denoiser, NoiseSource
 from cm.nn import append_dims
+from cm.registry import UserError
 from cm.samplers.euler import Euler, toward
 from cm.samplers.euler_maruyama import check_eta
-from cm.schedules import append_zero, vp_timestep_grid
+from cm.schedules import append_zero
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,22 @@ class DDIM(Euler):
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The levels of `steps` evenly spaced timesteps, of those between sigma_min and sigma_max; then 0."""
-        return append_zero(vp_timestep_grid(steps, sigma_min, sigma_max))
+        return append_zero(timestep_grid(steps, sigma_min, sigma_max))
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
         noise_up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
         mean = toward(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
         return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)
+
+
+def timestep_grid(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """The noise levels of evenly spaced timesteps, falling, the first and last of those between the two: [steps].
+
+    :raises UserError: if there are fewer such timesteps than steps.
+    """
+    levels = vp.sigmas()
+    known = levels[(levels >= sigma_min) & (levels <= sigma_max)].flip(0)
+    if steps > len(known):
+        raise UserError(f"--steps {steps}: only {len(known)} of the {vp.TIMESTEPS} timesteps have noise levels between "
+                        f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}")
+    return known[th.linspace(0, len(known) - 1, steps, dtype=th.float64).round().long()]

@@ -54,6 +54,8 @@ class ItoTaylor(Euler):
         check_eta(self.eta)
         lookup(dict.fromkeys(FORMS), self.ito_form, "ito_form")
         lookup(dict.fromkeys(LAPLACIANS), self.ito_laplacian, "ito_laplacian")
+        if self.ito_form == "exp" and self.ito_laplacian == "none":
+            raise UserError("ito_laplacian none belongs to ito_form taylor: the exponential form needs no Laplacian")
         if self.ito_form == "taylor" and (self.eta, self.s_tmin, self.s_tmax) != (1, 0, math.inf):
             raise UserError(f"ito_form taylor is the reverse SDE at all noise levels, but eta={self.eta:g}, "
                             f"s_tmin={self.s_tmin:g}, s_tmax={self.s_tmax:g}; use ito_form exp")

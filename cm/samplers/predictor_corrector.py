@@ -16,8 +16,9 @@ from torch import Tensor
 from cm.interfaces import Denoiser, NoiseSource
 from cm.nn import append_dims
 from cm.registry import UserError, lookup
+from cm.samplers.ddim import timestep_grid
 from cm.samplers.euler import Euler
-from cm.schedules import append_zero, geometric_grid, vp_timestep_grid
+from cm.schedules import append_zero, geometric_grid
 
 PROCESSES = ("ve", "vp")
 
@@ -47,7 +48,7 @@ class PredictorCorrector(Euler):
             raise UserError(f"corrector_steps={self.corrector_steps} must not be negative")
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        make = geometric_grid if self.pc_sde == "ve" else vp_timestep_grid
+        make = geometric_grid if self.pc_sde == "ve" else timestep_grid
         return append_zero(make(steps, sigma_min, sigma_max))
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
