@@ -59,9 +59,11 @@ class NoisyClassifier(nn.Module):
         self.time_embed = nn.Sequential(linear(config.width, emb_channels), SiLU(), linear(emb_channels, emb_channels))
         self.blocks, outputs = make.encoder(3, widths, config.depth, config.attention_factors, num_heads=1)
         self.middle = make.middle(outputs[-1], num_heads=1)
+        side = config.image_size >> len(widths) - 1
         self.out = nn.Sequential(
-            normalization(outputs[-1]), SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            zero_module(linear(outputs[-1], config.num_classes)),
+            normalization(outputs[-1]), SiLU(),
+            nn.Conv2d(outputs[-1], outputs[-1], side, groups=outputs[-1]),      # a mean whose weights are learnt
+            nn.Flatten(), zero_module(linear(outputs[-1], config.num_classes)),
         )
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def train_noisy_classifier(
     *,
     epochs: int = 15,
     batch_size: int = 64,
-    lr: float = 2e-3,
+    lr: float = 4e-3,
     weight_decay: float = 0.05,
     seed: int = 0,
     device: th.device | str = "cpu",

@@ -45,6 +45,7 @@ from cm.script_util import (
     parse_ts,
     place,
 )
+
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 

@@ -1,8 +1,10 @@
-"""Train a small classifier on labelled images, as the feature extractor of evaluations/evaluator.py.
+"""Train a small classifier on labelled images, as the feature extractor of evaluations/evaluator.py or as a guide.
 
 python scripts/classifier_train.py --data_dir digits --image_size 8 --out classifier.ts
+python scripts/classifier_train.py --data_dir digits --image_size 8 --noised True --out guide.pt
 
-Leaves a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]) and beside it a JSON file of facts.
+The first leaves a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second the classifier of
+noisy images that image_sample.py takes as --classifier_path; both leave a JSON file of facts beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +14,23 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cm import dist_util
+from cm.checkpoints import storage
 from cm.flags import option, parse
 from cm.image_sources import ImageSource, open_source
+from cm.noisy_classifier import NoisyClassifierConfig, accuracy_at, to_content, train_noisy_classifier
 from cm.registry import UserError
+from cm.script_util import parse_channel_mult, parse_resolutions
+from cm.unet import attention_factors
 from evaluations.classifier import accuracy, stratified_split, train_classifier
 from evaluations.features import TorchScriptExtractor, save_torchscript
+
+SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,13 @@ class ClassifierConfig:
 
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
-    out: str = option("classifier.ts", "the TorchScript file to write")
+    out: str = option("", "the file to write; empty: classifier.ts, or noisy_classifier.pt")
+    noised: bool = option(False, "a classifier of noisy images that is told their noise level, for guidance")
+    classifier_width: int = option(32, "noised: channels of the first level, a multiple of 32", minimum=32)
+    classifier_depth: int = option(1, "noised: residual blocks per level", minimum=1)
+    classifier_attention_resolutions: str = option(
+        "32,16,8", "noised: image sides at which the network attends, where they are reached"
+    )
     epochs: int = option(15, "passes over the training images", minimum=1)
     batch_size: int = option(64, "images per step", minimum=2)
     holdout: float = option(0.25, "share of every class that is not trained on but measures the accuracy")
@@ -51,26 +66,57 @@ def main() -> None:
         kept, held_out = stratified_split(labels, config.holdout, config.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
-
-    model = train_classifier(
-        images[kept], labels[kept], num_classes,
-        epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist_util.dev(),
-    )
-    held_out_accuracy = accuracy(model, images[held_out], labels[held_out])
-    name = f"{Path(config.data_dir).stem}-classifier"
-    save_torchscript(model.cpu(), config.out, name, f"none (trained at {config.image_size}x{config.image_size})")
-    facts = {
-        "held_out_accuracy": held_out_accuracy,
+    out = config.out or ("noisy_classifier.pt" if config.noised else "classifier.ts")
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    train = train_guide if config.noised else train_extractor
+    facts, lines = train(config, out, (images[kept], labels[kept]), (images[held_out], labels[held_out]), num_classes)
+    facts |= {
         "held_out_images": len(held_out),
         "training_images": len(kept),
         "classes": num_classes,
-        "extractor": TorchScriptExtractor(config.out).id,
         "seconds": round(time.monotonic() - start, 2),
     }
-    Path(config.out).with_suffix(".json").write_text(json.dumps(facts, indent=2))
-    print(f"held-out accuracy: {held_out_accuracy:.2%} of {len(held_out)} images ({len(kept)} trained on)")
-    print(f"{config.out}: {facts['extractor']}")
+    Path(out).with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    print(f"held-out accuracy: {facts['held_out_accuracy']:.2%} of {len(held_out)} images ({len(kept)} trained on)")
+    print("\n".join(lines))
+
+
+Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
+
+
+def train_extractor(
+    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Facts for the JSON file, and what else to say."""
+    model = train_classifier(
+        *training, num_classes,
+        epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist_util.dev(),
+    )
+    held_out_accuracy = accuracy(model, *held_out)
+    name = f"{Path(config.data_dir).stem}-classifier"
+    save_torchscript(model.cpu(), out, name, f"none (trained at {config.image_size}x{config.image_size})")
+    extractor = TorchScriptExtractor(out).id
+    return {"held_out_accuracy": held_out_accuracy, "extractor": extractor}, [f"{out}: {extractor}"]
+
+
+def train_guide(
+    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
+) -> tuple[dict[str, Any], list[str]]:
+    """As `train_extractor`; the accuracy at the lowest noise level stands for that of clean images."""
+    widths = parse_channel_mult("", config.image_size)
+    sides = [config.image_size >> level for level in range(len(widths))]
+    attended = [side for side in parse_resolutions(config.classifier_attention_resolutions) if side in sides]
+    network = NoisyClassifierConfig(
+        config.image_size, num_classes, config.classifier_width, config.classifier_depth, widths,
+        attention_factors(config.image_size, attended),
+    )
+    model = train_noisy_classifier(
+        *training, network, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist_util.dev()
+    )
+    by_level = {sigma: accuracy_at(model, *held_out, sigma) for sigma in (network.sigma_min, *SHOWN_LEVELS)}
+    storage.save_tensors(out, to_content(model.cpu()))
+    facts = {"held_out_accuracy": by_level[network.sigma_min], "accuracy_by_sigma": by_level}
+    return facts, [f"at noise level {sigma:g}: {share:.1%}" for sigma, share in by_level.items()] + [out]
 
 
 def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:

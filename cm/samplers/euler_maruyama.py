@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch as th
 from torch import Tensor
 
 from cm.interfaces import Denoiser, NoiseSource
