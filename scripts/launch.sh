@@ -23,6 +23,7 @@ recipes() {
 # ImageNet-64
 edm_imagenet64                | train the EDM teacher   | imagenet64/edm.yaml
 heun_edm_imagenet64           | sample it in 40 steps   | imagenet64/sample_edm.yaml
+ito_edm_imagenet64            | by the reverse SDE, 80  | imagenet64/sample_ito.yaml
 cd_imagenet64_l2              | distil it with l2       | imagenet64/cd.yaml        | --loss_norm l2
 onestep_cd_imagenet64_l2      | sample it in one step   | imagenet64/sample_cd.yaml | --sampler onestep
 multistep_cd_imagenet64_l2    | sample it in two steps  | imagenet64/sample_cd.yaml | --sampler multistep --ts 0,22,39
@@ -64,6 +65,7 @@ search_ct_cat256              | find its best two steps | lsun256/sample_ct.yaml
 # CIFAR-10
 edm_cifar10                   | train the EDM teacher   | cifar10/edm.yaml
 heun_edm_cifar10              | sample it in 18 steps   | cifar10/sample_edm.yaml
+ito_edm_cifar10               | by the reverse SDE, 40  | cifar10/sample_ito.yaml
 cd_cifar10                    | distil it with LPIPS    | cifar10/cd.yaml
 onestep_cd_cifar10            | sample it in one step   | cifar10/sample_cd.yaml    | --sampler onestep
 search_cd_cifar10             | find its best two steps | cifar10/sample_cd.yaml
@@ -89,7 +91,7 @@ read -ra flags <<<"$recipe"
 preset=$root/configs/${flags[0]}
 
 # Where the files are: by the names that they are published under.
-model=${name#@(heun|onestep|multistep|search)_}
+model=${name#@(heun|ito|onestep|multistep|search)_}
 case $model in
     *_imagenet64*) images=imagenet family=imagenet64 reference=VIRTUAL_imagenet64_labeled ;;
     *_bedroom256*) images=lsun_bedroom family=bedroom256 reference=VIRTUAL_lsun_bedroom256 ;;
@@ -103,7 +105,7 @@ case $name in
     edm_*) script=edm_train.py files=(--data_dir "$data_dir") ;;
     cd_*) script=cm_train.py files=(--data_dir "$data_dir" --teacher_model_path "$teacher") ;;
     ct_*) script=cm_train.py files=(--data_dir "$data_dir") ;;
-    heun_*) script=image_sample.py files=(--model_path "$teacher") ;;
+    heun_* | ito_*) script=image_sample.py files=(--model_path "$teacher") ;;
     search_*) script=ternary_search.py files=(--model_path "$trained" --ref_batch "${REFS:-refs}/$reference.npz") ;;
     *) script=image_sample.py files=(--model_path "$trained") ;;
 esac

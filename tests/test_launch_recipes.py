@@ -111,7 +111,7 @@ def dry_run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_resolves(dry_run, name):
     resolved = dry_run(name)
-    model = re.sub("^(heun|onestep|multistep|search)_", "", name)
+    model = re.sub("^(heun|ito|onestep|multistep|search)_", "", name)
     kind, data, *_ = model.split("_")
     network = {key: resolved[key] for key in model_flags() if key not in ("dropout", "num_classes")}
     assert parameters(tuple(network.items())) == PARAMETERS[data]
