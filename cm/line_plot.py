@@ -9,19 +9,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 720, 400                                            # of the picture without its legend, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 80, 30, 20, 60                           # margins
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#000000")
 TEXT, LINE, DOT = 14, 18, 4                                         # letters, a line of the legend, radius of a point
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_plot(series: Mapping[str, Points], x_label: str, y_label: str) -> Image.Image:
+def line_plot(series: Mapping[str, Points], x_label: str, y_label: str, log: bool = False) -> Image.Image:
     """Named curves through their points, in the order given; the lowest point of each has a ring.
 
-    :raises ValueError: if a curve has no point, or there is none.
+    :param log: both axes are logarithmic, and a curve's lowest point has no ring.
+    :raises ValueError: if a curve has no point, or there is none, and for numbers that have no logarithm.
     """
     if not series or not all(series.values()):
         raise ValueError("there is nothing to plot: every curve needs a point")
+    if log:
+        if min(number for curve in series.values() for point in curve for number in point) <= 0:
+            raise ValueError("logarithmic axes show positive numbers only")
+        series = {name: [(math.log10(x), math.log10(y)) for x, y in curve] for name, curve in series.items()}
+    shown = (lambda power: f"{10 ** power:.3g}") if log else (lambda number: f"{number:.6g}")
     head = TOP + LINE * len(series)
     sheet = Image.new("RGB", (WIDTH, HEIGHT - TOP + head), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
@@ -35,12 +41,13 @@ def line_plot(series: Mapping[str, Points], x_label: str, y_label: str) -> Image
     def down(y: float) -> float:
         return bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
 
-    for y in ticks(y_low, y_high):
+    marks = log_ticks if log else ticks
+    for y in marks(y_low, y_high):
         draw.line([(left, down(y)), (right, down(y))], fill="#dddddd")
-        draw.text((left - 8, down(y)), f"{y:.6g}", fill="black", font=font, anchor="rm")
-    for x in ticks(x_low, x_high):
+        draw.text((left - 8, down(y)), shown(y), fill="black", font=font, anchor="rm")
+    for x in marks(x_low, x_high):
         draw.line([(across(x), bottom), (across(x), bottom + 5)], fill="black")
-        draw.text((across(x), bottom + 8), f"{x:.6g}", fill="black", font=font, anchor="ma")
+        draw.text((across(x), bottom + 8), shown(x), fill="black", font=font, anchor="ma")
     draw.rectangle([left, top, right, bottom], outline="black")
     draw.text(((left + right) / 2, sheet.height - 10), x_label, fill="black", font=font, anchor="mb")
     draw.text((10, 8), y_label, fill="black", font=font, anchor="lt")
@@ -50,7 +57,8 @@ def line_plot(series: Mapping[str, Points], x_label: str, y_label: str) -> Image
         draw.line(places, fill=colour, width=2)
         for place in places:
             draw.ellipse(box(place, DOT), fill=colour)
-        draw.ellipse(box(max(places, key=lambda place: place[1]), 2 * DOT), outline=colour, width=2)
+        if not log:
+            draw.ellipse(box(max(places, key=lambda place: place[1]), 2 * DOT), outline=colour, width=2)
         draw.text((left, TOP + LINE * number), name, fill=colour, font=font, anchor="lt")
     return sheet
 
@@ -67,6 +75,14 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = max(factor * power for factor in (1, 2, 5) if factor * power <= (high - low) / 4)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Logarithms of 1, 2 and 5 times powers of ten between the two; over more than three decades only of the powers."""
+    factors = (1, 2, 5) if high - low <= 3 else (1,)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    places = [power + math.log10(factor) for power in powers for factor in factors]
+    return [place for place in places if low <= place <= high]
 
 
 def box(centre: tuple[float, float], radius: float) -> tuple[float, float, float, float]:

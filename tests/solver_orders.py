@@ -109,7 +109,7 @@ def wide(factor: Tensor) -> Tensor:
 
 def order(steps: Sequence[int], errors: Sequence[float]) -> float:
     """The slope of ln(error) over -ln(steps), by least squares."""
-    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+    return -float(np.polyfit(np.log(steps), np.log(np.asarray(errors)), 1)[0])
 
 
 # --- weak ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cm.line_plot import COLOURS, line_plot, span, ticks
+from cm.line_plot import COLOURS, line_plot, log_ticks, span, ticks
 
 
 def pixels_of(picture, colour):
@@ -41,3 +41,16 @@ def test_nothing_to_plot_is_an_error(series):
 def test_ticks_are_round(low, high, expected):
     np.testing.assert_allclose(ticks(low, high), expected, rtol=1e-12, atol=1e-12)
     assert span([low, high])[0] < low and span([low, high])[1] > high
+
+
+def test_a_power_law_is_straight_on_logarithmic_axes():
+    picture = line_plot({"one": [(n, n**-1.5) for n in (4, 8, 16, 32, 64)]}, "steps", "error", log=True)
+    rows, columns = np.nonzero(pixels_of(picture, COLOURS[0])[60:])                  # without the legend
+    assert np.abs(np.polyval(np.polyfit(columns, rows, 1), columns) - rows).max() < 8
+    with pytest.raises(ValueError, match="positive numbers only"):
+        line_plot({"one": [(1, 0.0)]}, "steps", "error", log=True)
+
+
+def test_ticks_of_logarithmic_axes():
+    np.testing.assert_allclose(10 ** np.array(log_ticks(0.0, 1.5)), [1, 2, 5, 10, 20])
+    assert log_ticks(-3.5, 0.2) == [-3, -2, -1, 0]

@@ -3,6 +3,11 @@
 Gaussian data alone would not do: its score is linear, which hides the Laplacian and lifts the strong order to 2.
 """
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch as th
 from gaussian import Gaussian, Mixture, Scripted
@@ -106,3 +111,18 @@ def test_ddim_with_eta_1_is_ancestral_sampling(mixture_paths):
     ends = [integrate(sampler, mixture_paths.bed.D, mixture_paths.x, mixture_paths.grid[::16], Scripted(*draws))
             for sampler in (Ancestral(), DDIM(eta=1.0))]
     th.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("script, options, smaller, files", [
+    ("sampler_orders.py", ("--paths", "4", "--fine", "256"), {"SAMPLERS": {"sde": EulerMaruyama()}}, ["orders"]),
+    ("sampler_cost.py", (), {"BUDGETS": (8, 16)}, ["cost", "cost_imperfect"]),
+])
+def test_the_benchmarks_leave_tables_and_pictures(script, options, smaller, files, tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / script))["main"]
+    main.__globals__.update(smaller)
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / "new"), *options])
+    main()
+    assert "| sde |" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"{files[0]}.json", *(f"{f}.png" for f in files)}
+    facts = json.loads((tmp_path / "new" / f"{files[0]}.json").read_text())
+    assert (facts["samplers"]["sde"]["orders"] if "samplers" in facts else facts["exact denoiser"]["ito, rho 3"])
