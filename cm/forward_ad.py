@@ -31,6 +31,11 @@ def inside_jvp() -> bool:
     return forward_ad._current_level >= 0
 
 
+def inside_transform() -> bool:
+    """Whether torch.func transforms this code in any way: autograd functions of our own cannot take part then."""
+    return inside_jvp() or th._C._functorch.peek_interpreter_stack() is not None
+
+
 def evaluations_of_a_call() -> int:
     """What a call of the network costs here, in plain evaluations: 1, or JVP_COST for every `jvp` around it.
 

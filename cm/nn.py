@@ -56,11 +56,16 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 
-class SiLU(nn.SiLU):
+def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), which inside two forward-mode passes is spelt out: torch's own has no second derivative there."""
+    return F.silu(x) if depth() < 2 else x * x.sigmoid()
+
+
+class SiLU(nn.SiLU):
+    """`silu` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if depth() < 2 else x * x.sigmoid()
+        return silu(x)
 
 
 class GroupNorm32(nn.GroupNorm):

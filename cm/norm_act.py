@@ -14,10 +14,11 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from cm.forward_ad import inside_jvp, inside_transform
 from cm.nn import append_dims
+from cm.nn import silu as plain_silu
 
 
 def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
@@ -28,10 +29,10 @@ def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: 
     """
     if not _is_fused(x):
         # torch's forward-mode rule takes no channels-last data
-        y = norm(x.contiguous() if _in_forward_mode() else x)
+        y = norm(x.contiguous() if inside_jvp() else x)
         if scale is not None:
             y = th.addcmul(append_dims(shift.to(y.dtype), y.ndim), y, 1 + append_dims(scale.to(y.dtype), y.ndim))
-        return F.silu(y) if silu else y
+        return plain_silu(y) if silu else y
     dtype = th.promote_types(x.dtype, th.float32)
     with th.autocast("cpu", enabled=False):
         a = norm.weight.to(dtype).expand(len(x), -1)                # [N,C]
@@ -43,15 +44,11 @@ def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: 
 
 
 def _is_fused(x: Tensor) -> bool:
-    """Whether the rows of channels lie side by side, on a CPU; forward-mode derivatives take torch's own operations."""
+    """Whether the rows of channels lie side by side, on a CPU; transforms take torch's own operations."""
     return (
         x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=th.channels_last)
-        and not _in_forward_mode() and not th.compiler.is_compiling()
+        and not inside_transform() and not th.compiler.is_compiling()
     )
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
 
 
 class _NormAct(th.autograd.Function):

@@ -63,6 +63,16 @@ def test_the_second_derivative(denoiser, point):
         assert relative(second, (slope(h) - slope(-h)) / (2 * h)) < 5e-3
 
 
+def test_backwards_by_torch_func_too(denoiser, point):
+    """As classifier guidance differentiates, in inference mode; against autograd, whose layers are fused."""
+    (_, D), (x, v, sigma, y) = denoiser, point
+    x = x.contiguous(memory_format=th.channels_last)
+    with th.inference_mode():
+        gradient = th.func.grad(lambda z: (D(z, sigma, y=y) * v).sum())(x)
+    (expected,) = th.autograd.grad((D(x.requires_grad_(), sigma, y=y) * v).sum(), x)
+    assert relative(gradient, expected) < 1e-5
+
+
 def test_in_half_precision(denoiser, point):
     """bf16 has 8 bits; value and change differ from those of float32 by about 1 %."""
     (model, D), (x, v, sigma, y) = denoiser, point
