@@ -8,6 +8,7 @@ import torch as th
 
 from cm.forward_ad import JVP_COST, depth, evaluations_of_a_call, inside_jvp, jvp, second_derivative
 from cm.karras_diffusion import KarrasDenoiser
+from cm.nn import normalization
 from cm.samplers.integrate import denoise_along
 
 
@@ -87,6 +88,18 @@ def test_in_half_precision(denoiser, point):
             assert relative(jvp(lambda z: D(z, sigma, y=y), (x,), (v,))[1], change) < 0.01
     finally:
         model.convert_to_fp32()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(th.float32, 1e-5), (th.bfloat16, 0.02)])
+def test_group_normalisation_alone(dtype, tolerance):
+    """Value and change have one dtype, which torch's rule breaks, and channels-last data is taken, which it refuses."""
+    x, v = th.randn(2, 2, 64, 4, 4, generator=th.Generator().manual_seed(0))
+    norm = normalization(64)
+    with th.no_grad():
+        expected = jvp(norm, (x,), (v,))
+        last = [t.to(dtype).contiguous(memory_format=th.channels_last) for t in (x, v)]
+        for found, right in zip(jvp(norm, last[:1], last[1:]), expected):
+            assert found.dtype == dtype and relative(found.float(), right) < tolerance
 
 
 def test_what_a_pass_counts_for():
