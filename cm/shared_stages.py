@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cm.interfaces import Denoiser
 from cm.karras_diffusion import KarrasDenoiser
+from cm.precond import Precond
 
 Beginning = tuple[int, ...]
 
@@ -66,6 +67,10 @@ class StagedDenoiser:
     stages: SharedStages
     ts: Beginning
     batch: int
+
+    @property
+    def precond(self) -> Precond:
+        return self.stages.diffusion.precond
 
     def bind(self, model: nn.Module) -> Denoiser:
         network = self.stages.diffusion.bind(model)

@@ -7,6 +7,7 @@ import torch as th
 from gaussian import Gaussian, Mixture, Scripted, stored
 
 from cm import vp
+from cm.karras_diffusion import KarrasDenoiser, sample
 from cm.registry import UserError
 from cm.samplers import Counted, integrate, make_sampler
 from cm.samplers.ddim import DDIM, timestep_grid
@@ -33,6 +34,19 @@ def test_the_levels_are_those_of_evenly_spaced_timesteps():
     assert cut[0] <= 80 < vp.sigmas()[int(vp.timestep_of(cut[:1])) + 1] and cut[-1] == vp.sigmas()[0]
     with pytest.raises(UserError, match="--steps 3: only 1 of the 1000 timesteps .* 0.01 and sigma_max 0.012"):
         timestep_grid(3, 0.01, 0.012)
+
+
+def test_a_network_of_ddpm_is_told_whole_timesteps():
+    told = []
+
+    class Network(th.nn.Module):
+        def forward(self, x, timesteps):
+            told.append(timesteps[0].item())
+            return 0 * x
+
+    diffusion = KarrasDenoiser(precond="ddpm", loss_norm="l2", sigma_max=200.0)
+    sample(diffusion, Network(), (2, 3, 4, 4), steps=5, sampler="ddim", sigma_max=200.0)
+    assert told == [999, 749, 499, 250, 0]
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])

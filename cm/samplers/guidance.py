@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cm.interfaces import Denoiser
 from cm.nn import append_dims
+from cm.precond import Precond
 
 LogProbabilities = Callable[[Tensor, Tensor], Tensor]               # x [N,C,H,W], sigma [N] -> log p(y | x) [N,K]
 
@@ -50,7 +51,7 @@ class GuidedDiffusion:
     tell_class: bool                                                # whether the network takes classes itself
 
     @property
-    def precond(self) -> Any:
+    def precond(self) -> Precond:
         return self.diffusion.precond
 
     def bind(self, model: nn.Module) -> Denoiser:
