@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cm.nn import SiLU, append_dims, linear, normalization, timestep_embedding, zero_module
+from cm.nn import SiLU, append_dims, linear, normalization, timestep_embedding, without_autocast, zero_module
 from cm.precond import EDMPrecond
 from cm.registry import UserError
 from cm.unet import LayerFactory
@@ -67,12 +67,13 @@ class NoisyClassifier(nn.Module):
         )
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        times = TIME_SCALE * self.precond.c_noise(sigma)
-        emb = self.time_embed(timestep_embedding(times, self.config.width).to(x.dtype))
-        h = append_dims(self.precond.scalings(sigma).c_in, x.ndim) * x
-        for block in self.blocks:
-            h = block(h, emb)
-        return self.out(self.middle(h, emb).to(x.dtype)).to(x.dtype)
+        with without_autocast(x.device):                    # gradients of a small network: precision costs little here
+            times = TIME_SCALE * self.precond.c_noise(sigma)
+            emb = self.time_embed(timestep_embedding(times, self.config.width).to(x.dtype))
+            h = append_dims(self.precond.scalings(sigma).c_in, x.ndim) * x
+            for block in self.blocks:
+                h = block(h, emb)
+            return self.out(self.middle(h, emb))
 
 
 def train_noisy_classifier(

@@ -145,5 +145,5 @@ def taylor_step(
     change = 2 * (dD - dx) / t - a / t * dt                         # of a = 2 (D - x) / t
     if with_laplacian:
         probe = rng.randn_like(x).sign()
-        change = change + k**2 * second_derivative(lambda z: D(z, sigma), x, probe)     # k^2/2 t lap(a), a = 2 D/t + ..
+        change = change + k**2 * second_derivative(lambda z: D(z, sigma), x, probe)     # k^2/2 t lap(a) = k^2 lap(D)
     return x + a * k + b * dW + change - (k * dW - dZ) / b
