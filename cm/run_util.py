@@ -30,6 +30,7 @@ from cm.image_sources import open_source
 from cm.interfaces import Sampler
 from cm.karras_diffusion import KarrasDenoiser
 from cm.noisy_classifier import NoisyClassifier, from_content
+from cm.precond import PRECONDS
 from cm.reference_images import with_references
 from cm.registry import UserError
 from cm.samplers import SAMPLERS, make_sampler
@@ -189,9 +190,23 @@ def adopt_model(settings: Settings) -> SampleConfig:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
     adopt_checkpoint(settings, "model_path", also=("training_mode",))
     attend_where_possible(settings)
+    reach_all_timesteps(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
     settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
     return settings.section(SampleConfig)
+
+
+def reach_all_timesteps(settings: Settings) -> None:
+    """A network of DDPM knows every timestep: a sampler on timesteps leaves none of them out, unless a flag asks to.
+
+    Its checkpoint only says which noise levels its training was reported at.
+    """
+    values = settings.values
+    on_timesteps = values["sampler"] == "ddim" or values["sampler"] == "pc" and values.get("pc_sde") == "vp"
+    if on_timesteps and values["precond"] == "ddpm":
+        for name, level in zip(("sigma_min", "sigma_max"), PRECONDS["ddpm"].levels):
+            if settings.given.get(name, "the checkpoint").startswith("the checkpoint"):
+                settings.replace(**{name: level})
 
 
 def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:

@@ -12,8 +12,8 @@ import torch as th
 from gaussian import Gaussian, Mixture, stored
 from mpi import clean_environment, mpiexec
 
-from cm import dist_util, logger, noisy_classifier
-from cm.config import GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm import dist_util, logger, noisy_classifier, run_util
+from cm.config import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
 from cm.forward_ad import jvp
 from cm.image_sources import open_source
@@ -226,6 +226,18 @@ def test_an_image_does_not_depend_on_its_batch(command, name):
     assert same_images(some["arr_0"], together["arr_0"][2:])
     assert len({image.tobytes() for image in together["arr_0"]}) == 3
     assert summary["network_evaluations"] == COST[name]
+
+
+@pytest.mark.parametrize("options, lowest, highest", [
+    ((), 0.01, 157.4), (("--sigma_max", 50), 0.01, 50), (("--sampler", "pc", "--pc_sde", "vp"), 0.01, 157.4),
+    (("--sampler", "heun"), 0.01, 80), (("--precond", "edm"), 0.002, 80),
+])
+def test_ddim_leaves_out_no_timestep_of_a_network_that_knows_them_all(room, options, lowest, highest):
+    argv = flags(room, "image_sample.py", "--sampler", "ddim", "--precond", "ddpm", *options)
+    settings = parse("", SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
+    run_util.adopt_model(settings)
+    assert settings.values["sigma_min"] == pytest.approx(lowest, rel=1e-3)
+    assert settings.values["sigma_max"] == pytest.approx(highest, rel=1e-3)
 
 
 GUIDED_ITO = ("--sampler", "ito", "--steps", 4, "--num_samples", 5, "--classifier_scale", 2)
