@@ -209,8 +209,10 @@ def command(room, tmp_path, monkeypatch):
 NEW = {
     "ddim": ("--eta", 1), "pc": ("--snr", 0.1, "--corrector_steps", 2), "sde": ("--s_tmax", 10),
     "ito": ("--rho", 3, "--eta", 0.7), "ito taylor": ("--ito_form", "taylor"), "pc vp": ("--pc_sde", "vp"),
+    "ddim ddpm": ("--precond", "ddpm"),
 }
-COST = {"ddim": 6, "pc": 16, "sde": 6, "ito": 21, "ito taylor": 66, "pc vp": 11}      # 5 steps, and the last
+# Of 5 steps, and the last.
+COST = {"ddim": 6, "pc": 16, "sde": 6, "ito": 21, "ito taylor": 66, "pc vp": 11, "ddim ddpm": 6}
 
 
 def same_images(a, b):
