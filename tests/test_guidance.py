@@ -13,7 +13,7 @@ from gaussian import Gaussian, Mixture, stored
 from mpi import clean_environment, mpiexec
 
 from cm import dist_util, logger, noisy_classifier, run_util
-from cm.config import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config import DiffusionConfig, GuidanceConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
 from cm.forward_ad import jvp
 from cm.image_sources import open_source
@@ -240,6 +240,19 @@ def test_ddim_leaves_out_no_timestep_of_a_network_that_knows_them_all(room, opti
     run_util.adopt_model(settings)
     assert settings.values["sigma_min"] == pytest.approx(lowest, rel=1e-3)
     assert settings.values["sigma_max"] == pytest.approx(highest, rel=1e-3)
+
+
+def test_a_folder_of_pngs_remembers_solver_and_guide(room, guide):
+    def recipe(*options):
+        settings = parse("", SampleConfig, SolverConfig, GuidanceConfig, PngConfig, ModelConfig, DiffusionConfig,
+                         RunConfig, argv=flags(room, "image_sample.py", "--sampler", "ito", *options))
+        run_util.adopt_model(settings)
+        return run_util.png_recipe(settings)
+
+    plain, guided_by = recipe(), ("--classifier_path", guide)
+    others = [recipe("--eta", 0.5), recipe(*guided_by), recipe(*guided_by, "--classifier_scale", 2)]
+    assert plain == recipe() and all(plain != other for other in others) and others[1] != others[2]
+    assert others[1]["classifier"]["size"] == guide.stat().st_size
 
 
 GUIDED_ITO = ("--sampler", "ito", "--steps", 4, "--num_samples", 5, "--classifier_scale", 2)
