@@ -21,20 +21,29 @@ CONSISTENCY_MODES = ("consistency_distillation", "consistency_training")    # D(
 class ModelConfig:
     """network (read off the checkpoint when one is given)"""
 
+    arch: str = option(
+        "unet", "unet: guided-diffusion's; EDM's: ddpmpp (DDPM++), ncsnpp (NCSN++), adm",
+        choices=("unet", "ddpmpp", "ncsnpp", "adm"),
+    )
     image_size: int = option(64, "side of the square images in pixels", minimum=1)
     num_channels: int = option(128, "width of the first level", minimum=1)
     num_res_blocks: int = option(2, "residual blocks per level", minimum=1)
-    num_heads: int = option(4, "attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = option(-1, "attention heads of the decoder; -1 for num_heads")
-    num_head_channels: int = option(-1, "channels per attention head; -1 to set the number of heads instead")
+    num_heads: int = option(4, "unet: attention heads, where num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "unet: attention heads of the decoder; -1 for num_heads")
+    num_head_channels: int = option(
+        -1, "unet: channels per attention head; -1 to set the number of heads instead; adm: -1 for 64"
+    )
     attention_resolutions: str = option("32,16,8", "image sides at which the network attends, comma-separated")
     channel_mult: str = option("", "width of each level over num_channels, such as 1,2,4; empty for the size's default")
     dropout: float = option(0.0, "dropout probability", minimum=0)
     class_cond: bool = option(False, "condition on class labels")
     num_classes: int = option(0, "number of classes; 0 for as many as the data set has", minimum=0)
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = option(True, "the time embedding scales and shifts (else: is added)")
-    resblock_updown: bool = option(False, "residual blocks change the resolution (else: convolutions do)")
+    use_scale_shift_norm: bool = option(True, "unet: the time embedding scales and shifts (else: is added)")
+    resblock_updown: bool = option(False, "unet: residual blocks change the resolution (else: convolutions do)")
+    augment_dim: int = option(
+        0, "EDM's networks: length of the labels that tell how an image was augmented; 0: none", minimum=0
+    )
     use_fp16: bool = option(False, "fp16 network with fp32 master weights")
     use_new_attention_order: bool = option(
         False, "guided-diffusion weights only (their qkv weights have 3 axes): rows are q, k, v, not head by head"

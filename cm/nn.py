@@ -37,12 +37,13 @@ def mean_flat(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(1, x.ndim))) if x.ndim > 1 else x
 
 
-def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, endpoint: bool = False) -> Tensor:
     """Cosines, then sines, of the timesteps at `dim // 2` geometrically spaced frequencies: [N] -> [N,D].
 
     Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017, section 3.5. The frequencies are
     max_period^(-i/half), i = 0..half-1; an odd `dim` gets a last column of zeros.
 
+    :param endpoint: divide by half-1 instead, so that the last frequency is 1 / max_period.
     :param timesteps: [N], may be fractional or negative. float64 stays float64, everything else is computed in
         float32: the published models are called at times near -1500, where half precision resolves only whole steps.
     """
@@ -50,7 +51,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
         raise ValueError(f"timesteps must be one number per sample, [N], but have shape {tuple(timesteps.shape)}")
     dtype = th.float64 if timesteps.dtype == th.float64 else th.float32
     half = dim // 2
-    powers = th.arange(half, dtype=dtype, device=timesteps.device) / half
+    powers = th.arange(half, dtype=dtype, device=timesteps.device) / (half - 1 if endpoint else half)
     angles = timesteps.to(dtype)[:, None] * th.exp(-math.log(max_period) * powers)       # [N, D/2]
     embedding = th.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding

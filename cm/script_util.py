@@ -22,6 +22,7 @@ from cm.config import (
     ObjectiveConfig,
 )
 from cm.curricula import ema_and_scales
+from cm.edm_networks import EDM_NETWORKS, EDMNetwork
 from cm.flags import Settings, str2bool
 from cm.interfaces import Objective
 from cm.karras_diffusion import KarrasDenoiser
@@ -32,6 +33,8 @@ from cm.unet import UNetModel, attention_factors
 
 PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
+
+Network = UNetModel | EDMNetwork
 
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -113,24 +116,47 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
     num_classes: int = PUBLISHED_CLASSES,
-) -> UNetModel:
-    """The U-Net that the flags describe; see `cm.config.ModelConfig`.
+    arch: str = "unet",
+    augment_dim: int = 0,
+) -> Network:
+    """The network that the flags describe; see `cm.config.ModelConfig`.
 
     :raises UserError: if the flags describe no network, naming the flag.
     """
     if learn_sigma:
         raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
     widths = parse_channel_mult(channel_mult, image_size)
+    resolutions = parse_resolutions(attention_resolutions)
+    factors = attention_factors(image_size, resolutions)
+    classes = (num_classes or PUBLISHED_CLASSES) if class_cond else 0
+    if arch != "unet":
+        return lookup(EDM_NETWORKS, arch, "arch")(
+            img_resolution=image_size,
+            in_channels=3,
+            out_channels=3,
+            label_dim=classes,
+            augment_dim=augment_dim,
+            model_channels=num_channels,
+            channel_mult=widths,
+            num_blocks=num_res_blocks,
+            attn_resolutions=resolutions,
+            dropout=dropout,
+            use_checkpoint=use_checkpoint,
+            **({"channels_per_head": num_head_channels} if arch == "adm" and num_head_channels != -1 else {}),
+        )
+    if augment_dim:
+        raise UserError(f"--augment_dim {augment_dim}: the U-Net of --arch unet takes no augmentation labels; choose "
+                        f"one of: {', '.join(EDM_NETWORKS)}")
     return UNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=3,
         num_res_blocks=num_res_blocks,
-        attention_resolutions=attention_factors(image_size, parse_resolutions(attention_resolutions)),
+        attention_resolutions=factors,
         dropout=dropout,
         channel_mult=widths,
-        num_classes=(num_classes or PUBLISHED_CLASSES) if class_cond else None,
+        num_classes=classes or None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -149,11 +175,13 @@ def create_diffusion(
     distillation: bool = False,
     loss_norm: str = "lpips",
     precond: str = "edm",
+    arch: str = "unet",
 ) -> KarrasDenoiser:
     """The denoiser around a network; `distillation` chooses the boundary scalings of a consistency model."""
     return KarrasDenoiser(
         sigma_data=0.5, sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation,
         weight_schedule=weight_schedule, loss_norm=loss_norm, precond=precond,
+        time_scale=1000.0 if arch == "unet" else 1.0,
     )
 
 
@@ -181,17 +209,19 @@ def create_model_and_diffusion(
     loss_norm: str = "lpips",
     num_classes: int = PUBLISHED_CLASSES,
     precond: str = "edm",
-) -> tuple[UNetModel, KarrasDenoiser]:
+    arch: str = "unet",
+    augment_dim: int = 0,
+) -> tuple[Network, KarrasDenoiser]:
     """Network and denoiser from flags, by guided-diffusion's names."""
     model = create_model(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, num_classes,
+        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
     )
-    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm, precond)
+    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm, precond, arch)
 
 
-def model_from(settings: Settings, **changes: Any) -> UNetModel:
+def model_from(settings: Settings, **changes: Any) -> Network:
     """The network of resolved settings, in float32; `changes` override single flags."""
     config = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
     return create_model(**config)
@@ -204,7 +234,7 @@ def place(model: nn.Module, device: th.device) -> nn.Module:
 
 def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2") -> KarrasDenoiser:
     config = dataclasses.asdict(settings.section(DiffusionConfig))
-    return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm)
+    return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm, arch=settings.values["arch"])
 
 
 def options_of(kind: type) -> list[str]:

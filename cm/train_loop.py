@@ -144,6 +144,7 @@ class TrainLoop:
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,                            # constants, the same on every rank from the start
         )
 
     def copy_of_masters(self) -> list[Tensor]:
@@ -352,6 +353,7 @@ class TrainLoop:
     def read_params(self, owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
         """A saved state dict as one tensor per parameter of a network, on its device."""
         weights.check(owner.model, saved, source)
+        weights.copy_buffers(owner.model, saved)
         return owner.state_dict_to_master_params(saved)
 
 

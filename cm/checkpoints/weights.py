@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch as th
+from torch import Tensor, nn
 
 from cm.registry import UserError
 
@@ -30,6 +31,13 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
     ]
     if problems:
         raise UserError(f"{source} does not fit this network: {'; '.join(problems)}. Check the model flags.")
+
+
+@th.no_grad()
+def copy_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Take over what is part of a network but no parameter, such as the random frequencies of NCSN++."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(weights[name])
 
 
 def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
