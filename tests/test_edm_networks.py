@@ -235,6 +235,38 @@ def test_initialisation(arch):
         assert model.map_noise.freqs.std().item() == pytest.approx(16, rel=0.36)
 
 
+ATTENTION = {                                                       # of the tiny networks; three blocks on the way up
+    "ddpmpp": ["enc.4x4_block0", "enc.4x4_block1", "dec.4x4_in0", "dec.4x4_block2"],
+    "ncsnpp": ["enc.4x4_block0", "enc.4x4_block1", "dec.2x2_in0", "dec.4x4_block2"],
+    "adm": ["enc.4x4_block0", "enc.4x4_block1", "dec.4x4_in0", *(f"dec.4x4_block{i}" for i in range(3))],
+}
+
+
+WAYS = {                                                            # down / up
+    "ddpmpp": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_block0 4x4_block1
+                 / 4x4_in0 4x4_in1 4x4_block0 4x4_block1 4x4_block2
+                 8x8_up 8x8_block0 8x8_block1 8x8_block2 8x8_aux_norm 8x8_aux_conv""",
+    "ncsnpp": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_aux_residual 4x4_block0 4x4_block1
+                 2x2_down 2x2_aux_residual 2x2_block0 2x2_block1
+                 / 2x2_in0 2x2_in1 2x2_block0 2x2_block1 2x2_block2 4x4_up 4x4_block0 4x4_block1 4x4_block2
+                 8x8_up 8x8_block0 8x8_block1 8x8_block2 8x8_aux_norm 8x8_aux_conv""",
+    "adm": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_block0 4x4_block1
+              / 4x4_in0 4x4_in1 4x4_block0 4x4_block1 4x4_block2 8x8_up 8x8_block0 8x8_block1 8x8_block2""",
+}
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_names_of_layers(arch):
+    """In the order of computation, as they stand in published state dicts."""
+    state = tiny(arch).state_dict()
+    down, up = (dict.fromkeys(name.split(".")[1] for name in state if name.startswith(way)) for way in ("enc.", "dec."))
+    assert [*down, "/", *up] == WAYS[arch].split()
+    assert [name.removesuffix(".qkv.weight") for name in state if name.endswith("qkv.weight")] == ATTENTION[arch]
+    # A change of resolution at equal width: a filter and, in SongUNet, a convolution on the skip path too.
+    skip = {name.rpartition(".")[2] for name in state if name.startswith("enc.4x4_down.skip.")}
+    assert skip == ({"resample_filter"} if arch == "adm" else {"resample_filter", "weight", "bias"})
+
+
 def test_init_names_and_scales():
     th.manual_seed(0)
     layer = Init("kaiming_normal", weight=3.0)(th.nn.Linear(400, 300))
