@@ -23,7 +23,9 @@ setup(
         "demo": ["scikit-learn>=1.3"],
         "lsun": ["lmdb>=1.3"],
         "tf": ["tensorflow>=2.16"],
-        "test": ["consistency-toolkit[lsun,tf]", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6"],
+        "test": [
+            "consistency-toolkit[lsun,tf]", "diffusers>=0.30", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6",
+        ],
         "tensorboard": ["tensorboard>=2.15"],
     },
 )

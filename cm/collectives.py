@@ -171,7 +171,7 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     :raises FileNotFoundError: on every rank, if rank 0 does not find it.
     :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
     """
-    content = _read_everywhere(path)
+    content = read_everywhere(path)
     try:
         return th.load(content, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
@@ -188,7 +188,7 @@ def kind_of(content: mmap.mmap) -> str:
     return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
 
 
-def _read_everywhere(path: str | os.PathLike) -> mmap.mmap:
+def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
     """The bytes of a file, read once and sent to every rank; as a file in memory, which needs no second copy."""
     read: list[mmap.mmap] = []
 

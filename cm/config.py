@@ -270,6 +270,28 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """conversion"""
+
+    source: str = option(
+        "", "EDM pickle (.pkl), folder of diffusers, or file of weights of this toolkit or guided-diffusion; also the "
+        "first word of the command"
+    )
+    dest: str = option("", "folder to write; also the second word of the command")
+    format: str = option(
+        "native", "native: a checkpoint of this toolkit; diffusers: a ConsistencyModelPipeline",
+        choices=("native", "diffusers"),
+    )
+    training_mode: str = option(
+        "edm", "what the weights were trained as, where they do not tell", choices=TRAINING_MODES
+    )
+    num_train_timesteps: int = option(
+        0, "diffusers: noise levels of the grid that a consistency model was trained on; 0: as its checkpoint says, or "
+        "40 for a distilled one", minimum=0,
+    )
+
+
+@dataclass(frozen=True)
 class EditConfig(SampleConfig):
     """editing"""
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from torch import nn
+from torch import Tensor, nn
 
 from cm import dist_util
-from cm.checkpoints import guided, openai
+from cm.checkpoints import diffusers_folder, edm_pickle, guided, openai
 from cm.checkpoints.weights_file import WeightsFile, look_at
+from cm.collectives import read_everywhere
 from cm.config import (
     CONSISTENCY_MODES,
     TRAINING_MODES,
@@ -22,29 +23,15 @@ from cm.config import (
     ObjectiveConfig,
 )
 from cm.curricula import ema_and_scales
-from cm.edm_networks import EDM_NETWORKS, EDMNetwork
 from cm.flags import Settings, str2bool
 from cm.interfaces import Objective
 from cm.karras_diffusion import KarrasDenoiser
+from cm.networks import PUBLISHED_CLASSES, Network, create_model, parse_channel_mult, parse_resolutions
 from cm.objectives import DENOISING
 from cm.registry import UserError, lookup
 from cm.resample import create_named_schedule_sampler
-from cm.unet import UNetModel, attention_factors
 
-PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
-
-Network = UNetModel | EDMNetwork
-
-CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-    32: (1, 2, 2, 2),
-    16: (1, 2, 2),
-    8: (1, 2),
-}
 
 create_ema_and_scales_fn = ema_and_scales
 
@@ -66,106 +53,6 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def cm_train_defaults() -> dict[str, Any]:
     """The flags of consistency training with their defaults."""
     return defaults_of(ConsistencyConfig)
-
-
-def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
-    """'1,2,4' -> (1, 2, 4); empty gives the default of the size.
-
-    :raises UserError: if it is no list of positive numbers, or the size has no default.
-    """
-    if not channel_mult:
-        if image_size not in CHANNEL_MULT:
-            raise UserError(
-                f"there is no default channel_mult for image_size {image_size} (only for "
-                f"{', '.join(map(str, sorted(CHANNEL_MULT)))}); give --channel_mult, such as 1,2,4"
-            )
-        return CHANNEL_MULT[image_size]
-    try:
-        widths = tuple(float(word) for word in channel_mult.split(","))
-    except ValueError:
-        widths = ()
-    if not widths or min(widths) <= 0:
-        raise UserError(f"--channel_mult {channel_mult!r} is not a list of positive numbers such as 1,2,4")
-    return tuple(int(width) if width == int(width) else width for width in widths)
-
-
-def parse_resolutions(attention_resolutions: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in attention_resolutions.split(",") if word.strip())
-    except ValueError:
-        raise UserError(
-            f"--attention_resolutions {attention_resolutions!r} is not a list of image sides such as 32,16,8"
-        ) from None
-
-
-def create_model(
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str = "",
-    learn_sigma: bool = False,
-    class_cond: bool = False,
-    use_checkpoint: bool = False,
-    attention_resolutions: str = "16",
-    num_heads: int = 1,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    use_scale_shift_norm: bool = False,
-    dropout: float = 0.0,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-    num_classes: int = PUBLISHED_CLASSES,
-    arch: str = "unet",
-    augment_dim: int = 0,
-) -> Network:
-    """The network that the flags describe; see `cm.config.ModelConfig`.
-
-    :raises UserError: if the flags describe no network, naming the flag.
-    """
-    if learn_sigma:
-        raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
-    widths = parse_channel_mult(channel_mult, image_size)
-    resolutions = parse_resolutions(attention_resolutions)
-    factors = attention_factors(image_size, resolutions)
-    classes = (num_classes or PUBLISHED_CLASSES) if class_cond else 0
-    if arch != "unet":
-        return lookup(EDM_NETWORKS, arch, "arch")(
-            img_resolution=image_size,
-            in_channels=3,
-            out_channels=3,
-            label_dim=classes,
-            augment_dim=augment_dim,
-            model_channels=num_channels,
-            channel_mult=widths,
-            num_blocks=num_res_blocks,
-            attn_resolutions=resolutions,
-            dropout=dropout,
-            use_checkpoint=use_checkpoint,
-            **({"channels_per_head": num_head_channels} if arch == "adm" and num_head_channels != -1 else {}),
-        )
-    if augment_dim:
-        raise UserError(f"--augment_dim {augment_dim}: the U-Net of --arch unet takes no augmentation labels; choose "
-                        f"one of: {', '.join(EDM_NETWORKS)}")
-    return UNetModel(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=factors,
-        dropout=dropout,
-        channel_mult=widths,
-        num_classes=classes or None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
 
 
 def create_diffusion(
@@ -290,22 +177,27 @@ def attend_where_possible(settings: Settings) -> None:
 def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
-    They stand in the manifest beside it; without one (the published files) they are read off the weights. The file
-    is then `settings.sources[flag]`, too.
+    They stand in the manifest beside it; without one (the published files) they are read off the weights, or stand in
+    an EDM pickle or a folder of diffusers itself. The file is then `settings.sources[flag]`, too.
 
     :raises UserError: if the file is missing or no U-Net's, if another flag contradicts it, or if it leaves something
         unsaid that no flag says either.
     """
     path = settings.values[flag]
     source = settings.sources[flag] = WeightsFile(path)
-    exists, checkpoint = dist_util.on_main(look_at, path)
-    if not exists:
+    kind, checkpoint = dist_util.on_main(look_at, path)
+    if not kind:
         if settings.dry_run:
             return source
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
         adopt(settings, checkpoint.config, also, path)
         source.training_mode = checkpoint.config.get("training_mode")
+        return source
+    if kind in FOREIGN:
+        known, source.weights = FOREIGN[kind](path)
+        adopt(settings, known, also, path)
+        source.training_mode = known["training_mode"]
         return source
     weights = dist_util.load_state_dict(path)
     side = settings.values["image_size"] if "image_size" in settings.given else None
@@ -315,6 +207,15 @@ def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = (
     heads = {name: settings.values[name] for name in HEADS}
     source.training_mode, source.weights = known.get("training_mode"), guided.to_published_layout(weights, **heads)
     return source
+
+
+def read_edm_pickle(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    net = edm_pickle.read(read_everywhere(path), path)
+    return net.flags, net.weights
+
+
+# Files that tell their flags themselves -> flags and weights, on every rank.
+FOREIGN = {"EDM pickle": read_edm_pickle, "diffusers folder": diffusers_folder.read}
 
 
 def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:

@@ -320,7 +320,7 @@ class TrainLoop:
         """Weights of a file of another run; optimizer, averages and step where they lie beside it."""
         beside = dist_util.on_main(state.beside, path)
         name = state.parse_name(path)
-        if beside and name == ("model", beside.step):
+        if beside and name == ("model", beside.step) and "opt" in beside.names():
             logger.log(f"going on from step {beside.step} of {path}")
             self.step = beside.step
             self.restore(lambda name: beside.path(name))

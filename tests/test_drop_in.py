@@ -11,10 +11,10 @@ import torch as th
 from cm import distances, logger, script_util
 from cm.editing import iterative_colorization, iterative_inpainting, iterative_superres
 from cm.karras_diffusion import karras_sample
+from cm.networks import CHANNEL_MULT
 from cm.registry import UserError
 from cm.resample import create_named_schedule_sampler
 from cm.script_util import (
-    CHANNEL_MULT,
     add_dict_to_argparser,
     args_to_dict,
     cm_train_defaults,

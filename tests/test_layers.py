@@ -21,7 +21,7 @@ LAYERS = [
     ["attention"],
     ["raw_datasets", "png_folder", "durations", "ticks"],
     ["unet", "edm_networks", "augment"],
-    ["samplers", "noisy_classifier"],
+    ["samplers", "networks", "noisy_classifier"],
     ["editing", "objectives"],
     ["karras_diffusion", "image_datasets", "checkpoints"],
     ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images"],

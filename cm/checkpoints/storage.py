@@ -45,6 +45,18 @@ def list_names(directory: str) -> list[str]:
     return os.listdir(directory) if os.path.isdir(directory) else []
 
 
+def make_folder(path: str) -> None:
+    """Create a folder, with those above it, unless it is there; object stores need none.
+
+    :raises UserError: if that cannot be done.
+    """
+    try:
+        if not is_remote(path):
+            os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path}: {error.strerror}") from None
+
+
 class Checksum:
     """A file being written, with its size and CRC-32 so far."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cm import dist_util
-from cm.checkpoints import state, storage
+from cm.checkpoints import diffusers_folder, state, storage
 
 
 @dataclass
@@ -27,6 +27,9 @@ class WeightsFile:
         return weights
 
 
-def look_at(path: str) -> tuple[bool, state.Checkpoint | None]:
-    """Whether there is such a file, and the manifest beside it; for one rank."""
-    return storage.exists(path), state.beside(path)
+def look_at(path: str) -> tuple[str, state.Checkpoint | None]:
+    """What lies there, empty for nothing, and the manifest beside it; for one rank."""
+    if diffusers_folder.is_folder(path):
+        return "diffusers folder", None
+    kind = "EDM pickle" if path.endswith(".pkl") else "file of weights"
+    return kind if storage.exists(path) else "", state.beside(path)

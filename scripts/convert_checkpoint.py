@@ -1,0 +1,78 @@
+"""Convert weights: of NVlabs/edm, guided-diffusion and diffusers to this toolkit, and consistency models to diffusers.
+
+python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
+python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --format diffusers
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cm import dist_util, logger, script_util
+from cm.checkpoints import diffusers_folder, state, storage, weights
+from cm.config import ConvertConfig, DiffusionConfig, ModelConfig
+from cm.flags import Settings, parse
+from cm.registry import UserError
+
+DISTILLED_LEVELS = 40                                               # of the published distilled models
+
+
+def main() -> None:
+    settings = parse(__doc__, ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
+    dist_util.setup_dist()
+    config = settings.section(ConvertConfig)
+    for name in ("source", "dest"):
+        if not settings.values[name]:
+            raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
+    trained = manifest_of(config.source)
+    source = script_util.adopt_checkpoint(settings, "source", also=("training_mode",))
+    model = script_util.model_from(settings)
+    weights.fit(model, source.take(), config.source)
+    if config.format == "diffusers":
+        levels = config.num_train_timesteps or training_levels(trained, settings)
+        dist_util.on_main(diffusers_folder.write, config.dest, model.state_dict(), settings.values, levels)
+    else:
+        dist_util.on_main(write_native, config.dest, model.state_dict(), settings)
+    parameters = sum(param.numel() for param in model.parameters())
+    logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
+
+
+def with_names(words: Sequence[str]) -> list[str]:
+    """SOURCE and DEST at the front get the flags that they stand for."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    named = [part for flag, word in zip(("--source", "--dest"), words[:count]) for part in (flag, word)]
+    return [*named, *words[min(count, 2):]]
+
+
+def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:
+    """A checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
+    storage.make_folder(folder)
+    known = {**script_util.model_and_diffusion_defaults(), "training_mode": ""}
+    state.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
+
+
+def manifest_of(path: str) -> Mapping[str, Any]:
+    """The flags of the run that made a checkpoint; none for a file without a manifest."""
+    checkpoint = dist_util.on_main(state.beside, path)
+    return {} if checkpoint is None else checkpoint.config
+
+
+def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
+    """How many noise levels the grid had at the end of training.
+
+    :raises UserError: if nothing tells.
+    """
+    if trained.get("scale_mode") == "fixed":
+        return trained["start_scales"]
+    if trained.get("scale_mode") == "progressive":
+        return trained["end_scales"] + 1
+    if settings.values["training_mode"] != "consistency_training":
+        return DISTILLED_LEVELS
+    raise UserError("how many noise levels the training grid had is not known: give --num_train_timesteps, such as 201 "
+                    "for ct_imagenet64.pt or 151 for ct_bedroom256.pt")
+
+
+if __name__ == "__main__":
+    dist_util.run(main)
