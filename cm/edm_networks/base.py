@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cm.edm_networks.layers import BlockOptions, Conv, ConvDown, UNetBlock
 from cm.fp16_util import convert_module_to_f16, convert_module_to_f32
-from cm.nn import without_autocast
+from cm.nn import SiLU, without_autocast
 from cm.registry import UserError
 
 
@@ -44,6 +44,7 @@ class EDMNetwork(nn.Module):
         self.img_resolution, self.in_channels = img_resolution, in_channels
         self.label_dim, self.augment_dim = label_dim, augment_dim
         self.widths, self.attn_resolutions = list(widths), set(attn_resolutions)
+        self.act = SiLU()
         self.shrinkage = 2 ** (len(widths) - 1)
         self._check_side(img_resolution)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.edm_networks.base import EDMNetwork
 from cm.edm_networks.layers import BlockOptions, Conv, Init, group_norm
 from cm.nn import timestep_embedding
+from cm.norm_act import norm_act
 
 EPS = 1e-5
 
@@ -78,10 +78,10 @@ class DhariwalUNet(EDMNetwork):
         emb = timestep_embedding(noise_labels, self.model_channels).to(self.map_layer0.weight.dtype)
         if augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        emb = self.map_layer1(self.act(self.map_layer0(emb)))
         if labels is not None:
             emb = emb + self.map_label(labels.to(emb.dtype))
-        return F.silu(emb)
+        return self.act(emb)
 
     def output(self, x: Tensor) -> Tensor:
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(norm_act(self.out_norm, x))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cm.attention import count_heads, qkv_attention
 from cm.nn import GROUPS, GroupNorm32, append_dims, checkpoint
+from cm.norm_act import norm_act
 from cm.registry import UserError
 
 CHANNELS_PER_GROUP = 4                                              # at least
@@ -196,14 +197,13 @@ class UNetBlock(nn.Module):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.options.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        emb_out = append_dims(self.affine(emb).to(h.dtype), h.ndim)
+        h = self.conv0(norm_act(self.norm0, x))
+        emb_out = self.affine(emb)
         if self.options.adaptive_scale:
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = th.addcmul(shift, self.norm1(h), 1 + scale)
+            h = norm_act(self.norm1, h, *emb_out.chunk(2, dim=1))
         else:
-            h = self.norm1(h + emb_out)
-        h = self.conv1(self.dropout(F.silu(h)))
+            h = norm_act(self.norm1, h + append_dims(emb_out.to(h.dtype), h.ndim))
+        h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.options.skip_scale
         if self.num_heads:
             x = (x + self.attend(x)) * self.options.skip_scale
@@ -214,4 +214,5 @@ class UNetBlock(nn.Module):
         # what they compute.
         weight, bias = (rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
                         for rows in (self.qkv.weight, self.qkv.bias))
-        return self.proj(qkv_attention(F.conv2d(self.norm2(x), weight, bias), self.num_heads))
+        qkv = F.conv2d(norm_act(self.norm2, x, silu=False), weight, bias)
+        return self.proj(qkv_attention(qkv, self.num_heads))

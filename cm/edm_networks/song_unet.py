@@ -8,12 +8,12 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch as th
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.edm_networks.base import EDMNetwork
 from cm.edm_networks.layers import BlockOptions, Conv, ConvDown, Init, group_norm
 from cm.nn import timestep_embedding
+from cm.norm_act import norm_act
 from cm.registry import lookup
 
 EPS = 1e-6
@@ -118,8 +118,8 @@ class SongUNet(EDMNetwork):
             emb = emb + self.map_label(labels.to(emb.dtype) * math.sqrt(self.label_dim))
         if augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        return self.act(self.map_layer1(self.act(self.map_layer0(emb))))
 
     def output(self, x: Tensor) -> Tensor:
         norm = self.dec[f"{self.img_resolution}x{self.img_resolution}_aux_norm"]
-        return self.last_conv(F.silu(norm(x)))
+        return self.last_conv(norm_act(norm, x))
