@@ -227,6 +227,9 @@ def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], p
     modes = {taken.get("training_mode"), settings.values.get("training_mode")}
     if "training_mode" in settings.given and modes <= set(CONSISTENCY_MODES):
         taken.pop("training_mode")                          # however trained, they are the same kind of network
+    if known.get("training_mode") == "edm":                 # the ODE of a diffusion model can be cut anywhere
+        taken = {name: value for name, value in taken.items()
+                 if name not in ("sigma_min", "sigma_max") or name not in settings.given}
     if "channel_mult" in taken:                             # empty is the same as the default of the size
         side = taken.get("image_size", settings.values["image_size"])
         taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
