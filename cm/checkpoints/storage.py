@@ -29,10 +29,17 @@ def join(directory: str, name: str) -> str:
 
 
 def exists(path: str) -> bool:
+    """Whether there is such a file.
+
+    :raises UserError: for a URL of a kind that blobfile cannot read.
+    """
     if is_remote(path):
         import blobfile
 
-        return blobfile.exists(path)
+        try:
+            return blobfile.exists(path)
+        except blobfile.Error as error:
+            raise UserError(f"{path} cannot be looked up ({error}); download it and give the local file") from None
     return os.path.exists(path)
 
 
