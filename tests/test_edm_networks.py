@@ -79,20 +79,6 @@ def test_resampling(direction, taps):
     th.testing.assert_close(flat, th.ones_like(flat))               # brightness stays, away from the border
 
 
-@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-def test_the_box_filter_is_no_special_case(taps):
-    """The fast way for two equal taps, against the convolutions that all other filters take."""
-    x = th.randn(2, 4, 6, 6, dtype=F64, generator=th.Generator().manual_seed(0))
-    smooth = Resample("down", taps).to(F64).resample_filter
-    k = smooth.shape[-1]
-    padding = (k - 1) // 2
-    kernel = smooth.repeat(4, 1, 1, 1)
-    down = th.nn.functional.conv2d(x, kernel, groups=4, stride=2, padding=padding)
-    up = th.nn.functional.conv_transpose2d(x, 4 * kernel, groups=4, stride=2, padding=padding)
-    th.testing.assert_close(Resample("down", taps).to(F64)(x), down)
-    th.testing.assert_close(Resample("up", taps).to(F64)(x), up)
-
-
 @pytest.mark.parametrize("kind", ["down", "up", "", "image"])
 @th.no_grad()
 def test_resampling_convolutions(kind):

@@ -73,16 +73,12 @@ def make_filter(taps: Sequence[float]) -> Tensor:
 def downsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
     """Filter, then keep every other pixel of every other row; zeros surround the image."""
     channels, k = x.shape[1], smooth.shape[-1]
-    if k == 2 and padding == 0:                                     # the mean of each 2x2 square
-        return F.avg_pool2d(x, 2)
     return F.conv2d(x, smooth.to(x.dtype).expand(channels, 1, k, k), groups=channels, stride=2, padding=padding)
 
 
 def upsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
     """Zeros between all pixels, then filter, four times as bright."""
     channels, k = x.shape[1], smooth.shape[-1]
-    if k == 2 and padding == 0:                                     # repetition
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
     smooth = (4 * smooth).to(x.dtype).expand(channels, 1, k, k)
     return F.conv_transpose2d(x, smooth, groups=channels, stride=2, padding=padding)
 
