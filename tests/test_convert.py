@@ -246,3 +246,19 @@ def test_damaged_files(tmp_path, damage):
     content = damage((tmp_path / "x.safetensors").read_bytes())
     with pytest.raises(UserError, match="x.safetensors is no whole safetensors file"):
         tensor_file.read(bytearray(content), "x.safetensors")
+
+
+def test_noise_levels_are_the_samplers_for_diffusion_models_and_the_models_for_consistency_models(tmp_path):
+    sections = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
+    for mode in ("edm", "consistency_distillation"):
+        path, _ = checkpoint(tmp_path / mode, COMMON, mode, sigma_max=60.0)
+        settings = parse("", *sections, argv=["--model_path", str(path)])
+        script_util.adopt_checkpoint(settings, "model_path", also=("training_mode",))
+        assert settings.values["sigma_max"] == 60
+        settings = parse("", *sections, argv=["--model_path", str(path), "--sigma_max", "40"])
+        if mode == "edm":
+            script_util.adopt_checkpoint(settings, "model_path", also=("training_mode",))
+            assert settings.values["sigma_max"] == 40
+        else:
+            with pytest.raises(UserError, match="--sigma_max asks for sigma_max=40.0, but .*sigma_max=60.0"):
+                script_util.adopt_checkpoint(settings, "model_path", also=("training_mode",))
