@@ -13,9 +13,32 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-NAMES = {"Linear", "Conv2d", "GroupNorm", "UNetBlock", "PositionalEmbedding", "FourierEmbedding", "SongUNet",
-         "DhariwalUNet", "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "EDMLoss", "AugmentPipe"}
+from cm.edm_networks import EDM_NETWORKS
+
+# Classes of this toolkit -> EDM's, where they are called otherwise.
 CLASSES = {"GroupNorm32": "GroupNorm", "Conv": "Conv2d", "ConvDown": "Conv2d", "Resample": "Conv2d"}
+KWARGS = {
+    "ddpmpp": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=9, model_channels=16,
+                   channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.13),
+    "adm": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=0, model_channels=64,
+                channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.1),
+}
+KWARGS["ncsnpp"] = KWARGS["ddpmpp"] | {"embedding_type": "fourier", "channel_mult_noise": 2,
+                                       "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}
+KWARGS["ddpmpp"] |= {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
+                     "decoder_type": "standard", "resample_filter": [1, 1], "label_dropout": 0}
+
+
+def network(arch, **changes):
+    """A tiny network of KWARGS all of whose parameters are drawn at random."""
+    th.manual_seed(0)
+    ours = {name: value for name, value in KWARGS[arch].items() if name not in ("decoder_type", "label_dropout")}
+    model = EDM_NETWORKS[arch](**{**ours, **changes})
+    with th.no_grad():
+        for param in model.parameters():
+            if not param.any():
+                param.normal_(std=0.1)
+    return model
 
 
 def stand_in():

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch as th
-from edm_pickles import creates, dump, net_of
+from edm_pickles import KWARGS, creates, dump, net_of, network
 from nets import plain_state_dict
-from test_edm_pickle import KWARGS, network
 
 from cm import script_util
 from cm.checkpoints import diffusers_folder, state, tensor_file, weights

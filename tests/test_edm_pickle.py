@@ -9,36 +9,14 @@ from collections import OrderedDict
 import edm_pickles
 import pytest
 import torch as th
+from edm_pickles import KWARGS, network
 from torch import nn
 
 from cm import script_util
 from cm.checkpoints import edm_pickle, weights
 from cm.config import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
-from cm.edm_networks import EDM_NETWORKS
 from cm.flags import parse
 from cm.registry import UserError
-
-KWARGS = {
-    "ddpmpp": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=9, model_channels=16,
-                   channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.13),
-    "adm": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=0, model_channels=64,
-                channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.1),
-}
-KWARGS["ncsnpp"] = KWARGS["ddpmpp"] | {"embedding_type": "fourier", "channel_mult_noise": 2,
-                                       "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}
-KWARGS["ddpmpp"] |= {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
-                     "decoder_type": "standard", "resample_filter": [1, 1], "label_dropout": 0}
-
-
-def network(arch, **changes):
-    th.manual_seed(0)
-    ours = {name: value for name, value in KWARGS[arch].items() if name not in ("decoder_type", "label_dropout")}
-    model = EDM_NETWORKS[arch](**{**ours, **changes})
-    with th.no_grad():
-        for param in model.parameters():
-            if not param.any():
-                param.normal_(std=0.1)
-    return model
 
 
 def pickled(path, arch="ddpmpp", precond="EDMPrecond", changes=(), **attributes):

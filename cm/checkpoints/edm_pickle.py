@@ -43,7 +43,7 @@ def persistent_record(meta: Mapping[str, Any]) -> Record:
         raise pickle.UnpicklingError(f"a persistent {meta['type']} of version {meta['version']}, not a class "
                                      f"of version {PERSISTENT_VERSION}")
     record = Record()
-    record.class_name, record.state = str(meta["class_name"]), dict(meta["state"])
+    record.class_name, record.state = str(meta["class_name"]), dict(meta["state"] or {})
     return record
 
 
