@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cm.flags import option
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
-                 "ito")
+                 "ito", "ablation")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
@@ -238,7 +238,22 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class SolverConfig:
+class AblationConfig:
+    """sampler ablation: the choices of other samplers, one by one; any of these flags chooses it"""
+
+    solver: str = option("heun", "ablation: solver of the ODE", choices=("euler", "heun"))
+    disc: str = option(
+        "edm", "ablation: how the noise levels of the steps are chosen", choices=("vp", "ve", "iddpm", "edm")
+    )
+    schedule: str = option(
+        "linear", "ablation: how the noise level rises in time", choices=("vp", "ve", "linear")
+    )
+    scaling: str = option("none", "ablation: how the image is scaled in time", choices=("vp", "none"))
+    alpha: float = option(1.0, "ablation, heun: share of a step after which the second slope is taken", minimum=0)
+
+
+@dataclass(frozen=True)
+class SolverConfig(AblationConfig):
     """options of single samplers"""
 
     rho: float = option(

@@ -16,6 +16,7 @@ from cm.augment import AUGMENT_LABELS, augmented
 from cm.checkpoints import storage, weights
 from cm.config import (
     CONSISTENCY_MODES,
+    AblationConfig,
     DataConfig,
     DiffusionConfig,
     GuidanceConfig,
@@ -34,6 +35,7 @@ from cm.precond import PRECONDS
 from cm.reference_images import with_references
 from cm.registry import UserError
 from cm.samplers import SAMPLERS, make_sampler
+from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
 from cm.sampling import SamplingPlan, parse_seeds
 from cm.script_util import (
@@ -188,25 +190,38 @@ def adopt_model(settings: Settings) -> SampleConfig:
     """
     if not settings.values["model_path"]:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
+    choose_ablation(settings)
     adopt_checkpoint(settings, "model_path", also=("training_mode",))
     attend_where_possible(settings)
-    reach_all_timesteps(settings)
+    reach_all_levels(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
     settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
     return settings.section(SampleConfig)
 
 
-def reach_all_timesteps(settings: Settings) -> None:
-    """A network of DDPM knows every timestep: a sampler on timesteps leaves none of them out, unless a flag asks to.
+def reach_all_levels(settings: Settings) -> None:
+    """Samplers with noise levels of their own go all the way through them, unless a flag asks for less.
 
-    Its checkpoint only says which noise levels its training was reported at.
+    A network of DDPM knows every timestep; its checkpoint only says which levels its training was reported at. The
+    grids of the ablation sampler have ends of their own.
     """
-    values = settings.values
+    values, levels = settings.values, None
     on_timesteps = values["sampler"] == "ddim" or values["sampler"] == "pc" and values.get("pc_sde") == "vp"
     if on_timesteps and values["precond"] == "ddpm":
-        for name, level in zip(("sigma_min", "sigma_max"), PRECONDS["ddpm"].levels):
+        levels = PRECONDS["ddpm"].levels
+    if values["sampler"] == "ablation":
+        levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]
+    if levels is not None:
+        for name, level in zip(("sigma_min", "sigma_max"), levels):
             if settings.given.get(name, "the checkpoint").startswith("the checkpoint"):
                 settings.replace(**{name: level})
+
+
+def choose_ablation(settings: Settings) -> None:
+    """Any flag of the ablation sampler chooses it, as in EDM's generate.py, unless another is asked for."""
+    asked = any(field.name in settings.given for field in fields(AblationConfig))
+    if asked and "sampler" not in settings.given:
+        settings.replace(sampler="ablation")
 
 
 def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
@@ -218,7 +233,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     refuse_flags_of_other_samplers(config.sampler, solver)
     options = {
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
-        "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
+        "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
     }
     if solver.eta == OWN_ETA:
         del options["eta"]

@@ -7,9 +7,12 @@ import pytest
 import torch as th
 from gaussian import Gaussian, Mixture, Scripted
 
+from cm import run_util
+from cm.config import AblationConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.flags import parse
 from cm.registry import UserError
 from cm.samplers import Churn, integrate
-from cm.samplers.ablation import DISCRETIZATIONS, SCALINGS, SCHEDULES, Ablation
+from cm.samplers.ablation import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, Ablation
 from cm.samplers.heun import Heun
 from cm.schedules import karras_grid
 
@@ -184,3 +187,38 @@ def test_laws(schedule):
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=message):
         Ablation(**options)
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def sampler_of(*argv):
+    """What image_sample.py makes of its flags: the sampler, the ends of its grid."""
+    sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
+    settings = parse("", *sections, argv=["--model_path", "nowhere.pt", *argv])
+    settings.dry_run = True                                         # no checkpoint is needed to find out
+    run_util.adopt_model(settings)
+    sampler, grid = run_util.sampler_of(settings)
+    return sampler, grid[0].item(), grid[-2].item()
+
+
+def test_any_of_its_flags_chooses_it_as_in_generate():
+    assert sampler_of()[0] == Heun()
+    assert sampler_of("--solver", "euler")[0] == Ablation("euler")
+    sampler, *ends = sampler_of("--disc", "ve", "--schedule", "ve", "--scaling", "vp", "--alpha", "0.5")
+    assert sampler == Ablation("heun", "ve", "ve", "vp", 0.5, 0.02, 100.0)
+    assert ends == pytest.approx([100, 0.02])
+    _, *ends = sampler_of("--disc", "vp", "--sigma_max", "60")
+    assert ends == pytest.approx([60, math.sqrt(math.expm1(19.9 / 2 * 1e-6 + 0.1 * 1e-3))])
+    _, *ends = sampler_of("--disc", "edm", "--precond", "ve")       # as low as the network knows
+    assert ends == pytest.approx([80, 0.02])
+    with pytest.raises(UserError, match="--disc ve belongs to --sampler ablation, not to heun; drop one of them"):
+        sampler_of("--disc", "ve", "--sampler", "heun")
+
+
+def test_choices_are_the_tables():
+    fields = AblationConfig.__dataclass_fields__
+    tables = {"solver": SOLVERS, "disc": DISCRETIZATIONS, "schedule": SCHEDULES, "scaling": SCALINGS}
+    for name, table in tables.items():
+        assert fields[name].metadata["choices"] == tuple(table)
+    assert all(field.default == getattr(Ablation, name) for name, field in fields.items())

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from cm.registry import lookup
+from cm.samplers.ablation import Ablation
 from cm.samplers.ancestral import Ancestral
 from cm.samplers.ddim import DDIM
 from cm.samplers.dpm import DPM
@@ -38,6 +39,7 @@ SAMPLERS = {
     "pc": PredictorCorrector,
     "sde": EulerMaruyama,
     "ito": ItoTaylor,
+    "ablation": Ablation,
 }
 
 
