@@ -231,7 +231,7 @@ class SampleConfig:
     )
     class_label: int = option(-1, "draw this class only; -1 for random classes")
     clip_denoised: bool = option(True, "clamp every denoised image to [-1, 1]")
-    s_churn: float = option(0.0, "heun, dpm: amount of noise added back", minimum=0)
+    s_churn: float = option(0.0, "heun, dpm, ablation: amount of noise added back", minimum=0)
     s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)
     s_tmax: float = option(float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0)
     s_noise: float = option(1.0, "churn: standard deviation of the noise", minimum=0)

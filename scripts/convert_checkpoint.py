@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cm import dist_util, logger, script_util
+from cm import dist_util, logger, run_util, script_util
 from cm.checkpoints import diffusers_folder, state, storage, weights
 from cm.config import ConvertConfig, DiffusionConfig, ModelConfig
 from cm.flags import Settings, parse
@@ -28,6 +28,8 @@ def main() -> None:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
     trained = manifest_of(config.source)
     source = script_util.adopt_checkpoint(settings, "source", also=("training_mode",))
+    if settings.dry_run:
+        return run_util.describe(settings)
     model = script_util.model_from(settings)
     weights.fit(model, source.take(), config.source)
     if config.format == "diffusers":

@@ -48,9 +48,11 @@ def fresh(**flags):
 # --- EDM and guided-diffusion ----------------------------------------------------------------------------------------
 
 
-def test_an_edm_pickle_becomes_a_checkpoint(tmp_path, monkeypatch):
+def test_an_edm_pickle_becomes_a_checkpoint(tmp_path, monkeypatch, capsys):
     source = creates(tmp_path / "trace")
     pickled = dump(tmp_path / "net.pkl", net_of(network("ncsnpp"), KWARGS["ncsnpp"], "VEPrecond", source), source)
+    convert(monkeypatch, pickled, tmp_path / "native", "--dry_run")
+    assert '"arch": "ncsnpp"' in capsys.readouterr().out and not (tmp_path / "native").exists()
     convert(monkeypatch, pickled, tmp_path / "native")
     settings, model = loaded(tmp_path / "native" / "model000000.pt")
     assert (settings.values["arch"], settings.values["precond"], settings.values["training_mode"]) == (

@@ -106,14 +106,19 @@ def stream(start, data_dir):
     return load_data(data_dir=data_dir, batch_size=4, image_size=8, start=start, num_workers=0)
 
 
-@pytest.mark.parametrize("other_folder", [False, True])
-def test_the_frequencies_of_ncsnpp_come_with_the_weights(loop, tmp_path, other_folder):
-    """They are random, and belong to the network that was trained with them: in a resumed run and in one that starts
-    from its weights."""
+@pytest.mark.parametrize("how", ["resumed", "started from an average", "started from converted weights"])
+def test_the_frequencies_of_ncsnpp_come_with_the_weights(loop, tmp_path, how):
+    """They are random, and belong to the network that was trained with them: however another run comes by it."""
     first = loop(0, tmp_path / "a")
     first.run_loop()
     frequencies = first.model.map_noise.freqs.clone()
-    options = {"resume_checkpoint": str(tmp_path / "a" / "ema_0.5_000001.pt")} if other_folder else {}
-    second = loop(1, tmp_path / ("b" if other_folder else "a"), **options)
+    (tmp_path / "converted").mkdir()
+    state.save(str(tmp_path / "converted"), 0, {"model": first.model.state_dict()}, {}, 0)
+    folder, options = {
+        "resumed": ("a", {}),
+        "started from an average": ("b", {"resume_checkpoint": str(tmp_path / "a" / "ema_0.5_000001.pt")}),
+        "started from converted weights": ("b", {"resume_checkpoint": str(tmp_path / "converted" / "model000000.pt")}),
+    }[how]
+    second = loop(1, tmp_path / folder, **options)
     assert th.equal(second.model.map_noise.freqs, frequencies)
-    assert isinstance(second.model, SongUNet) and second.step == (0 if other_folder else 1)
+    assert isinstance(second.model, SongUNet) and second.step == (1 if how == "resumed" else 0)
