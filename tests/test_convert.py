@@ -11,7 +11,7 @@ from edm_pickles import KWARGS, creates, dump, net_of, network
 from nets import plain_state_dict
 
 from cm import script_util
-from cm.checkpoints import diffusers_folder, state, tensor_file, weights
+from cm.checkpoints import diffusers_folder, state, storage, tensor_file, weights
 from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 from cm.flags import parse
 from cm.karras_diffusion import karras_sample
@@ -186,6 +186,14 @@ def folder(tmp_path, monkeypatch):
 
 def change(path, **entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_a_folder_is_told_from_another_by_its_content(folder):
+    """As image_sample.py --outdir does, before it goes on with the images of a stopped run."""
+    before = storage.checksum(str(folder))
+    assert before == storage.checksum(str(folder))
+    change(folder / "unet" / "config.json", sample_size=8)
+    assert storage.checksum(str(folder)) != before
 
 
 def test_folders_that_do_not_fit(folder):

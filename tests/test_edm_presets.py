@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from cm import run_util, script_util
-from cm.config import DataConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from cm.config import DataConfig, DiffusionConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, TrainConfig
 from cm.flags import parse
 from cm.karras_diffusion import KarrasDenoiser, sample
 
@@ -37,7 +37,7 @@ def test_published_runs(name, arch):
 @pytest.mark.parametrize("name, evaluations", [("cifar10", 35), ("64", 79), ("imagenet64", 511)])
 def test_published_samplers(name, evaluations):
     argv = ["--config", str(CONFIGS / f"sample_{name}.yaml")]
-    settings = parse("", SampleConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
+    settings = parse("", SampleConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
     values = settings.values
     solver, _ = run_util.sampler_of(settings)
     result = sample(
@@ -45,7 +45,8 @@ def test_published_samplers(name, evaluations):
         clip_denoised=values["clip_denoised"], device="cpu",
         **{key: values[key] for key in ("s_churn", "s_tmin", "s_tmax", "s_noise")},
     )
-    assert result.evaluations == evaluations and not values["clip_denoised"]
+    assert result.evaluations == evaluations
+    assert (values["clip_denoised"], values["rounding"]) == (False, "nearest")
     churn = {"imagenet64": (40, 0.05, 50, 1.003)}.get(name, (0, 0, float("inf"), 1))
     assert tuple(values[key] for key in ("s_churn", "s_tmin", "s_tmax", "s_noise")) == churn
 

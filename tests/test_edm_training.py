@@ -36,9 +36,9 @@ def sample(model_path, log_dir, **flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three steps of a tiny DDPM++ on two ranks."""
+    """Three steps of a tiny DDPM++ on two ranks, which is told how its images were augmented."""
     folder = tmp_path_factory.mktemp("ddpmpp")
-    script("edm_train.py", **NETWORK, data_dir="digits", random_flip=False, global_batch_size=8, lr=1e-3, ema_rate=0.5,
+    script("edm_train.py", **NETWORK, data_dir="digits", augment=0.12, global_batch_size=8, lr=1e-3, ema_rate=0.5,
            total_training_steps=3, log_interval=1, log_dir=folder)
     return folder
 

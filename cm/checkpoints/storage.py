@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import torch as th
@@ -127,10 +128,13 @@ def free_space(path: str) -> str:
 
 
 def checksum(path: str) -> dict[str, int]:
-    """Size and CRC-32 of a file as it lies there."""
+    """Size and CRC-32 of a file as it lies there; of a folder, those of all files within, one after the other."""
+    is_folder = not is_remote(path) and os.path.isdir(path)
+    files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file()) if is_folder else [path]
     size = crc32 = 0
-    with open_file(path) as file:
-        while block := file.read(1 << 22):
-            size += len(block)
-            crc32 = zlib.crc32(block, crc32)
+    for name in files:
+        with open_file(name) as file:
+            while block := file.read(1 << 22):
+                size += len(block)
+                crc32 = zlib.crc32(block, crc32)
     return {"size": size, "crc32": crc32}
