@@ -6,7 +6,16 @@ import pytest
 import torch as th
 
 from cm import run_util, script_util
-from cm.config import DataConfig, DiffusionConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, TrainConfig
+from cm.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    PngConfig,
+    RunConfig,
+    SampleConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from cm.flags import parse
 from cm.karras_diffusion import KarrasDenoiser, sample
 
@@ -37,7 +46,7 @@ def test_published_runs(name, arch):
 @pytest.mark.parametrize("name, evaluations", [("cifar10", 35), ("64", 79), ("imagenet64", 511)])
 def test_published_samplers(name, evaluations):
     argv = ["--config", str(CONFIGS / f"sample_{name}.yaml")]
-    settings = parse("", SampleConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
+    settings = parse("", SampleConfig, SolverConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
     values = settings.values
     solver, _ = run_util.sampler_of(settings)
     result = sample(
