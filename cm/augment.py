@@ -191,6 +191,11 @@ class AugmentedStream:
         images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
         return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
 
+    def close(self) -> None:
+        """End the loader processes behind the stream."""
+        if hasattr(self.batches, "close"):
+            self.batches.close()
+
 
 def augmented(
     data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device

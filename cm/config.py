@@ -143,11 +143,29 @@ class TrainConfig:
         0, "as snap, for EDM's commands: a checkpoint holds averages and training state alike, so the more frequent of "
         "both counts", minimum=0,
     )
+    checkpoint_dir: str = option("", "where checkpoints go, a folder or a blobfile URL; empty: log_dir")
+    keep_checkpoints: int = option(
+        0, "how many checkpoints stay, beside the one that best.json names; 0: all", minimum=0
+    )
+    milestone_interval: int = option(
+        0, "weight averages of steps that are multiples of it stay whatever keep_checkpoints says; 0: none", minimum=0
+    )
+    on_save_error: str = option(
+        "stop", "a checkpoint cannot be written: stop, or continue without", choices=("stop", "continue")
+    )
+    timeout_seconds: float = option(
+        600.0, "a rank that waits so long for another, also while rank 0 saves, ends the job", minimum=1
+    )
+    grace_seconds: float = option(
+        60.0, "after SIGTERM, SIGINT or SIGUSR1 the ranks have so long to finish their step; a save may take longer",
+        minimum=0,
+    )
     resume_checkpoint: str = option(
         "", "start from this model file (with its optimizer and averages, where they lie beside it)"
     )
     resume: str = option(
-        "auto", "auto: go on from the newest checkpoint in log_dir; never: refuse one", choices=("auto", "never")
+        "auto", "auto: go on from the newest checkpoint of the run; never: refuse one; or the path of one to go on "
+        "from: its manifest, its folder or one of its files"
     )
 
 

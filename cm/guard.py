@@ -30,11 +30,16 @@ SILENCE_S = 4.0
 USER_ERRORS = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 USER_STATUS = 2
 INTERRUPTED_STATUS = 130
+OVERDUE_STATUS = 75                             # EX_TEMPFAIL: the same command may well succeed
 
 HINTS = {
     "out of memory": "Smaller --microbatch, --use_checkpoint True or more ranks need less memory on each GPU.",
     "DataLoader worker": "A worker killed by a signal usually means that main memory or /dev/shm ran out.",
 }
+
+
+class Overdue(RuntimeError):
+    """The ranks were asked to stop and did not."""
 
 
 class Ranks(NamedTuple):
@@ -47,17 +52,22 @@ class Ranks(NamedTuple):
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status a failure ends the program with: 2 for a mistake of the user's, 130 for Ctrl-C, else 1."""
+    """The exit status a failure ends the program with.
+
+    2 for a mistake of the user's, 130 for Ctrl-C, 75 where a stop did not come about in time, else 1.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED_STATUS
+    if isinstance(error, Overdue):
+        return OVERDUE_STATUS
     return USER_STATUS if isinstance(error, USER_ERRORS) else 1
 
 
 def short_report(error: BaseException) -> str | None:
     """All there is to say about a failure that needs no traceback; None if it needs one."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, Overdue)):
         return f"error: {error}"
     if isinstance(error, USER_ERRORS):
         frames = traceback.extract_tb(error.__traceback__)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cm import stopping
 from cm.image_sources import ImageSource, open_source, resize_shorter_side
 from cm.interfaces import Batch
 from cm.random_util import stream_seed, stream_seeds
@@ -197,6 +198,10 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
     return pixels[top : top + size, left : left + size]
 
 
+def prepare_worker(_: int) -> None:
+    stopping.outlive_the_signal()
+
+
 class BatchStream:
     """Iterator of `Batch`, for ever. `source` is the set of images behind it.
 
@@ -213,6 +218,7 @@ class BatchStream:
             batch_size=None,                                        # a request is a batch already
             num_workers=num_workers,
             generator=th.Generator(),                               # else the loader draws from the global stream
+            worker_init_fn=prepare_worker if num_workers else None,
         )
         # torch would raise the death of a worker out of any line of the program, amid a collective for one; with the
         # handler of before, the next batch that does not come reports it. (A handler of a C library reads as None.)
@@ -239,7 +245,7 @@ class BatchStream:
                 "container): use fewer workers, --num_workers 0 for none, or a smaller batch."
             ) from error
         if isinstance(batch, UserError):
-            self._batches = iter(())                                # ends the workers; garbage collection would stall
+            self.close()
             raise batch
         batch.images = self._to_float(batch.images)
         return batch
@@ -253,6 +259,10 @@ class BatchStream:
         if isinstance(batch, UserError):
             raise batch
         return batch
+
+    def close(self) -> None:
+        """End the workers; left to garbage collection, that would take seconds for each."""
+        self._batches = iter(())
 
     def _to_float(self, pixels: Tensor) -> Tensor:
         """uint8 [B,3,S,S] -> float32 [B,3,S,S] in [-1, 1], v / 127.5 - 1."""

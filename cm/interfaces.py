@@ -137,7 +137,8 @@ class Objective(Protocol):
 
     memory: Memory | None
 
-    def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms: ...
+    def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms:
+        """The loss; changes nothing, for a pass may be thrown away."""
 
     def after_step(self, nets: Nets, step: int) -> bool:
         """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs.

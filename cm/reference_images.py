@@ -10,6 +10,7 @@ Shapes: B images of a step over all ranks, S image_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,14 @@ def with_references(
     :param gather: an object of every rank -> the list of all, on every rank; called by all ranks for every batch.
     """
     held: list[Batch] | None = None                                 # the images of the steps before, at least n-B
-    for batch in stream:
-        if held is None:
-            held = gather(past(stream, n - world_size * len(batch), start, rank, world_size))
-        own = Batch(to_bytes(batch.images), batch.cond, batch.positions)
-        batch.references = newest(n, *held, *gather(own))
-        held = [batch.references]
-        yield batch
+    with closing(stream):
+        for batch in stream:
+            if held is None:
+                held = gather(past(stream, n - sum(gather(len(batch))), start, rank, world_size))
+            own = Batch(to_bytes(batch.images), batch.cond, batch.positions)
+            batch.references = newest(n, *held, *gather(own))
+            held = [batch.references]
+            yield batch
 
 
 def past(stream: BatchStream, count: int, start: int, rank: int, world_size: int) -> Batch:

@@ -11,9 +11,9 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm import dist_util, durations, logger
+from cm import dist_util, durations, logger, stopping
 from cm.augment import AUGMENT_LABELS, augmented
-from cm.checkpoints import storage, weights
+from cm.checkpoints import run_lock, state, storage, weights
 from cm.config import (
     CONSISTENCY_MODES,
     AblationConfig,
@@ -40,6 +40,7 @@ from cm.samplers.guidance import GuidedDiffusion
 from cm.sampling import SamplingPlan, parse_seeds
 from cm.script_util import (
     PUBLISHED_CLASSES,
+    adopt,
     adopt_checkpoint,
     attend_where_possible,
     choose_precision,
@@ -52,28 +53,51 @@ from cm.script_util import (
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
-def rank_batch(global_batch_size: int, batch_size: int, world_size: int) -> int:
-    """Images per step on one rank.
+def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Images per step on one rank and on all; shares differ by at most one image.
 
-    :raises UserError: if the ranks cannot share the batch equally.
+    :param batch_size: images per step and rank, whatever global_batch_size says; -1 to leave it to that.
+    :raises UserError: if there are fewer images than ranks.
     """
     if batch_size > 0:
-        return batch_size
-    if global_batch_size % world_size:
-        near = max(world_size, global_batch_size // world_size * world_size)
+        return batch_size, batch_size * world_size
+    if global_batch_size < world_size:
         raise UserError(
-            f"--global_batch_size {global_batch_size} cannot be shared equally by {world_size} ranks; "
-            f"choose a multiple of {world_size}, such as {near}, or another number of ranks"
+            f"--global_batch_size {global_batch_size} leaves some of {world_size} ranks without an image; "
+            f"choose at least {world_size}, or start fewer ranks"
         )
-    return global_batch_size // world_size
+    return len(range(rank, global_batch_size, world_size)), global_batch_size
+
+
+def open_run(settings: Settings) -> None:
+    """Lock the folder of a training run against a second job, and start its log.
+
+    :raises UserError: on every rank, if another job has it.
+    """
+    directory = settings.values["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
+    if directory and not storage.is_remote(directory):      # a new temporary folder is nobody else's
+        dist_util.on_main(run_lock.take, os.path.expanduser(directory))
+    stopping.allow(settings.values["grace_seconds"])
+    open_log(settings)
+
+
+def adopt_resumed(settings: Settings) -> None:
+    """Take the architecture from the checkpoint that --resume or --resume_checkpoint names.
+
+    :raises UserError: if there is no such checkpoint, or another flag contradicts it.
+    """
+    resume = settings.values["resume"]
+    if resume not in ("auto", "never"):
+        adopt(settings, dist_util.on_main(state.find, resume).config, (), resume)
+    elif settings.values["resume_checkpoint"]:
+        adopt_checkpoint(settings, "resume_checkpoint")
 
 
 def resolve_durations(settings: Settings) -> None:
     """Turn the durations that are given in images into steps; see `cm.durations`."""
-    train, world_size = settings.section(TrainConfig), dist_util.get_world_size()
-    durations.resolve_durations(
-        settings, world_size * rank_batch(train.global_batch_size, train.batch_size, world_size)
-    )
+    train, rank, world_size = settings.section(TrainConfig), dist_util.get_rank(), dist_util.get_world_size()
+    _, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
+    durations.resolve_durations(settings, global_batch)
 
 
 def open_log(settings: Settings) -> None:
@@ -115,24 +139,25 @@ def open_data(settings: Settings, references: int = 0) -> Any:
             )
     if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
         settings.replace(random_flip=False)
-    world_size = dist_util.get_world_size()
-    batch_size = rank_batch(train.global_batch_size, train.batch_size, world_size)
-    if 0 < references < batch_size * world_size:
+    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+    batch_size, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
+    if 0 < references < global_batch:
         raise UserError(
-            f"--rbatch {references} is less than the {batch_size * world_size} images of a step, which are among the "
-            f"reference images: give --rbatch {batch_size * world_size} or more"
+            f"--rbatch {references} is less than the {global_batch} images of a step, which are among the reference "
+            f"images: give --rbatch {global_batch} or more"
         )
     return partial(
         open_stream,
         references=references,
         data_dir=data.data_dir,
         batch_size=batch_size,
+        global_batch=global_batch,
         image_size=values["image_size"],
         class_cond=values["class_cond"],
         random_crop=data.random_crop,
         random_flip=values["random_flip"],
         seed=values["seed"],
-        rank=dist_util.get_rank(),
+        rank=rank,
         world_size=world_size,
         num_workers=None if data.num_workers < 0 else data.num_workers,
         pin_memory=dist_util.dev().type == "cuda",
@@ -171,11 +196,15 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
     same_names = (
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
-        "ema_rampup_ratio",
+        "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
+    )
+    batch_size, global_batch = share_of_batch(
+        train.global_batch_size, train.batch_size, dist_util.get_rank(), dist_util.get_world_size()
     )
     return {name: getattr(train, name) for name in same_names} | {
         "with_ticks": train.tick > 0,
-        "batch_size": rank_batch(train.global_batch_size, train.batch_size, dist_util.get_world_size()),
+        "batch_size": batch_size,
+        "global_batch_size": global_batch,
         "precision": run_precision(settings),
         "seed": values["seed"],
         "config": dict(values),

@@ -27,11 +27,13 @@ class Ticks:
 
     :param step: where this start of the run begins.
     :param tick_steps: steps of a tick.
+    :param seconds_before: that the run has trained in earlier starts.
     """
 
-    def __init__(self, step: int, tick_steps: int, device: th.device):
+    def __init__(self, step: int, tick_steps: int, device: th.device, seconds_before: float = 0.0):
         self.tick_steps, self.device = tick_steps, device
-        self.begun = self.tick_begun = time.monotonic()
+        self.tick_begun = time.monotonic()
+        self.begun = self.tick_begun - seconds_before
         self.last_step, self.idle = step, 0.0
 
     @contextlib.contextmanager

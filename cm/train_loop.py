@@ -1,7 +1,8 @@
 """The training loop: data in, objective, gradients averaged over ranks, optimizer, averages, checkpoints.
 
 The loop never names an objective: what is minimised, and what happens to target and teacher after a step, is the
-objective's own affair. B is the batch over all ranks; step k uses the samples kB .. kB+B-1 of the run.
+objective's own affair. B is the batch over all ranks; a step uses the next B samples of the run, whose positions count
+on over restarts, and rank r has those with position r, r + W, r + 2W ... of the step.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cm import dist_util, logger
-from cm.checkpoints import state, weights
+from cm import dist_util, logger, loop_state, non_finite, stopping
+from cm.checkpoints import state
+from cm.checkpoints.shelf import Shelf
 from cm.checkpoints.weights_file import WeightsFile
 from cm.durations import parse_rates, rampup
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
-from cm.interfaces import Batch, Nets, Objective, Watcher
+from cm.interfaces import Batch, Nets, Objective, Terms, Watcher
 from cm.meters import LossMeter
 from cm.nn import update_ema
+from cm.non_finite import NonFiniteError
 from cm.random_util import SampleStreams, stream_seed
-from cm.registry import UserError, lookup
+from cm.registry import lookup
 from cm.ticks import Ticks, status_line
 
 OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
@@ -34,8 +37,7 @@ ENDLESS = 600_000
 DataSource = Iterator[Any] | Callable[[int], Iterator[Any]]
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; raised on every rank before the weights are touched."""
+__all__ = ["NonFiniteError", "TrainLoop", "as_batch", "last_step", "parse_rates"]
 
 
 class TrainLoop:
@@ -50,11 +52,15 @@ class TrainLoop:
     :param lr_rampup_kimg: thousand images over which the learning rate rises from 0.
     :param with_ticks: rows of the log are ticks, with a status line.
     :param resume_checkpoint: model file to start from, with its optimizer and averages where they lie beside it.
-    :param resume: "auto" goes on from the newest checkpoint in the log directory, "never" refuses to.
+    :param resume: "auto" goes on from the newest checkpoint of the run, "never" refuses to; or the path of a
+        checkpoint to go on from: a manifest, its folder or one of its files.
     :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
     :param objective: what to minimise; None for the diffusion's own denoising loss.
     :param config: resolved flags, saved with every checkpoint.
     :param start: the file `resume_checkpoint`, where it has been looked into already.
+    :param global_batch_size: B, where the ranks' shares differ; None for `batch_size` on each.
+    :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
+    :param keep_checkpoints, milestone_interval, on_save_error: see `Shelf`.
     :param watchers: what looks at the run after each step; their state is part of a checkpoint.
     """
 
@@ -84,6 +90,11 @@ class TrainLoop:
         objective: Objective | None = None,
         config: Mapping[str, Any] | None = None,
         start: WeightsFile | None = None,
+        global_batch_size: int | None = None,
+        checkpoint_dir: str = "",
+        keep_checkpoints: int = 0,
+        milestone_interval: int = 0,
+        on_save_error: str = "stop",
         watchers: Sequence[Watcher] = (),
         lr_rampup_kimg: float = 0.0,
         ema_rampup_ratio: float = 0.0,
@@ -92,12 +103,13 @@ class TrainLoop:
         self.model, self.diffusion = model, diffusion
         self.rank, self.world_size = dist_util.get_rank(), dist_util.get_world_size()
         self.batch_size = batch_size
-        self.global_batch = batch_size * self.world_size
+        self.global_batch = global_batch_size or batch_size * self.world_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.lr_rampup_kimg = lr, lr_anneal_steps, lr_rampup_kimg
         self.total_training_steps = last_step(total_training_steps, lr_anneal_steps)
         self.log_interval, self.save_interval, self.with_ticks = log_interval, save_interval, with_ticks
         self.seed, self.config = seed, dict(config or {})
+        self.shelf = Shelf(checkpoint_dir or logger.get_dir(), keep_checkpoints, milestone_interval, on_save_error)
         self.start = start or WeightsFile(resume_checkpoint)
         self.watchers = watchers
         self.device = next(model.parameters()).device
@@ -114,14 +126,19 @@ class TrainLoop:
 
         self.moving = self.moving_networks()
         self.objective = objective or diffusion.training_objective(schedule_sampler)
-        self.to_remember: list[tuple[Tensor, ...]] = []
-        self.step = 0
+        self.parts: list[tuple[Batch, Terms]] = []              # the microbatches of the latest step
+        self.step = self.images_seen = 0
+        self.seconds_before = 0.0                               # trained before this start
+        self.stop_signal = 0                                    # on which all ranks have agreed to stop
         self.resume(resume, resume_checkpoint)
         self.start.weights = None                               # not needed where a newer checkpoint was found
         self.ddp_model = self.distribute(model)
+        self.is_warm = self.world_size <= 2
         self.nets = self.make_nets()
         self.meter = LossMeter(diffusion.sigma_min, diffusion.sigma_max, dist_util.all_reduce_sum)
-        self.data = data(self.step * self.global_batch) if callable(data) else data
+        self.data = data(self.images_seen) if callable(data) else data
+        self.close_data = getattr(self.data, "close", None) if callable(data) else None
+        self.begun = time.monotonic()
 
     # --- what the networks are -------------------------------------------------------------------------------------
 
@@ -153,35 +170,47 @@ class TrainLoop:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run_loop(self) -> None:
-        """Train until `total_training_steps`; the last state is always saved, once."""
+        """Train until `total_training_steps`, or until a signal asks to stop; the last state is always saved, once."""
         self.clock, self.logged_step = time.monotonic(), self.step
-        self.ticks = Ticks(self.step, self.log_interval, self.device)
+        self.ticks = Ticks(self.step, self.log_interval, self.device, self.seconds_before)
+        loop_state.write_status(self)
         bar = tqdm(
             total=self.total_training_steps, initial=self.step, unit="step", desc="training",
             disable=not dist_util.is_main(), dynamic_ncols=True,
         )
         with bar:
-            while self.step < self.total_training_steps:
-                self.run_step(as_batch(next(self.data), self.step, self.rank, self.world_size))
+            while self.step < self.total_training_steps and not self.stop_signal:
+                self.run_step(as_batch(next(self.data), self.images_seen, self.rank, self.world_size))
                 bar.update()
-                last = self.step == self.total_training_steps
+                ends = self.step == self.total_training_steps or bool(self.stop_signal)
+                saves = self.step % self.save_interval == 0 or ends
                 with self.ticks.maintenance():
                     found = self.ask_watchers()
-                if self.step % self.log_interval == 0 or last or found:
+                # A resumed run cannot log what came before its start, so each save has a row.
+                if self.step % self.log_interval == 0 or saves or found:
                     bar.clear()                                 # the table gets lines of its own
                     bar.set_postfix(loss=f"{self.log_row(found)['loss']:.4g}")
-                if self.step % self.save_interval == 0 or last:
+                if saves:
                     with self.ticks.maintenance():
-                        self.save()
+                        self.save(ends)
+        if self.close_data:
+            self.close_data()
+        loop_state.write_status(self)
+        if self.stop_signal:
+            logger.log(f"{stopping.name_of(self.stop_signal)}: stopped after step {self.step} of "
+                       f"{self.total_training_steps} and saved; the same command goes on from there")
 
     def run_step(self, batch: Batch) -> None:
         """One optimizer step. Raises NonFiniteError on every rank before a bad update."""
+        if not self.is_warm:
+            self.warm_up(batch)
         self.set_learning_rate()
         th.manual_seed(stream_seed(self.seed, f"dropout of rank {self.rank}", self.step))
         self.trainer.zero_grad()
         self.forward_backward(batch)
-        self.report = self.trainer.optimize(self.opt)
-        self.check_finite(batch)
+        self.report = self.trainer.step(self.opt, self.trainer.grads_finite() if self.confer() else False)
+        if self.report.fatal:
+            raise self.non_finite_error()
         if self.report.stepped:                                 # a step that overflowed has nothing to teach
             self.remember()
             self.update_averages()
@@ -190,28 +219,55 @@ class TrainLoop:
         for network in self.moving.values():
             network.publish_masters()
         self.step += 1
+        self.images_seen += self.global_batch
 
     def forward_backward(self, batch: Batch) -> None:
         """Gradients of the mean loss over the global batch, whatever the microbatch and the number of ranks."""
-        self.to_remember.clear()
+        self.parts.clear()
         for start in range(0, len(batch), self.microbatch):
             part = batch.rows(start, start + self.microbatch)
-            rng = SampleStreams(self.seed, part.positions, stream="train")
             is_last = start + self.microbatch >= len(batch)
             wait = contextlib.nullcontext() if is_last or self.world_size == 1 else self.ddp_model.no_sync()
             with wait:
-                with self.trainer.autocast():
-                    terms = self.objective(self.nets, part.to(self.device), self.step, rng)
-                self.trainer.backward(terms.loss.sum() / len(batch))
+                terms = self.pass_over(part)
             self.meter.add(terms)
-            if self.objective.memory is not None:
-                self.to_remember.append((part.positions, terms.sigma.detach().cpu(), terms.logs["mse"].detach().cpu()))
+            self.parts.append((part, Terms(terms.loss.detach(), terms.sigma.detach(), {
+                name: value.detach() for name, value in terms.logs.items()
+            })))
+
+    def pass_over(self, part: Batch) -> Terms:
+        """Add the gradient of a microbatch's share of the mean loss."""
+        rng = SampleStreams(self.seed, part.positions, stream="train")
+        with self.trainer.autocast():
+            terms = self.objective(self.nets, part.to(self.device), self.step, rng)
+        # The ranks' gradients are averaged: with W ranks a sum over the samples of one counts 1/W.
+        self.trainer.backward(terms.loss.sum() / (self.global_batch / self.world_size))
+        return terms
+
+    def warm_up(self, batch: Batch) -> None:
+        """Two passes that are thrown away: after its first, DDP regroups its messages, and with them the order in
+        which three or more ranks add up their gradients. So a resumed run adds in the same order from its first step.
+        """
+        for _ in range(2):
+            self.pass_over(batch.rows(0, self.microbatch))
+            self.trainer.zero_grad()
+        self.is_warm = True
+
+    def confer(self) -> bool:
+        """One message a step: whether every loss on every rank is finite, and whether some rank was asked to stop."""
+        bad = not non_finite.all_finite(self.parts)
+        heard = dist_util.all_reduce_max(th.tensor([stopping.requested(), int(bad)]))
+        self.stop_signal, bad = heard.tolist()
+        if self.stop_signal:
+            stopping.agreed()
+        return not bad
 
     def remember(self) -> None:
         """Hand the losses of all ranks to the objective's memory, in the order of the samples."""
         if self.objective.memory is None:
             return
-        mine = [th.cat(column) for column in zip(*self.to_remember)]
+        rows = [(part.positions, terms.sigma.cpu(), terms.logs["mse"].cpu()) for part, terms in self.parts]
+        mine = [th.cat(column) for column in zip(*rows)]
         positions, sigma, loss = (th.cat(column) for column in zip(*dist_util.all_gather_object(mine)))
         order = positions.argsort()
         self.objective.memory.remember(sigma[order], loss[order])
@@ -219,32 +275,32 @@ class TrainLoop:
     def set_learning_rate(self) -> None:
         done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
         for group in self.opt.param_groups:
-            group["lr"] = self.lr * max(0.0, 1.0 - done) * rampup(self.step * self.global_batch, self.lr_rampup_kimg)
+            group["lr"] = self.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, self.lr_rampup_kimg)
 
     def update_averages(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params):
-            update_ema(params, self.trainer.master_params, rate.decay(self.step * self.global_batch, self.global_batch))
+            update_ema(params, self.trainer.master_params, rate.decay(self.images_seen, self.global_batch))
 
     def start_afresh(self) -> None:
         """A new stage: a fresh optimizer, averages that start from the present weights."""
         self.opt = self.make_optimizer()
         self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
 
-    def check_finite(self, batch: Batch) -> None:
-        if self.report.fatal:
-            raise NonFiniteError(
-                f"step {self.step}: loss or gradient is not finite; the weights were not touched. "
-                f"Images of this rank's batch: {batch.indices.tolist() if batch.indices is not None else 'unknown'}. "
-                f"Lower --lr, or look at these images; the newest checkpoint in {logger.get_dir()} is good."
-            )
+    def non_finite_error(self) -> NonFiniteError:
+        skips = f" after {self.trainer.skipped_steps} steps skipped in fp16" if self.trainer.use_fp16 else ""
+        return non_finite.explain(
+            self.step, self.parts, skips,
+            f"Lower --lr, or look at these images; the newest checkpoint in {self.shelf.directory} is good.",
+        )
 
     # --- the log ---------------------------------------------------------------------------------------------------
 
     def ask_watchers(self) -> dict[str, float]:
         """What they have found after this step, for the log; their time is not the training's."""
         begun, found = time.monotonic(), {}
-        for watcher in self.watchers:
-            found |= watcher.after_step(self)
+        with stopping.unhurried():                              # a measurement may take longer than any step
+            for watcher in self.watchers:
+                found |= watcher.after_step(self)
         self.clock += time.monotonic() - begun
         return found
 
@@ -256,12 +312,13 @@ class TrainLoop:
         tick = self.ticks.end(self.step, self.global_batch) if self.with_ticks else {}
         logger.logkvs({
             "step": self.step,
-            "samples": self.step * self.global_batch,
+            "samples": self.images_seen,
             **means,
             **self.report.logs(),
             **({"skipped_steps": self.trainer.skipped_steps} if self.trainer.use_fp16 else {}),
             "lr": self.opt.param_groups[0]["lr"],
             "images_per_second": images / max(seconds, 1e-9),
+            "elapsed_seconds": self.seconds(),
             **self.extra_logs(),
             **found,
             **tick,
@@ -271,90 +328,37 @@ class TrainLoop:
             logger.log(status_line(tick))
         return means
 
+    def seconds(self) -> float:
+        """That the run has trained, over all its starts."""
+        return self.seconds_before + time.monotonic() - self.begun
+
     def extra_logs(self) -> dict[str, float]:
         return {}
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def content(self) -> dict[str, Any]:
-        """What a checkpoint holds: name -> state dict."""
-        averages = {
-            f"ema_{rate}": self.trainer.master_params_to_state_dict(params)
-            for rate, params in zip(self.ema_rate, self.ema_params)
-        }
-        memory = {} if self.objective.memory is None else {"memory": self.objective.memory.state_dict()}
-        watchers = {"watchers": {each.name: each.state_dict() for each in self.watchers}} if self.watchers else {}
-        others = {name: own.master_params_to_state_dict(own.master_params) for name, own in self.moving.items()}
-        return {
-            "model": self.trainer.master_params_to_state_dict(self.trainer.master_params),
-            **others,
-            **averages,
-            "opt": self.opt.state_dict(),
-            "trainer": self.trainer.state_dict() | memory | watchers,
-        }
-
-    def save(self) -> None:
-        """Write a checkpoint of this step on rank 0; every rank hears of a failure."""
-        dist_util.on_main(self.write_checkpoint)
-
-    def write_checkpoint(self) -> None:
-        state.save(logger.get_dir(), self.step, self.content(), self.config, self.step * self.global_batch)
+    def save(self, is_last: bool = True) -> None:
+        """Write a checkpoint of this step; see `Shelf.save` for what happens if that fails."""
+        with stopping.unhurried():
+            self.shelf.save(self.step, loop_state.content(self), self.config, self.images_seen, self.seconds(), is_last)
 
     def resume(self, resume: str, resume_checkpoint: str) -> None:
-        """Go on from the newest checkpoint of the log directory, else start from `resume_checkpoint`."""
-        directory = logger.get_dir()
-        found = dist_util.on_main(find_checkpoint, directory)
-        if found and resume == "never":
-            raise UserError(
-                f"{directory} already holds a checkpoint of step {found.step}, and --resume never was given: "
-                "choose another --log_dir, or --resume auto to go on"
-            )
+        """Go on from the newest checkpoint of the run or the one asked for, else start from `resume_checkpoint`."""
+        found = self.shelf.find(resume)
         if found:
-            logger.log(f"going on from step {found.step} in {directory}")
-            self.step = found.step
-            self.restore(lambda name: found.path(name))
+            loop_state.go_on(self, found)
         elif resume_checkpoint:
             self.start_from(resume_checkpoint)
 
     def start_from(self, path: str) -> None:
         """Weights of a file of another run; optimizer, averages and step where they lie beside it."""
         beside = dist_util.on_main(state.beside, path)
-        name = state.parse_name(path)
-        if beside and name == ("model", beside.step) and "opt" in beside.names():
-            logger.log(f"going on from step {beside.step} of {path}")
-            self.step = beside.step
-            self.restore(lambda name: beside.path(name))
+        if beside and state.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
+            loop_state.go_on(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
-        self.trainer.load_master_params(self.read_params(self.trainer, self.start.take(), path))
+        self.trainer.load_master_params(loop_state.read_params(self.trainer, self.start.take(), path))
         self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
-
-    def restore(self, path_of: Callable[[str], str | None]) -> None:
-        """Take over the state of a checkpoint.
-
-        :raises UserError: if the checkpoint lacks a part or does not fit the network.
-        """
-        def params(name: str, owner: MasterWeights) -> list[Tensor]:
-            return self.read_params(owner, load_part(name, path_of), path_of(name))
-
-        for name, owner in {"model": self.trainer, **self.moving}.items():
-            owner.load_master_params(params(name, owner))
-        self.ema_params = [params(f"ema_{rate}", self.trainer) for rate in self.ema_rate]
-        self.opt.load_state_dict(load_part("opt", path_of))
-        trainer = load_part("trainer", path_of)
-        self.trainer.load_state_dict(trainer)
-        if self.objective.memory is not None:
-            self.objective.memory.load_state_dict(trainer["memory"])
-        for watcher in self.watchers:
-            if watcher.name in trainer.get("watchers", {}):
-                watcher.load_state_dict(trainer["watchers"][watcher.name])
-        logger.drop_after(self.step)                            # rows of steps that are about to be done again
-
-    def read_params(self, owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
-        """A saved state dict as one tensor per parameter of a network, on its device."""
-        weights.check(owner.model, saved, source)
-        weights.copy_buffers(owner.model, saved)
-        return owner.state_dict_to_master_params(saved)
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
@@ -363,25 +367,9 @@ def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
     return min(total, lr_anneal_steps) if lr_anneal_steps else total
 
 
-def as_batch(item: Any, step: int, rank: int, world_size: int) -> Batch:
+def as_batch(item: Any, images_seen: int, rank: int, world_size: int) -> Batch:
     """A batch with positions, also from guided-diffusion's pairs of images and conditioning."""
     batch = item if isinstance(item, Batch) else Batch(*item)
     if batch.positions is None:
-        first = step * len(batch) * world_size
-        batch.positions = first + rank + world_size * th.arange(len(batch))
+        batch.positions = images_seen + rank + world_size * th.arange(len(batch))
     return batch
-
-
-def find_checkpoint(directory: str) -> state.Checkpoint | None:
-    state.sweep(directory)
-    return state.newest(directory)
-
-
-def load_part(name: str, path_of: Callable[[str], str | None]) -> Any:
-    path = path_of(name)
-    if path is None:
-        raise UserError(
-            f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
-            "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
-        )
-    return dist_util.load_state_dict(path, map_location="cpu")

@@ -159,7 +159,7 @@ class Evaluation:
         os.makedirs(folder, exist_ok=True)
         before = state.list_files(folder)
         content = {name: self.sampler.weights(loop)}
-        kept = state.save(folder, loop.step, content, loop.config, loop.step * loop.global_batch)
+        kept = state.save(folder, loop.step, content, loop.config, loop.images_seen)
         file = state.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)

@@ -6,6 +6,11 @@ mpiexec -n 8 python scripts/cm_train.py --training_mode consistency_distillation
 
 from __future__ import annotations
 
+from cm import stopping
+
+if __name__ == "__main__":
+    stopping.listen()                                       # the imports below take seconds
+
 import torch as th
 
 from cm import dist_util, run_util, script_util
@@ -33,14 +38,14 @@ def main() -> None:
         __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, EvalConfig, RunConfig,
         schedule_sampler="uniform", total_training_steps=600_000,
     )
-    dist_util.setup_dist()
+    dist_util.setup_dist(settings.values["timeout_seconds"])
     run_util.resolve_durations(settings)
     config = settings.section(ConsistencyConfig)
     if config.training_mode != "consistency_training" and not config.teacher_model_path:
         raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")
-    for flag in ("teacher_model_path", "resume_checkpoint"):
-        if settings.values[flag]:
-            script_util.adopt_checkpoint(settings, flag)
+    if config.teacher_model_path:
+        script_util.adopt_checkpoint(settings, "teacher_model_path")
+    run_util.adopt_resumed(settings)
     teacher = settings.sources.get("teacher_model_path")
     if teacher and teacher.training_mode in CONSISTENCY_MODES:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
@@ -60,7 +65,7 @@ def main() -> None:
 
     if config.loss_norm == "lpips":
         dist_util.on_main(prepare_lpips)
-    run_util.open_log(settings)
+    run_util.open_run(settings)
     data = run_util.open_data(settings)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])

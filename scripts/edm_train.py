@@ -5,6 +5,11 @@ mpiexec -n 8 python scripts/edm_train.py --data_dir IMAGES --image_size 64 --log
 
 from __future__ import annotations
 
+from cm import stopping
+
+if __name__ == "__main__":
+    stopping.listen()                                       # the imports below take seconds
+
 import torch as th
 
 from cm import dist_util, run_util, script_util
@@ -28,10 +33,9 @@ def main() -> None:
         __doc__, ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, EvalConfig, RunConfig
     )
     settings.replace(training_mode="edm")
-    dist_util.setup_dist()
+    dist_util.setup_dist(settings.values["timeout_seconds"])
     run_util.resolve_durations(settings)
-    if settings.values["resume_checkpoint"]:
-        script_util.adopt_checkpoint(settings, "resume_checkpoint")
+    run_util.adopt_resumed(settings)
     script_util.attend_where_possible(settings)
     script_util.follow_objective(settings)
     script_util.follow_precond(settings)
@@ -39,7 +43,7 @@ def main() -> None:
     if settings.dry_run:
         return run_util.describe(settings)
 
-    run_util.open_log(settings)
+    run_util.open_run(settings)
     diffusion = script_util.diffusion_from(settings, distillation=False)
     objective = script_util.objective_from(settings, diffusion)
     data = run_util.open_data(settings, references=objective.references)

@@ -3,6 +3,7 @@
 import socket
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch as th
@@ -94,6 +95,14 @@ def test_an_explicit_master_address_is_obeyed(tmp_path):
     assert hellos(free) == TWO, free
     nowhere = mpiexec(2, [path], env={"MASTER_ADDR": "192.0.2.255"})
     assert nowhere.rc == 2 and "cannot reach rank 0 at port" in nowhere.stderr, nowhere
+
+
+@pytest.mark.mpi
+def test_jobs_that_start_at_the_same_time_do_not_mix(tmp_path):
+    path = program(tmp_path, HELLO)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(4)))
+    assert [hellos(job) for job in jobs] == [TWO] * 4
 
 
 @pytest.mark.mpi

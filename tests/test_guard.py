@@ -243,7 +243,7 @@ def test_a_failed_thread_ends_a_single_process(tmp_path):
 
 def test_statuses():
     statuses = {SystemExit(3): 3, SystemExit(): 0, SystemExit("text"): 1, KeyboardInterrupt(): 130, UserError("x"): 2,
-                FileNotFoundError(): 2, ValueError(): 1}
+                FileNotFoundError(): 2, ValueError(): 1, guard.Overdue(): 75}
     assert {error: guard.status_of(error) for error in statuses} == statuses
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,7 +193,8 @@ BAD_TRAINING = {
     "undecodable image": (["--data_dir", "{}/broken"], "a_"),
     "no labels": (["--data_dir", "{}/unlabelled.npz"], "class_cond"),
     "image size the network cannot take": (["--image_size", "9", "--channel_mult", "1,1"], "9"),
-    "batch that ranks cannot share": (["--global_batch_size", "15"], "15 cannot be shared equally by 2 ranks"),
+    "fewer images than ranks": (["--global_batch_size", "1"], "1 leaves some of 2 ranks without an image"),
+    "nothing to resume": (["--resume", "{}/nowhere"], "--resume {}/nowhere: no such file"),
     "wrong flag": (["--learning_rate", "1"], "--learning_rate"),
     "unwritable log_dir": (["--log_dir", "{}/file/run"], "file"),
     "wrong ema_rate": (["--ema_rate", "2"], "--ema_rate"),
@@ -204,8 +206,19 @@ BAD_TRAINING = {
 def test_bad_training_input_is_one_clear_error(folders, name):
     options, word = BAD_TRAINING[name]
     done = edm(folders / "run", 3, *[option.format(folders) for option in options], expect=2)
-    assert word in done.stderr, done
+    assert word.format(folders) in done.stderr, done
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1, done
+
+
+def test_another_network_does_not_go_on(teacher, tmp_path):
+    """The same folder with another architecture: what does not fit is listed, and nothing is touched."""
+    shutil.copytree(teacher, tmp_path / "run")
+    before = files_of(tmp_path / "run", 12)
+    done = edm(tmp_path / "run", 14, "--num_channels", 64, expect=2)
+    assert "model000012.pt does not fit this network" in done.stderr and "of another shape" in done.stderr, done
+    done = edm(tmp_path / "new", 14, "--resume", teacher / "checkpoint_000008.json", "--num_channels", 64, expect=2)
+    assert "num_channels" in done.stderr and "64" in done.stderr and "32" in done.stderr, done
+    assert files_of(tmp_path / "run", 12) == before and not (tmp_path / "new").exists()
 
 
 BAD_SAMPLING = {

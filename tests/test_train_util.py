@@ -125,8 +125,10 @@ def test_a_resumed_run_is_the_same_run_to_the_last_bit(images, tmp_path, name):
 @pytest.mark.parametrize("stepped", [True, False])
 def test_only_steps_that_were_taken_are_remembered(images, tmp_path, monkeypatch, stepped):
     training = loop(images, tmp_path, 2, schedule_sampler=second_moment())
-    optimize = training.trainer.optimize
-    monkeypatch.setattr(training.trainer, "optimize", lambda opt: dataclasses.replace(optimize(opt), stepped=stepped))
+    take = training.trainer.step
+    monkeypatch.setattr(
+        training.trainer, "step", lambda opt, finite: dataclasses.replace(take(opt, finite), stepped=stepped)
+    )
     training.run_step(next(training.data))
     assert training.objective.memory.counts.sum() == (BATCH if stepped else 0)
 
@@ -181,7 +183,7 @@ def test_nan_stops_the_run_before_the_update(images, tmp_path):
     batch = next(training.data)
     batch.images[2] = float("nan")
     before = [p.detach().clone() for p in training.trainer.master_params]
-    with pytest.raises(NonFiniteError, match=r"step 0: .*weights were not touched.*Images of this rank's batch: \["):
+    with pytest.raises(NonFiniteError, match=r"step 0: .*not finite for 1 of its 8 samples: image \d+ at .*untouched"):
         training.run_step(batch)
     assert all(th.equal(a, b) for a, b in zip(before, training.trainer.master_params))
 
@@ -211,7 +213,7 @@ def test_guided_diffusion_iterators_are_welcome(images, tmp_path):
 
 
 def test_positions_of_plain_pairs_are_those_of_the_run():
-    batch = as_batch((th.zeros(4, 3, 8, 8), {}), step=5, rank=1, world_size=2)
+    batch = as_batch((th.zeros(4, 3, 8, 8), {}), images_seen=40, rank=1, world_size=2)
     assert isinstance(batch, Batch) and batch.positions.tolist() == [41, 43, 45, 47]
 
 

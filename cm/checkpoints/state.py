@@ -9,11 +9,12 @@ does not exist.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cm import logger
@@ -45,7 +46,7 @@ def list_files(directory: str) -> list[str]:
     def belongs(name: str) -> bool:
         return bool(MANIFEST.fullmatch(name) or parse_name(name))
 
-    return [name for name in storage.list_names(directory) if belongs(name.removesuffix(".partial"))]
+    return [name for name in storage.list_names(directory) if belongs(name.removesuffix(storage.PARTIAL))]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class Checkpoint:
     images_seen: int
     config: dict[str, Any]
     files: dict[str, dict[str, int]]            # file name -> {"size": bytes, "crc32": checksum}
+    seconds: float = 0.0                        # that the run has trained so far, over all its starts
+    origin: str = ""                            # the --resume PATH that the run began from, if there was one
+
+    @property
+    def manifest(self) -> str:
+        return storage.join(self.directory, manifest_name(self.step))
+
+    def write_manifest(self) -> None:
+        content = {"format": FORMAT, **asdict(self)}
+        del content["directory"]                # a checkpoint may be moved
+        text = json.dumps(content, indent=2).encode()
+        storage.write_whole(self.manifest, lambda file: file.write(text))
 
     def path(self, name: str) -> str | None:
         """Where the file of `name` lies ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
@@ -65,6 +78,10 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         return [parsed[0] for file in self.files if (parsed := parse_name(file))]
+
+    def can_go_on(self) -> bool:
+        """Whether training can; of an old milestone only the averages are kept."""
+        return "model" in self.names()
 
     def problem(self) -> str | None:
         """What is wrong with the files, or None."""
@@ -78,21 +95,43 @@ class Checkpoint:
 
 
 def save(
-    directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int
+    directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
+    seconds: float = 0.0, origin: str = "",
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
-    :raises UserError: if something cannot be written; earlier checkpoints stay as they are.
+    :raises UserError: if something cannot be written; earlier checkpoints stay as they are, and of this one nothing.
     """
-    files = {}
-    for name, tensors in content.items():
-        file = file_name(name, step)
-        files[file] = storage.save_tensors(storage.join(directory, file), tensors)
-    manifest = {"format": FORMAT, "step": step, "images_seen": images_seen, "files": files, "config": dict(config)}
-    text = json.dumps(manifest, indent=2).encode()
-    storage.write_whole(storage.join(directory, manifest_name(step)), lambda file: file.write(text))
-    return Checkpoint(directory, step, images_seen, dict(config), files)
+    needed, files = storage.size_of(content), {}
+    begun = storage.join(directory, manifest_name(step) + storage.PARTIAL)
+    try:
+        storage.make_folder(directory)
+        free = storage.free_bytes(directory)
+        if free is not None and free < needed:
+            raise UserError(f"there is no room in {directory}")
+        if not storage.is_remote(directory):
+            open(begun, "wb").close()           # should this process be killed now, `sweep` knows what to remove
+        for name, tensors in content.items():
+            file = file_name(name, step)
+            files[file] = {}
+            files[file] = storage.save_tensors(storage.join(directory, file), tensors)
+        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
+        checkpoint.write_manifest()
+    except (UserError, OSError) as error:
+        for file in files:                      # a full disk is not to stay full of what nobody can use
+            with contextlib.suppress(Exception):
+                storage.remove(storage.join(directory, file))
+        with contextlib.suppress(Exception):
+            storage.remove(begun)
+        free = storage.free_bytes(directory)
+        room = "" if free is None else f", and {free:,} bytes are free there"
+        raise UserError(
+            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{room}. Earlier checkpoints "
+            "are as they were. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
+            "look at the folder, or choose another --checkpoint_dir"
+        ) from error
+    return checkpoint
 
 
 def read(path: str) -> Checkpoint:
@@ -105,18 +144,25 @@ def read(path: str) -> Checkpoint:
             content = json.loads(file.read())
         return Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
-            dict(content["files"]),
+            dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
 
 
+def steps(directory: str) -> list[int]:
+    """The steps that have a manifest, ascending."""
+    return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))
+
+
 def newest(directory: str) -> Checkpoint | None:
     """The newest complete checkpoint of a folder; damaged ones are passed over with a warning."""
-    names = [name for name in storage.list_names(directory) if MANIFEST.fullmatch(name)]
-    for name in sorted(names, key=lambda name: int(MANIFEST.fullmatch(name)[1]), reverse=True):
+    for step in reversed(steps(directory)):
+        name = manifest_name(step)
         try:
             checkpoint = read(storage.join(directory, name))
+            if not checkpoint.can_go_on():
+                continue
             problem = checkpoint.problem()
         except UserError as error:
             problem = str(error)
@@ -124,6 +170,30 @@ def newest(directory: str) -> Checkpoint | None:
             return checkpoint
         logger.warn(f"passing over {name} in {directory}: {problem}")
     return None
+
+
+def find(path: str) -> Checkpoint:
+    """The checkpoint that a person means by a manifest, the folder it is in (the newest there), or one of its files.
+
+    :raises UserError: if there is none, or it is damaged.
+    """
+    if storage.is_directory(path):
+        checkpoint = newest(path)
+        if checkpoint is None:
+            raise UserError(f"--resume {path}: this folder holds no complete checkpoint (checkpoint_*.json)")
+        return checkpoint
+    if not storage.exists(path):
+        raise UserError(f"--resume {path}: no such file; give auto, never, a manifest, its folder or a model file")
+    checkpoint = beside(path) if parse_name(path) else read(path)
+    if checkpoint is None:
+        raise UserError(
+            f"--resume {path}: no manifest lies beside these weights, so the rest of the run is not known; "
+            "to start a new run from them, use --resume_checkpoint"
+        )
+    problem = checkpoint.problem() if checkpoint.can_go_on() else "only its averages were kept"
+    if problem:
+        raise UserError(f"--resume {path}: {problem}")
+    return checkpoint
 
 
 def beside(path: str) -> Checkpoint | None:
@@ -136,8 +206,14 @@ def beside(path: str) -> Checkpoint | None:
 
 
 def sweep(directory: str) -> None:
-    """Remove what a killed save left behind."""
-    if not storage.is_remote(directory):
-        for name in storage.list_names(directory):
-            if name.endswith(".partial"):
-                os.remove(os.path.join(directory, name))
+    """Remove what a killed save left behind: half files, and whole files of a checkpoint that got no manifest."""
+    if storage.is_remote(directory):
+        return
+    complete, names = set(steps(directory)), storage.list_names(directory)
+    unfinished = {
+        int(match[1]) for name in names if (match := MANIFEST.fullmatch(name.removesuffix(storage.PARTIAL)))
+    } - complete
+    for name in names:
+        parsed = parse_name(name)
+        if name.endswith(storage.PARTIAL) or (parsed and parsed[1] in unfinished):
+            storage.remove(os.path.join(directory, name))

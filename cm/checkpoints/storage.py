@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import torch as th
 
 from cm.registry import UserError
 
+PARTIAL = ".partial"
+"""What the name of a file ends in that is being written."""
+RETRIES = 12
+"""Attempts to reach an object store, with pauses that double up to a minute; blobfile itself would never give up."""
+
 
 def is_remote(path: str) -> bool:
     return "://" in str(path)
 
 
-def open_file(path: str, mode: str = "rb") -> IO[Any]:
-    if is_remote(path):
-        import blobfile
+@cache
+def blobs() -> ModuleType:
+    """blobfile, told to give up at some time."""
+    import blobfile
 
-        return blobfile.BlobFile(path, mode)
+    blobfile.configure(retry_limit=RETRIES)
+    return blobfile
+
+
+def open_file(path: str, mode: str = "rb") -> IO[Any]:
+    if is_remote(path):                                     # an object that could not be finished must not appear
+        return blobs().BlobFile(path, mode, partial_writes_on_exc=False)
     return open(path, mode)
 
 
@@ -35,21 +50,43 @@ def exists(path: str) -> bool:
     :raises UserError: for a URL of a kind that blobfile cannot read.
     """
     if is_remote(path):
-        import blobfile
-
         try:
-            return blobfile.exists(path)
-        except blobfile.Error as error:
+            return blobs().exists(path)
+        except blobs().Error as error:
             raise UserError(f"{path} cannot be looked up ({error}); download it and give the local file") from None
     return os.path.exists(path)
+
+
+def is_directory(path: str) -> bool:
+    return blobs().isdir(path) if is_remote(path) else os.path.isdir(path)
+
+
+def absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def remove(path: str) -> None:
+    """Remove a file; no complaint if there is none."""
+    if is_remote(path):
+        if blobs().exists(path):
+            blobs().remove(path)
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def rename(path: str, new: str) -> None:
+    if is_remote(path):
+        blobs().copy(path, new, overwrite=True)
+        blobs().remove(path)
+    else:
+        os.replace(path, new)
 
 
 def list_names(directory: str) -> list[str]:
     """Names in a directory; none if it does not exist."""
     if is_remote(directory):
-        import blobfile
-
-        return [name.rstrip("/") for name in blobfile.listdir(directory)] if blobfile.exists(directory) else []
+        return [name.rstrip("/") for name in blobs().listdir(directory)] if blobs().exists(directory) else []
     return os.listdir(directory) if os.path.isdir(directory) else []
 
 
@@ -88,12 +125,9 @@ def write_whole(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
     :return: {"size": bytes, "crc32": checksum}.
     :raises UserError: if the disk is full or the folder cannot be written; what stood under `path` stays.
     """
-    if is_remote(path):                                     # an object store shows an object only when it is complete
-        with open_file(path, "wb") as file:
-            out = Checksum(file)
-            write(out)
-        return {"size": out.size, "crc32": out.crc32}
-    partial = f"{path}.partial"
+    if is_remote(path):
+        return write_remote(path, write)
+    partial = f"{path}{PARTIAL}"
     try:
         with open(partial, "wb") as file:
             out = Checksum(file)
@@ -103,9 +137,20 @@ def write_whole(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
         os.replace(partial, path)
         sync_directory(os.path.dirname(os.path.abspath(path)))
     except (OSError, RuntimeError) as error:                # torch.save reports a full disk as a RuntimeError
-        if os.path.exists(partial):
-            os.remove(partial)
-        raise UserError(f"cannot write {path}: {error}. {free_space(path)}") from error
+        with contextlib.suppress(OSError):
+            remove(partial)
+        raise UserError(f"cannot write {path}: {error}{free_space(path)}") from error
+    return {"size": out.size, "crc32": out.crc32}
+
+
+def write_remote(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
+    """As `write_whole`; an object store shows an object only when it is complete."""
+    try:
+        with open_file(path, "wb") as file:
+            out = Checksum(file)
+            write(out)
+    except Exception as error:                              # each store and network library has errors of its own
+        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from error
     return {"size": out.size, "crc32": out.crc32}
 
 
@@ -122,9 +167,29 @@ def sync_directory(directory: str) -> None:
         os.close(handle)
 
 
+def free_bytes(directory: str) -> int | None:
+    """What is left on the disk of a folder; None for an object store, and for a folder that cannot be asked."""
+    if is_remote(directory):
+        return None
+    try:
+        stat = os.statvfs(os.path.abspath(directory))
+    except OSError:
+        return None
+    return stat.f_bavail * stat.f_frsize
+
+
 def free_space(path: str) -> str:
-    stat = os.statvfs(os.path.dirname(os.path.abspath(path)))
-    return f"{stat.f_bavail * stat.f_frsize / 2**20:.0f} MiB are free there"
+    free = free_bytes(os.path.dirname(path))
+    return "" if free is None else f". {free / 2**20:.1f} MiB are free there"
+
+
+def size_of(content: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists; a file of them is hardly larger."""
+    if isinstance(content, th.Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(size_of(value) for value in content.values())
+    return sum(map(size_of, content)) if isinstance(content, (list, tuple)) else 0
 
 
 def checksum(path: str) -> dict[str, int]:
