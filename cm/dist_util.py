@@ -296,8 +296,8 @@ def _meet_by_mpi(mpi: Any, timeout: timedelta) -> _Job:
             "set MASTER_ADDR to an address of its machine that all others can reach, and look for a firewall"
         )
     address = next(each for each in addresses if each in by_all)
-    if not one_machine and (interface := launch.interface_of(reached[address])):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if not one_machine:
+        _talk_through(reached[address])
     store = store or dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
     return _Job(comm.rank, comm.size, node, store, mpi)
 
@@ -309,7 +309,16 @@ def _meet_by_address(timeout: timedelta) -> _Job:
     if missing:
         raise UserError(f"{', '.join(missing)} must be set beside the rest of {', '.join(needed)}, as torchrun does")
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        for own_end in launch.probe([os.environ["MASTER_ADDR"]], int(os.environ["MASTER_PORT"])).values():
+            _talk_through(own_end)
     return _Job(rank, size, os.environ.get("GROUP_RANK") or launch.machine(), store)
+
+
+def _talk_through(own_address: str) -> None:
+    """Let gloo use the interface with this address; by itself it looks the host name up, which may lead nowhere."""
+    if interface := launch.interface_of(own_address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _exchange(job: _Job, facts: dict[str, Any]) -> list[dict[str, Any]]:
