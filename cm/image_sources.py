@@ -7,7 +7,6 @@ business of `image_datasets`. Shapes: N images, H height, W width, S image_size.
 from __future__ import annotations
 
 import io
-import json
 import os
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cm import untrusted
 from cm.registry import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -26,6 +26,10 @@ LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a memb
 PICTURE_BYTES = 512 * 2**20                                         # largest file of a picture
 NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
 ENCRYPTED = 1                                                       # flag of a member
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # PIL goes by the content, and hands EPS to a program
+MAX_ASPECT = 100                                                    # a strip would grow beyond all bounds when resized
+MAX_CLASSES = 1_000_000
+LABEL_BYTES = 4096                                                  # of dataset.json for each image
 
 
 class ImageSource:
@@ -126,7 +130,11 @@ class EncodedSource(ImageSource):
         super().__init__(data_dir, image_size, len(names))
         self._names = names
         if LABEL_FILE in files:
-            self.labels, self.no_labels = labels_of_json(self.read(LABEL_FILE), names)
+            try:
+                text = self.read(LABEL_FILE, label_bytes(len(names)))
+            except untrusted.DAMAGE as error:
+                raise UserError(f"{data_dir}: {LABEL_FILE} cannot be read: {error}") from None
+            self.labels, self.no_labels = labels_of_json(text, names)
         else:
             self.labels, self.no_labels = labels_of_names(names)
 
@@ -148,7 +156,11 @@ class EncodedSource(ImageSource):
         """The file of picture i."""
         return self.read(self._names[i])
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
+        """The content of a file.
+
+        :raises ValueError: if it has more than `limit` bytes; other errors of the store, if it cannot be read.
+        """
         raise NotImplementedError
 
 
@@ -158,9 +170,12 @@ class FolderSource(EncodedSource):
     def __init__(self, data_dir: str, image_size: int):
         super().__init__(data_dir, image_size, files_under(data_dir))
 
-    def read(self, name: str) -> bytes:
-        with open_file(f"{self.data_dir}/{name}") as file:
-            return file.read()
+    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
+        path = f"{self.data_dir}/{name}"
+        if is_local(path):
+            untrusted.demand_regular(path)
+        with open_file(path) as file:
+            return untrusted.read_file(file, limit)
 
 
 class ZipSource(EncodedSource):
@@ -175,11 +190,14 @@ class ZipSource(EncodedSource):
         self._file: BinaryIO | None = None
         self._opened_by = 0
         try:
-            with zipfile.ZipFile(self.file()) as archive:
+            with untrusted.open_zip(self.file()) as archive:
                 members = {member.filename: member for member in archive.infolist()}
-                self._labels = {name: archive.read(name) for name in members if name == LABEL_FILE}
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{data_dir} is not a zip archive: {error}") from None
+                limit = label_bytes(len(members))
+                self._labels = {
+                    name: untrusted.read_member(archive, name, limit) for name in members if name == LABEL_FILE
+                }
+        except untrusted.DAMAGE as error:
+            raise UserError(f"{data_dir} is not a sound zip archive of images: {error}") from None
         super().__init__(data_dir, image_size, list(members))
         ours = [members[name] for name in self._names]
         columns = ("header_offset", "compress_size", "file_size", "compress_type", "CRC", "flag_bits")
@@ -190,7 +208,7 @@ class ZipSource(EncodedSource):
             self._file, self._opened_by = open_file(self._path), os.getpid()
         return self._file
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
         """:raises KeyError: if there is no such file."""
         return self._labels[name] if name == LABEL_FILE else self.encoded(self._names.index(name))
 
@@ -228,9 +246,10 @@ def decode(data: bytes, keep_grey: bool = False) -> Image.Image:
     """A picture in RGB from the bytes of its file.
 
     :param keep_grey: leave a grey picture grey (mode L).
-    :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits.
+    :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits, or is a strip.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:    # the header alone is read before the checks
+        check_aspect(*image.size)
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"{image.width}x{image.height} is more than PIL's safety limit of {Image.MAX_IMAGE_PIXELS} pixels"
@@ -245,6 +264,12 @@ def why_unreadable(error: Exception) -> str:
     return "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
 
 
+def check_aspect(width: int, height: int) -> None:
+    """:raises ValueError: for a strip."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
 def images_among(names: list[str]) -> list[str]:
     """The images among files, in order of their paths; hidden files are no images."""
     images = [
@@ -255,6 +280,11 @@ def images_among(names: list[str]) -> list[str]:
 
 
 # ---- classes ----
+
+
+def label_bytes(images: int) -> int:
+    """The largest dataset.json that is read for so many images."""
+    return 2**20 + LABEL_BYTES * images
 
 
 def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
@@ -271,7 +301,7 @@ def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
 def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
     """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and why."""
     try:
-        pairs = json.loads(text)["labels"]
+        pairs = untrusted.parse_json(text)["labels"]
         table = None if pairs is None else {str(name): label for name, label in pairs}
     except (ValueError, KeyError, TypeError) as error:
         return None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}"
@@ -280,8 +310,9 @@ def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, st
     for name in names:
         if name not in table:
             return None, f"{LABEL_FILE} has no label for {name!r}"
-        if type(table[name]) is not int or table[name] < 0:
-            return None, f"{LABEL_FILE} gives {name!r} the label {table[name]!r}, which is no class number"
+        if type(table[name]) is not int or not 0 <= table[name] < MAX_CLASSES:
+            label = untrusted.shown(table[name])
+            return None, f"{LABEL_FILE} gives {name!r} the label {label}, which is no class number"
     return np.array([table[name] for name in names], np.int64), ""
 
 
@@ -308,22 +339,27 @@ class ArraySource(ImageSource):
 def npz_source(data_dir: str, image_size: int) -> ArraySource:
     """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,3] and, with classes, `arr_1` integers [N]."""
     try:
-        with open_file(data_dir) as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("arr_0", "arr_1") if key in archive}
-            found = ", ".join(archive.files)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        with open_file(data_dir) as file, untrusted.open_zip(file) as archive:
+            found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            arrays = {key: untrusted.read_member_array(archive, key) for key in ("arr_0", "arr_1") if key in found}
+    except untrusted.DAMAGE as error:
         raise UserError(f"{data_dir} is not an npz of plain arrays: {error}") from None
     if "arr_0" not in arrays:
-        raise UserError(f"{data_dir} has no images: expected arr_0, found {found or 'nothing'}")
+        raise UserError(f"{data_dir} has no images: expected arr_0, found {', '.join(found[:20]) or 'nothing'}")
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or not images.size:
         raise UserError(
             f"{data_dir}: arr_0 is {images.dtype} {list(images.shape)}; images must be uint8 [N,H,W,3] or [N,H,W,1]"
         )
+    try:
+        check_aspect(*images.shape[1:3])
+    except ValueError as error:
+        raise UserError(f"{data_dir}: {error}") from None
     images = np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
     if labels is None:
         return ArraySource(data_dir, image_size, images, None, "it has no arr_1, so already image 0 has no class")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+    if not fits or labels.min() < 0 or labels.max() >= MAX_CLASSES:
         reason = f"arr_1 is {labels.dtype} {list(labels.shape)}, not one class number for each of {len(images)} images"
         return ArraySource(data_dir, image_size, images, None, reason)
     return ArraySource(data_dir, image_size, images, labels.astype(np.int64), "")
@@ -382,8 +418,21 @@ def check_exists(path: str, is_folder: bool, flag: str) -> None:
 
 def files_under(folder: str) -> list[str]:
     """Paths of all files below a folder, relative to it, with slashes."""
-    tree: Iterator[Any] = os.walk(folder, followlinks=True) if is_local(folder) else blobfile().walk(folder)
+    tree: Iterator[Any] = walk(folder) if is_local(folder) else blobfile().walk(folder)
     return [f"{root}/{name}".replace(os.sep, "/")[len(folder) + 1 :] for root, _, names in tree for name in names]
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk that follows links to folders, but takes each folder once: a link may lead back to where it lies."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        place = os.stat(root)
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        yield root, folders, names
 
 
 def open_file(path: str) -> BinaryIO:

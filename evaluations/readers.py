@@ -14,27 +14,16 @@ from __future__ import annotations
 import contextlib
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cm import untrusted
 from cm.registry import UserError
-
-HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-DAMAGE = (EOFError, zipfile.BadZipFile, zlib.error)          # what reading a damaged archive raises
-
-
-class Header(NamedTuple):
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype
+from cm.untrusted import DAMAGE, Header
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class BatchFile:
         if "arr_1" not in self.keys:
             return None
         labels = self._load("arr_1")
-        if labels.dtype.kind not in "iu" or labels.shape != (len(self),):
+        if labels.dtype.kind not in "iu" or labels.shape != (len(self),) or labels.max() > np.iinfo(np.int64).max:
             raise UserError(
                 f"{self.path}: labels (arr_1) must be {len(self)} integers, one per image, "
                 f"not {labels.dtype} of shape {labels.shape}"
@@ -120,21 +109,28 @@ class BatchFile:
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        with open(self.path, "rb") as file, untrusted.open_zip(file) as archive:
+            yield archive
+
     def _list_keys(self) -> tuple[str, ...]:
         if not os.path.exists(self.path):
             raise UserError(f"{self.path} does not exist")
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self._archive() as archive:
                 return tuple(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
-        except (zipfile.BadZipFile, IsADirectoryError):
-            raise UserError(f"{self.path} is not an npz file; write one with np.savez(path, images)") from None
+        except DAMAGE as error:
+            raise UserError(
+                f"{self.path} is not an npz file ({error}); write one with np.savez(path, images)"
+            ) from None
 
     @contextlib.contextmanager
     def _open_images(self) -> Iterator[tuple[Header, BinaryIO]]:
         """The header of arr_0, and its values as a stream."""
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-                yield read_header(member, self.path), member
+            with self._archive() as archive, untrusted.open_member(archive, "arr_0.npy") as (member, size):
+                yield read_header(member, size, self.path), member
         except DAMAGE as error:
             raise UserError(f"{self.path}: the images (arr_0) are damaged ({error}); write the file again") from None
 
@@ -148,7 +144,7 @@ class BatchFile:
         with self._open_images() as (_, member):
             for start in range(0, len(self), batch_size):
                 batch = np.empty((min(batch_size, len(self) - start), *self.image_shape[1:]), np.uint8)
-                read_into(member, batch)
+                untrusted.read_into(member, batch)
                 yield batch
 
     def _slice(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
@@ -158,21 +154,26 @@ class BatchFile:
 
     def _load(self, key: str) -> NDArray:
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                return archive[key]
-        except (ValueError, *DAMAGE) as error:
+            with self._archive() as archive:
+                return untrusted.read_member_array(archive, key)
+        except DAMAGE as error:
             raise UserError(f"{self.path}: {key} cannot be read: {error}") from None
 
     def _scalar(self, key: str, kind: type) -> str | int | None:
-        return kind(self._load(key)) if key in self.keys else None
+        if key not in self.keys:
+            return None
+        value = self._load(key)
+        try:
+            return kind(value.item())
+        except (ValueError, OverflowError):
+            raise UserError(f"{self.path}: {key} must be one {kind.__name__}, not {value.dtype} {value.shape}") from None
 
 
-def read_header(member: BinaryIO, path: str) -> Header:
-    """Read the npy header at the front of a stream, and leave the stream at the first value."""
+def read_header(member: BinaryIO, size: int, path: str) -> Header:
+    """Read the npy header at the front of a stream of `size` bytes, and leave the stream at the first value."""
     try:
-        version = np.lib.format.read_magic(member)
-        return Header(*HEADER_READERS[version](member))
-    except (KeyError, ValueError) as error:
+        return untrusted.read_header(member, size)
+    except ValueError as error:
         raise UserError(f"{path}: arr_0 has no readable npy header ({error}); write it with np.savez") from None
 
 
@@ -201,6 +202,10 @@ def check_images(header: Header, path: str) -> None:
         raise UserError(f"{path}: images (arr_0) have shape {shape}, but must be RGB [N,H,W,3]")
     if 0 in shape:
         raise UserError(f"{path}: images (arr_0) are empty: shape {shape}")
+    if header.missing > 0:
+        raise UserError(
+            f"{path}: the images (arr_0) are cut off: {header.missing:,} bytes are missing; write the file again"
+        )
 
 
 def check_same_size(sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -211,16 +216,3 @@ def check_same_size(sizes: Mapping[str, tuple[int, int]]) -> None:
             f"images of different sizes (height x width: {found}) are not compared: resize one set, or take a "
             "reference with stored statistics and metrics that need no more (fid, sfid, inception_score)"
         )
-
-
-def read_into(member: BinaryIO, batch: NDArray[np.uint8]) -> None:
-    """Fill an array from a stream.
-
-    :raises EOFError: if the stream ends before.
-    """
-    target = memoryview(batch).cast("B")
-    while target:
-        count = member.readinto(target)
-        if not count:
-            raise EOFError(f"{len(target)} bytes are missing")
-        target = target[count:]

@@ -320,7 +320,7 @@ def test_not_what_the_name_says(tmp_path):
 
 
 @pytest.mark.parametrize(("arrays", "message"), [
-    ({"arr_0": np.array([{}, {}], object)}, "not an npz of plain arrays: Object arrays"),
+    ({"arr_0": np.array([{}, {}], object)}, "not an npz of plain arrays: it holds pickled Python objects"),
     ({"mu": np.zeros(3), "sigma": np.zeros(3)}, "has no images: expected arr_0, found mu, sigma"),
     ({"arr_0": PIXELS.astype(np.float32)}, r"arr_0 is float32 \[6, 8, 8, 3\]; images must be uint8 \[N,H,W,3\]"),
     ({"arr_0": PIXELS.transpose(0, 3, 1, 2)}, r"arr_0 is uint8 \[6, 3, 8, 8\]; images must be"),

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["registry", "torchvision_shim", "weight_files"],
+    ["registry", "torchvision_shim", "untrusted", "weight_files"],
     ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp"],
     ["collectives", "stopping"],
     ["logger", "dist_util", "flags", "schedules"],
@@ -69,8 +69,8 @@ def test_only_dist_util_imports_mpi():
 
 def test_evaluations_never_import_the_training_engine():
     for path in (ROOT / "evaluations").rglob("*.py"):
-        # image_sources is a reader of files, not the engine: images are found and decoded in one way everywhere
-        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags", "image_sources",
+        # image_sources and untrusted read files, not the engine: images are found and decoded in one way everywhere
+        assert rooms_imported(path) <= {"dist_util", "logger", "registry", "flags", "image_sources", "untrusted",
                                         "weight_files"}, path
 
 

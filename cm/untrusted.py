@@ -1,0 +1,210 @@
+"""Files from anybody: JSON, zip archives and arrays that may be damaged, or made to do harm.
+
+What a file says of its own size is believed only as far as its bytes can bear it out, so the memory that reading takes
+is bounded by what lies on the disk. Nothing in a file is ever executed: arrays hold plain numbers and text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+INFLATION = 1032
+"""Bytes that a byte of deflate can stand for at most (RFC 1951: a match of 258 bytes takes two bits)."""
+BOMB_BYTES, BOMB_RATIO = 256 * 2**20, 100
+"""A member larger than the one is refused if packing made it smaller than by the other; pixels shrink far less."""
+HEADER_BYTES = 2**16                                        # more than any npy header of one array has
+CHUNK_BYTES = 2**24                                         # read at once, as streams of zips copy what they read
+
+HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+DAMAGE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What the readers below raise for a bad file, and nothing else."""
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What a JSON text says.
+
+    :raises ValueError: if it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_file(file: BinaryIO, limit: int) -> bytes:
+    """The whole content of an open file.
+
+    :raises ValueError: if it has more than `limit` bytes.
+    """
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return data
+
+
+def demand_regular(path: str) -> None:
+    """Reading a pipe or a device would wait, or go on, for ever.
+
+    :raises OSError: if there is nothing at this local path, or something other than a file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
+
+
+# --- zip archives ----------------------------------------------------------------------------------------------------
+
+
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """An archive whose members have harmless names and believable sizes.
+
+    :raises zipfile.BadZipFile: if it is none, is damaged, or has a member that is not so.
+    """
+    try:
+        archive = zipfile.ZipFile(file)
+        size = file.seek(0, io.SEEK_END)
+    except (MemoryError, zipfile.BadZipFile):
+        raise
+    except Exception as error:                              # broken directories raise many kinds
+        raise zipfile.BadZipFile(str(error) or repr(error)) from None
+    for info in archive.infolist():
+        problem = why_refused(info, size)
+        if problem:
+            raise zipfile.BadZipFile(f"its member {shown(info.filename)} {problem}")
+    return archive
+
+
+def why_refused(info: zipfile.ZipInfo, archive_bytes: int) -> str:
+    """What is wrong with a member, or nothing."""
+    if escapes(info.filename):
+        return "leads out of the archive's own folder"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "is a symbolic link"
+    if info.flag_bits & 1:
+        return "is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "is packed otherwise than by deflate; pack it again with zip"
+    most = info.compress_size if info.compress_type == zipfile.ZIP_STORED else INFLATION * info.compress_size + 64
+    if info.compress_size > archive_bytes or info.file_size > most:
+        return f"claims {info.file_size:,} bytes, more than the archive can hold"
+    if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
+        return f"would swell from {info.compress_size:,} to {info.file_size:,} bytes; pack it again without compression"
+    return ""
+
+
+def escapes(name: str) -> bool:
+    """Whether a relative path with slashes, or a backslash of Windows, names something outside of its folder."""
+    parts = name.replace("\\", "/").split("/")
+    return not parts[0] or ".." in parts or parts[0].endswith(":") or "\0" in name
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """A value out of a file for a message, which it must not flood."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """The content of a member.
+
+    :raises DAMAGE: if it cannot be read, or has more than `limit` bytes.
+    """
+    with open_member(archive, name) as (member, size):
+        if size > limit:
+            raise ValueError(f"it has {size:,} bytes, more than the {limit:,} that are taken")
+        data = member.read(size)                            # with a number: without one, a lie would inflate first
+        if len(data) < size:
+            raise EOFError(f"{size - len(data)} bytes are missing")
+        return data
+
+
+@contextlib.contextmanager
+def open_member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A member as a stream, and the bytes it has when unpacked."""
+    try:
+        with archive.open(name) as member:
+            yield member, archive.getinfo(name).file_size
+    except (MemoryError, *DAMAGE):
+        raise
+    except (RuntimeError, KeyError, NotImplementedError, AttributeError) as error:      # of broken local headers
+        raise zipfile.BadZipFile(str(error) or repr(error)) from None
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """What stands at the front of an npy file."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+    offset: int                                             # of the first value
+    missing: int                                            # bytes that the values need and the file has not
+
+
+def read_header(stream: BinaryIO, size: int) -> Header:
+    """Read the header of an npy file of `size` bytes, and leave the stream at the first value.
+
+    :raises ValueError: if there is none.
+    """
+    front = io.BytesIO(stream.read(min(size, HEADER_BYTES)))
+    try:
+        shape, fortran_order, dtype = HEADER_READERS[np.lib.format.read_magic(front)](front)
+    except Exception as error:                              # numpy's parser raises many kinds, for want of stack too
+        raise ValueError(str(error) or repr(error)) from None
+    if any(length < 0 for length in shape) or dtype.itemsize == 0:
+        raise ValueError(f"{dtype} {list(shape)} can be no array")
+    stream.seek(front.tell())
+    return Header(shape, fortran_order, dtype, front.tell(), math.prod(shape) * dtype.itemsize + front.tell() - size)
+
+
+def read_array(stream: BinaryIO, size: int) -> np.ndarray:
+    """The array of an npy file of `size` bytes.
+
+    :raises ValueError: if it is none, holds Python objects, or is cut off.
+    """
+    header = read_header(stream, size)
+    if header.dtype.hasobject:
+        raise ValueError("it holds pickled Python objects, which are never loaded")
+    if header.missing > 0:
+        raise ValueError(f"{header.missing:,} of the {size - header.offset + header.missing:,} bytes of "
+                         f"{header.dtype} {list(header.shape)} are missing")
+    array = np.empty(header.shape, header.dtype, "F" if header.fortran_order else "C")
+    read_into(stream, array.reshape(-1, order="A").view(np.uint8) if array.size else np.empty(0, np.uint8))
+    return array
+
+
+def read_member_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
+    """The array `key` of an npz.
+
+    :raises DAMAGE: if it cannot be read.
+    """
+    with open_member(archive, f"{key}.npy") as (member, size):
+        return read_array(member, size)
+
+
+def read_into(stream: BinaryIO, values: np.ndarray) -> None:
+    """Fill an array of bytes from a stream.
+
+    :raises EOFError: if the stream ends before.
+    """
+    target = memoryview(values).cast("B")
+    while target:
+        count = stream.readinto(target[:CHUNK_BYTES])
+        if not count:
+            raise EOFError(f"{len(target)} bytes are missing")
+        target = target[count:]
