@@ -5,6 +5,7 @@ Shapes: N batch, S image_size, n results of one rank in one round.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -12,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from PIL import Image
 from torch import Tensor, nn
 
-from cm import dist_util
+from cm import dist_util, untrusted
 from cm.config import EditConfig
 from cm.editing import Between, Colorize, Denoise, Edit, Inpaint, Interpolate, Stroke, SuperRes, check_factor, run_edit
 from cm.flags import Settings
-from cm.image_sources import ImageSource, open_file, open_source
+from cm.image_sources import PICTURE_BYTES, ImageSource, decode, open_file, open_source
 from cm.interfaces import NoiseSource, Sampler
 from cm.karras_diffusion import KarrasDenoiser
 from cm.registry import UserError, lookup
@@ -219,16 +219,18 @@ def read_mask(path: str, size: int) -> np.ndarray:
     """[S,S] boolean, True where known."""
     try:
         with open_file(path) as file:
-            if path.lower().endswith(".npy"):
-                mask = np.load(file, allow_pickle=False)
-            else:
-                with Image.open(file) as picture:
-                    mask = np.asarray(picture.convert("L")) >= 128
-    except (OSError, ValueError, EOFError) as error:
+            data = untrusted.read_file(file, PICTURE_BYTES)
+        if path.lower().endswith(".npy"):
+            mask = untrusted.read_array(io.BytesIO(data), len(data))
+        else:
+            mask = np.asarray(decode(data).convert("L")) >= 128
+    except MemoryError:
+        raise
+    except Exception as error:                              # decoders raise many kinds
         raise UserError(f"--mask {path} cannot be read as a picture or npy: {error}") from None
     if mask.shape != (size, size):
         raise UserError(f"--mask {path} is {list(mask.shape)}; the network's images need a mask of [{size}, {size}]")
-    if not np.isin(mask, (0, 1)).all():
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
         raise UserError(f"--mask {path} must hold 1 where a pixel is known and 0 where it is not, nothing else")
     return mask.astype(bool)
 

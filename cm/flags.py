@@ -18,6 +18,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from cm.launch import launcher_rank
 from cm.registry import UserError
+from cm.untrusted import read_file, shown
+
+CONFIG_BYTES = 2**20                            # the largest config file that is read
 
 Section = TypeVar("Section")
 
@@ -187,14 +190,12 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
 
     The key `base` names another file, relative to this one, for what is not set here.
     """
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
+        with open(path, "rb") as file:
+            content = parse_flat(read_file(file, CONFIG_BYTES))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
@@ -204,13 +205,35 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
         if name not in fields:
             near = get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--config {path}: {name!r} is no flag of this script{hint}")
+            raise UserError(f"--config {path}: {shown(name)} is no flag of this script{hint}")
     if not base:
         return content
     base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
     if base in above:
         raise UserError(f"--config {path}: its base {base} builds on this file in turn")
     return read_config(base, fields, (*above, base)) | content
+
+
+def parse_flat(text: bytes) -> Any:
+    """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
+
+    :raises ValueError: if it is neither, nested deeper, or has aliases, by which a short text unfolds to a huge one.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise ValueError(f"line {event.start_mark.line + 1}: a value must be a word, a number or a list of those")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
+        return yaml.safe_load(text) or {}
+    except MemoryError:
+        raise
+    except Exception as error:                              # such as of a date that the calendar does not have
+        raise ValueError(str(error) or repr(error)) from None
 
 
 def convert(kind: type, value: Any, where: str) -> Any:
@@ -223,8 +246,8 @@ def convert(kind: type, value: Any, where: str) -> Any:
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
         return kind(value)
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise UserError(f"{where}={value!r} is not a {kind.__name__}") from None
+    except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
+        raise UserError(f"{where}={shown(value)} is not a {kind.__name__}") from None
 
 
 def check(field: dataclasses.Field, value: Any, where: str) -> None:

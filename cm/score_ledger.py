@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cm import dist_util, logger
+from cm import dist_util, logger, untrusted
 from cm.checkpoints import storage
 from cm.registry import UserError
+
+STATE_BYTES = 64 * 2**20                                            # the largest file of scores that is read
 
 
 @dataclass
@@ -46,17 +48,20 @@ def open_ledger(path: str, conditions: Mapping[str, Any]) -> Ledger:
     if not os.path.exists(path):
         return Ledger(path, dict(conditions))
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, "rb") as file:
+            content = untrusted.parse_json(untrusted.read_file(file, STATE_BYTES))
         there, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
         ledger = Ledger(path, there, scores, int(content["network_evaluations"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start anew"
         ) from None
     differing = [name for name in {**there, **conditions} if there.get(name) != conditions.get(name)]
     if differing:
-        facts = [f"{name} was {there.get(name)!r} and is now {conditions.get(name)!r}" for name in differing]
+        facts = [
+            f"{name} was {untrusted.shown(there.get(name))} and is now {untrusted.shown(conditions.get(name))}"
+            for name in differing[:10]
+        ]
         raise UserError(
             f"{path} is of a search with other settings: {'; '.join(facts)}. Choose another --log_dir, or give "
             "the same settings to go on"
