@@ -7,7 +7,7 @@ messages. Reach them through `cm.dist_util`, whose `setup_dist` opens the proces
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch as th
 import torch.distributed as dist
 from torch import Tensor
 
+from cm import untrusted
 from cm.launch import launcher_size
 from cm.registry import UserError
 
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 
 MESSAGE_BYTES = 256 * 2**20
 """Largest single broadcast: bounds the copies that messages need, not what can be sent."""
+SHARED = 8
+"""How much larger than their file tensors may be, as tied weights share one place in it."""
 CPU = th.device("cpu")
 LOOKALIKES = {
     b"<!doctype html": "it is a web page, not the file that a link on it leads to",
@@ -173,13 +176,37 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
     """
     content = read_everywhere(path)
     try:
-        return th.load(content, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+        if content[:4] == b"PK\3\4":
+            untrusted.open_zip(content)             # torch itself would unpack a bomb
+            content.seek(0)
+        loaded = th.load(content, map_location=map_location, weights_only=True)
+        _check_extent(loaded, len(content))
+        return loaded
+    except th.OutOfMemoryError:
+        raise
+    except Exception as error:                      # pickles and archives that are damaged or made up raise many kinds
         why = kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
         raise UserError(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
             "tensors and plain values only; if it should be one, fetch or write it again"
         ) from error
+
+
+def _check_extent(content: Any, file_bytes: int) -> None:
+    """A tensor may be a view that repeats its values without end, and every copy of it would be spelt out.
+
+    :raises ValueError: if the tensors are much larger than the file they come from.
+    """
+    total, seen, waiting = 0, set(), [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
+    if total > SHARED * file_bytes:
+        raise ValueError(f"its tensors would take {total:,} bytes, the file has only {file_bytes:,}")
 
 
 def kind_of(content: mmap.mmap) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cm import dist_util
 from cm.checkpoints import diffusers_folder, edm_pickle, guided, openai
+from cm.checkpoints.weights import check as check_weights
 from cm.checkpoints.weights_file import WeightsFile, look_at
 from cm.collectives import read_everywhere
 from cm.config import (
@@ -23,7 +24,7 @@ from cm.config import (
     ObjectiveConfig,
 )
 from cm.curricula import ema_and_scales
-from cm.flags import Settings, str2bool
+from cm.flags import Settings, check, convert, str2bool
 from cm.interfaces import Objective
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks import PUBLISHED_CLASSES, Network, create_model, parse_channel_mult, parse_resolutions
@@ -31,6 +32,7 @@ from cm.objectives import DENOISING
 from cm.registry import UserError, lookup
 from cm.resample import create_named_schedule_sampler
 
+FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 
 create_ema_and_scales_fn = ema_and_scales
@@ -180,8 +182,8 @@ def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = (
     They stand in the manifest beside it; without one (the published files) they are read off the weights, or stand in
     an EDM pickle or a folder of diffusers itself. The file is then `settings.sources[flag]`, too.
 
-    :raises UserError: if the file is missing or no U-Net's, if another flag contradicts it, or if it leaves something
-        unsaid that no flag says either.
+    :raises UserError: if the file is missing or no U-Net's, if its weights are not all of one network, if another flag
+        contradicts it, or if it leaves something unsaid that no flag says either.
     """
     path = settings.values[flag]
     source = settings.sources[flag] = WeightsFile(path)
@@ -206,6 +208,8 @@ def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = (
     adopt(settings, known, also, path)
     heads = {name: settings.values[name] for name in HEADS}
     source.training_mode, source.weights = known.get("training_mode"), guided.to_published_layout(weights, **heads)
+    with th.device("meta"):                                 # odd shapes must not ask for more memory than the file has
+        check_weights(model_from(settings), source.weights, path)
     return source
 
 
@@ -223,7 +227,7 @@ def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], p
     # Dropout and recomputation change no weights: they are the run's choice.
     own = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
     names = [name for name in (*model_and_diffusion_defaults(), *also) if name in known and name not in own]
-    taken = {name: known[name] for name in names}
+    taken = {name: plain_value(name, known[name], path) for name in names}
     modes = {taken.get("training_mode"), settings.values.get("training_mode")}
     if "training_mode" in settings.given and modes <= set(CONSISTENCY_MODES):
         taken.pop("training_mode")                          # however trained, they are the same kind of network
@@ -236,6 +240,17 @@ def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], p
         if "channel_mult" in settings.given:
             settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
     settings.adopt(taken, f"the checkpoint {path}")
+
+
+def plain_value(name: str, value: Any, path: str) -> Any:
+    """A value of a manifest as its flag would take it; a manifest may have been written by anybody."""
+    flag = FLAGS.get(name)
+    if flag is None:
+        return value
+    where = f"the manifest beside {path}"
+    value = convert(type(flag.default), value, f"{where}: {name}")
+    check(flag, value, where)
+    return value
 
 
 def spell_channel_mult(channel_mult: str, image_size: int) -> str:

@@ -75,7 +75,8 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
     """
     try:
         archive = zipfile.ZipFile(file)
-        size = file.seek(0, io.SEEK_END)
+        file.seek(0, io.SEEK_END)
+        size = file.tell()
     except (MemoryError, zipfile.BadZipFile):
         raise
     except Exception as error:                              # broken directories raise many kinds

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cm.attention import count_heads
+from cm.registry import UserError
 
 
 def to_published_layout(
@@ -26,7 +27,7 @@ def to_published_layout(
     [3C,C,1,1]. Its 3C rows go head by head, q k v in each, unless its `use_new_attention_order` made them q k v with
     all heads in each, as published; names and shapes do not tell which.
 
-    :raises UserError: if the heads do not divide the channels of a layer.
+    :raises UserError: if the heads do not divide the channels of a layer, or its weights are of other shapes.
     """
     converted = dict(weights)
     for name, weight in weights.items():
@@ -37,6 +38,8 @@ def to_published_layout(
             in_decoder = name.startswith("output_blocks.") and num_heads_upsample != -1
             heads = count_heads(weight.shape[1], num_heads_upsample if in_decoder else num_heads, num_head_channels)
             bias = name.removesuffix("weight") + "bias"
+            if len(weight) != 3 * weight.shape[1] or bias not in weights or weights[bias].shape != weight.shape[:1]:
+                raise UserError(f"{name} {list(weight.shape)} and {bias} are no attention of guided-diffusion")
             converted[name] = heads_last(converted[name], heads)
             converted[bias] = heads_last(weights[bias], heads)
     return converted

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cm import untrusted
 from cm.registry import UserError
 
 # Side and head width cannot be read off the weights; each published family has its own.
@@ -48,12 +49,15 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     :raises UserError: if these are not the weights of a guided-diffusion U-Net.
     """
     def shape(name: str) -> tuple[int, ...]:
-        if not isinstance(weights, Mapping) or not isinstance(weights.get(name), Tensor):
+        if not is_plain or name not in weights or weights[name].ndim == 0 or 0 in weights[name].shape:
             raise UserError(f"{source} is no U-Net of this toolkit or guided-diffusion: it has no {name!r}; "
                             f"{describe(weights)}")
         return tuple(weights[name].shape)
 
-    channels = shape("time_embed.0.weight")[1]
+    is_plain = isinstance(weights, Mapping) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    )
+    channels = shape("time_embed.0.weight")[-1]
     blocks = count(weights, "input_blocks")
     ups = [name for name in weights if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", name)]
     levels = len(ups) + 1
@@ -63,7 +67,7 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     first_blocks = [1 + level * per_level for level in range(levels)]
     widths = [shape(f"input_blocks.{block}.0.out_layers.3.weight")[0] for block in first_blocks]
     emb_rows = shape("input_blocks.1.0.emb_layers.1.weight")[0]
-    classes = weights["label_emb.weight"].shape[0] if "label_emb.weight" in weights else 0
+    classes = shape("label_emb.weight")[0] if "label_emb.weight" in weights else 0
     return {
         "num_channels": channels,
         "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
@@ -98,7 +102,7 @@ def describe(content: Any) -> str:
     """A few words on what a file holds that holds no such weights."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}, not a dict of tensors"
-    names = [str(name) for name in content]
+    names = [untrusted.shown(name) if not isinstance(name, str) else name[:100] for name in content]
     hints = [hint for start, hint in FOREIGN.items() if any(name.startswith(start) for name in names)]
     return "; ".join([f"its first entries are {', '.join(names[:3]) or 'none'}", *hints[:1]])
 

@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cm import logger
+from cm import logger, untrusted
 from cm.checkpoints import storage
 from cm.registry import UserError
 
 FORMAT = 1
+MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
 WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
@@ -141,13 +142,23 @@ def read(path: str) -> Checkpoint:
     """
     try:
         with storage.open_file(path) as file:
-            content = json.loads(file.read())
+            content = untrusted.parse_json(untrusted.read_file(file, MANIFEST_BYTES))
+        check_files(content["files"])
         return Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
+
+
+def check_files(files: dict[str, dict[str, int]]) -> None:
+    """:raises ValueError: unless each is a plain name with size and checksum: a manifest speaks of its own folder."""
+    for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
+        if untrusted.escapes(name) or "/" in name or "\\" in name:
+            raise ValueError(f"{untrusted.shown(name)} is no name of a file beside it")
+        if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("size", "crc32")] != [int, int]:
+            raise ValueError(f"{untrusted.shown(name)} has no size and checksum")
 
 
 def steps(directory: str) -> list[int]:

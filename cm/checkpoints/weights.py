@@ -16,6 +16,8 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
     :raises UserError: naming the first names and shapes that differ.
     """
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{source} holds a {type(weights).__name__}, not a dict of tensors")
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]
