@@ -24,7 +24,8 @@ setup(
         "lsun": ["lmdb>=1.3"],
         "tf": ["tensorflow>=2.16"],
         "test": [
-            "consistency-toolkit[lsun,tf]", "diffusers>=0.30", "pytest>=8", "pytest-xdist>=3", "ruff>=0.6",
+            "consistency-toolkit[lsun,tf]", "diffusers>=0.30", "hypothesis>=6", "pytest>=8", "pytest-xdist>=3",
+            "ruff>=0.6",
         ],
         "tensorboard": ["tensorboard>=2.15"],
     },

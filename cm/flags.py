@@ -226,7 +226,7 @@ def parse_flat(text: bytes) -> Any:
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 2:
-                raise ValueError(f"line {event.start_mark.line + 1}: a value must be a word, a number or a list of those")
+                raise ValueError(f"line {event.start_mark.line + 1}: a value is a word, a number or a list of those")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
         return yaml.safe_load(text) or {}

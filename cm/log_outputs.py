@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from cm import untrusted
 from cm.registry import UserError
 
 Row = Mapping[str, Any]
@@ -75,8 +76,10 @@ class CSVOutput:
         """The rows of the file, without a last one that a crash has torn; None if there is no file."""
         if not self.path.exists():
             return None
-        with self.path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+        try:
+            header, *rows = list(csv.reader(io.StringIO(readable_text(self.path), newline=""))) or [[]]
+        except csv.Error as error:
+            raise UserError(f"{self.path} is no table of a run ({error}); remove it to go on without it") from None
         self.columns = header
         if rows and len(rows[-1]) < len(header):
             rows.pop()
@@ -114,7 +117,7 @@ class JSONOutput:
 
     def read(self) -> list[str]:
         """The lines of the file, without a last one that a crash has torn."""
-        lines = self.path.read_text().splitlines()
+        lines = readable_text(self.path).splitlines()
         return lines[:-1] if lines and parsed(lines[-1]) is None else lines
 
     def rewrite(self, lines: Iterable[str]) -> None:
@@ -213,8 +216,8 @@ def as_json(row: Row) -> str:
 def parsed(line: str) -> dict[str, Any] | None:
     """The row on a line of JSON; None if there is none."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = untrusted.parse_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -224,6 +227,12 @@ def is_after(row: Row, step: int) -> bool:
         return float(row["step"]) > step
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def readable_text(path: Path) -> str:
+    """What a file holds, without the zeros that a power cut can leave at its end."""
+    with path.open(newline="", errors="replace") as file:
+        return file.read().replace("\0", "")
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -182,8 +182,8 @@ def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = (
     They stand in the manifest beside it; without one (the published files) they are read off the weights, or stand in
     an EDM pickle or a folder of diffusers itself. The file is then `settings.sources[flag]`, too.
 
-    :raises UserError: if the file is missing or no U-Net's, if its weights are not all of one network, if another flag
-        contradicts it, or if it leaves something unsaid that no flag says either.
+    :raises UserError: if the file is missing or no U-Net's, if its weights are not those of one network, if another
+        flag contradicts it, or if it leaves something unsaid that no flag says either.
     """
     path = settings.values[flag]
     source = settings.sources[flag] = WeightsFile(path)

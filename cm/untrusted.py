@@ -24,7 +24,7 @@ INFLATION = 1032
 BOMB_BYTES, BOMB_RATIO = 256 * 2**20, 100
 """A member larger than the one is refused if packing made it smaller than by the other; pixels shrink far less."""
 HEADER_BYTES = 2**16                                        # more than any npy header of one array has
-CHUNK_BYTES = 2**24                                         # read at once, as streams of zips copy what they read
+CHUNK_BYTES = 2**20                                         # read at once
 
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -50,10 +50,13 @@ def read_file(file: BinaryIO, limit: int) -> bytes:
 
     :raises ValueError: if it has more than `limit` bytes.
     """
-    data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
-    return data
+    parts, size = [], 0
+    while part := file.read(CHUNK_BYTES):                   # all that is asked for is set aside, even for a short file
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+    return b"".join(parts)
 
 
 def demand_regular(path: str) -> None:

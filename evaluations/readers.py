@@ -166,7 +166,8 @@ class BatchFile:
         try:
             return kind(value.item())
         except (ValueError, OverflowError):
-            raise UserError(f"{self.path}: {key} must be one {kind.__name__}, not {value.dtype} {value.shape}") from None
+            found = f"{value.dtype} {value.shape}"
+            raise UserError(f"{self.path}: {key} must be one {kind.__name__}, not {found}") from None
 
 
 def read_header(member: BinaryIO, size: int, path: str) -> Header:
