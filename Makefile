@@ -1,14 +1,16 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
+# make soak: training under faults, MINUTES=10 of it.    make test-slow: the tests that need a cluster.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
 RANKS ?= 2
+MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo demo-clean test lint install browser clean
+.PHONY: demo demo-clean test test-slow soak lint install browser clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +27,14 @@ demo-clean:
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+# Tests of the mark `slow`: they need what a machine of continuous integration does not have, and say what.
+test-slow: install
+	$(BIN)/python -m pytest -m slow -rs
+
+# Not a part of `test`, which runs it for half a minute: the longer, the more moments are struck.
+soak: install
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/python -m ruff check .

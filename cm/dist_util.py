@@ -244,15 +244,16 @@ def _find_job(timeout: timedelta) -> _Job:
                 "gloo: start it with 'cpu:gloo,cuda:nccl', or leave it to setup_dist"
             )
         return _Job(dist.get_rank(), dist.get_world_size(), launch.machine())
-    launches, why = [each for each in launch.announcements() if each.size != 1], ""
+    launches, mpi, why = [each for each in launch.announcements() if each.size != 1], None, ""
     for each in launches:
         if not each.by_mpi:
             return _meet_by_address(timeout)
         mpi, why = _load_mpi()
         if mpi is not None and mpi.COMM_WORLD.size > 1:
             return _meet_by_mpi(mpi, timeout)
-    if launches and launches[0].size > 1:
-        raise launch.refusal(launches[0], why)
+    for each in sorted(launches, key=lambda each: each.size == 0):          # PMIx does not say how many there are
+        if each.size > 1 or mpi is None:
+            raise launch.refusal(each, why)
     return _Job(0, 1, launch.machine())
 
 
@@ -260,11 +261,22 @@ def _load_mpi() -> tuple[Any, str]:
     """mpi4py.MPI, or None; and what to say if it finds no other ranks."""
     if not launch.pmi_answers():
         return None, "this process has no connection to that mpiexec"
+    by_pmix = launch.started_by_pmix()
     try:
+        import mpi4py
+
+        if by_pmix:
+            mpi4py.rc.initialize = False            # an MPICH that was built without PMIx would end this process
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:    # RuntimeError: mpi4py is there and its MPI library is not
         return None, f"mpi4py cannot be loaded ({error}; try `pip install mpi4py mpich`)"
-    return MPI, f"mpi4py's library ({MPI.Get_library_version().splitlines()[0].strip()}) sees one rank only"
+    version = MPI.Get_library_version()
+    library = f"mpi4py's library ({version.splitlines()[0].strip()})"
+    if by_pmix and not MPI.Is_initialized():
+        if "MPICH" in version and "pmix" not in version.lower():
+            return None, f"{library} does not speak PMIx"
+        MPI.Init_thread()
+    return MPI, f"{library} sees one rank only"
 
 
 def _meet_by_mpi(mpi: Any, timeout: timedelta) -> _Job:

@@ -77,6 +77,11 @@ def pmi_answers(env: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
+def started_by_pmix(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether PMIx is the only way that MPI has to the other ranks: Open MPI's mpiexec, srun --mpi=pmix."""
+    return "PMIX_RANK" in env and "PMI_RANK" not in env
+
+
 def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
     """Ask mpiexec itself to end every rank, before MPI has started: without it the others would wait in MPI for ever.
 
@@ -99,7 +104,8 @@ def refusal(launch: Launch, why: str) -> UserError:
             "for the MPI in use, or start with torchrun; for a process of its own inside a rank, clear the PMI_*, "
             "PMIX_* and OMPI_* variables"
         )
-    return UserError(f"{launch.launcher} says this is rank {launch.rank} of {launch.size}, but {why}: {remedy}.")
+    size = launch.size or "several"
+    return UserError(f"{launch.launcher} says this is rank {launch.rank} of {size}, but {why}: {remedy}.")
 
 
 def machine() -> str:

@@ -128,13 +128,28 @@ def test_a_process_group_that_is_already_there_is_used(tmp_path):
     [
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "no connection to that mpiexec", "mpiexec that belongs to mpi4py"),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "sees one rank only", "mpiexec that belongs to"),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, "sees one rank only", "mpiexec that belongs to"),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "sees one rank only", "srun --mpi=pmi2"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "PMIX_RANK": "0"}, "does not speak PMIx", "srun --mpi=pmi2"),
+        ({"PMIX_RANK": "0"}, "does not speak PMIx", "mpiexec that belongs to mpi4py"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, "does not speak PMIx",
+         "mpiexec that belongs to"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/nowhere/libmpi.so"},
+         "mpi4py cannot be loaded (cannot load MPI library", "pip install mpi4py mpich"),
     ],
 )
 def test_a_launcher_that_mpi_does_not_know_is_refused(tmp_path, env, why, remedy):
     finished = python([program(tmp_path, HELLO)], env=env)
     assert finished.rc == 2 and why in finished.stderr and remedy in finished.stderr, finished
-    assert "Traceback" not in finished.stderr and "rank 0 of 2" in finished.stderr, finished
+    size = "several" if set(env) == {"PMIX_RANK"} else "2"
+    assert "Traceback" not in finished.stderr and f"rank 0 of {size}" in finished.stderr, finished
+
+
+def test_plain_python_without_an_mpi_library(tmp_path):
+    env = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    broken = python(["-c", "from mpi4py import MPI"], env=env)
+    assert broken.rc == 1 and "RuntimeError: cannot load MPI library" in broken.stderr, broken
+    assert hellos(python([program(tmp_path, HELLO)], env=env)) == [["0", "1", "0", "1"]]
 
 
 def test_half_of_torchruns_variables_are_refused(tmp_path):

@@ -177,9 +177,9 @@ def other_values(draw, original):
 
 
 WORDS = (
-    "image_size", "channel_mult", "class_cond", "base", ": ", "- ", "[", "]", "{", "}", ",", "\n", "  ", "&a ", "*a", "<<",
-    "!!python/name:os.system ", "!!int ", "!!binary ", "'", '"', "|", ">", "? ", "#", "8", "1e999", ".inf", "2001-99-99",
-    "0x", "---", "%YAML 9.9", "\0", "é", "yes", "null", "0b2", "1:99",
+    "image_size", "channel_mult", "class_cond", "base", ": ", "- ", "[", "]", "{", "}", ",", "\n", "  ", "&a ", "*a",
+    "<<", "!!python/name:os.system ", "!!int ", "!!binary ", "'", '"', "|", ">", "? ", "#", "8", "1e999", ".inf",
+    "2001-99-99", "0x", "---", "%YAML 9.9", "\0", "é", "yes", "null", "0b2", "1:99",
 )
 YAML = st.lists(st.sampled_from(WORDS), max_size=20).map(lambda words: "".join(words).encode())
 
