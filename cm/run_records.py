@@ -124,7 +124,7 @@ def json_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, Any]]
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             yield row
@@ -163,7 +163,7 @@ def curves_of(rows: list[Mapping[str, Any]], gaps: list[str]) -> dict[str, list[
 def as_number(cell: Any) -> float | None:
     try:
         return float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -31,6 +31,7 @@ from cm.flags import parse
 from cm.image_sources import open_source
 from cm.log_outputs import CSVOutput, JSONOutput
 from cm.registry import UserError
+from cm.run_records import read_run
 from cm.score_ledger import open_ledger
 from cm.script_util import create_model
 from evaluations.readers import BatchFile
@@ -283,6 +284,9 @@ READERS = {
     "manifest": Reader("checkpoint_000010.json", read_manifest, *damaged_json(MANIFEST)),
     "search state": Reader("x.json", lambda path: open_ledger(path, {"steps": 40}), *damaged_json(LEDGER)),
     "config": Reader("x.yaml", read_config, damaged([CONFIG]) | YAML | other_values(yaml.safe_load(CONFIG)), CONFIG),
+    "report of a csv": Reader("progress.csv", lambda path: read_run(os.path.dirname(path)), damaged([CSV]), CSV),
+    "report of json": Reader("progress.json", lambda path: read_run(os.path.dirname(path)),
+                             damaged([LINES]) | other_values({"step": 1, "loss": 2}), LINES),
     "log as csv": Reader("progress.csv", read_csv, damaged([CSV]), CSV),
     "log as json": Reader("progress.json", read_json_lines, damaged([LINES]), LINES),
 }
