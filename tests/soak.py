@@ -318,7 +318,7 @@ def campaign(folder: Path, seed: int, seconds: float, faults_per_run: int | None
             faults = rng.sample(names, len(names)) if faults_per_run is None else rng.choices(names, k=faults_per_run)
             run = disturbed(folder / "disk" / str(runs), rng, faults, count)
             different = differing_bytes(run.final_files(), expected)
-            assert run.losses() == losses, "the log does not have the losses of the undisturbed run"
+            assert run.losses() == losses, f"the log is another: {sorted({*run.losses()} ^ {*losses})}, {run.text()}"
             print(f"run {runs}: {different} bytes differ", flush=True)
             differing, runs = differing + different, runs + 1
             shutil.rmtree(folder / "disk" / str(runs - 1))
