@@ -60,7 +60,6 @@ def go_on(loop: Any, checkpoint: state.Checkpoint) -> None:
     for watcher in loop.watchers:
         if watcher.name in trainer.get("watchers", {}):
             watcher.load_state_dict(trainer["watchers"][watcher.name])
-    logger.drop_after(loop.step)                                # rows of steps that are about to be done again
 
 
 def write_status(loop: Any) -> None:

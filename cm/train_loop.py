@@ -349,6 +349,7 @@ class TrainLoop:
             loop_state.go_on(self, found)
         elif resume_checkpoint:
             self.start_from(resume_checkpoint)
+        logger.drop_after(self.step)                            # rows of steps that are about to be done again
 
     def start_from(self, path: str) -> None:
         """Weights of a file of another run; optimizer, averages and step where they lie beside it."""

@@ -70,14 +70,6 @@ def test_mpiexec_and_torchrun_meet_where_no_host_has_a_known_name(tmp_path):
 
 
 TIMEOUT_S = 4
-CUT = f"""
-    import functools, runpy, sys
-    from cm import dist_util
-
-    dist_util.setup_dist = functools.partial(dist_util.setup_dist, timeout_s={TIMEOUT_S})
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 EVENTS = {
     "link cut": "ip link set port2 down",
     "node killed": "kill -9 $(ip netns pids node2)",
@@ -90,8 +82,8 @@ def test_a_lost_node_ends_the_job_on_both(tmp_path, event):
     done = on_two_nodes(tmp_path, f"""
         ranks() {{ cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n' | grep -c edm_train.py; }}
         now() {{ date +%s.%N; }}
-        $mpiexec -n 2 -ppn 1 $python {program(tmp_path, CUT)} {words} --total_training_steps 100000 \
-            --log_dir {tmp_path}/run &
+        $mpiexec -n 2 -ppn 1 $python {words} --total_training_steps 100000 \
+            --timeout_seconds {TIMEOUT_S} --log_dir {tmp_path}/run &
         job=$!
         until [ $(cat {tmp_path}/run/progress.csv 2>/dev/null | wc -l) -gt 5 ]; do sleep 0.1; kill -0 $job; done
         {EVENTS[event]}

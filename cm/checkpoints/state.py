@@ -38,6 +38,10 @@ def parse_name(path: str) -> tuple[str, int] | None:
     return (match[1].removesuffix("_"), int(match[2])) if match else None
 
 
+def manifest_name(step: int) -> str:
+    return f"checkpoint_{step:06d}.json"
+
+
 def list_files(directory: str) -> list[str]:
     """Names of all files of checkpoints there, complete or not."""
     def belongs(name: str) -> bool:
