@@ -86,6 +86,17 @@ def test_microbatches_change_nothing_but_memory(images, tmp_path, microbatch):
         assert th.allclose(a, b, rtol=0, atol=2e-6)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_its_log_again(images, tmp_path):
+    logger.configure(str(tmp_path / "run"), format_strs=["csv"])
+    for step in (1, 2, 3):
+        logger.logkvs({"step": step, "loss": 9.0})
+        logger.dumpkvs()
+    logger.reset()
+    run(images, tmp_path / "run", 2)
+    rows = (tmp_path / "run" / "progress.csv").read_text().splitlines()
+    assert len(rows) == 3 and not any("9.0" in row.split(",") for row in rows)
+
+
 def second_moment():
     return create_named_schedule_sampler("loss-second-moment", KarrasDenoiser(loss_norm="l2"))
 
