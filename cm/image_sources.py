@@ -25,7 +25,6 @@ LABEL_FILE = "dataset.json"
 LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a member in a zip, before its name
 PICTURE_BYTES = 512 * 2**20                                         # largest file of a picture
 NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
-ENCRYPTED = 1                                                       # flag of a member
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # PIL goes by content, and hands EPS to a program
 MAX_ASPECT = 100                                                    # a strip would grow beyond all bounds when resized
 MAX_CLASSES = 1_000_000
@@ -197,10 +196,10 @@ class ZipSource(EncodedSource):
                     name: untrusted.read_member(archive, name, limit) for name in members if name == LABEL_FILE
                 }
         except untrusted.DAMAGE as error:
-            raise UserError(f"{data_dir} is not a sound zip archive of images: {error}") from None
+            raise UserError(f"{data_dir} is not a zip archive of images: {error}") from None
         super().__init__(data_dir, image_size, list(members))
         ours = [members[name] for name in self._names]
-        columns = ("header_offset", "compress_size", "file_size", "compress_type", "CRC", "flag_bits")
+        columns = ("header_offset", "compress_size", "file_size", "compress_type", "CRC")
         self._index = {column: np.array([getattr(member, column) for member in ours]) for column in columns}
 
     def file(self) -> BinaryIO:
@@ -213,12 +212,10 @@ class ZipSource(EncodedSource):
         return self._labels[name] if name == LABEL_FILE else self.encoded(self._names.index(name))
 
     def encoded(self, i: int) -> bytes:
-        """:raises ValueError: if the bytes are damaged, too many, or packed by anything but deflate."""
-        start, size, whole, kind, crc, flags = (int(column[i]) for column in self._index.values())
+        """:raises ValueError: if the bytes are damaged, or too many."""
+        start, size, whole, kind, crc = (int(column[i]) for column in self._index.values())
         if max(size, whole) > PICTURE_BYTES:
             raise ValueError(f"it has {max(size, whole)} bytes, more than a picture may have ({PICTURE_BYTES})")
-        if flags & ENCRYPTED or kind not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("it is encrypted, or compressed by a method other than deflate")
         block = self.bytes_at(start, LOCAL_HEADER + NAME_ROOM + size)
         name_size, extra_size = block[26:28], block[28:30]          # those of the directory may differ
         before = LOCAL_HEADER + int.from_bytes(name_size, "little") + int.from_bytes(extra_size, "little")
