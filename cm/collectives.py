@@ -7,7 +7,7 @@ messages. Reach them through `cm.dist_util`, whose `setup_dist` opens the proces
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -113,13 +113,38 @@ def gather_to_main(array: np.ndarray) -> list[np.ndarray] | None:
 
 
 @th.no_grad()
-def sync_params(params: Iterable[Tensor]) -> None:
-    """Give every rank the values of rank 0, in place and in few messages."""
+def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
+    """Every rank's tensors in the order of ranks, on rank 0 and its CPU; None elsewhere.
+
+    Ranks may hold different numbers and kinds of them. They travel one at a time, and lie in memory as they lay.
+    """
+    if ranks() == 1:
+        return [[tensor.detach().to(CPU) for tensor in tensors]]
+    forms = all_gather_object([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+    if not on_rank(0):
+        for tensor in tensors:
+            if tensor.numel():
+                dist.send(tensor.detach().to(CPU).reshape(-1).view(th.uint8), dst=0)
+        return None
+    gathered = [[tensor.detach().to(CPU) for tensor in tensors]]
+    for rank, theirs in enumerate(forms[1:], 1):
+        gathered.append([th.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in theirs])
+        for tensor in gathered[-1]:
+            if tensor.numel():
+                flat = th.empty(tensor.numel(), dtype=tensor.dtype)
+                dist.recv(flat.view(th.uint8), src=rank)
+                tensor.copy_(flat.view_as(tensor))
+    return gathered
+
+
+@th.no_grad()
+def sync_params(params: Iterable[Tensor], src: int = 0) -> None:
+    """Give every rank the values of rank `src`, in place and in few messages."""
     if ranks() == 1:
         return
     for bucket in _buckets(params):
         flat = th.cat([param.detach().reshape(-1) for param in bucket])
-        dist.broadcast(flat, 0)
+        dist.broadcast(flat, src)
         pieces = flat.split([param.numel() for param in bucket])
         for param, piece in zip(bucket, pieces):
             param.detach().copy_(piece.view_as(param))

@@ -130,6 +130,14 @@ class TrainConfig:
         0.05, "half-lives are no longer than this fraction of the images seen; 0: as long as they say from the start",
         minimum=0,
     )
+    ema_device: str = option(
+        "same", "where the averages live: same as the network, or cpu, which saves memory of the GPU and some of its "
+        "time; no effect on a run without GPUs", choices=("same", "cpu", "cuda"),
+    )
+    shard_ema: bool = option(False, "each rank keeps a share of the averages; no effect on the result")
+    shard_optimizer: bool = option(
+        False, "each rank keeps a share of the optimizer's state (ZeRO-1); no effect on the result"
+    )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
     log_interval: int = option(10, "steps between two rows of the log", minimum=1)

@@ -30,6 +30,7 @@ from cm.collectives import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    gather_tensors,
     gather_to_main,
     load_state_dict,
     on_main,
@@ -38,9 +39,9 @@ from cm.collectives import (
 from cm.registry import UserError, lookup
 
 __all__ = [
-    "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object", "dev", "gather_to_main",
-    "get_local_rank", "get_rank", "get_world_size", "is_main", "load_state_dict", "on_main", "run", "set_device",
-    "setup_dist", "sync_params",
+    "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object", "dev", "gather_tensors",
+    "gather_to_main", "get_local_rank", "get_rank", "get_world_size", "is_main", "load_state_dict", "on_main", "run",
+    "set_device", "setup_dist", "sync_params",
 ]
 
 TIMEOUT_S = 600.0

@@ -112,24 +112,26 @@ class MasterWeights:
 
     @th.no_grad()
     def load_master_params(self, params: Iterable[Tensor]) -> None:
-        """Set masters and model, say to `state_dict_to_master_params(state_dict)`.
+        """Set masters and model, say to `params_in(state_dict)`.
 
         Loading a file into the model itself would round it to half precision on its way to the masters.
         """
-        th._foreach_copy_(self.master_params, list(params))
+        for master, param in zip(self.master_params, params, strict=True):      # from any device
+            master.copy_(param)
         self.publish_masters()
 
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
         """A state dict of the model with these parameters (the masters, or an average of them).
 
-        Plain contiguous float32 tensors that ask for no gradient. They may share memory with `master_params`.
+        Plain contiguous float32 tensors that ask for no gradient, on the CPU, where a file of them is written or a
+        network is made for them. They may share memory with `master_params`.
         """
         by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
         state = self.model.state_dict(keep_vars=True)
-        return {key: by_param.get(id(value), value).detach().contiguous() for key, value in state.items()}
+        return {key: by_param.get(id(value), value).detach().cpu().contiguous() for key, value in state.items()}
 
-    def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """The parameters in a state dict, in the order of `master_params`: new tensors of their dtype, on their device.
+    def params_in(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
+        """The parameters in a state dict, in the order of `master_params`: its own tensors, no copies.
 
         :raises ValueError: if a parameter is missing or has another shape.
         """
@@ -141,8 +143,16 @@ class MasterWeights:
             if value.shape != master.shape:
                 raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and "
                                  f"{tuple(master.shape)} in the model: it belongs to another architecture")
-            params.append(th.empty_like(master, requires_grad=False).copy_(value.detach()))
+            params.append(value.detach())
         return params
+
+    def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
+        """As `params_in`, but new tensors of the masters' dtype, on their device."""
+        values = self.params_in(state_dict)
+        return [
+            th.empty_like(master, requires_grad=False).copy_(value)
+            for master, value in zip(self.master_params, values)
+        ]
 
 
 class MixedPrecisionTrainer(MasterWeights):

@@ -18,22 +18,22 @@ STATUS = "status.json"
 
 
 def content(loop: Any) -> dict[str, Any]:
-    """name -> state dict. The rest is in the manifest: the step, the images seen, the seconds trained, the flags.
+    """name -> state dict, on rank 0; empty on the others, which give their shares. The rest is in the manifest: the step, the images seen, the seconds trained, the flags.
 
     No random stream is saved: every draw is a function of the seed and of the position, or the step, it belongs to.
     """
     trainer = loop.trainer
-    averages = {
-        f"ema_{rate}": trainer.master_params_to_state_dict(params)
-        for rate, params in zip(loop.ema_rate, loop.ema_params)
-    }
+    averages = {f"ema_{rate}": loop.averages.whole_on_main(rate) for rate in loop.ema_rate}
+    optimizer = loop.opt.state_dict()
+    if not dist_util.is_main():
+        return {}
     memory = {} if loop.objective.memory is None else {"memory": loop.objective.memory.state_dict()}
     watchers = {"watchers": {each.name: each.state_dict() for each in loop.watchers}} if loop.watchers else {}
     return {
         "model": trainer.master_params_to_state_dict(trainer.master_params),
         **{name: own.master_params_to_state_dict(own.master_params) for name, own in loop.moving.items()},
-        **averages,
-        "opt": loop.opt.state_dict(),
+        **{name: trainer.master_params_to_state_dict(params) for name, params in averages.items()},
+        "opt": optimizer,
         "trainer": trainer.state_dict() | memory | watchers,
     }
 
@@ -51,7 +51,8 @@ def go_on(loop: Any, checkpoint: state.Checkpoint) -> None:
     loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
     for name, owner in {"model": loop.trainer, **loop.moving}.items():
         owner.load_master_params(params(name, owner))
-    loop.ema_params = [params(f"ema_{rate}", loop.trainer) for rate in loop.ema_rate]
+    for rate in loop.ema_rate:
+        loop.averages.load(rate, params(f"ema_{rate}", loop.trainer))
     loop.opt.load_state_dict(load_part("opt", checkpoint))
     trainer = load_part("trainer", checkpoint)
     loop.trainer.load_state_dict(trainer)
@@ -102,7 +103,7 @@ def load_part(name: str, checkpoint: state.Checkpoint) -> Any:
 
 
 def read_params(owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
-    """A saved state dict as one tensor per parameter of a network, on its device."""
+    """A saved state dict as one tensor per parameter of a network, where it was loaded to."""
     weights.check(owner.model, saved, source)
     weights.copy_buffers(owner.model, saved)
-    return owner.state_dict_to_master_params(saved)
+    return owner.params_in(saved)

@@ -197,6 +197,7 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
         "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
+        "ema_device", "shard_ema", "shard_optimizer",
     )
     batch_size, global_batch = share_of_batch(
         train.global_batch_size, train.batch_size, dist_util.get_rank(), dist_util.get_world_size()

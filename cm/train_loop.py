@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cm import dist_util, logger, loop_state, non_finite, stopping
+from cm.averages import WeightAverages
 from cm.checkpoints import state
 from cm.checkpoints.shelf import Shelf
 from cm.checkpoints.weights_file import WeightsFile
@@ -25,19 +26,18 @@ from cm.durations import parse_rates, rampup
 from cm.fp16_util import MasterWeights, MixedPrecisionTrainer
 from cm.interfaces import Batch, Nets, Objective, Terms, Watcher
 from cm.meters import LossMeter
-from cm.nn import update_ema
 from cm.non_finite import NonFiniteError
+from cm.optimizers import OPTIMIZERS, make_optimizer
 from cm.random_util import SampleStreams, stream_seed
-from cm.registry import lookup
+from cm.shares import share_out
 from cm.ticks import Ticks, status_line
 
-OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
 ENDLESS = 600_000
 
 DataSource = Iterator[Any] | Callable[[int], Iterator[Any]]
 
 
-__all__ = ["NonFiniteError", "TrainLoop", "as_batch", "last_step", "parse_rates"]
+__all__ = ["OPTIMIZERS", "NonFiniteError", "TrainLoop", "as_batch", "last_step", "parse_rates"]
 
 
 class TrainLoop:
@@ -61,6 +61,8 @@ class TrainLoop:
     :param global_batch_size: B, where the ranks' shares differ; None for `batch_size` on each.
     :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
     :param keep_checkpoints, milestone_interval, on_save_error: see `Shelf`.
+    :param ema_device: where the averages live; see `WeightAverages`.
+    :param shard_ema, shard_optimizer: keep averages, and the state of the optimizer, in shares over the ranks.
     :param watchers: what looks at the run after each step; their state is part of a checkpoint.
     """
 
@@ -95,6 +97,9 @@ class TrainLoop:
         keep_checkpoints: int = 0,
         milestone_interval: int = 0,
         on_save_error: str = "stop",
+        ema_device: str = "same",
+        shard_ema: bool = False,
+        shard_optimizer: bool = False,
         watchers: Sequence[Watcher] = (),
         lr_rampup_kimg: float = 0.0,
         ema_rampup_ratio: float = 0.0,
@@ -117,12 +122,14 @@ class TrainLoop:
         self.trainer = MixedPrecisionTrainer(
             model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, precision=precision
         )
-        self.make_optimizer = lambda: lookup(OPTIMIZERS, optimizer, "optimizer")(
-            self.trainer.master_params, lr=lr, weight_decay=weight_decay
+        masters = self.trainer.master_params
+        shares = share_out([param.numel() for param in masters], self.rank, self.world_size)
+        self.make_optimizer = lambda: make_optimizer(
+            optimizer, masters, lr, weight_decay, shares if shard_optimizer else None
         )
         self.opt = self.make_optimizer()
         self.ema_rate = parse_rates(ema_rate, ema_rampup_ratio)
-        self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
+        self.averages = WeightAverages(masters, self.ema_rate, ema_device, shares if shard_ema else None)
 
         self.moving = self.moving_networks()
         self.objective = objective or diffusion.training_objective(schedule_sampler)
@@ -164,8 +171,10 @@ class TrainLoop:
             broadcast_buffers=False,                            # constants, the same on every rank from the start
         )
 
-    def copy_of_masters(self) -> list[Tensor]:
-        return [param.detach().clone() for param in self.trainer.master_params]
+    @property
+    def ema_params(self) -> list[list[Tensor]]:
+        """For each rate the averages that this rank keeps: all, unless they are in shares."""
+        return self.averages.held
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -213,7 +222,7 @@ class TrainLoop:
             raise self.non_finite_error()
         if self.report.stepped:                                 # a step that overflowed has nothing to teach
             self.remember()
-            self.update_averages()
+            self.averages.update([rate.decay(self.images_seen, self.global_batch) for rate in self.ema_rate])
         if self.objective.after_step(self.nets, self.step):
             self.start_afresh()
         for network in self.moving.values():
@@ -277,14 +286,10 @@ class TrainLoop:
         for group in self.opt.param_groups:
             group["lr"] = self.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, self.lr_rampup_kimg)
 
-    def update_averages(self) -> None:
-        for rate, params in zip(self.ema_rate, self.ema_params):
-            update_ema(params, self.trainer.master_params, rate.decay(self.images_seen, self.global_batch))
-
     def start_afresh(self) -> None:
         """A new stage: a fresh optimizer, averages that start from the present weights."""
         self.opt = self.make_optimizer()
-        self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
+        self.averages.restart()
 
     def non_finite_error(self) -> NonFiniteError:
         skips = f" after {self.trainer.skipped_steps} steps skipped in fp16" if self.trainer.use_fp16 else ""
@@ -359,7 +364,7 @@ class TrainLoop:
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
         self.trainer.load_master_params(loop_state.read_params(self.trainer, self.start.take(), path))
-        self.ema_params = [self.copy_of_masters() for _ in self.ema_rate]
+        self.averages.restart()
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:

@@ -67,7 +67,8 @@ class AverageSampler:
     options: Mapping[str, Any]
 
     def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
-        return loop.trainer.master_params_to_state_dict(loop.ema_params[loop.ema_rate.index(self.rate)])
+        """The whole average, on every rank; one step of all ranks together."""
+        return loop.trainer.master_params_to_state_dict(loop.averages.whole(self.rate))
 
     def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank."""
@@ -143,7 +144,7 @@ class Evaluation:
             value = self.metric.distance((int(rows[0]), images) for rows, images in drawn if len(images))
         if np.isfinite(value) and (not self.best or value < self.best["value"]):
             self.best = {"step": loop.step, "value": value}
-            dist_util.on_main(self.keep, loop)
+            dist_util.on_main(self.keep, loop, self.sampler.weights(loop))
         logger.log(
             f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
             f"{time.monotonic() - begun:.1f} s; {self.best_so_far()}"
@@ -153,13 +154,12 @@ class Evaluation:
     def best_so_far(self) -> str:
         return f"best so far {self.best['value']:.6g} at step {self.best['step']}" if self.best else "no best so far"
 
-    def keep(self, loop: TrainLoop) -> None:
+    def keep(self, loop: TrainLoop, average: dict[str, Tensor]) -> None:
         """Save the average that was measured, then name it, then remove the one that was best before."""
         folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = state.list_files(folder)
-        content = {name: self.sampler.weights(loop)}
-        kept = state.save(folder, loop.step, content, loop.config, loop.images_seen)
+        kept = state.save(folder, loop.step, {name: average}, loop.config, loop.images_seen)
         file = state.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)

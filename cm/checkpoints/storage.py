@@ -155,7 +155,17 @@ def write_remote(path: str, write: Callable[[Checksum], None]) -> dict[str, int]
 
 
 def save_tensors(path: str, content: Any) -> dict[str, int]:
-    return write_whole(path, lambda file: th.save(content, file))
+    """`torch.save` of what is the same file wherever its tensors are."""
+    return write_whole(path, lambda file: th.save(on_cpu(content), file))
+
+
+def on_cpu(content: Any) -> Any:
+    """Nested dicts and lists with their tensors on the CPU; those that are there already are not copied."""
+    if isinstance(content, th.Tensor):
+        return content.cpu()
+    if type(content) is dict:
+        return {key: on_cpu(value) for key, value in content.items()}
+    return [on_cpu(value) for value in content] if type(content) is list else content
 
 
 def sync_directory(directory: str) -> None:
