@@ -140,6 +140,9 @@ class TrainConfig:
     )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
+    plan_ranks: int = option(
+        0, "--dry_run plans the memory of so many ranks with a GPU each; 0: of the ranks it is started with", minimum=0
+    )
     log_interval: int = option(10, "steps between two rows of the log", minimum=1)
     save_interval: int = option(10000, "steps between two checkpoints", minimum=1)
     tick: float = option(

@@ -18,9 +18,10 @@ STATUS = "status.json"
 
 
 def content(loop: Any) -> dict[str, Any]:
-    """name -> state dict, on rank 0; empty on the others, which give their shares. The rest is in the manifest: the step, the images seen, the seconds trained, the flags.
+    """name -> state dict, on rank 0; empty on the others, who give their shares. All ranks call it together.
 
-    No random stream is saved: every draw is a function of the seed and of the position, or the step, it belongs to.
+    The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
+    draw is a function of the seed and of the position, or the step, it belongs to.
     """
     trainer = loop.trainer
     averages = {f"ema_{rate}": loop.averages.whole_on_main(rate) for rate in loop.ema_rate}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from cm.image_datasets import load_data
 from cm.image_sources import open_source
 from cm.interfaces import Sampler
 from cm.karras_diffusion import KarrasDenoiser
+from cm.memory_plan import PlannedRun, activations, line, plan
 from cm.noisy_classifier import NoisyClassifier, from_content
 from cm.precond import PRECONDS
 from cm.reference_images import with_references
@@ -49,6 +51,7 @@ from cm.script_util import (
     parse_ts,
     place,
 )
+from cm.train_loop import parse_rates
 
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
@@ -399,9 +402,44 @@ def run_precision(settings: Settings) -> str:
 
 
 def describe(settings: Settings) -> None:
-    """--dry_run: print the resolved run as JSON, with the network's size, and do nothing."""
+    """--dry_run: print the resolved run as JSON, with the network's size, and do nothing.
+
+    Of a training run also the memory that it takes on the fullest rank, in bytes, and on stderr as a table.
+    """
     with th.device("meta"):
-        parameters = sum(param.numel() for param in model_from(settings).parameters())
-    if dist_util.is_main():
-        facts = {"parameters": parameters, "ranks": dist_util.get_world_size()}
-        print(json.dumps(settings.values | facts, indent=2))
+        model = model_from(settings)
+    facts = {
+        "parameters": sum(param.numel() for param in model.parameters()), "ranks": dist_util.get_world_size()
+    }
+    if not dist_util.is_main():
+        return
+    if "ema_rate" in settings.values:
+        run, images = planned_run(settings)
+        memory, kept = plan(model, run), activations(model, images, run.precision)
+        facts["memory"] = {
+            "ranks": run.ranks, **memory.as_dict(), "activations_estimate": kept, "images_per_pass": images
+        }
+        print(f"memory of one of {run.ranks} ranks\n{memory.table()}", file=sys.stderr)
+        print(line(f"estimate: {images} images at a time", kept), file=sys.stderr)
+    print(json.dumps(settings.values | facts, indent=2))
+
+
+def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
+    """What the flags of a training run say about its memory, and the images of a forward pass."""
+    train, values = settings.section(TrainConfig), settings.values
+    ranks = train.plan_ranks or dist_util.get_world_size()
+    images, _ = share_of_batch(train.global_batch_size, train.batch_size, 0, ranks)
+    mode = values["training_mode"]
+    run = PlannedRun(
+        precision=run_precision(settings),
+        optimizer=train.optimizer,
+        ema_rates=parse_rates(train.ema_rate),
+        ranks=ranks,
+        ema_device=train.ema_device,
+        shard_ema=train.shard_ema,
+        shard_optimizer=train.shard_optimizer,
+        has_target=mode in CONSISTENCY_MODES,
+        teacher={"consistency_distillation": "still", "progdist": "moving"}.get(mode, "none"),
+        on_gpu=train.plan_ranks > 0 or dist_util.dev().type == "cuda",
+    )
+    return run, min(images, train.microbatch) if train.microbatch > 0 else images

@@ -24,7 +24,7 @@ LAYERS = [
     ["unet", "edm_networks", "augment"],
     ["samplers", "networks", "noisy_classifier"],
     ["editing", "objectives"],
-    ["karras_diffusion", "image_datasets", "checkpoints"],
+    ["karras_diffusion", "image_datasets", "checkpoints", "memory_plan"],
     ["loop_state"],
     ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images"],
     ["train_util", "run_util", "edit_util"],

@@ -1,0 +1,372 @@
+"""Shares of averages and optimizer change no bit of any file, and the planned memory is what a rank holds."""
+
+import hashlib
+import itertools
+import json
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+from mpi import ROOT, mpi_program
+from test_train_util import images, loop, network, run  # noqa: F401 (images is a fixture)
+
+from cm import logger
+from cm.averages import Background, WeightAverages
+from cm.memory_plan import PlannedRun, activations, plan
+from cm.nn import GroupNorm32
+from cm.optimizers import SharedOptimizer, make_optimizer
+from cm.registry import UserError
+from cm.shares import share_out
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes, ranks", [
+    ([5, 3, 8, 1, 1, 9, 4, 4], 3), ([100, 1, 1, 1], 2), ([2] * 7, 7), ([3, 3, 2, 2, 2], 2), ([4], 3), ([0, 0, 1], 2),
+])
+def test_shares_are_whole_complete_and_balanced(sizes, ranks):
+    """Against the best of all ways to share out, tried one by one: within Graham's bound."""
+    shares = share_out(sizes, 0, ranks)
+    assert sorted(sum((shares.of(rank, range(len(sizes))) for rank in range(ranks)), [])) == list(range(len(sizes)))
+    largest = max(sum(shares.of(rank, sizes)) for rank in range(ranks))
+    best = min(
+        max(sum(s for s, o in zip(sizes, owners) if o == rank) for rank in range(ranks))
+        for owners in itertools.product(range(ranks), repeat=len(sizes))
+    ) if ranks ** len(sizes) < 10**5 else max(sizes)
+    assert best <= largest <= best * (4 / 3 - 1 / (3 * ranks)) + 1e-9
+    assert largest < sum(sizes) / ranks + max(sizes)
+    with pytest.raises(ValueError):
+        shares.mine(sizes[:-1])
+
+
+# --- averages beside the device --------------------------------------------------------------------------------------
+
+
+def params(dtype=th.float32):
+    th.manual_seed(0)
+    made = [th.nn.Parameter(th.randn(4, 3, 3, 3, dtype=dtype)), th.nn.Parameter(th.randn(7, dtype=dtype))]
+    made[0].data = made[0].data.to(memory_format=th.channels_last)
+    return made
+
+
+def beside(averages):
+    """As on a GPU, where copies are folded in by a thread."""
+    averages.background = Background(averages.sources)
+    return averages
+
+
+def test_averages_folded_in_beside_the_device_are_the_same_to_the_last_bit():
+    ours, plain = params(), params()
+    far, near = beside(WeightAverages(ours, ["0.9", "0.5"])), WeightAverages(plain, ["0.9", "0.5"])
+    for step in range(5):
+        for own in (*ours, *plain):
+            own.data.mul_(1.3).add_(step)
+        far.update()
+        near.update()
+        if step == 2:
+            far.restart()
+            near.restart()
+    for a, b in zip(far.held, near.held, strict=True):
+        assert all(th.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
+    assert not any(average.requires_grad for average in far.held[0])
+
+
+def test_training_goes_on_while_an_average_is_folded_in():
+    """The average is that of the moment of the update, whatever has become of the parameters since."""
+    ours = params()
+    averages = beside(WeightAverages(ours, ["0.5"]))
+    expected = [0.5 * p.detach() + 0.5 * (p.detach() + 1) for p in ours]
+    may_begin, follow = threading.Event(), averages.follow
+
+    def slow(values):
+        assert may_begin.wait(20)
+        follow(values)
+
+    averages.follow = slow
+    for own in ours:
+        own.data.add_(1)
+    averages.update()
+    for own in ours:
+        own.data.fill_(100)
+    assert not averages.background.task.done()
+    may_begin.set()
+    for average, right in zip(averages.held[0], expected):
+        th.testing.assert_close(average, right)
+
+
+def test_a_failure_beside_the_device_is_heard_of():
+    averages = beside(WeightAverages(params(), ["0.5"]))
+    averages.follow = lambda values: 1 / 0
+    averages.update()
+    with pytest.raises(ZeroDivisionError):
+        averages.update()
+
+
+def test_averages_are_float32_whatever_the_parameters():
+    averages = WeightAverages(params(th.bfloat16), ["0.9999"], device="cpu")
+    before = averages.held[0][1].clone()
+    averages.sources[1].data.add_(1)
+    averages.update()
+    assert averages.held[0][1].dtype == th.float32
+    # Half of an ulp of bfloat16 is 2^-9 of a value; this step is smaller.
+    assert ((averages.held[0][1] - before) - 1e-4).abs().max() < 2e-6
+
+
+def test_a_gpu_for_averages_that_is_not_there():
+    with pytest.raises(UserError, match="--ema_device cuda, but this run is on the cpu: choose same, or cpu"):
+        WeightAverages(params(), ["0.9"], device="cuda")
+
+
+# --- shares over ranks -----------------------------------------------------------------------------------------------
+
+
+PROGRAM = """
+    import hashlib, json, sys
+    from functools import partial
+    from pathlib import Path
+
+    sys.path.insert(0, {tests!r})
+    import torch as th
+    from test_memory import CASES, held_bytes, meta_network
+    from test_train_util import loop
+
+    from cm import dist_util
+    from cm.image_datasets import load_data
+    from cm.karras_diffusion import KarrasDenoiser
+    from cm.memory_plan import PlannedRun, plan
+    from cm.samplers import make_sampler
+    from cm.sampling import SamplingPlan
+    from cm.script_util import create_model
+    from cm.watchers import AverageSampler, Evaluation
+
+    SHARED = dict(shard_ema=True, shard_optimizer=True, ema_device="cpu")
+
+    class Falling:
+        key, label, id = "fid", "FID", "falling"
+
+        def __init__(self):
+            self.value = 9.0
+
+        def distance(self, batches):
+            assert sum(len(images) for _, images in batches) == 2
+            self.value -= 1
+            return self.value
+
+    def watcher():
+        make = partial(create_model, 8, 32, 1, "1", class_cond=True, num_classes=3, attention_resolutions="8",
+                       num_head_channels=32)
+        sampler = AverageSampler(make, KarrasDenoiser(loss_norm="l2"), SamplingPlan(4, 2, 8, 0, 3, -1, "determ"),
+                                 "fp32", "0.9", dict(steps=2, sampler=make_sampler("heun", {{}})))
+        return Evaluation(sampler, 3, 4, Falling(), {{}})
+
+    def stream(start):
+        return load_data(data_dir={images!r}, batch_size=4, image_size=8, class_cond=True, seed=3, start=start,
+                         num_workers=0, rank=dist_util.get_rank(), world_size=2)
+
+    def train(name, folder, steps, **options):
+        case = dict(CASES[name])
+        if name == "edm":
+            case["watchers"] = [watcher()]
+        training = loop({images!r}, folder, steps, **{{"data": stream, "batch_size": 4, **case, **options}})
+        training.run_loop()
+        return training
+
+    def main():
+        dist_util.setup_dist()
+        root, said = Path({root!r}), {{}}
+        for name in CASES:
+            plain = train(name, root / name / "plain", 4)
+            shared = train(name, root / name / "shared", 4, **SHARED)
+            for first, then in (({{}}, SHARED), (SHARED, {{}})):
+                folder = root / name / ("shared first" if first else "plain first")
+                train(name, folder, 2, **first)
+                train(name, folder, 4, **then)
+            for training, flags in ((plain, {{}}), (shared, SHARED)):
+                case = CASES[name]
+                run = PlannedRun(
+                    precision="fp16" if case.get("use_fp16") else "fp32", optimizer=case.get("optimizer", "radam"),
+                    ema_rates=["0.5", "0.9"], ranks=2, has_target=case.get("mode") == "consistency_training",
+                    teacher="moving" if case.get("mode") == "progdist" else "none", on_gpu=False, **flags)
+                planned = plan(meta_network(), run, dist_util.get_rank()).device
+                said[f"{{name}} {{bool(flags)}}"] = [planned, held_bytes(training)]
+        # a run of one process goes on here with shares
+        train("edm", root / "alone", 4, watchers=(), **SHARED)
+        everybody = dist_util.all_gather_object(said)
+        if dist_util.is_main():
+            (root / "memory.json").write_text(json.dumps(everybody))
+
+    dist_util.run(main)
+"""
+
+
+CASES = {
+    "edm": {"lr_anneal_steps": 9, "weight_decay": 0.1},
+    "consistency_training": {"mode": "consistency_training", "use_fp16": True, "optimizer": "adamw"},
+    "progdist": {"mode": "progdist", "use_fp16": True},
+}
+
+
+def meta_network():
+    return network().to("meta")
+
+
+def held_bytes(training):
+    """What a loop really holds on this rank, by the names of the plan."""
+    trainer, moving = training.trainer, training.moving
+
+    def size(tensors):
+        """Of the memory behind them, each piece once."""
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def network_of(name):
+        own = moving[name]
+        return size(own.model_params) + (size(own.master_params) if own.use_fp16 else 0)
+
+    held = {
+        "parameters": size(trainer.model_params),
+        "gradients": size(param.grad for param in trainer.model_params),
+        "optimizer": size(value for entry in training.opt.state.values() for value in entry.values()),
+        **{f"average {rate}": size(own) for rate, own in zip(training.ema_rate, training.ema_params)},
+    }
+    if trainer.use_fp16:
+        held["float32 masters"] = size(trainer.master_params)
+        held["gradients of the masters"] = size(param.grad for param in trainer.master_params)
+    return held | {name.removesuffix("_model"): network_of(name) for name in moving}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shares")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "images.npz", arr_0=pixels, arr_1=np.arange(20) % 3)
+    data = str(folder / "images.npz")
+    run(data, folder / "alone", 2, **CASES["edm"])
+    logger.reset()
+    source = PROGRAM.format(tests=str(ROOT / "tests"), images=data, root=str(folder))
+    done = mpi_program(folder, 2, source, timeout=240)
+    assert done.rc == 0, done
+    return folder
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.pt") if path.stem.endswith("000004") or path.parent.name == "best"
+    }
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["shared", "plain first", "shared first"])
+def test_shares_change_no_bit_of_any_file(on_two_ranks, case, way):
+    """Nor does it matter when a run begins or ceases to share: at step 2 the other way goes on."""
+    plain = files(on_two_ranks / case / "plain")
+    assert files(on_two_ranks / case / way) == plain
+    assert {"model000004.pt", "opt000004.pt", "ema_0.5_000004.pt", "ema_0.9_000004.pt"} <= plain.keys()
+    assert ("best/ema_0.9_000004.pt" in plain) == (case == "edm"), "what a watcher keeps of an average in shares"
+
+
+@pytest.mark.mpi
+def test_ranks_may_change_between_stops(on_two_ranks):
+    """1 process without shares, 2 ranks with, 1 process without: the curve of a run that nobody stopped."""
+    data, folder = str(on_two_ranks / "images.npz"), on_two_ranks / "alone"
+    stopped = run(data, folder, 6, **CASES["edm"])
+    straight = run(data, on_two_ranks / "straight", 6, **CASES["edm"])
+    logger.reset()
+    for a, b in zip(straight.trainer.master_params, stopped.trainer.master_params):
+        # Sums of gradients are rounded differently; six steps of 1e-3 move a weight by up to 6e-3.
+        th.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    for a, b in zip(straight.ema_params[1], stopped.ema_params[1]):
+        th.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    steps = {float(entry["step"]) for entry in stopped.opt.state.values()}
+    assert steps == {6.0} and len(stopped.opt.state) == len(stopped.trainer.master_params)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_memory_is_what_each_rank_holds(on_two_ranks, case):
+    for rank in json.loads((on_two_ranks / "memory.json").read_text()):
+        planned, held = rank[f"{case} False"]
+        assert planned == held
+        shared, held = rank[f"{case} True"]
+        assert shared == held
+        total = planned["parameters"] if case == "edm" else planned["float32 masters"]
+        for name in ("optimizer", "average 0.9"):
+            assert abs(shared[name] / planned[name] - 1 / 2) < 0.05, "half of it, give or take a part of a tensor"
+        assert planned["average 0.9"] == total
+
+
+def test_a_rank_without_a_share_and_a_saved_optimizer_that_does_not_fit():
+    owners = share_out([3, 2], 2, 3)
+    opt = make_optimizer("radam", [th.zeros(3), th.zeros(2)], 0.1, 0.0, owners)
+    assert isinstance(opt, SharedOptimizer) and opt.own == []
+    opt.inner.step()
+    with pytest.raises(ValueError, match="not one of 2 parameters"):
+        opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
+        make_optimizer("sgd", [th.zeros(3)], 0.1, 0.0)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_as_large_as_planned(images, tmp_path):  # noqa: F811
+    run(images, tmp_path, 1, mode="progdist", use_fp16=True)
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
+    planned = plan(meta_network(), PlannedRun("fp16", "radam", ["0.5", "0.9"], teacher="moving")).checkpoint
+    # A file adds a header of some hundred bytes to each of its tensors.
+    tensors = 4 * 60 + 3 * 60
+    assert planned < on_disk < planned + 700 * tensors
+
+
+def norm_of_a_gpu(norm, x):
+    return F.group_norm(x.float(), norm.num_groups, norm.weight, norm.bias, norm.eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_that_autograd_keeps(precision, monkeypatch):
+    """Images that lie channels first go through the same operations on a CPU as on a GPU, but for half-precision norms.
+
+    The estimate rounds embeddings and the output layer too, which autocast leaves alone: some percent of this network.
+    """
+    monkeypatch.setattr(GroupNorm32, "forward", norm_of_a_gpu)
+    model, kept = network(), {}
+    own = {param.untyped_storage().data_ptr() for param in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    inputs = [th.randn(4, 3, 8, 8), th.rand(4), th.tensor([0, 1, 2, 0])]
+    cast = th.autocast("cpu", dtype=th.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    with cast, th.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    tolerance = 1e-9 if precision == "fp32" else 0.03
+    assert activations(meta_network(), 4, precision) == pytest.approx(measured, rel=tolerance)
+
+
+def test_activations_grow_with_images_and_shrink_with_recomputation():
+    model = meta_network()
+    one, two, four = (activations(model, count, "fp32") for count in (1, 2, 4))
+    assert four - two == 2 * (two - one) > 0
+    for module in model.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = True
+    assert activations(model, 4, "fp32") < four / 2
+
+
+def test_averages_on_the_host_leave_the_device():
+    run_ = PlannedRun("fp32", "adam", ["0.9", "0.99"], ranks=4)
+    near, far = plan(meta_network(), run_), plan(meta_network(), PlannedRun(**vars(run_) | {"ema_device": "cpu"}))
+    size = near.device["parameters"]
+    assert sum(near.device.values()) - sum(far.device.values()) == 2 * size and not near.host
+    assert far.host == {"average 0.9": size, "average 0.99": size, "copy for the averages": size}
