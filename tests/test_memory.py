@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from mpi import ROOT, mpi_program
 from test_train_util import images, loop, network, run  # noqa: F401 (images is a fixture)
 
-from cm import logger
+from cm import logger, loop_state, run_util
 from cm.averages import Background, WeightAverages
+from cm.checkpoints import state
 from cm.memory_plan import PlannedRun, activations, plan
 from cm.nn import GroupNorm32
 from cm.optimizers import SharedOptimizer, make_optimizer
@@ -22,6 +23,8 @@ from cm.registry import UserError
 from cm.shares import share_out
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from memory_table import settings_of, table  # noqa: E402
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -370,3 +373,38 @@ def test_averages_on_the_host_leave_the_device():
     size = near.device["parameters"]
     assert sum(near.device.values()) - sum(far.device.values()) == 2 * size and not near.host
     assert far.host == {"average 0.9": size, "average 0.99": size, "copy for the averages": size}
+
+
+def test_a_dry_run_says_what_a_rank_will_hold(capsys):
+    settings = settings_of("configs/digits/cd.yaml", "--plan_ranks", "4", "--shard_ema", "True", "--microbatch", "3",
+                           "--ema_rate", "0.9,0.99", "--precision", "fp16")
+    run_util.describe(settings)
+    said = capsys.readouterr()
+    memory, parameters = json.loads(said.out)["memory"], json.loads(said.out)["parameters"]
+    assert memory["ranks"] == 4 and memory["images_per_pass"] == 3 and memory["activations_estimate"] > 0
+    device = memory["device"]
+    assert device["float32 masters"] == 4 * parameters and device["optimizer"] > 8 * parameters
+    assert parameters < device["average 0.99"] < 1.2 * parameters, "four bytes each, of a quarter"
+    assert device["target"] == device["parameters"] + device["float32 masters"]
+    assert device["teacher"] == device["parameters"] < 4 * parameters, "nobody needs the masters of a teacher"
+    assert memory["device_total"] == sum(device.values()) and memory["host"] == {}
+    for name in (*device, "a checkpoint (disk)", "estimate: 3 images at a time"):
+        assert name in said.err
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints():
+    rows = table("ImageNet-64")
+    assert len(rows) == 7 and set(rows) <= set((ROOT / "docs" / "memory.md").read_text().splitlines())
+
+
+def test_going_on_makes_no_second_copy(images, tmp_path):  # noqa: F811
+    """Averages are filled where they are, from the tensors of the file."""
+    first = run(images, tmp_path, 1)
+    content = loop_state.content(first)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(
+        first.trainer.params_in(content["model"]), first.trainer.master_params))
+    again = loop(images, tmp_path / "new", 2)
+    places = [average.data_ptr() for average in again.ema_params[1]]
+    loop_state.go_on(again, state.newest(str(tmp_path)))
+    assert [average.data_ptr() for average in again.ema_params[1]] == places
+    assert all(th.equal(a, b) for a, b in zip(again.ema_params[1], first.ema_params[1]))

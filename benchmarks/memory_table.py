@@ -1,0 +1,62 @@
+"""The table of docs/memory.md: what a GPU holds during consistency distillation with the presets, in GiB.
+
+python benchmarks/memory_table.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch as th
+
+from cm import run_util, script_util
+from cm.config import ConsistencyConfig, DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from cm.flags import Settings, parse
+from cm.memory_plan import GIB, activations, plan
+
+PRESETS = {"ImageNet-64": "configs/imagenet64/cd.yaml", "LSUN-256": "configs/lsun256/cd.yaml"}
+RANKS = (1, 8, 64)
+LAYOUTS = (                                                 # each in addition to those above it
+    (),
+    ("--use_fp16", "False", "--precision", "bf16"),
+    ("--shard_ema", "True"),
+    ("--shard_optimizer", "True"),
+    ("--ema_device", "cpu"),
+)
+
+
+def settings_of(preset: str, *flags: str) -> Settings:
+    sections = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, EvalConfig, RunConfig)
+    path = Path(__file__).resolve().parent.parent / preset
+    return parse(__doc__, *sections, argv=["--config", str(path), *flags])
+
+
+def table(name: str) -> list[str]:
+    """The rows of a preset, with one more for the activations of an image."""
+    rows, flags = [], []
+    with th.device("meta"):
+        model = script_util.model_from(settings_of(PRESETS[name]))
+    for layout in LAYOUTS:
+        flags += layout
+        plans = [
+            plan(model, run_util.planned_run(settings_of(PRESETS[name], *flags, "--plan_ranks", str(ranks)))[0])
+            for ranks in RANKS
+        ]
+        cells = [f"{sum(each.device.values()) / GIB:.2f}" for each in plans]
+        words = f"and `{' '.join(layout)}`" if layout else "the preset: fp16, nothing shared"
+        rows.append(f"| {name} | {words} | {' | '.join(cells)} |")
+    for precision in ("fp16", "bf16"):
+        size = f"{activations(model, 1, precision) / GIB:.2f}"
+        rows.append(f"| {name} | estimate: activations of one image, {precision} | {' | '.join([size] * 3)} |")
+    return rows
+
+
+def main() -> None:
+    print(f"| network | flags | {' | '.join(f'{ranks} GPU' + 's' * (ranks > 1) for ranks in RANKS)} |")
+    print("|---|---|---:|---:|---:|")
+    for name in PRESETS:
+        print("\n".join(table(name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
