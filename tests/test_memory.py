@@ -24,8 +24,7 @@ from cm.shares import share_out
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from memory_table import settings_of, table  # noqa: E402
-
+from memory_table import settings_of, table
 
 # --- shares ----------------------------------------------------------------------------------------------------------
 
