@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch as th
 from torch import Tensor, nn
@@ -55,6 +55,12 @@ class StepReport:
         """The numbers by guided-diffusion's names; waits for the device."""
         scale = {} if self.lg_loss_scale is None else {"lg_loss_scale": self.lg_loss_scale}
         return {"grad_norm": self.grad_norm.item(), "param_norm": self.param_norm.item(), **scale}
+
+
+class Steps(Protocol):
+    """An optimizer, as far as it is needed here."""
+
+    def step(self) -> Any: ...
 
 
 def convert_module_to_f16(module: nn.Module) -> None:
@@ -234,7 +240,7 @@ class MixedPrecisionTrainer(MasterWeights):
         """Whether every gradient is finite: a boolean scalar tensor, for the ranks to agree on before `step`."""
         return self.grad_norm().isfinite()
 
-    def step(self, opt: th.optim.Optimizer, finite: bool | Tensor) -> StepReport:
+    def step(self, opt: Steps, finite: bool | Tensor) -> StepReport:
         """Take an optimiser step; unless `finite`, leave the parameters alone and, in fp16, halve the loss scale.
 
         :param finite: what `grads_finite` says on every rank; a tensor is waited for.
@@ -251,7 +257,7 @@ class MixedPrecisionTrainer(MasterWeights):
             self.skipped_steps += not finite
         return self.report
 
-    def optimize(self, opt: th.optim.Optimizer) -> StepReport:
+    def optimize(self, opt: Steps) -> StepReport:
         """Take a step if all gradients are finite. The report is true if it was taken."""
         return self.step(opt, self.grads_finite())
 
