@@ -51,7 +51,6 @@ from cm.script_util import (
     parse_ts,
     place,
 )
-from cm.train_loop import parse_rates
 
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
@@ -433,7 +432,7 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
     run = PlannedRun(
         precision=run_precision(settings),
         optimizer=train.optimizer,
-        ema_rates=parse_rates(train.ema_rate),
+        ema_rates=durations.parse_rates(train.ema_rate),
         ranks=ranks,
         ema_device=train.ema_device,
         shard_ema=train.shard_ema,

@@ -69,8 +69,8 @@ def test_averages_folded_in_beside_the_device_are_the_same_to_the_last_bit():
     for step in range(5):
         for own in (*ours, *plain):
             own.data.mul_(1.3).add_(step)
-        far.update()
-        near.update()
+        far.update([0.9, 0.5])
+        near.update([0.9, 0.5])
         if step == 2:
             far.restart()
             near.restart()
@@ -86,14 +86,14 @@ def test_training_goes_on_while_an_average_is_folded_in():
     expected = [0.5 * p.detach() + 0.5 * (p.detach() + 1) for p in ours]
     may_begin, follow = threading.Event(), averages.follow
 
-    def slow(values):
+    def slow(decays, values):
         assert may_begin.wait(20)
-        follow(values)
+        follow(decays, values)
 
     averages.follow = slow
     for own in ours:
         own.data.add_(1)
-    averages.update()
+    averages.update([0.5])
     for own in ours:
         own.data.fill_(100)
     assert not averages.background.task.done()
@@ -104,17 +104,17 @@ def test_training_goes_on_while_an_average_is_folded_in():
 
 def test_a_failure_beside_the_device_is_heard_of():
     averages = beside(WeightAverages(params(), ["0.5"]))
-    averages.follow = lambda values: 1 / 0
-    averages.update()
+    averages.follow = lambda decays, values: 1 / 0
+    averages.update([0.5])
     with pytest.raises(ZeroDivisionError):
-        averages.update()
+        averages.update([0.5])
 
 
 def test_averages_are_float32_whatever_the_parameters():
     averages = WeightAverages(params(th.bfloat16), ["0.9999"], device="cpu")
     before = averages.held[0][1].clone()
     averages.sources[1].data.add_(1)
-    averages.update()
+    averages.update([0.9999])
     assert averages.held[0][1].dtype == th.float32
     # Half of an ulp of bfloat16 is 2^-9 of a value; this step is smaller.
     assert ((averages.held[0][1] - before) - 1e-4).abs().max() < 2e-6
@@ -377,6 +377,8 @@ def test_averages_on_the_host_leave_the_device():
 def test_a_dry_run_says_what_a_rank_will_hold(capsys):
     settings = settings_of("configs/digits/cd.yaml", "--plan_ranks", "4", "--shard_ema", "True", "--microbatch", "3",
                            "--ema_rate", "0.9,0.99", "--precision", "fp16")
+    asked = {"shard_ema": True, "shard_optimizer": False, "ema_device": "same"}
+    assert run_util.loop_arguments(settings).items() >= asked.items(), "what a run itself would be told"
     run_util.describe(settings)
     said = capsys.readouterr()
     memory, parameters = json.loads(said.out)["memory"], json.loads(said.out)["parameters"]
