@@ -34,8 +34,9 @@ def settings_of(preset: str, *flags: str) -> Settings:
 def table(name: str) -> list[str]:
     """The rows of a preset, with one more for the activations of an image."""
     rows, flags = [], []
+    settings = settings_of(PRESETS[name])
     with th.device("meta"):
-        model = script_util.model_from(settings_of(PRESETS[name]))
+        model = script_util.model_from(settings)
     for layout in LAYOUTS:
         flags += layout
         plans = [
@@ -46,7 +47,8 @@ def table(name: str) -> list[str]:
         words = f"and `{' '.join(layout)}`" if layout else "the preset: fp16, nothing shared"
         rows.append(f"| {name} | {words} | {' | '.join(cells)} |")
     for precision in ("fp16", "bf16"):
-        size = f"{activations(model, 1, precision) / GIB:.2f}"
+        kept = activations(model, 1, settings.values["image_size"], precision, settings.values["class_cond"])
+        size = f"{kept / GIB:.2f}"
         rows.append(f"| {name} | estimate: activations of one image, {precision} | {' | '.join([size] * 3)} |")
     return rows
 

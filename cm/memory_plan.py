@@ -132,10 +132,12 @@ def state_bytes(optimizer: str, params: Sequence[Tensor]) -> list[int]:
     return [nbytes(opt.state[param].values()) for param in params]
 
 
-def activations(model: nn.Module, images: int, precision: str) -> int:
-    """Bytes that a forward pass of so many images keeps for the backward pass, parameters apart: an estimate.
+def activations(model: nn.Module, images: int, image_size: int, precision: str, class_cond: bool = False) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters apart: an estimate.
 
     :param model: the float32 network, on the meta device; it is not changed.
+    :param images: how many, of 3 channels and the side `image_size`.
+    :param class_cond: whether it is given class labels.
     """
     model = MasterWeights(copy.deepcopy(model), precision).model
     own = {param.untyped_storage()._cdata for param in model.parameters()}
@@ -147,10 +149,9 @@ def activations(model: nn.Module, images: int, precision: str) -> int:
             kept[storage._cdata] = storage
         return tensor
 
-    side = model.image_size
     with th.device("meta"):
-        inputs = [th.empty(images, model.in_channels, side, side), th.empty(images)]
-        if model.num_classes is not None:
+        inputs = [th.empty(images, 3, image_size, image_size), th.empty(images)]
+        if class_cond:
             inputs.append(th.empty(images, dtype=th.long))
     with AsOnGpu(precision), th.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(*inputs)

@@ -414,7 +414,10 @@ def describe(settings: Settings) -> None:
         return
     if "ema_rate" in settings.values:
         run, images = planned_run(settings)
-        memory, kept = plan(model, run), activations(model, images, run.precision)
+        memory = plan(model, run)
+        kept = activations(
+            model, images, settings.values["image_size"], run.precision, settings.values["class_cond"]
+        )
         facts["memory"] = {
             "ranks": run.ranks, **memory.as_dict(), "activations_estimate": kept, "images_per_pass": images
         }

@@ -353,17 +353,17 @@ def test_activations_are_those_that_autograd_keeps(precision, monkeypatch):
         model(*inputs)
     measured = sum(storage.nbytes() for storage in kept.values())
     tolerance = 1e-9 if precision == "fp32" else 0.03
-    assert activations(meta_network(), 4, precision) == pytest.approx(measured, rel=tolerance)
+    assert activations(meta_network(), 4, 8, precision, class_cond=True) == pytest.approx(measured, rel=tolerance)
 
 
 def test_activations_grow_with_images_and_shrink_with_recomputation():
     model = meta_network()
-    one, two, four = (activations(model, count, "fp32") for count in (1, 2, 4))
+    one, two, four = (activations(model, count, 8, "fp32", True) for count in (1, 2, 4))
     assert four - two == 2 * (two - one) > 0
     for module in model.modules():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = True
-    assert activations(model, 4, "fp32") < four / 2
+    assert activations(model, 4, 8, "fp32", True) < four / 2
 
 
 def test_averages_on_the_host_leave_the_device():
