@@ -16,6 +16,7 @@ from cm.memory_plan import GIB, activations, plan
 
 PRESETS = {"ImageNet-64": "configs/imagenet64/cd.yaml", "LSUN-256": "configs/lsun256/cd.yaml"}
 RANKS = (1, 8, 64)
+IMAGES = 8                                                  # of a microbatch
 LAYOUTS = (                                                 # each in addition to those above it
     (),
     ("--use_fp16", "False", "--precision", "bf16"),
@@ -32,7 +33,7 @@ def settings_of(preset: str, *flags: str) -> Settings:
 
 
 def table(name: str) -> list[str]:
-    """The rows of a preset, with one more for the activations of an image."""
+    """The rows of a preset, with one more for the activations in each precision."""
     rows, flags = [], []
     settings = settings_of(PRESETS[name])
     with th.device("meta"):
@@ -47,9 +48,9 @@ def table(name: str) -> list[str]:
         words = f"and `{' '.join(layout)}`" if layout else "the preset: fp16, nothing shared"
         rows.append(f"| {name} | {words} | {' | '.join(cells)} |")
     for precision in ("fp16", "bf16"):
-        kept = activations(model, 1, settings.values["image_size"], precision, settings.values["class_cond"])
+        kept = activations(model, IMAGES, settings.values["image_size"], precision, settings.values["class_cond"])
         size = f"{kept / GIB:.2f}"
-        rows.append(f"| {name} | estimate: activations of one image, {precision} | {' | '.join([size] * 3)} |")
+        rows.append(f"| {name} | estimate: activations of {IMAGES} images, {precision} | {' | '.join([size] * 3)} |")
     return rows
 
 

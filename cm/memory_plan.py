@@ -2,8 +2,8 @@
 
 What stays between steps is exact: it is counted on the same objects that a run makes, on the meta device. What the
 forward pass keeps for the backward pass is an estimate: the tensors that autograd saves, with attention as a fused
-kernel leaves them. On top come what single operations need for a moment, the caching allocator's loss and about half a
-GiB of the GPU's libraries.
+kernel leaves them. On top come what single operations need for a moment, the caching allocator's loss and the GPU's
+libraries.
 """
 
 from __future__ import annotations
