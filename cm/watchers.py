@@ -20,7 +20,7 @@ import torch as th
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cm import dist_util, logger, run_util, script_util
+from cm import dist_util, logger, run_util, sample_util, script_util
 from cm.checkpoints import state, storage, weights
 from cm.config import CONSISTENCY_MODES, EvalConfig, SampleConfig, SolverConfig
 from cm.flags import Settings
@@ -219,7 +219,7 @@ def check_flags(settings: Settings) -> None:
     if not rates or config.eval_ema_rate and config.eval_ema_rate not in rates:
         raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
     try:
-        run_util.sampler_of(sampling_settings(settings))
+        sample_util.sampler_of(sampling_settings(settings))
     except ValueError as error:
         raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
 
@@ -233,9 +233,9 @@ def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> lis
     if not (config.eval_interval or config.sample_interval):
         return []
     sampler = AverageSampler(
-        partial(script_util.model_from, settings), run_util.sampling_diffusion(drawing),
-        run_util.sampling_plan(drawing), run_util.run_precision(settings),
-        config.eval_ema_rate or parse_rates(settings.values["ema_rate"])[0], run_util.sampler_options(drawing),
+        partial(script_util.model_from, settings), sample_util.sampling_diffusion(drawing),
+        sample_util.sampling_plan(drawing), run_util.run_precision(settings),
+        config.eval_ema_rate or parse_rates(settings.values["ema_rate"])[0], sample_util.sampler_options(drawing),
     )
     watchers: list[Watcher] = []
     if config.sample_interval:

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import torch as th
 
-from cm import dist_util, run_util, script_util
+from cm import dist_util, run_data, run_util, script_util
 from cm.checkpoints import weights
 from cm.config import (
     CONSISTENCY_MODES,
@@ -66,7 +66,7 @@ def main() -> None:
     if config.loss_norm == "lpips":
         dist_util.on_main(prepare_lpips)
     run_util.open_run(settings)
-    data = run_util.open_data(settings)
+    data = run_data.open_data(settings)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
     device = dist_util.dev()
@@ -92,7 +92,7 @@ def main() -> None:
         training_mode=config.training_mode,
         ema_scale_fn=ema_scale_fn,
         diffusion=script_util.diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
-        data=run_util.augment(settings, data, model),
+        data=run_data.augment(settings, data, model),
         watchers=watchers,
         **run_util.loop_arguments(settings),
     ).run_loop()

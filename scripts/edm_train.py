@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import torch as th
 
-from cm import dist_util, run_util, script_util
+from cm import dist_util, run_data, run_util, script_util
 from cm.config import (
     DataConfig,
     DiffusionConfig,
@@ -46,14 +46,14 @@ def main() -> None:
     run_util.open_run(settings)
     diffusion = script_util.diffusion_from(settings, distillation=False)
     objective = script_util.objective_from(settings, diffusion)
-    data = run_util.open_data(settings, references=objective.references)
+    data = run_data.open_data(settings, references=objective.references)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
     model = script_util.place(script_util.model_from(settings), dist_util.dev())
     TrainLoop(
         model=model,
         diffusion=diffusion,
-        data=run_util.augment(settings, data, model),
+        data=run_data.augment(settings, data, model),
         objective=objective,
         watchers=watchers,
         **run_util.loop_arguments(settings),

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from cm import dist_util, logger, run_util
+from cm import dist_util, logger, run_util, sample_util
 from cm.config import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
 from cm.edit_util import EditJob, edit_images, make_job
 from cm.flags import Settings, parse
@@ -26,14 +26,14 @@ def main() -> None:
         __doc__, EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
     )
     dist_util.setup_dist()
-    run_util.adopt_model(settings)
+    sample_util.adopt_model(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
-    classifier = run_util.load_classifier(settings)
-    job = make_job(settings, run_util.sampling_plan(settings, classifier), *run_util.sampler_of(settings))
+    classifier = sample_util.load_classifier(settings)
+    job = make_job(settings, sample_util.sampling_plan(settings, classifier), *sample_util.sampler_of(settings))
     run_util.open_log(settings)
-    model, diffusion = run_util.load_model(settings), run_util.guided_diffusion(settings, classifier)
+    model, diffusion = sample_util.load_model(settings), sample_util.guided_diffusion(settings, classifier)
     with at_precision(model, run_util.run_precision(settings)):
         result = collect_to_npz(partial(edit_images, job, model, diffusion), job.plan, logger.get_dir(), job.kinds)
     dist_util.on_main(report, settings, job, result)

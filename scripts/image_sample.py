@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from cm import dist_util, logger, run_util
+from cm import dist_util, logger, run_util, sample_util
 from cm.config import (
     DiffusionConfig,
     GuidanceConfig,
@@ -38,25 +38,25 @@ def main() -> None:
         RunConfig, seed=42,
     )
     dist_util.setup_dist()
-    config = run_util.adopt_model(settings)
-    seeds = run_util.choose_seeds(settings)
+    config = sample_util.adopt_model(settings)
+    seeds = sample_util.choose_seeds(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
-    pngs, classifier = settings.section(PngConfig), run_util.load_classifier(settings)
-    plan = replace(run_util.sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
-    options = run_util.sampler_options(settings)            # tried out before anything is loaded
+    pngs, classifier = settings.section(PngConfig), sample_util.load_classifier(settings)
+    plan = replace(sample_util.sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
+    options = sample_util.sampler_options(settings)         # tried out before anything is loaded
     folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
     run_util.open_log(settings)
     if folder:
         result = sample_to_pngs(
-            run_util.load_model(settings), run_util.guided_diffusion(settings, classifier), plan, folder,
+            sample_util.load_model(settings), sample_util.guided_diffusion(settings, classifier), plan, folder,
             run_util.run_precision(settings), **options,
         )
         return dist_util.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
-        run_util.load_model(settings),
-        run_util.guided_diffusion(settings, classifier),
+        sample_util.load_model(settings),
+        sample_util.guided_diffusion(settings, classifier),
         plan,
         logger.get_dir(),
         run_util.run_precision(settings),
@@ -73,7 +73,7 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> Png
     if plan.generator == "dummy":
         raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
-    dist_util.on_main(folder.claim, run_util.png_recipe(settings))
+    dist_util.on_main(folder.claim, sample_util.png_recipe(settings))
     return folder
 
 

@@ -23,7 +23,7 @@ import torch as th
 from torch import nn
 from tqdm import tqdm
 
-from cm import dist_util, logger, run_util
+from cm import dist_util, logger, run_util, sample_util
 from cm.checkpoints import storage
 from cm.config import CONSISTENCY_MODES, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TernarySearchConfig
 from cm.flags import Settings, parse
@@ -47,10 +47,10 @@ def main() -> None:
     asked = tuple(settings.given)
     check_flags(settings)
     settings.given.setdefault("training_mode", "a multistep schedule")
-    run_util.adopt_model(settings)
+    sample_util.adopt_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
-    plan = run_util.sampling_plan(settings)
+    plan = sample_util.sampling_plan(settings)
     if settings.dry_run:
         return run_util.describe(settings)
 
@@ -61,8 +61,8 @@ def main() -> None:
     ledger = dist_util.on_main(start_ledger, settings, precision, extractor.id)
     evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)
-    stages = SharedStages(run_util.sampling_diffusion(settings), config.cache_gib * 2**30)
-    scorer = Scorer(run_util.load_model(settings), stages, plan, sampler_options(settings), evaluator)
+    stages = SharedStages(sample_util.sampling_diffusion(settings), config.cache_gib * 2**30)
+    scorer = Scorer(sample_util.load_model(settings), stages, plan, sampler_options(settings), evaluator)
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
             lambda ts: ledger.score(text(ts), partial(scorer, ts)), space, config.num_ts, stages.share

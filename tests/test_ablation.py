@@ -7,7 +7,7 @@ import pytest
 import torch as th
 from gaussian import Gaussian, Mixture, Scripted
 
-from cm import run_util
+from cm import sample_util
 from cm.config import AblationConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
 from cm.registry import UserError
@@ -197,8 +197,8 @@ def sampler_of(*argv):
     sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
     settings = parse("", *sections, argv=["--model_path", "nowhere.pt", *argv])
     settings.dry_run = True                                         # no checkpoint is needed to find out
-    run_util.adopt_model(settings)
-    sampler, grid = run_util.sampler_of(settings)
+    sample_util.adopt_model(settings)
+    sampler, grid = sample_util.sampler_of(settings)
     return sampler, grid[0].item(), grid[-2].item()
 
 

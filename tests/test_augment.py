@@ -11,7 +11,7 @@ import torch as th
 from mpi import mpi_program
 from test_train_util import BATCH, images  # noqa: F401
 
-from cm import augment, dist_util, logger, run_util
+from cm import augment, dist_util, logger, run_data
 from cm.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, apply, augmented, warp
 from cm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.flags import parse
@@ -264,7 +264,7 @@ def train(images, directory, batch_size=BATCH):                     # noqa: F811
         )
 
     TrainLoop(
-        model=model, diffusion=KarrasDenoiser(loss_norm="l2"), data=run_util.augment(settings, data, model),
+        model=model, diffusion=KarrasDenoiser(loss_norm="l2"), data=run_data.augment(settings, data, model),
         batch_size=batch_size, microbatch=3, lr=1e-2, ema_rate="0.9", log_interval=1, save_interval=100,
         total_training_steps=3, optimizer="adam",
     ).run_loop()
@@ -311,10 +311,10 @@ def test_two_ranks_train_as_one(images, tmp_path):                  # noqa: F811
 def test_a_network_that_cannot_be_told_is_refused():
     settings = parse("", DataConfig, argv=["--augment", "0.12"])
     with pytest.raises(UserError, match="--augment 0.12 needs a network that is told.*--augment_dim 9, or drop"):
-        run_util.augment(settings, None, th.nn.Linear(1, 1))
+        run_data.augment(settings, None, th.nn.Linear(1, 1))
     with pytest.raises(UserError, match="--augment 2 is a probability"):
-        run_util.augment(parse("", DataConfig, argv=["--augment", "2"]), None, Told())
-    assert run_util.augment(parse("", DataConfig, argv=[]), "data", th.nn.Linear(1, 1)) == "data"
+        run_data.augment(parse("", DataConfig, argv=["--augment", "2"]), None, Told())
+    assert run_data.augment(parse("", DataConfig, argv=[]), "data", th.nn.Linear(1, 1)) == "data"
 
 
 @pytest.mark.parametrize(("argv", "flips"), [
@@ -323,5 +323,5 @@ def test_a_network_that_cannot_be_told_is_refused():
 def test_flips_that_the_network_is_not_told_of_are_off_unless_asked_for(images, argv, flips):      # noqa: F811
     sections = ModelConfig, DataConfig, TrainConfig, RunConfig
     settings = parse("", *sections, argv=["--data_dir", images, "--global_batch_size", "4", *argv])
-    data = run_util.open_data(settings)
+    data = run_data.open_data(settings)
     assert settings.values["random_flip"] is flips and data.keywords["random_flip"] is flips

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch as th
 
-from cm import run_util, script_util
+from cm import sample_util, script_util
 from cm.config import (
     DataConfig,
     DiffusionConfig,
@@ -48,7 +48,7 @@ def test_published_samplers(name, evaluations):
     argv = ["--config", str(CONFIGS / f"sample_{name}.yaml")]
     settings = parse("", SampleConfig, SolverConfig, PngConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
     values = settings.values
-    solver, _ = run_util.sampler_of(settings)
+    solver, _ = sample_util.sampler_of(settings)
     result = sample(
         KarrasDenoiser(loss_norm="l2"), lambda x, t: 0 * x, (1, 3, 2, 2), values["steps"], sampler=solver,
         clip_denoised=values["clip_denoised"], device="cpu",

@@ -12,7 +12,7 @@ import torch as th
 from gaussian import Gaussian, Mixture, stored
 from mpi import clean_environment, mpiexec
 
-from cm import dist_util, logger, noisy_classifier, run_util
+from cm import dist_util, logger, noisy_classifier, sample_util
 from cm.config import DiffusionConfig, GuidanceConfig, ModelConfig, PngConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
 from cm.forward_ad import jvp
@@ -237,7 +237,7 @@ def test_an_image_does_not_depend_on_its_batch(command, name):
 def test_ddim_leaves_out_no_timestep_of_a_network_that_knows_them_all(room, options, lowest, highest):
     argv = flags(room, "image_sample.py", "--sampler", "ddim", "--precond", "ddpm", *options)
     settings = parse("", SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
-    run_util.adopt_model(settings)
+    sample_util.adopt_model(settings)
     assert settings.values["sigma_min"] == pytest.approx(lowest, rel=1e-3)
     assert settings.values["sigma_max"] == pytest.approx(highest, rel=1e-3)
 
@@ -246,8 +246,8 @@ def test_a_folder_of_pngs_remembers_solver_and_guide(room, guide):
     def recipe(*options):
         settings = parse("", SampleConfig, SolverConfig, GuidanceConfig, PngConfig, ModelConfig, DiffusionConfig,
                          RunConfig, argv=flags(room, "image_sample.py", "--sampler", "ito", *options))
-        run_util.adopt_model(settings)
-        return run_util.png_recipe(settings)
+        sample_util.adopt_model(settings)
+        return sample_util.png_recipe(settings)
 
     plain, guided_by = recipe(), ("--classifier_path", guide)
     others = [recipe("--eta", 0.5), recipe(*guided_by), recipe(*guided_by, "--classifier_scale", 2)]

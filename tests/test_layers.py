@@ -27,7 +27,9 @@ LAYERS = [
     ["karras_diffusion", "image_datasets", "checkpoints", "memory_plan"],
     ["loop_state"],
     ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images"],
-    ["train_util", "run_util", "edit_util"],
+    ["train_util", "run_data", "edit_util"],
+    ["run_util"],
+    ["sample_util"],
     ["watchers"],
 ]
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -8,7 +8,7 @@ from cm.config import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig,
 from cm.flags import parse
 from cm.objectives import DENOISING
 from cm.registry import UserError
-from cm.run_util import open_data
+from cm.run_data import open_data
 from cm.script_util import diffusion_from, follow_objective, follow_precond, objective_from, options_of
 
 SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig)

@@ -18,7 +18,7 @@ from cm.checkpoints import shelf, state
 from cm.image_datasets import load_data
 from cm.loop_state import load_part
 from cm.registry import UserError
-from cm.run_util import share_of_batch
+from cm.run_data import share_of_batch
 
 PATHS = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 LONG = 10                                                   # steps of the run that changes its number of ranks

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm import run_util
+from cm import sample_util
 from cm.config import SampleConfig, SeedsConfig
 from cm.flags import parse
 from cm.karras_diffusion import KarrasDenoiser
@@ -32,7 +32,7 @@ def test_what_is_no_list_of_seeds(text, message):
 
 def choose(*argv):
     settings = parse("", SampleConfig, SeedsConfig, argv=argv)
-    return run_util.choose_seeds(settings), settings.values["num_samples"]
+    return sample_util.choose_seeds(settings), settings.values["num_samples"]
 
 
 def test_seeds_say_how_many_images(tmp_path):
