@@ -16,12 +16,14 @@ import torch as th
 from torch import Tensor, nn
 
 from cm import dist_util, untrusted
+from cm.addresses import open_file
 from cm.config import EditConfig
 from cm.editing import Between, Colorize, Denoise, Edit, Inpaint, Interpolate, Stroke, SuperRes, check_factor, run_edit
 from cm.flags import Settings
-from cm.image_sources import PICTURE_BYTES, ImageSource, decode, open_file, open_source
+from cm.image_sources import ImageSource, open_source
 from cm.interfaces import NoiseSource, Sampler
 from cm.karras_diffusion import KarrasDenoiser
+from cm.pictures import PICTURE_BYTES, decode
 from cm.registry import UserError, lookup
 from cm.sample_files import to_uint8
 from cm.samplers import Churn, Counted

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm import stopping
-from cm.image_sources import ImageSource, open_source, resize_shorter_side
+from cm.image_sources import ImageSource, open_source
 from cm.interfaces import Batch
+from cm.pictures import resize_shorter_side
 from cm.random_util import stream_seed, stream_seeds
 from cm.registry import UserError
 

@@ -1,34 +1,27 @@
 """Where images come from: a folder, a zip, an npz, or the digits that come with scikit-learn.
 
-A source answers for image i: its pixels, its class and its name for messages. Order, augmentation and batches are the
-business of `image_datasets`. Shapes: N images, H height, W width, S image_size.
+A source answers for image i: its pixels, its class and its name for messages. How one is decoded is the business of
+`pictures`; order, augmentation and batches that of `image_datasets`. Shapes: N images, H height, W width, S image_size.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from cm import untrusted
+from cm import addresses, untrusted
+from cm.image_labels import LABEL_FILE, MAX_CLASSES, label_bytes, labels_of_json, labels_of_names
+from cm.pictures import IMAGE_SUFFIXES, PICTURE_BYTES, centre_crop, check_aspect, decode, images_among, why_unreadable
 from cm.registry import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
-LABEL_FILE = "dataset.json"
 LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a member in a zip, before its name
-PICTURE_BYTES = 512 * 2**20                                         # largest file of a picture
 NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # PIL goes by content, and hands EPS to a program
-MAX_ASPECT = 100                                                    # a strip would grow beyond all bounds when resized
-MAX_CLASSES = 1_000_000
-LABEL_BYTES = 4096                                                  # of dataset.json for each image
 
 
 class ImageSource:
@@ -101,21 +94,6 @@ class ImageSource:
         return self._cache[indices]
 
 
-def resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """Resize until the shorter side has `length` pixels: halve by box averages while that is possible, then bicubic."""
-    while min(image.size) >= 2 * length:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = length / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The largest central square of a picture at another size, as in guided-diffusion: uint8 [size,size,3]."""
-    pixels = np.asarray(resize_shorter_side(image, size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
-
-
 # ---- pictures in files ----
 
 
@@ -167,13 +145,13 @@ class FolderSource(EncodedSource):
     """The images of a folder and the folders in it."""
 
     def __init__(self, data_dir: str, image_size: int):
-        super().__init__(data_dir, image_size, files_under(data_dir))
+        super().__init__(data_dir, image_size, addresses.files_under(data_dir))
 
     def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
         path = f"{self.data_dir}/{name}"
-        if is_local(path):
+        if not addresses.is_remote(path):
             untrusted.demand_regular(path)
-        with open_file(path) as file:
+        with addresses.open_file(path) as file:
             return untrusted.read_file(file, limit)
 
 
@@ -204,7 +182,7 @@ class ZipSource(EncodedSource):
 
     def file(self) -> BinaryIO:
         if self._file is None or self._opened_by != os.getpid():
-            self._file, self._opened_by = open_file(self._path), os.getpid()
+            self._file, self._opened_by = addresses.open_file(self._path), os.getpid()
         return self._file
 
     def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
@@ -230,87 +208,13 @@ class ZipSource(EncodedSource):
 
     def bytes_at(self, start: int, size: int) -> bytes:
         """As many of these bytes of the archive as there are."""
-        if is_local(self._path):
+        if not addresses.is_remote(self._path):
             return os.pread(self.file().fileno(), size, start)
         self.file().seek(start)
         return self.file().read(size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
-
-
-def decode(data: bytes, keep_grey: bool = False) -> Image.Image:
-    """A picture in RGB from the bytes of its file.
-
-    :param keep_grey: leave a grey picture grey (mode L).
-    :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits, or is a strip.
-    """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:    # the header alone is read before the checks
-        check_aspect(*image.size)
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"{image.width}x{image.height} is more than PIL's safety limit of {Image.MAX_IMAGE_PIXELS} pixels"
-            )
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"its pixels are not 8 bits deep (mode {image.mode})")
-        return image.convert("L" if keep_grey and image.mode in ("1", "L") else "RGB")
-
-
-def why_unreadable(error: Exception) -> str:
-    """What a decoder or an archive complains about, in words for people."""
-    return "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
-
-
-def check_aspect(width: int, height: int) -> None:
-    """:raises ValueError: for a strip."""
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
-
-
-def images_among(names: list[str]) -> list[str]:
-    """The images among files, in order of their paths; hidden files are no images."""
-    images = [
-        name for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-    ]
-    return sorted(images, key=lambda name: name.split("/"))
-
-
-# ---- classes ----
-
-
-def label_bytes(images: int) -> int:
-    """The largest dataset.json that is read for so many images."""
-    return 2**20 + LABEL_BYTES * images
-
-
-def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
-    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and why."""
-    classes = []
-    for name in names:
-        label, underscore, _ = name.rpartition("/")[2].partition("_")
-        if not underscore:
-            return None, f"{name!r} has no class before an underscore in its name, and there is no {LABEL_FILE}"
-        classes.append(label)
-    return np.unique(classes, return_inverse=True)[1].astype(np.int64), ""
-
-
-def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
-    """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and why."""
-    try:
-        pairs = untrusted.parse_json(text)["labels"]
-        table = None if pairs is None else {str(name): label for name, label in pairs}
-    except (ValueError, KeyError, TypeError) as error:
-        return None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}"
-    if table is None:
-        return None, f"{LABEL_FILE} has no labels"
-    for name in names:
-        if name not in table:
-            return None, f"{LABEL_FILE} has no label for {name!r}"
-        if type(table[name]) is not int or not 0 <= table[name] < MAX_CLASSES:
-            label = untrusted.shown(table[name])
-            return None, f"{LABEL_FILE} gives {name!r} the label {label}, which is no class number"
-    return np.array([table[name] for name in names], np.int64), ""
 
 
 # ---- pictures in memory ----
@@ -336,7 +240,7 @@ class ArraySource(ImageSource):
 def npz_source(data_dir: str, image_size: int) -> ArraySource:
     """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,3] and, with classes, `arr_1` integers [N]."""
     try:
-        with open_file(data_dir) as file, untrusted.open_zip(file) as archive:
+        with addresses.open_file(data_dir) as file, untrusted.open_zip(file) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             arrays = {key: untrusted.read_member_array(archive, key) for key in ("arr_0", "arr_1") if key in found}
     except untrusted.DAMAGE as error:
@@ -401,47 +305,11 @@ def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> Ima
     return SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
 
 
-# ---- files here and elsewhere ----
-
-
 def check_exists(path: str, is_folder: bool, flag: str) -> None:
-    files = os.path if is_local(path) else blobfile()
+    """:raises UserError: if there is nothing there, or a file for a folder, or the other way round."""
+    files = addresses.blobfile() if addresses.is_remote(path) else os.path
     if not files.exists(path):
         raise UserError(f"{flag} {path} does not exist (looked for from {os.getcwd()})")
     if files.isdir(path) != is_folder:
         found, wanted = ("file", "a folder of images, a .zip or a .npz") if is_folder else ("folder", "a file")
         raise UserError(f"{flag} {path} is a {found}; expected {wanted}")
-
-
-def files_under(folder: str) -> list[str]:
-    """Paths of all files below a folder, relative to it, with slashes."""
-    tree: Iterator[Any] = walk(folder) if is_local(folder) else blobfile().walk(folder)
-    return [f"{root}/{name}".replace(os.sep, "/")[len(folder) + 1 :] for root, _, names in tree for name in names]
-
-
-def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk that follows links to folders, but takes each folder once: a link may lead back to where it lies."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        place = os.stat(root)
-        if (place.st_dev, place.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        yield root, folders, names
-
-
-def open_file(path: str) -> BinaryIO:
-    return open(path, "rb") if is_local(path) else blobfile().BlobFile(path, "rb", streaming=False)
-
-
-def is_local(path: str) -> bool:
-    return "://" not in path
-
-
-def blobfile() -> Any:
-    """Imported where a path needs it: for files at hand it is slow to import and five times slower to open them."""
-    import blobfile
-
-    return blobfile

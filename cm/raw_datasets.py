@@ -19,7 +19,9 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cm.image_sources import LABEL_FILE, EncodedSource, decode, open_source
+from cm.image_labels import LABEL_FILE
+from cm.image_sources import EncodedSource, open_source
+from cm.pictures import decode
 from cm.registry import UserError
 
 CIFAR_FOLDER = "cifar-10-batches-py"

@@ -29,7 +29,8 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from cm.image_sources import LABEL_FILE, why_unreadable
+from cm.image_labels import LABEL_FILE
+from cm.pictures import why_unreadable
 from cm.raw_datasets import RawImages, open_raw
 from cm.registry import UserError
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from cm.image_sources import centre_crop, decode
+from cm.pictures import centre_crop, decode
 from cm.raw_datasets import open_database
 from cm.registry import UserError
 

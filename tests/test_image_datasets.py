@@ -14,8 +14,8 @@ from PIL import Image
 
 from cm import image_sources
 from cm.image_datasets import EpochOrder, load_data, offsets_of_rank, random_crop
-from cm.image_sources import resize_shorter_side
 from cm.interfaces import Batch
+from cm.pictures import resize_shorter_side
 from cm.registry import UserError
 
 N = 37

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = [
-    ["registry", "torchvision_shim", "untrusted", "weight_files"],
-    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp"],
+    ["registry", "torchvision_shim", "untrusted", "weight_files", "addresses", "pictures"],
+    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp", "image_labels"],
     ["collectives", "stopping"],
     ["logger", "dist_util", "flags", "schedules"],
     ["nn", "curricula", "precond", "weightings", "distances", "resample", "random_util",

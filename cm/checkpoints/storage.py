@@ -13,16 +13,13 @@ from typing import IO, Any
 
 import torch as th
 
+from cm.addresses import is_remote
 from cm.registry import UserError
 
 PARTIAL = ".partial"
 """What the name of a file ends in that is being written."""
 RETRIES = 12
 """Attempts to reach an object store, with pauses that double up to a minute; blobfile itself would never give up."""
-
-
-def is_remote(path: str) -> bool:
-    return "://" in str(path)
 
 
 @cache
