@@ -20,28 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from gaussian import Gaussian, Mixture
-from solver_orders import Paths, line_bed, order, weak_errors
+from solver_orders import EXPECTED, SAMPLERS, Paths, line_bed, order, weak_errors
 
 from cm.line_plot import line_plot
-from cm.samplers.ancestral import Ancestral
-from cm.samplers.euler_maruyama import EulerMaruyama
-from cm.samplers.ito_taylor import ItoTaylor
 
-SAMPLERS = {
-    "sde": EulerMaruyama(),
-    "ancestral, or ddim with eta 1": Ancestral(),
-    "ito": ItoTaylor(),
-    "ito, taylor form": ItoTaylor(ito_form="taylor"),
-    "ito, taylor form without Laplacian": ItoTaylor(ito_form="taylor", ito_laplacian="none"),
-}
-# Orders that theory gives: strong on Gaussian data and on the mixture, weak. A linear score lifts the first to 2.
-EXPECTED = {
-    "sde": (1, 1, 1),
-    "ancestral, or ddim with eta 1": (1, 1, 1),
-    "ito": (2, 1.5, 2),
-    "ito, taylor form": (2, 1.5, 2),
-    "ito, taylor form without Laplacian": (2, 1, 1),
-}
 STRONG, WEAK = (16, 32, 64, 128, 256), (8, 16, 32, 64)
 
 

@@ -23,6 +23,23 @@ from cm.samplers.euler_maruyama import EulerMaruyama
 from cm.samplers.ito_taylor import Coefficients, ItoTaylor
 from cm.schedules import append_zero, karras_grid
 
+# The samplers of the reverse SDE, and the orders that theory gives: strong on Gaussian data and on the mixture, weak. A
+# linear score lifts the first to 2.
+SAMPLERS = {
+    "sde": EulerMaruyama(),
+    "ancestral, or ddim with eta 1": Ancestral(),
+    "ito": ItoTaylor(),
+    "ito, taylor form": ItoTaylor(ito_form="taylor"),
+    "ito, taylor form without Laplacian": ItoTaylor(ito_form="taylor", ito_laplacian="none"),
+}
+EXPECTED = {
+    "sde": (1.0, 1.0, 1.0),
+    "ancestral, or ddim with eta 1": (1.0, 1.0, 1.0),
+    "ito": (2.0, 1.5, 2.0),
+    "ito, taylor form": (2.0, 1.5, 2.0),
+    "ito, taylor form without Laplacian": (2.0, 1.0, 1.0),
+}
+
 # --- strong ----------------------------------------------------------------------------------------------------------
 
 

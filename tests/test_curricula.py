@@ -1,3 +1,5 @@
+"""N(step) and the target's decay against golden tables and the papers' own numbers, and combinations that are none."""
+
 import json
 import math
 from functools import cache

@@ -1,6 +1,5 @@
 """datasets/dataset_tool.py and cm/raw_datasets.py: every format in, zips and folders out, read as training does."""
 
-import importlib.util
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from as_module import as_module
 from mpi import clean_environment, descendants
 from PIL import Image
 from published_sets import cifar10, cifar_batch, mnist
@@ -32,11 +32,7 @@ CLASSES = [i * 7 % 10 for i in range(23)]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("dataset_tool", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return as_module(SCRIPT)
 
 
 def run(tool, source, dest, *options):

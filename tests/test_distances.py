@@ -1,3 +1,5 @@
+"""Distances between images against their formulas; LPIPS has test_lpips.py to itself."""
+
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""Readers of images: what they find, how they crop it, which classes they see, and what they say when they cannot."""
+"""Readers of images: what they find, which classes they see, and what they say when they cannot."""
 
 import builtins
 import io

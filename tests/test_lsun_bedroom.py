@@ -1,6 +1,5 @@
 """datasets/lsun_bedroom.py on a small database made here."""
 
-import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
+from as_module import as_module
 from mpi import python
 from PIL import Image
 
@@ -20,11 +20,7 @@ SIZES = [(40, 24), (16, 16), (17, 64), (100, 33), (8, 12)]               # width
 
 @pytest.fixture(scope="module")
 def lsun():
-    spec = importlib.util.spec_from_file_location("lsun_bedroom", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return as_module(SCRIPT)
 
 
 def pictures() -> list[bytes]:

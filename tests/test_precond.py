@@ -1,3 +1,5 @@
+"""Scalings against golden numbers, limits and closed forms on Gaussian data, for every preconditioning."""
+
 import math
 
 import golden

@@ -9,30 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch as th
 from browser import chromium, needs_browser, screenshot
 from mpi import python
+from nets import save_measure
 
 from cm.html_parts import run_names
 from cm.registry import UserError
 from cm.report_page import duration, evenly
-from evaluations.features import save_torchscript
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ["--config", ROOT / "configs/digits/ct.yaml", "--precision", "fp32", "--global_batch_size", 16,
          "--total_training_steps", 12, "--log_interval", 1, "--save_interval", 6, "--eval_interval", 4,
          "--eval_samples", 32]
 COLOURS = {"light": ((36, 88, 211), (207, 74, 10)), "dark": ((130, 167, 255), (255, 155, 102))}    # of runs 0 and 1
-
-
-class Tiny(th.nn.Module):
-    def __init__(self):
-        super().__init__()
-        th.manual_seed(0)
-        self.conv = th.nn.Conv2d(3, 6, 8)
-
-    def forward(self, images):
-        return self.conv(images.float() / 255).flatten(1)
 
 
 def script(*words, expect=0):
@@ -50,9 +39,7 @@ def report(*words):
 def folder(tmp_path_factory):
     """Two short trainings that differ in two flags, and their report."""
     folder = tmp_path_factory.mktemp("report")
-    save_torchscript(Tiny(), str(folder / "tiny.ts"), "tiny", "none")
-    rng = np.random.default_rng(0)
-    np.savez(folder / "ref.npz", arr_0=rng.integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    save_measure(folder)
     for name, lr, scales in (("slow", 1e-4, 12), ("fast", 3e-3, 20)):
         script(ROOT / "scripts/cm_train.py", *TRAIN, "--lr", lr, "--end_scales", scales, "--eval_ref",
                folder / "ref.npz", "--inception", folder / "tiny.ts", "--log_dir", folder / name)

@@ -1,3 +1,5 @@
+"""The laws of noise levels: moments, quantiles, unbiased weights, and what their state carries over."""
+
 import math
 
 import pytest

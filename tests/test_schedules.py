@@ -1,3 +1,5 @@
+"""Grids of noise levels: golden numbers, exact ends, one formula for numbers and tensors."""
+
 import golden
 import pytest
 import torch as th

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from mpi import mpiexec
+from nets import TinyExtractor, save_measure
 from PIL import Image
 
 from cm import logger
@@ -37,22 +38,10 @@ def script(name, *args):
     assert done.rc == 0, done
 
 
-class Tiny(th.nn.Module):
-    def __init__(self):
-        super().__init__()
-        th.manual_seed(0)
-        self.conv = th.nn.Conv2d(3, 6, 8)
-
-    def forward(self, images):
-        return self.conv(images.float() / 255).flatten(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("watchers")
-    save_torchscript(Tiny(), str(folder / "tiny.ts"), "tiny", "none")
-    rng = np.random.default_rng(0)
-    np.savez(folder / "ref.npz", arr_0=rng.integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    save_measure(folder)
     return folder
 
 
@@ -236,7 +225,7 @@ def test_the_time_of_watchers_is_not_the_trainings(tmp_path):
     assert training.clock > 100.0
 
 
-class Inception(Tiny):
+class Inception(TinyExtractor):
     """Only its last layer has Inception's form."""
 
     def __init__(self):
@@ -245,7 +234,8 @@ class Inception(Tiny):
 
 
 @pytest.mark.parametrize("network, key, label", [
-    (Inception, "fid", "FID"), (Tiny, "frechet_distance", "Frechet distance (none features, not Inception)"),
+    (Inception, "fid", "FID"),
+    (TinyExtractor, "frechet_distance", "Frechet distance (none features, not Inception)"),
 ])
 def test_only_inceptions_distance_is_called_fid(folder, tmp_path, network, key, label):
     save_torchscript(network(), str(tmp_path / "net.ts"), "none", "none")

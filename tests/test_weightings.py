@@ -1,3 +1,5 @@
+"""Loss weightings against golden numbers, and where one is another in disguise."""
+
 import golden
 import pytest
 import torch as th
