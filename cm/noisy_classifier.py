@@ -18,8 +18,8 @@ import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from cm.classifier_fit import fit
 from cm.nn import SiLU, append_dims, linear, normalization, timestep_embedding, without_autocast, zero_module
 from cm.precond import EDMPrecond
 from cm.registry import UserError
@@ -97,20 +97,13 @@ def train_noisy_classifier(
     with th.random.fork_rng():
         th.manual_seed(seed)
         model = NoisyClassifier(config).to(device)
-        optimizer = th.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-        batches = max(len(x) // batch_size, 1)
-        schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
-        with tqdm(total=epochs * batches, desc="training the classifier", disable=not progress) as bar:
-            for _ in range(epochs):
-                for rows in th.randperm(len(x)).to(device).tensor_split(batches):
-                    noisy, sigma = add_noise(x[rows], config)
-                    loss = F.cross_entropy(model(noisy, sigma), y[rows])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+
+        def loss_of(rows: Tensor) -> Tensor:
+            noisy, sigma = add_noise(x[rows], config)
+            return F.cross_entropy(model(noisy, sigma), y[rows])
+
+        fit(model, loss_of, len(x), epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+            progress=progress)
     return model.eval().requires_grad_(False)
 
 

@@ -227,7 +227,7 @@ def check_flags(settings: Settings) -> None:
 def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> list[Watcher]:
     """The watchers that the flags ask for.
 
-    :param open_metric: from (ref, inception, image_size, batch_size, num_samples), images sides in pixels.
+    :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples).
     """
     config, drawing = settings.section(EvalConfig), sampling_settings(settings)
     if not (config.eval_interval or config.sample_interval):

@@ -13,7 +13,8 @@ import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from cm.classifier_fit import fit
 
 FEATURES = 64
 LABEL_SMOOTHING = 0.05                                      # keeps the logits, and so the score, from saturating
@@ -96,20 +97,12 @@ def train_classifier(
     with one_thread(), th.random.fork_rng():
         th.manual_seed(seed)
         model = Classifier(num_classes).to(device)
-        optimizer = th.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-        batches = max(len(x) // batch_size, 1)
-        schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
-        with tqdm(total=epochs * batches, desc="training the classifier", disable=not progress) as bar:
-            for _ in range(epochs):
-                # tensor_split: no batch is so short that its normalisation means nothing
-                for rows in th.randperm(len(x)).to(device).tensor_split(batches):
-                    loss = F.cross_entropy(model(x[rows])[1], y[rows], label_smoothing=LABEL_SMOOTHING)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
+
+        def loss_of(rows: Tensor) -> Tensor:
+            return F.cross_entropy(model(x[rows])[1], y[rows], label_smoothing=LABEL_SMOOTHING)
+
+        fit(model, loss_of, len(x), epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+            progress=progress)
     return model.eval()
 
 

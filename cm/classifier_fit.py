@@ -1,0 +1,42 @@
+"""How the small classifiers are trained: in memory, by AdamW, with one cycle of the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch as th
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    progress: bool,
+) -> None:
+    """Train a network, where it is, on `count` samples in batches drawn with torch's global generator.
+
+    :param loss_of: indices of a batch's samples, int64 [B] -> their mean loss [].
+    :param lr: the highest learning rate of the cycle.
+    """
+    device = next(model.parameters()).device
+    optimizer = th.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    batches = max(count // batch_size, 1)
+    schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    with tqdm(total=epochs * batches, desc="training the classifier", disable=not progress) as bar:
+        for _ in range(epochs):
+            # tensor_split: no batch is so short that its normalisation means nothing
+            for rows in th.randperm(count).to(device).tensor_split(batches):
+                loss = loss_of(rows)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
