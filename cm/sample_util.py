@@ -66,14 +66,14 @@ def choose_ablation(settings: Settings) -> None:
 
 
 def reach_all_levels(settings: Settings) -> None:
-    """Samplers with noise levels of their own go all the way through them, unless a flag asks for less.
+    """Samplers go through all noise levels that a diffusion network on DDPM's timesteps knows, unless a flag asks for
+    less.
 
-    A network of DDPM knows every timestep; its checkpoint only says which levels its training was reported at. The
-    grids of the ablation sampler have ends of their own.
+    Its checkpoint only says which levels its training was reported at; a consistency model keeps those of its training.
+    The grids of the ablation sampler have ends of their own.
     """
     values, levels = settings.values, None
-    on_timesteps = values["sampler"] == "ddim" or values["sampler"] == "pc" and values.get("pc_sde") == "vp"
-    if on_timesteps and values["precond"] == "ddpm":
+    if values["precond"] == "ddpm" and values["training_mode"] == "edm":
         levels = PRECONDS["ddpm"].levels
     if values["sampler"] == "ablation":
         levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]

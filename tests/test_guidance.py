@@ -232,9 +232,10 @@ def test_an_image_does_not_depend_on_its_batch(command, name):
 
 @pytest.mark.parametrize("options, lowest, highest", [
     ((), 0.01, 157.4), (("--sigma_max", 50), 0.01, 50), (("--sampler", "pc", "--pc_sde", "vp"), 0.01, 157.4),
-    (("--sampler", "heun"), 0.01, 80), (("--precond", "edm"), 0.002, 80),
+    (("--sampler", "heun"), 0.01, 157.4), (("--sampler", "heun", "--sigma_max", 80), 0.01, 80),
+    (("--precond", "edm"), 0.002, 80), (("--training_mode", "consistency_distillation"), 0.01, 80),
 ])
-def test_ddim_leaves_out_no_timestep_of_a_network_that_knows_them_all(room, options, lowest, highest):
+def test_no_timestep_is_left_out_of_a_diffusion_network_that_knows_them_all(room, options, lowest, highest):
     argv = flags(room, "image_sample.py", "--sampler", "ddim", "--precond", "ddpm", *options)
     settings = parse("", SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
     sample_util.adopt_model(settings)
