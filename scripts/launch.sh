@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipes of Consistency Models (arXiv 2303.01469), each a short command on a preset of configs/.
+# The recipes of Consistency Models (arXiv 2303.01469) and of other denoising objectives, each a short command on a preset of configs/.
 #
 #   scripts/launch.sh                    list the recipes
 #   scripts/launch.sh NAME [FLAGS...]    run one; FLAGS win over the recipe's
@@ -66,6 +66,12 @@ search_ct_cat256              | find its best two steps | lsun256/sample_ct.yaml
 edm_cifar10                   | train the EDM teacher   | cifar10/edm.yaml
 heun_edm_cifar10              | sample it in 18 steps   | cifar10/sample_edm.yaml
 ito_edm_cifar10               | by the reverse SDE, 40  | cifar10/sample_ito.yaml
+cdm_cifar10                   | CDM on DDPM++           | cifar10/cdm.yaml
+heun_cdm_cifar10              | sample it in 18 steps   | cifar10/sample_denoiser.yaml
+stf_cifar10                   | STF on NCSN++           | cifar10/stf.yaml
+heun_stf_cifar10              | sample it in 18 steps   | cifar10/sample_denoiser.yaml
+sadpm_cifar10                 | SA-DPM on DDPM's U-Net  | cifar10/sadpm.yaml
+ddim_sadpm_cifar10            | sample it in 100 steps  | cifar10/sample_ddim.yaml
 cd_cifar10                    | distil it with LPIPS    | cifar10/cd.yaml
 onestep_cd_cifar10            | sample it in one step   | cifar10/sample_cd.yaml    | --sampler onestep
 search_cd_cifar10             | find its best two steps | cifar10/sample_cd.yaml
@@ -91,7 +97,7 @@ read -ra flags <<<"$recipe"
 preset=$root/configs/${flags[0]}
 
 # Where the files are: by the names that they are published under.
-model=${name#@(heun|ito|onestep|multistep|search)_}
+model=${name#@(heun|ito|ddim|onestep|multistep|search)_}
 case $model in
     *_imagenet64*) images=imagenet family=imagenet64 reference=VIRTUAL_imagenet64_labeled ;;
     *_bedroom256*) images=lsun_bedroom family=bedroom256 reference=VIRTUAL_lsun_bedroom256 ;;
@@ -101,11 +107,11 @@ esac
 data_dir=${DATA:-data}/$images
 teacher=${MODELS:-models}/edm_${family}_ema.pt
 trained=${MODELS:-models}/$model.pt
+[[ $model != edm_* ]] || trained=$teacher
 case $name in
-    edm_*) script=edm_train.py files=(--data_dir "$data_dir") ;;
+    edm_* | cdm_* | stf_* | sadpm_*) script=edm_train.py files=(--data_dir "$data_dir") ;;
     cd_*) script=cm_train.py files=(--data_dir "$data_dir" --teacher_model_path "$teacher") ;;
     ct_*) script=cm_train.py files=(--data_dir "$data_dir") ;;
-    heun_* | ito_*) script=image_sample.py files=(--model_path "$teacher") ;;
     search_*) script=ternary_search.py files=(--model_path "$trained" --ref_batch "${REFS:-refs}/$reference.npz") ;;
     *) script=image_sample.py files=(--model_path "$trained") ;;
 esac

@@ -21,14 +21,24 @@ from cm.script_util import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = str(ROOT / "scripts" / "launch.sh")
-# Those of the published files; for CIFAR-10 that of this U-Net (EDM's DDPM++ has 55.7 million).
-PARAMETERS = {"imagenet64": 295_899_267, "bedroom256": 526_304_771, "cat256": 526_304_771, "cifar10": 57_117_955}
+# Those of the published files; for CIFAR-10 that of this U-Net, of EDM's DDPM++ and NCSN++, and of DDPM's network.
+PARAMETERS = {"imagenet64": 295_899_267, "bedroom256": 526_304_771, "cat256": 526_304_771, "cifar10": 57_117_955,
+              "cdm_cifar10": 55_733_891, "stf_cifar10": 56_397_827, "sadpm_cifar10": 35_746_307}
 
 # Consistency Models (arXiv 2303.01469), table 3; the lr of ct_bedroom256 is the preset's own choice.
 COMMON = {"dropout": 0.0, "weight_schedule": "uniform", "optimizer": "radam", "weight_decay": 0.0, "lr_anneal_steps": 0}
 CD = COMMON | {"training_mode": "consistency_distillation", "target_ema_mode": "fixed", "scale_mode": "fixed"}
 CT = COMMON | {"training_mode": "consistency_training", "target_ema_mode": "adaptive", "scale_mode": "progressive",
                "start_scales": 2, "loss_norm": "lpips", "teacher_model_path": ""}
+# The authors' runs: EDM's with a term more (2302.09057, 2302.00670), and DDPM's (2312.12431).
+EDM_RUN = {"objective": "", "precond": "edm", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512,
+           "dropout": 0.13, "augment": 0.12, "total_kimg": 200_000, "ema_halflife_kimg": 500, "schedule_sampler": "lognormal"}
+DENOISERS = {
+    "cdm_cifar10": EDM_RUN | {"objective": "cdm", "arch": "ddpmpp", "martingale_lambda": 10, "martingale_steps": 6},
+    "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "rbatch": 4096},
+    "sadpm_cifar10": {"objective": "sadpm", "precond": "ddpm", "arch": "unet", "optimizer": "adam", "lr": 2e-4,
+                      "global_batch_size": 128, "num_consecutive_steps": 2, "lamda": 0.2},
+}
 TABLE_3 = {
     "cd_cifar10": CD | {"lr": 4e-4, "global_batch_size": 512, "start_ema": 0.0, "start_scales": 18, "use_fp16": False,
                         "total_training_steps": 800_000},
@@ -111,19 +121,20 @@ def dry_run(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_resolves(dry_run, name):
     resolved = dry_run(name)
-    model = re.sub("^(heun|ito|onestep|multistep|search)_", "", name)
+    model = re.sub("^(heun|ito|ddim|onestep|multistep|search)_", "", name)
     kind, data, *_ = model.split("_")
-    network = {key: resolved[key] for key in model_flags() if key not in ("dropout", "num_classes")}
-    assert parameters(tuple(network.items())) == PARAMETERS[data]
+    if name == model or model not in DENOISERS:                     # whose checkpoints alone know their networks
+        network = {key: resolved[key] for key in model_flags() if key not in ("dropout", "num_classes")}
+        assert parameters(tuple(network.items())) == PARAMETERS.get(model, PARAMETERS[data])
     assert resolved["log_dir"] == f"runs/{name}"
     if name == model:
-        assert TABLE_3.get(name, {}).items() <= resolved.items()
+        assert (TABLE_3 | DENOISERS).get(name, {}).items() <= resolved.items()
         assert resolved["teacher_model_path" if kind == "cd" else "data_dir"]
     else:
         assert resolved["model_path"] == f"models/{model}{'_ema' if kind == 'edm' else ''}.pt"
         assert resolved["num_samples"] == 50_000
-        modes = {"edm": "edm", "cd": "consistency_distillation", "ct": "consistency_training"}
-        assert resolved["training_mode"] == modes[kind]
+        modes = {"cd": "consistency_distillation", "ct": "consistency_training"}
+        assert resolved["training_mode"] == modes.get(kind, "edm")
     if name in TWO_STEPS:
         assert (resolved["sampler"], resolved["ts"], resolved["steps"]) == ("multistep", *TWO_STEPS[name])
     if name.startswith("search_"):
