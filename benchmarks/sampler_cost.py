@@ -3,9 +3,10 @@
 python benchmarks/sampler_cost.py --out docs/samplers
 
 From sigma 80 to the data, an overlapping mixture in one dimension. The error is how far the means of cos(k x) and
-sin(k x), k = 1..3, are off, root mean square; it is an integral, without a random draw. The cost is the measured number
-of network evaluations, where a forward-mode pass counts as 3. The second picture repeats the first with a denoiser that
-is wrong as a network is: by 5 % of the scale c_out of its output, in waves.
+sin(k x), k = 1..3, are off, root mean square. It is an integral, without a random draw, but for `pc`: its step is a
+ratio of norms of images, so it makes images of 256 independent draws each, enough to see errors above 3e-3. The cost is
+the measured number of network evaluations, where a forward-mode pass counts as 3. The second picture repeats the first
+with a denoiser that is wrong as a network is: by 5 % of the scale c_out of its output, in waves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from gaussian import Mixture
-from solver_orders import line_bed, weak_errors
+from solver_orders import drawn_errors, line_bed, weak_errors
 
 from cm.line_plot import line_plot
 from cm.samplers import Churn, Counted, integrate, make_sampler
@@ -39,6 +40,10 @@ METHODS = {                                                         # name -> sa
     "ito": ("ito", {}, 7.0, {}),
     "ito, rho 3": ("ito", {}, 3.0, {}),
     "ito, eta 0": ("ito", {"eta": 0.0}, 7.0, {}),
+    "ddim": ("ddim", {}, 7.0, {}),
+    "ddim, eta 1": ("ddim", {"eta": 1.0}, 7.0, {}),
+    "pc, ve": ("pc", {}, 7.0, {}),
+    "pc, vp": ("pc", {"pc_sde": "vp"}, 7.0, {}),
 }
 BUDGETS = (8, 16, 32, 64, 128, 256)                                 # network evaluations
 
@@ -82,8 +87,11 @@ def curve(name: str, bed: Mixture, D: Any) -> list[tuple[int, float]]:
     for budget in BUDGETS:
         steps = 3 + (budget - one) // (two - one)
         if steps >= 2:
-            error = weak_errors(sampler, steps, bed, D, rho=rho, churn=churn).square().mean().sqrt().item()
-            points.append((evaluations(sampler, steps), error))
+            if kind == "pc":
+                errors = drawn_errors(sampler, steps, bed, D)
+            else:
+                errors = weak_errors(sampler, steps, bed, D, rho=rho, churn=churn)
+            points.append((evaluations(sampler, steps), errors.square().mean().sqrt().item()))
     return points
 
 

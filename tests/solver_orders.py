@@ -19,9 +19,10 @@ from torch import Tensor
 
 from cm.samplers import Churn, integrate
 from cm.samplers.ancestral import Ancestral
+from cm.samplers.ddim import DDIM
 from cm.samplers.euler_maruyama import EulerMaruyama
 from cm.samplers.ito_taylor import Coefficients, ItoTaylor
-from cm.schedules import append_zero, karras_grid
+from cm.schedules import karras_grid
 
 # The samplers of the reverse SDE, and the orders that theory gives: strong on Gaussian data and on the mixture, weak. A
 # linear score lifts the first to 2.
@@ -132,6 +133,7 @@ def order(steps: Sequence[int], errors: Sequence[float]) -> float:
 # --- weak ------------------------------------------------------------------------------------------------------------
 
 RATES = (1.0, 2.0, 3.0)                                             # the test functions are cos(k x) and sin(k x)
+LINEAR = (ItoTaylor, EulerMaruyama, Ancestral, DDIM)                # the noise enters their steps linearly
 QUADRATURE = 24                                                     # nodes for one normal number
 REACH, PLACES = 8.0, 1201                                           # places x / sqrt(1 + u) of a value function
 
@@ -152,10 +154,10 @@ def weak_errors(
 
     :param D: another denoiser than the exact one.
     :param churn: of the whole run, see `Churn`.
-    :param to_data: end at 0 after `low`; else at `low`.
+    :param to_data: take the sampler's own levels, which end at 0 after `low`; else a Karras grid that ends at `low`.
     """
-    levels = karras_grid(steps if to_data else steps + 1, low, high, rho)
-    levels = (append_zero(levels) if to_data else levels).tolist()
+    levels = (sampler.grid(steps, low, high, rho) if to_data else karras_grid(steps + 1, low, high, rho)).tolist()
+    high = levels[0]                                                # ddim's are those of timesteps
     places = th.linspace(-REACH, REACH, PLACES, dtype=th.float64)
     D = D or bed.D
     churn = Churn(**{**(churn or {}), "s_churn": (churn or {}).get("s_churn", 0.0) / steps})
@@ -183,7 +185,7 @@ def transition(
         return step()[:, None], x.new_ones(1)
     nodes, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE)
     nodes, weights = th.from_numpy(nodes), th.from_numpy(weights / weights.sum())
-    if isinstance(sampler, (ItoTaylor, EulerMaruyama, Ancestral)):  # the noise enters linearly: one normal number
+    if isinstance(sampler, LINEAR):                                 # all of it together is one normal number
         zero = [0.0] * count
         middle = step(*zero)
         parts = [step(*zero[:i], 1.0, *zero[i + 1 :]) - middle for i in range(count)]
@@ -196,9 +198,31 @@ def draws_of(sampler: Any, sigma: float, sigma_next: float, churn: Churn) -> int
     """How many normal numbers the step draws; the probe of a Laplacian is none: in one dimension its square is 1."""
     if churn.gamma(sigma, 1) > 0:
         return 1
-    if sigma_next == 0 or not isinstance(sampler, (ItoTaylor, EulerMaruyama, Ancestral)):
+    if sigma_next == 0 or not isinstance(sampler, LINEAR):
         return 0
     return 2 if isinstance(sampler, ItoTaylor) else 1
+
+
+def drawn_errors(
+    sampler: Any, steps: int, bed: Mixture, D: Any, high: float = 80.0, low: float = 0.002, shape: tuple = (256, 256)
+) -> Tensor:
+    """The same errors, [F], from draws: an image [N,d] is d independent draws of the bed.
+
+    For samplers whose step depends on the length of an image. The errors of draws are at most 0.7 / sqrt(N d).
+    """
+    rng = th.Generator().manual_seed(0)
+    levels = sampler.grid(steps, low, high, 7.0).tolist()
+    k = th.multinomial(bed.w, math.prod(shape), replacement=True, generator=rng)
+    spreads = (bed.s[k] ** 2 + levels[0] ** 2).sqrt()
+    x = bed.mu[k, 0] + spreads * th.randn(len(k), generator=rng, dtype=th.float64)
+
+    def of_images(x: Tensor, sigma: Tensor) -> Tensor:
+        return D(x.reshape(-1, 1), sigma.repeat_interleave(shape[1])).view_as(x)
+
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(0)
+        end = integrate(sampler, of_images, x.view(shape), levels, th)
+    return tests_at(end.flatten()).mean(1) - exact_means(bed, 0.0)
 
 
 def spread(sigma: float) -> float:

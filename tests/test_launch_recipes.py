@@ -32,7 +32,7 @@ CT = COMMON | {"training_mode": "consistency_training", "target_ema_mode": "adap
                "start_scales": 2, "loss_norm": "lpips", "teacher_model_path": ""}
 # The authors' runs: EDM's with a term more (2302.09057, 2302.00670), and DDPM's (2312.12431).
 EDM_RUN = {"objective": "", "precond": "edm", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512,
-           "dropout": 0.13, "augment": 0.12, "total_kimg": 200_000, "ema_halflife_kimg": 500, "schedule_sampler": "lognormal"}
+           "dropout": 0.13, "augment": 0.12, "total_kimg": 200_000, "ema_halflife_kimg": 500}
 DENOISERS = {
     "cdm_cifar10": EDM_RUN | {"objective": "cdm", "arch": "ddpmpp", "martingale_lambda": 10, "martingale_steps": 6},
     "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "rbatch": 4096},
