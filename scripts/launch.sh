@@ -125,6 +125,10 @@ mpiexec=$(dirname "$python")/mpiexec
 [[ -x $mpiexec ]] || mpiexec=mpiexec
 launcher=("$mpiexec" -n "${RANKS:-8}")
 [[ -z ${LAUNCHER:-} ]] || read -ra launcher <<<"$LAUNCHER"
+if ! command -v "${launcher[0]}" >/dev/null; then
+    echo "launch.sh: there is no ${launcher[0]}; run \`make install\`, or set LAUNCHER (LAUNCHER=env: one rank, without MPI)" >&2
+    exit 2
+fi
 [[ ${DRY_RUN:-0} == 0 ]] || set -- --dry_run "$@"
 
 set -x

@@ -187,6 +187,11 @@ def test_without_an_interpreter():
     assert done.returncode == 2 and "/nowhere/python" in done.stderr
 
 
+def test_without_a_launcher():
+    done = launch("ct_cifar10", PYTHON=sys.executable, LAUNCHER="/nowhere/mpiexec -n 8")
+    assert done.returncode == 2 and "there is no /nowhere/mpiexec" in done.stderr and "LAUNCHER" in done.stderr
+
+
 @pytest.mark.mpi
 def test_a_recipe_under_mpiexec(tmp_path):
     done = start(["bash", LAUNCH, "ct_cifar10", "--lr", "1e-4"], cwd=tmp_path,
