@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 720, 400                                            # of the picture without its legend, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 80, 30, 20, 60                           # margins
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#000000")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#000000",
+           "#bcbd22", "#1b1464", "#ff9896")
 TEXT, LINE, DOT = 14, 18, 4                                         # letters, a line of the legend, radius of a point
 
 Points = Sequence[tuple[float, float]]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch as th
 from gaussian import Gaussian, Mixture, Scripted
-from solver_orders import EXPECTED, SAMPLERS, Paths, exact_means, line_bed, order, weak_errors
+from solver_orders import EXPECTED, SAMPLERS, Paths, drawn_errors, exact_means, line_bed, order, weak_errors
 
 from cm.forward_ad import JVP_COST
+from cm.line_plot import COLOURS
 from cm.samplers import integrate
 from cm.samplers.ancestral import Ancestral
 from cm.samplers.ddim import DDIM
@@ -91,6 +92,13 @@ def test_the_integrals_are_those_of_the_law_itself():
     assert exact_means(bed, 0.0).abs().max() > 0.1
 
 
+def test_the_errors_of_draws_are_those_of_the_integrals():
+    """65536 draws err by 0.003 at most; the errors themselves are 0.1 and more."""
+    bed, sampler = line_bed(), DDIM(eta=1.0)
+    drawn, integrated = drawn_errors(sampler, 6, bed, bed.D), weak_errors(sampler, 6, bed)
+    assert integrated.abs().max() > 0.1 and (drawn - integrated).abs().max() < 0.012
+
+
 def test_ddim_with_eta_1_is_ancestral_sampling(mixture_paths):
     draws = mixture_paths.draws(Ancestral(), 32)
     ends = [integrate(sampler, mixture_paths.bed.D, mixture_paths.x, mixture_paths.grid[::16], Scripted(*draws))
@@ -104,6 +112,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(mixture_paths):
 ])
 def test_the_benchmarks_leave_tables_and_pictures(script, options, smaller, files, tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / script))["main"]
+    assert len(main.__globals__.get("METHODS", ())) <= len(COLOURS), "two curves would look the same"
     main.__globals__.update(smaller)
     monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / "new"), *options])
     main()
