@@ -198,7 +198,9 @@ def sampling_settings(settings: Settings) -> Settings:
         "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
     }
     defaults = script_util.defaults_of(SampleConfig) | script_util.defaults_of(SolverConfig)
-    return Settings(defaults | settings.values | asked, {})
+    drawing = Settings(defaults | settings.values | asked, {})
+    sample_util.reach_all_levels(drawing)
+    return drawing
 
 
 def check_flags(settings: Settings) -> None:

@@ -273,3 +273,9 @@ def test_the_sampler_follows_the_training_mode(mode, sampler):
     settings.replace(training_mode=mode)
     drawing = sampling_settings(settings).values
     assert (drawing["sampler"], drawing["steps"], drawing["seed"]) == (sampler, 7, 42)
+
+
+def test_a_network_on_ddpms_timesteps_is_watched_from_its_last_one_as_it_is_sampled():
+    settings = flags("--precond", "ddpm", "--sample_interval", 5)
+    assert sampling_settings(settings).values["sigma_max"] == pytest.approx(157.4, abs=0.1)
+    assert settings.values["sigma_max"] == 80                   # what the loss is reported at
