@@ -7,6 +7,7 @@ goes, and a rewriting is all or nothing.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from cm import untrusted
 from cm.registry import UserError
@@ -37,8 +38,10 @@ class Output(Protocol):
 class TableOutput:
     """A table a row, and lines of text, for people; without a file, on the screen."""
 
-    def __init__(self, file: TextIO | None = None):
-        self.file = file
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        if path:
+            append(path, "")
 
     def writekvs(self, row: Row) -> None:
         cells = [(shorten(name), readable(value)) for name, value in sorted(row.items())]
@@ -50,16 +53,17 @@ class TableOutput:
         self.writeline("\n".join([rule, *body, rule]))
 
     def writeline(self, text: str) -> None:
-        file = self.file or sys.stdout
-        file.write(text + "\n")
-        file.flush()
+        if self.path:
+            append(self.path, text + "\n")
+        else:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
 
     def drop_after(self, step: int) -> None:
         """What has been read stays said."""
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
+        """Nothing is held open between lines."""
 
 
 class CSVOutput:
@@ -92,11 +96,11 @@ class CSVOutput:
         new = sorted(set(row) - set(self.columns))
         if new:
             rows = self.read() or []
-            self.columns = [*self.columns, *new]
-            self.rewrite([*rows, row])
+            wider = [*self.columns, *new]
+            replace_file(self.path, as_csv(wider, [*rows, row], header=True))
+            self.columns = wider
         else:
-            with self.path.open("a", newline="") as file:
-                file.write(as_csv(self.columns, [row]))
+            append(self.path, as_csv(self.columns, [row]))
 
     def drop_after(self, step: int) -> None:
         rows = self.read()
@@ -124,8 +128,7 @@ class JSONOutput:
         replace_file(self.path, "".join(line + "\n" for line in lines))
 
     def writekvs(self, row: Row) -> None:
-        with self.path.open("a") as file:
-            file.write(as_json(row) + "\n")
+        append(self.path, as_json(row) + "\n")
 
     def drop_after(self, step: int) -> None:
         if self.path.exists():
@@ -178,7 +181,7 @@ class TensorBoardOutput:
 
 FORMATS = {
     "stdout": lambda directory, suffix: TableOutput(),
-    "log": lambda directory, suffix: TableOutput((directory / f"log{suffix}.txt").open("a")),
+    "log": lambda directory, suffix: TableOutput(directory / f"log{suffix}.txt"),
     "csv": lambda directory, suffix: CSVOutput(directory / f"progress{suffix}.csv"),
     "json": lambda directory, suffix: JSONOutput(directory / f"progress{suffix}.json"),
     "stats": lambda directory, suffix: StatsOutput(directory / f"stats{suffix}.jsonl"),
@@ -233,6 +236,18 @@ def readable_text(path: Path) -> str:
     """What a file holds, without the zeros that a power cut can leave at its end."""
     with path.open(newline="", errors="replace") as file:
         return file.read().replace("\0", "")
+
+
+def append(path: Path, text: str) -> None:
+    """All of a text or nothing of it, also where the disk is full after half of it."""
+    with path.open("ab", buffering=0) as file:
+        size, data = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from cm.launch import launcher_rank
 from cm.log_outputs import FORMATS, Output, TableOutput
 from cm.registry import UserError, lookup
 
+WAITING_ROWS = 10_000
+"""How many rows are kept in memory for a full disk; of more the oldest are lost."""
+
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
@@ -38,6 +42,8 @@ class Logger:
         self.values: dict[str, Any] = {}
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
+        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output had no room for
+        self.is_stuck = False                                   # and that this has been said
 
     def logkv(self, key: str, value: Any) -> None:
         self.values[key] = scalar(key, value)
@@ -56,17 +62,45 @@ class Logger:
     def dumpkvs(self) -> dict[str, Any]:
         row = self.row()
         if self.level < DISABLED:
-            for output in self.outputs:
-                output.writekvs(row)
+            self.is_stuck = not all([self.write_row(output, row) for output in self.outputs])
         for held in (self.values, self.sums, self.counts):
             held.clear()
         return row
+
+    def write_row(self, output: Output, row: dict[str, Any]) -> bool:
+        """Hand a row on, after those that wait: a full disk is no reason to end a run, so rows of numbers wait for room
+        (tables and lines for people are lost). Returns whether it did not have to.
+        """
+        rows = self.waiting.setdefault(id(output), [])
+        rows.append(row)
+        try:
+            while rows:
+                output.writekvs(rows[0])
+                rows.pop(0)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
+            self.complain(error)
+            return False
+        return True
 
     def log(self, *args: Any, level: int = INFO) -> None:
         if self.level <= level:
             for output in self.outputs:
                 if isinstance(output, TableOutput):
-                    output.writeline(" ".join(map(str, args)))
+                    try:
+                        output.writeline(" ".join(map(str, args)))
+                    except BrokenPipeError:
+                        raise
+                    except OSError as error:
+                        self.complain(error)
+
+    def complain(self, error: OSError) -> None:
+        if not self.is_stuck:
+            self.is_stuck = True
+            print(f"the log in {self.directory} cannot be written ({error.strerror}); the run goes on, and its rows "
+                  "wait for room", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         for output in self.outputs:

@@ -73,8 +73,11 @@ def write_status(loop: Any) -> None:
     text = json.dumps(status).encode()
 
     def write() -> None:
-        storage.make_folder(logger.get_dir())
-        storage.write_whole(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
+        try:
+            storage.make_folder(logger.get_dir())
+            storage.write_whole(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
+        except (OSError, UserError) as error:               # the checkpoint is there, and says as much
+            logger.warn(f"{STATUS} is as it was: {error}")
 
     dist_util.on_main(write)
 

@@ -18,6 +18,7 @@ import torch as th
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cm import untrusted
 from cm.registry import UserError
 from cm.weight_files import sha256
 from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
@@ -112,7 +113,18 @@ def load_torchscript(path: str, device: th.device | str) -> tuple[th.jit.ScriptM
             f"{path} is not a TorchScript file (a checkpoint or state dict is not one either): give a file made by "
             "torch.jit.save, such as inception-2015-12-05.pt or what scripts/classifier_train.py writes"
         ) from None
-    return module.eval(), json.loads(extra[DESCRIPTION_FILE] or "{}")
+    return module.eval(), description_in(extra[DESCRIPTION_FILE], path)
+
+
+def description_in(text: bytes | str, path: str) -> dict[str, str]:
+    """Name and resize, as far as they are said."""
+    try:
+        description = untrusted.parse_json(text or "{}")
+    except ValueError as error:
+        raise UserError(f"{path}: its {DESCRIPTION_FILE} is not JSON: {error}") from None
+    if not isinstance(description, dict) or not all(isinstance(value, str) for value in description.values()):
+        raise UserError(f"{path}: its {DESCRIPTION_FILE} is to hold names and texts: {untrusted.shown(description)}")
+    return description
 
 
 # --- what a module returns -----------------------------------------------------------------------------------------

@@ -15,8 +15,11 @@ import torch as th
 from test_train_util import MODES, digest, loop, second_moment
 
 from cm import dist_util
-from cm.image_datasets import load_data
+from cm.karras_diffusion import KarrasDenoiser
 from cm.non_finite import NonFiniteError
+from cm.objectives import DENOISING
+from cm.resample import create_named_schedule_sampler
+from cm.run_util import open_stream
 
 BATCH, STEPS, STOPS = 8, 7, (2, 3)                          # over all ranks; progdist changes its stage after 2 steps
 
@@ -30,6 +33,9 @@ CASES = {
     "consistency_distillation fp16 workers": {"dropout": 0.2, "use_fp16": True, "num_workers": 2},
     "consistency_training workers": {"num_workers": 2},
     "consistency_training fp16": {"use_fp16": True},
+    "cdm": {},
+    "stf fp16 workers": {"use_fp16": True, "num_workers": 2},
+    "sadpm": {"dropout": 0.2},
     "progdist": MODES["progdist"],
     "progdist fp16 workers": {**MODES["progdist"], "use_fp16": True, "num_workers": 2},
 }
@@ -42,19 +48,30 @@ def make_images(folder: Path) -> str:
     return str(path)
 
 
-def stream(start, images, num_workers):
+def stream(start, images, num_workers, references):
     rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
     share = len(range(rank, BATCH, ranks))
-    return load_data(data_dir=images, batch_size=share, global_batch=BATCH, image_size=8, class_cond=True, seed=3,
-                     start=start, num_workers=num_workers, rank=rank, world_size=ranks)
+    return open_stream(start, references, rank, ranks, data_dir=images, batch_size=share, global_batch=BATCH,
+                       image_size=8, class_cond=True, seed=3, num_workers=num_workers)
+
+
+def denoising(name):
+    """The objective of `--objective`, with little work for each step."""
+    diffusion, options = KarrasDenoiser(loss_norm="l2"), {"stf": {"rbatch": 12}}
+    return DENOISING[name].of(diffusion, create_named_schedule_sampler("lognormal", diffusion), options.get(name, {}))
 
 
 def prepare(images, directory, steps, mode, memory=False, num_workers=0, **options):
     rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
     if memory:
         options["schedule_sampler"] = second_moment()
+    references = 0
+    if mode in DENOISING and mode != "edm":
+        options["objective"], mode = denoising(mode), "edm"
+        references = options["objective"].references
     return loop(
-        images, directory, steps, mode=mode, data=partial(stream, images=images, num_workers=num_workers),
+        images, directory, steps, mode=mode,
+        data=partial(stream, images=images, num_workers=num_workers, references=references),
         batch_size=len(range(rank, BATCH, ranks)), global_batch_size=BATCH, **options,
     )
 

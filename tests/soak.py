@@ -180,10 +180,10 @@ def terminate(run: Run) -> str:
 
 def truncate(run: Run) -> str:
     """A rank is killed, and of the newest checkpoint a file is cut off or has a bit changed."""
-    outcome, files = kill(run), run.newest()[:-1]
-    if not files:
-        return f"{outcome}, no checkpoint yet"
-    path = run.rng.choice(files)
+    outcome = kill(run)
+    if len(list(run.log_dir.glob("checkpoint_*.json"))) < 2:
+        return f"{outcome}, no second checkpoint yet"       # damage to the only one is for the user to decide on
+    path = run.rng.choice(run.newest()[:-1])
     data = bytearray(path.read_bytes())
     place = run.rng.randrange(len(data))
     if run.rng.random() < 0.5:

@@ -208,6 +208,19 @@ def test_modules_that_are_no_extractors_are_refused(tmp_path, module, message):
         script(module, tmp_path / "m.ts").extract(np.zeros((2, 4, 4, 3), np.uint8))
 
 
+@pytest.mark.parametrize("text, message", [
+    ("{", "extractor.json is not JSON"), ("[" * 100_000, "nested too deeply"), ('["tiny"]', "names and texts"),
+    ('{"name": {"a": 1}}', "names and texts"),
+])
+def test_descriptions_inside_a_file_are_data(folder, tmp_path, text, message):
+    """What a stranger wrote into the archive beside the module."""
+    path = tmp_path / "odd.ts"
+    with quiet_torchscript():
+        th.jit.save(th.jit.load(f"{folder}/two.ts"), str(path), _extra_files={"extractor.json": text})
+    with pytest.raises(UserError, match=message):
+        load_extractor(str(path), "cpu")
+
+
 def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="does not exist"):
         load_extractor(str(tmp_path / "missing.ts"))

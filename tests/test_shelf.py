@@ -143,6 +143,19 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_newest(tmp_path, kind, name
     assert "passing over checkpoint_000004.json" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(images, tmp_path):  # noqa: F811
+    """Weeks of training must not be written over because the disk was bad."""
+    run(images, tmp_path / "run", 1)
+    run(images, tmp_path / "run", 2)
+    for step in (1, 2):
+        flip_a_bit(tmp_path / "run" / f"model{step:06d}.pt")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    with pytest.raises(UserError, match="none that a run can go on from.*--resume never"):
+        loop(images, tmp_path / "run", 3, resume="auto")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    assert loop(images, tmp_path / "run", 3, resume="never").step == 0
+
+
 # --- saves that fail --------------------------------------------------------------------------------------------------
 
 

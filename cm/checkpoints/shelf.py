@@ -81,6 +81,11 @@ def choose(directory: str, resume: str) -> state.Checkpoint | None:
         )
     path = storage.absolute(resume)
     if resume in ("auto", "never") or path == storage.absolute(directory):
+        if own is None and resume != "never" and state.steps(directory):
+            raise UserError(
+                f"{directory} holds checkpoints, but none that a run can go on from (what is wrong with each is said "
+                "above): bring one back from a copy, choose another --log_dir, or begin anew here with --resume never"
+            )
         return own
     if own and own.origin == path:                          # the same command once more
         return own
