@@ -100,9 +100,9 @@ def test_an_explicit_master_address_is_obeyed(tmp_path):
 @pytest.mark.mpi
 def test_jobs_that_start_at_the_same_time_do_not_mix(tmp_path):
     path = program(tmp_path, HELLO)
-    with ThreadPoolExecutor(4) as pool:
-        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(4)))
-    assert [hellos(job) for job in jobs] == [TWO] * 4
+    with ThreadPoolExecutor(6) as pool:
+        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(6)))
+    assert [hellos(job) for job in jobs] == [TWO] * 6
 
 
 @pytest.mark.mpi
