@@ -237,7 +237,7 @@ def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> lis
     sampler = AverageSampler(
         partial(script_util.model_from, settings), sample_util.sampling_diffusion(drawing),
         sample_util.sampling_plan(drawing), run_util.run_precision(settings),
-        config.eval_ema_rate or parse_rates(settings.values["ema_rate"])[0], sample_util.sampler_options(drawing),
+        config.eval_ema_rate or str(parse_rates(settings.values["ema_rate"])[0]), sample_util.sampler_options(drawing),
     )
     watchers: list[Watcher] = []
     if config.sample_interval:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch as th
 from nets import plain_state_dict
@@ -70,6 +72,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     save(tmp_path, 20)
     damage(tmp_path)
     assert state.newest(str(tmp_path)).step == 10
+
+
+@pytest.mark.parametrize("value", [np.float64(1), Path("ref.npz"), type("Word", (str,), {})("0.9")])
+def test_what_no_reader_would_take_back_is_not_written(tmp_path, value):
+    """A checkpoint is read as data only: an object in it would be found out when the run is to go on."""
+    with pytest.raises(TypeError, match="tensors and plain values, not (float64|PosixPath|Word)"):
+        state.save(str(tmp_path), 1, {"trainer": {"watchers": {"settings": [value]}}}, {}, 1)
+    assert state.newest(str(tmp_path)) is None
 
 
 def test_nothing_to_find(tmp_path):

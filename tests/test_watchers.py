@@ -107,6 +107,8 @@ def test_consistency_training_is_measured_at_one_step(folder):
     best = json.loads((folder / "ct" / "best.json").read_text())
     assert (best["step"], best["settings"]["sampler"]) == (4, "onestep")
     assert column(folder / "ct", "frechet_distance") == {4: pytest.approx(best["value"])}
+    saved = th.load(folder / "ct" / "trainer000004.pt", weights_only=True)["watchers"]["evaluation"]
+    assert saved["best"] == {"step": 4, "value": best["value"]} and saved["settings"] == best["settings"]
 
 
 # --- one process ---------------------------------------------------------------------------------------------------

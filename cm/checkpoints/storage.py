@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import zlib
@@ -18,6 +19,8 @@ from cm.registry import UserError
 
 PARTIAL = ".partial"
 """What the name of a file ends in that is being written."""
+PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDict)
+"""What lies in a checkpoint beside tensors, dicts and lists."""
 RETRIES = 12
 """Attempts to reach an object store, with pauses that double up to a minute; blobfile itself would never give up."""
 
@@ -157,12 +160,19 @@ def save_tensors(path: str, content: Any) -> dict[str, int]:
 
 
 def on_cpu(content: Any) -> Any:
-    """Nested dicts and lists with their tensors on the CPU; those that are there already are not copied."""
+    """Nested dicts and lists with their tensors on the CPU; those that are there already are not copied.
+
+    :raises TypeError: for an object that no reader would take back, since readers take only data.
+    """
     if isinstance(content, th.Tensor):
         return content.cpu()
     if type(content) is dict:
         return {key: on_cpu(value) for key, value in content.items()}
-    return [on_cpu(value) for value in content] if type(content) is list else content
+    if type(content) is list:
+        return [on_cpu(value) for value in content]
+    if type(content) not in PLAIN:
+        raise TypeError(f"a checkpoint holds tensors and plain values, not {type(content).__name__}: {content!r}")
+    return content
 
 
 def sync_directory(directory: str) -> None:
