@@ -1,6 +1,6 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
-# make soak: training under faults, MINUTES=10 of it.    make test-slow: the tests that need a cluster.
+# make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
@@ -28,7 +28,7 @@ demo-clean:
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
-# Tests of the mark `slow`: they need what a machine of continuous integration does not have, and say what.
+# Tests of the mark `slow`: they take long, or need what a machine of continuous integration does not have, and say what.
 test-slow: install
 	$(BIN)/python -m pytest -m slow -rs
 

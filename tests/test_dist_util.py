@@ -185,7 +185,7 @@ def test_launch_after_launch_ends_in_good_order(tmp_path):
 
         dist_util.run(main)
     """)
-    for _ in range(3):
+    for _ in range(10):
         finished = mpiexec(2, [path])
         assert finished.rc == 0 and not finished.stderr, finished
         assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished

@@ -55,6 +55,7 @@ HELLO = """
 MET = ["0,0,node1,unknown,4", "1,1,node1,unknown,4", "2,0,node2,unknown,4", "3,1,node2,unknown,4"]
 
 
+@pytest.mark.slow                                          # for its eight ranks on few cores
 def test_mpiexec_and_torchrun_meet_where_no_host_has_a_known_name(tmp_path):
     hello = program(tmp_path, HELLO)
     done = on_two_nodes(tmp_path, f"""
@@ -76,7 +77,8 @@ EVENTS = {
 }
 
 
-@pytest.mark.parametrize("event", EVENTS)
+# Silence takes longer to notice than a death.
+@pytest.mark.parametrize("event", [pytest.param("link cut", marks=pytest.mark.slow), "node killed"])
 def test_a_lost_node_ends_the_job_on_both(tmp_path, event):
     words = " ".join(TRAIN)
     done = on_two_nodes(tmp_path, f"""
