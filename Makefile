@@ -28,7 +28,7 @@ demo-clean:
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
-# Tests of the mark `slow`: they take long, or need what a machine of continuous integration does not have, and say what.
+# Tests of the mark `slow`: they take long, or need what a machine of continuous integration lacks, and say what.
 test-slow: install
 	$(BIN)/python -m pytest -m slow -rs
 

@@ -19,7 +19,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.non_finite import NonFiniteError
 from cm.objectives import DENOISING
 from cm.resample import create_named_schedule_sampler
-from cm.run_util import open_stream
+from cm.run_data import open_stream
 
 BATCH, STEPS, STOPS = 8, 7, (2, 3)                          # over all ranks; progdist changes its stage after 2 steps
 
