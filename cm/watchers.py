@@ -143,8 +143,14 @@ class Evaluation:
             drawn = self.sampler.draw(loop, self.num_samples, "evaluation")
             value = self.metric.distance((int(rows[0]), images) for rows, images in drawn if len(images))
         if np.isfinite(value) and (not self.best or value < self.best["value"]):
-            self.best = {"step": loop.step, "value": value}
-            dist_util.on_main(self.keep, loop, self.sampler.weights(loop))
+            before, self.best = self.best, {"step": loop.step, "value": value}
+            try:
+                dist_util.on_main(self.keep, loop, self.sampler.weights(loop))
+            except (UserError, OSError) as error:
+                if loop.shelf.on_save_error == "stop":
+                    raise
+                self.best = before                          # it still lies where best.json says
+                logger.warn(f"training goes on without the weights of step {loop.step}, the best so far: {error}")
         logger.log(
             f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
             f"{time.monotonic() - begun:.1f} s; {self.best_so_far()}"

@@ -13,6 +13,7 @@ from nets import TinyExtractor, save_measure
 from PIL import Image
 
 from cm import logger
+from cm.checkpoints import storage
 from cm.config import DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from cm.flags import parse
 from cm.image_datasets import load_data
@@ -166,6 +167,28 @@ def kept(directory):
     names = {path.name for path in (directory / "best").iterdir()}
     assert names == {Path(best["file"]).name, f"checkpoint_{best['step']:06d}.json"}
     return best["step"], best["value"]
+
+
+@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
+def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_save_error):
+    real, full = storage.write_whole, []
+
+    def write_whole(path, write):
+        if "/best/" in path and "000004" in path:
+            full.append(path)
+            raise OSError(28, "No space left on device")
+        return real(path, write)
+
+    monkeypatch.setattr(storage, "write_whole", write_whole)
+    watcher = evaluation([5.0, 3.0, 4.0])
+    training = loop(tmp_path, 6, watcher, on_save_error=on_save_error)
+    if on_save_error == "stop":
+        with pytest.raises(UserError, match="No space left"):
+            training.run_loop()
+    else:
+        training.run_loop()
+        assert watcher.best == {"step": 6, "value": 4.0} and kept(tmp_path) == (6, 4.0)
+    assert full
 
 
 def test_the_best_is_kept_and_a_resumed_run_goes_on_knowing_it(tmp_path):
