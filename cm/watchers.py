@@ -26,6 +26,7 @@ from cm.config import CONSISTENCY_MODES, EvalConfig, SampleConfig, SolverConfig
 from cm.flags import Settings
 from cm.interfaces import Watcher
 from cm.karras_diffusion import KarrasDenoiser
+from cm.profiling import Profile
 from cm.registry import UserError
 from cm.sample_files import grid_scale, image_grid
 from cm.sampling import SHOWN, SamplingPlan, at_precision, draw, labels_of, rounds, together
@@ -238,14 +239,14 @@ def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> lis
     :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples).
     """
     config, drawing = settings.section(EvalConfig), sampling_settings(settings)
+    watchers: list[Watcher] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
     if not (config.eval_interval or config.sample_interval):
-        return []
+        return watchers
     sampler = AverageSampler(
         partial(script_util.model_from, settings), sample_util.sampling_diffusion(drawing),
         sample_util.sampling_plan(drawing), run_util.run_precision(settings),
         config.eval_ema_rate or str(parse_rates(settings.values["ema_rate"])[0]), sample_util.sampler_options(drawing),
     )
-    watchers: list[Watcher] = []
     if config.sample_interval:
         watchers.append(SampleGrids(sampler, config.sample_interval))
     if config.eval_interval:

@@ -31,7 +31,8 @@ LAYERS = [
     ["editing", "objectives"],
     ["karras_diffusion", "image_datasets", "checkpoints", "memory_plan"],
     ["loop_state"],
-    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images"],
+    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images",
+     "profiling"],
     # from flags to runs
     ["train_util", "run_data", "edit_util"],
     ["run_util"],
