@@ -1,7 +1,9 @@
 """Forward-mode differentiation: the value of a function and its derivative along one direction, in one pass.
 
 The networks of this package are differentiable so, in inference mode and under autocast too: layers for which torch
-has no forward-mode rule ask `inside_jvp`, or `depth` for the second derivative, and take a slower path there.
+has no forward-mode rule ask `inside_jvp`, or `depth` for the second derivative, and take a slower path there. A
+compiled network never runs inside of a derivative, see `cm.compiling`, and so its compiler need not follow these
+questions.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ _depth: ContextVar[int] = ContextVar("depth", default=0)
 
 def depth() -> int:
     """How many calls of `jvp` this code runs inside of: 2 in a derivative of a derivative."""
-    return _depth.get()
+    return 0 if th.compiler.is_compiling() else _depth.get()
 
 
 def inside_jvp() -> bool:
     """Whether this code is being differentiated in forward mode, by `jvp` or by torch.func itself."""
     # torch has no public way to ask: unpack_dual, the nearest, fails under vmap and sees no tangent when a gradient is
     # differentiated.
-    return forward_ad._current_level >= 0
+    return not th.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def inside_transform() -> bool:

@@ -46,8 +46,8 @@ def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: 
 def _is_fused(x: Tensor) -> bool:
     """Whether the rows of channels lie side by side, on a CPU; transforms take torch's own operations."""
     return (
-        x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=th.channels_last)
-        and not inside_transform() and not th.compiler.is_compiling()
+        not th.compiler.is_compiling() and x.device.type == "cpu" and x.ndim == 4
+        and x.is_contiguous(memory_format=th.channels_last) and not inside_transform()
     )
 
 

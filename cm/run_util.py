@@ -8,14 +8,16 @@ import sys
 from typing import Any
 
 import torch as th
+from torch import nn
 
 from cm import dist_util, durations, logger, stopping
 from cm.checkpoints import run_lock, state, storage
+from cm.compiling import compile_network
 from cm.config import CONSISTENCY_MODES, TrainConfig
 from cm.flags import Settings
 from cm.memory_plan import PlannedRun, activations, line, plan
 from cm.run_data import share_of_batch
-from cm.script_util import adopt, adopt_checkpoint, choose_precision, model_from
+from cm.script_util import adopt, adopt_checkpoint, choose_precision, model_from, place
 
 
 def open_run(settings: Settings) -> None:
@@ -83,6 +85,14 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
         "config": dict(values),
         "start": settings.sources.get("resume_checkpoint"),
     }
+
+
+def on_device(settings: Settings, model: nn.Module) -> nn.Module:
+    """Put a network on this rank's device, compiled if the flags say so."""
+    place(model, dist_util.dev())
+    if settings.values["compile"]:
+        compile_network(model, dist_util.dev())
+    return model
 
 
 def run_precision(settings: Settings) -> str:

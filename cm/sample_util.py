@@ -24,7 +24,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.noisy_classifier import NoisyClassifier, from_content
 from cm.precond import PRECONDS
 from cm.registry import UserError
-from cm.run_util import run_precision
+from cm.run_util import on_device, run_precision
 from cm.samplers import SAMPLERS, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
@@ -36,7 +36,6 @@ from cm.script_util import (
     diffusion_from,
     model_from,
     parse_ts,
-    place,
 )
 
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
@@ -141,6 +140,9 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     if solver.eta == OWN_ETA:
         del options["eta"]
     sampler = make_sampler(config.sampler, options)
+    if values["compile"] and sampler.uses_jvp:
+        raise UserError(f"--compile True: --sampler {config.sampler} differentiates the network in forward mode, which "
+                        "compiled networks do not allow; drop --compile, or choose another sampler")
     return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
 
 
@@ -166,7 +168,7 @@ def load_model(settings: Settings) -> nn.Module:
     """The network with the weights of --model_path, on this rank's device, ready to sample."""
     model, source = model_from(settings), settings.sources["model_path"]
     weights.fit(model, source.take(), source.path)
-    return place(model, dist_util.dev()).eval()
+    return on_device(settings, model).eval()
 
 
 def sampling_diffusion(settings: Settings) -> KarrasDenoiser:

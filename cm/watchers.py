@@ -203,6 +203,7 @@ def sampling_settings(settings: Settings) -> Settings:
     asked = {
         "sampler": config.eval_sampler or usual, "steps": config.eval_steps, "ts": config.eval_ts,
         "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
+        "compile": False,                                   # a network is made for each drawing
     }
     defaults = script_util.defaults_of(SampleConfig) | script_util.defaults_of(SolverConfig)
     drawing = Settings(defaults | settings.values | asked, {})

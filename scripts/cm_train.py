@@ -69,23 +69,22 @@ def main() -> None:
     data = run_data.open_data(settings)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
-    device = dist_util.dev()
     model = script_util.model_from(settings)
     teacher_model = teacher_diffusion = None
     if teacher:
         teacher_model = script_util.model_from(settings, dropout=config.teacher_dropout)
         weights.fit(teacher_model, teacher.take(), teacher.path)
         model.load_state_dict(teacher_model.state_dict())       # the student starts from its teacher
-        script_util.place(teacher_model, device).eval()
+        run_util.on_device(settings, teacher_model).eval()
         teacher_diffusion = script_util.diffusion_from(settings, distillation=False)
     target_model = None
     if config.training_mode != "progdist":
         target_model = script_util.model_from(settings)
         target_model.load_state_dict(model.state_dict())
-        script_util.place(target_model, device)
+        run_util.on_device(settings, target_model)
 
     CMTrainLoop(
-        model=script_util.place(model, device),
+        model=run_util.on_device(settings, model),
         target_model=target_model,
         teacher_model=teacher_model,
         teacher_diffusion=teacher_diffusion,

@@ -49,7 +49,7 @@ def main() -> None:
     data = run_data.open_data(settings, references=objective.references)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
-    model = script_util.place(script_util.model_from(settings), dist_util.dev())
+    model = run_util.on_device(settings, script_util.model_from(settings))
     TrainLoop(
         model=model,
         diffusion=diffusion,

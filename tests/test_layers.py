@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     # what needs nothing of this house: errors, files, pictures
     ["registry", "torchvision_shim", "untrusted", "weight_files", "addresses", "pictures", "classifier_fit"],
-    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp", "image_labels"],
+    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp", "image_labels",
+     "compiling"],
     # ranks, logs, flags
     ["collectives", "stopping"],
     ["logger", "dist_util", "flags", "schedules"],

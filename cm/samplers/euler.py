@@ -20,6 +20,7 @@ class Euler:
     order: ClassVar[float] = 1
     accepts_churn: ClassVar[bool] = True
     uses_rho: ClassVar[bool] = True                                 # whether the grid is one of Karras's
+    uses_jvp: ClassVar[bool] = False                                # whether the denoiser is differentiated, forward
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The noise levels of `steps` steps, float64: a Karras grid, then 0."""

@@ -49,6 +49,7 @@ class ItoTaylor(Euler):
 
     order: ClassVar[float] = 1.5
     accepts_churn: ClassVar[bool] = False
+    uses_jvp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
