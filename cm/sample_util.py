@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch as th
 from torch import Tensor, nn
 
 from cm import dist_util
@@ -166,8 +167,10 @@ def sampler_options(settings: Settings) -> dict[str, Any]:
 
 def load_model(settings: Settings) -> nn.Module:
     """The network with the weights of --model_path, on this rank's device, ready to sample."""
-    model, source = model_from(settings), settings.sources["model_path"]
-    weights.fit(model, source.take(), source.path)
+    source = settings.sources["model_path"]
+    with th.device("meta"):
+        model = model_from(settings)
+    weights.make(model, source.take(), source.path)
     return on_device(settings, model).eval()
 
 

@@ -46,3 +46,9 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
     """Load a state dict into a network that it fits; see `check`."""
     check(model, weights, source)
     model.load_state_dict(weights)
+
+
+def make(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    """Give a network on the meta device these tensors, in its own dtypes: no weight is drawn, and none copied."""
+    check(model, weights, source)
+    model.load_state_dict({name: weights[name].to(own.dtype) for name, own in model.state_dict().items()}, assign=True)
