@@ -107,6 +107,21 @@ def measure(folder: Path, archive: Path, side: int, rounds: int, batch: int) -> 
     return found
 
 
+def measure_images(source: Path, side: int, rounds: int, batch: int) -> dict[str, dict[str, dict[str, float]]]:
+    """As `measure`, with a folder and a zip made of the images of `source`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, archive = Path(scratch) / "folder", Path(scratch) / "images.zip"
+        convert(source, folder)
+        convert(source, archive)
+        return measure(folder, archive, side, rounds, batch)
+
+
+def measure_noise(count: int, side: int, rounds: int, batch: int) -> dict[str, dict[str, dict[str, float]]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        make_images(Path(scratch) / "source", count, side)
+        return measure_images(Path(scratch) / "source", side, rounds, batch)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default="", help="folder or zip to measure with [default: random ones]")
@@ -116,14 +131,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds [default: 8]")
     parser.add_argument("--json", default="", help="write the numbers here, too")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        source = Path(args.images) if args.images else root / "source"
-        if not args.images:
-            make_images(source, args.count, args.image_size)
-        convert(source, root / "folder")
-        convert(source, root / "images.zip")
-        found = measure(root / "folder", root / "images.zip", args.image_size, args.rounds, args.batch_size)
+    if args.images:
+        found = measure_images(Path(args.images), args.image_size, args.rounds, args.batch_size)
+    else:
+        found = measure_noise(args.count, args.image_size, args.rounds, args.batch_size)
     for title, stores in found.items():
         print(title)
         for name, numbers in stores.items():

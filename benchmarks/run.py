@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch as th
 from bench.ceiling import Ceiling, measure_ceiling
+from bench.evaluation import eval_suite
 from bench.lines import Line, ceiling_text, table, write_results
+from bench.loading import data_suite
 from bench.memory import memory_suite
 from bench.network import SPECS, NetworkSpec
 from bench.objectives import objectives_suite
@@ -23,6 +25,8 @@ SUITES = {
     "train": lambda job: train_suite(job.spec, job.device, job.ceiling, job.repeats),
     "objectives": lambda job: objectives_suite(job.spec, job.device, job.ceiling, job.repeats),
     "sample": lambda job: sample_suite(job.spec, job.device, job.ceiling, job.repeats),
+    "eval": lambda job: eval_suite(job.device, job.repeats),
+    "data": lambda job: data_suite(job.spec.image_size),
     "memory": lambda job: memory_suite(job.device),
     "scale": lambda job: scale_suite(job.device, job.repeats, job.out),
 }

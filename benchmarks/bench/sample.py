@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from bench.baseline import plain_copy, plain_heun
 from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
+from bench.peer import MISSING, peer_of
 from bench.timing import take_turns
 from cm.karras_diffusion import KarrasDenoiser, sample
 from cm.random_util import get_generator
@@ -36,11 +38,13 @@ def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats
         "onestep": (1, consistency, 1, plain_onestep),
         "heun": (HEUN_STEPS, teacher, 2 * HEUN_STEPS - 1, lambda: plain_heun(teacher, plain, noise, levels)),
     }
+    peer = peer_of(spec)
+    others = {} if peer is None else {"diffusers' network": peer(device).eval()}
     lines = []
     for sampler, (steps, diffusion, evaluations, plain_way) in settings.items():
         jobs: dict[str, Callable[[], None]] = {"plain fp32": plain_way}
-        for dtype in ("fp32", "bf16"):
-            jobs[f"toolkit {dtype}"] = partial(toolkit_way, model, diffusion, sampler, steps, noise.shape, dtype)
+        for (way, network), dtype in itertools.product({"toolkit": model, **others}.items(), ("fp32", "bf16")):
+            jobs[f"{way} {dtype}"] = partial(toolkit_way, network, diffusion, sampler, steps, noise.shape, dtype)
         times = take_turns(jobs, device, repeats)
         for name, each in times.items():
             flops = per_image * len(noise) * evaluations
@@ -48,7 +52,7 @@ def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats
                 "sample", f"{sampler} ({evaluations} NFE), {name}", each, len(noise), flops, ceiling,
                 name.split()[-1], times["plain fp32"],
             ))
-    return lines
+    return lines + ([] if peer else [Line("sample", "diffusers' network", 0.0, note=MISSING)])
 
 
 def toolkit_way(model, diffusion: KarrasDenoiser, sampler: str, steps: int, shape, dtype: str) -> None:

@@ -14,6 +14,7 @@ from bench.baseline import PlainStep, batch_of, plain_copy
 from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
+from bench.peer import MISSING, peer_of
 from bench.timing import take_turns
 from cm import logger
 from cm.curricula import ema_and_scales
@@ -32,11 +33,15 @@ def train_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats:
     lines = []
     images = spec.images(device)
     per_image = forward_flops(spec.build(device), images)
+    peer = peer_of(spec)
     for mode, passes in PASSES.items():
         jobs = {
             "plain fp32": plain_job(mode, spec, device, images),
             **{f"toolkit {dtype}": toolkit_job(mode, spec, device, images, dtype) for dtype in ("fp32", "bf16")},
         }
+        if peer is not None:
+            jobs |= {f"diffusers' network {dtype}": toolkit_job(mode, spec, device, images, dtype, build=peer)
+                     for dtype in ("fp32", "bf16")}
         times = take_turns(jobs, device, repeats)
         for name, each in times.items():
             dtype = name.split()[-1]
@@ -44,7 +49,7 @@ def train_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats:
                 "train", f"{mode}, {name}", each, len(images), passes * per_image * len(images), ceiling, dtype,
                 times["plain fp32"],
             ))
-    return lines
+    return lines + ([] if peer else [Line("train", "diffusers' network", 0.0, note=MISSING)])
 
 
 def diffusions(mode: str) -> tuple[KarrasDenoiser, KarrasDenoiser]:
@@ -58,12 +63,17 @@ def diffusions(mode: str) -> tuple[KarrasDenoiser, KarrasDenoiser]:
 def toolkit_job(
     mode: str, spec: NetworkSpec, device: th.device, images: Tensor, precision: str, *,
     ema_rates: Sequence[float] = EMA_RATES, scales: int = SCALES,
+    build: Callable[[th.device], nn.Module] | None = None,
 ) -> Callable[[], None]:
-    """One step of the toolkit's training loop."""
+    """One step of the toolkit's training loop.
+
+    :param build: makes the networks; None for the toolkit's own.
+    """
+    build = build or spec.build
     logger.configure(tempfile.mkdtemp(), format_strs=[])
     diffusion, teacher_diffusion = diffusions(mode)
     common = dict(
-        model=spec.build(device), diffusion=diffusion, data=stream(images), batch_size=len(images), lr=1e-4,
+        model=build(device), diffusion=diffusion, data=stream(images), batch_size=len(images), lr=1e-4,
         ema_rate=",".join(map(str, ema_rates)), log_interval=10**6, save_interval=10**6, total_training_steps=10**6,
         precision=precision,
     )
@@ -72,7 +82,7 @@ def toolkit_job(
     else:
         distils = mode == "consistency_distillation"
         loop = CMTrainLoop(
-            target_model=spec.build(device), teacher_model=spec.build(device).eval() if distils else None,
+            target_model=build(device), teacher_model=build(device).eval() if distils else None,
             teacher_diffusion=teacher_diffusion if distils else None, training_mode=mode,
             ema_scale_fn=ema_and_scales("fixed", 0.95, "fixed", scales, scales, 10**6, 10**6), **common,
         )
