@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch as th
+from torch import Tensor
 
 from cm import dist_util
 from cm.interfaces import Batch, Terms
@@ -16,9 +17,9 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; raised on every rank before the weights are touched."""
 
 
-def all_finite(parts: Sequence[tuple[Batch, Terms]]) -> bool:
-    """Whether every loss of this rank's step is finite; waits for the device."""
-    return bool(th.stack([terms.loss.detach().isfinite().all() for _, terms in parts]).all())
+def all_finite(parts: Sequence[tuple[Batch, Terms]]) -> Tensor:
+    """Whether every loss of this rank's step is finite: a boolean scalar that is not waited for."""
+    return th.stack([terms.loss.detach().isfinite().all() for _, terms in parts]).all()
 
 
 def explain(step: int, parts: Sequence[tuple[Batch, Terms]], why: str, remedy: str) -> NonFiniteError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -13,7 +14,10 @@ from cm import dist_util
 from cm.registry import lookup
 from cm.shares import Shares
 
-OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
+# torch has a fused RAdam nowhere.
+OPTIMIZERS = {
+    "radam": th.optim.RAdam, "adam": partial(th.optim.Adam, fused=True), "adamw": partial(th.optim.AdamW, fused=True),
+}
 
 
 class SharedOptimizer:

@@ -217,7 +217,7 @@ class TrainLoop:
         th.manual_seed(stream_seed(self.seed, f"dropout of rank {self.rank}", self.step))
         self.trainer.zero_grad()
         self.forward_backward(batch)
-        self.report = self.trainer.step(self.opt, self.trainer.grads_finite() if self.confer() else False)
+        self.report = self.trainer.step(self.opt, self.confer())
         if self.report.fatal:
             raise self.non_finite_error()
         if self.report.stepped:                                 # a step that overflowed has nothing to teach
@@ -263,13 +263,16 @@ class TrainLoop:
         self.is_warm = True
 
     def confer(self) -> bool:
-        """One message a step: whether every loss on every rank is finite, and whether some rank was asked to stop."""
-        bad = not non_finite.all_finite(self.parts)
-        heard = dist_util.all_reduce_max(th.tensor([stopping.requested(), int(bad)]))
+        """Whether every loss on every rank and every gradient is finite; hears, too, whether some rank was asked to stop.
+
+        One message a step between the ranks, and the only time that a step waits for its device.
+        """
+        losses, gradients = th.stack([non_finite.all_finite(self.parts), self.trainer.grads_finite()]).tolist()
+        heard = dist_util.all_reduce_max(th.tensor([stopping.requested(), int(not losses)]))
         self.stop_signal, bad = heard.tolist()
         if self.stop_signal:
             stopping.agreed()
-        return not bad
+        return gradients and not bad                        # the ranks' gradients are averages, so the same
 
     def remember(self) -> None:
         """Hand the losses of all ranks to the objective's memory, in the order of the samples."""

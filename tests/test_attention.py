@@ -117,3 +117,18 @@ def test_number_of_heads():
     for width in (48, 0):
         with pytest.raises(ValueError, match=f"num_head_channels={width} does not divide the 128 channels"):
             AttentionBlock(128, 1, width)
+
+
+@pytest.mark.parametrize("side", [8, 12])
+def test_bf16_attention_of_short_and_long_sequences_is_that_of_float32_rounded(side):
+    """Under autocast too, which would take the operands to bf16 again."""
+    th.manual_seed(0)
+    qkv = th.randn(2, 96, side, side).to(th.bfloat16).requires_grad_()
+    exact = qkv_attention(qkv.detach().float(), 2)
+    with th.autocast("cpu", th.bfloat16):
+        out = qkv_attention(qkv, 2)
+    assert out.dtype == th.bfloat16
+    # Rounded to 8 bits once, at the end; long sequences also inside.
+    assert (out - exact).abs().max() <= (2**-8 if side == 8 else 2**-6) * exact.abs().max()
+    out.sum().backward()
+    assert qkv.grad.dtype == th.bfloat16 and qkv.grad.isfinite().all()
