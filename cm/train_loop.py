@@ -263,7 +263,7 @@ class TrainLoop:
         self.is_warm = True
 
     def confer(self) -> bool:
-        """Whether every loss on every rank and every gradient is finite; hears, too, whether some rank was asked to stop.
+        """Whether every loss on every rank and every gradient is finite; hears of requests to stop, too.
 
         One message a step between the ranks, and the only time that a step waits for its device.
         """

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch as th
 
-from cm import compiling, logger, run_util
+from cm import compiling, logger, run_util, sample_util
 from cm.compiling import compile_network
 from cm.config import SAMPLER_NAMES, DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
@@ -139,9 +139,9 @@ def test_samplers_that_differentiate_the_network_are_refused():
     asking = [name for name in SAMPLER_NAMES if SAMPLERS[name].uses_jvp]
     assert asking == ["ito"]
     with pytest.raises(UserError, match="--compile True: --sampler ito differentiates .* drop --compile"):
-        run_util.sampler_of(sampling_settings("--compile", "--sampler", "ito"))
-    run_util.sampler_of(sampling_settings("--sampler", "ito"))
-    run_util.sampler_of(sampling_settings("--compile"))
+        sample_util.sampler_of(sampling_settings("--compile", "--sampler", "ito"))
+    sample_util.sampler_of(sampling_settings("--sampler", "ito"))
+    sample_util.sampler_of(sampling_settings("--compile"))
 
 
 def test_without_a_compiler_the_flag_is_refused_with_the_remedy(monkeypatch):
