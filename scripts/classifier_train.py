@@ -9,28 +9,10 @@ noisy images that image_sample.py takes as --classifier_path; both leave a JSON 
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cm import dist_util
-from cm.checkpoints import storage
-from cm.flags import option, parse
-from cm.image_sources import ImageSource, open_source
-from cm.noisy_classifier import NoisyClassifierConfig, accuracy_at, to_content, train_noisy_classifier
-from cm.registry import UserError
-from cm.script_util import parse_channel_mult, parse_resolutions
-from cm.unet import attention_factors
-from evaluations.classifier import accuracy, stratified_split, train_classifier
-from evaluations.features import TorchScriptExtractor, save_torchscript
-
-SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
+from cm import command
+from cm.flags import Settings, option, parse
 
 
 @dataclass(frozen=True)
@@ -52,8 +34,37 @@ class ClassifierConfig:
     seed: int = option(0, "seed of the split and the training", minimum=0)
 
 
+def read_flags() -> Settings:
+    return parse(__doc__.splitlines()[0], ClassifierConfig)
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(read_flags)
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cm import dist_util
+from cm.checkpoints import storage
+from cm.image_sources import ImageSource, open_source
+from cm.noisy_classifier import NoisyClassifierConfig, accuracy_at, to_content, train_noisy_classifier
+from cm.registry import UserError
+from cm.script_util import parse_channel_mult, parse_resolutions
+from cm.unet import attention_factors
+from evaluations.classifier import accuracy, stratified_split, train_classifier
+from evaluations.features import TorchScriptExtractor, save_torchscript
+
+SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
+
+
 def main() -> None:
-    settings = parse(__doc__.splitlines()[0], ClassifierConfig)
+    settings = read_flags()
     config = settings.section(ClassifierConfig)
     if settings.dry_run:
         return print(settings.as_text())

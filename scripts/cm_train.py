@@ -6,15 +6,7 @@ mpiexec -n 8 python scripts/cm_train.py --training_mode consistency_distillation
 
 from __future__ import annotations
 
-from cm import stopping
-
-if __name__ == "__main__":
-    stopping.listen()                                       # the imports below take seconds
-
-import torch as th
-
-from cm import dist_util, run_data, run_util, script_util
-from cm.checkpoints import weights
+from cm import command, stopping
 from cm.config import (
     CONSISTENCY_MODES,
     ConsistencyConfig,
@@ -25,7 +17,24 @@ from cm.config import (
     RunConfig,
     TrainConfig,
 )
-from cm.flags import parse
+from cm.flags import Settings, parse
+
+
+def read_flags() -> Settings:
+    return parse(
+        __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, EvalConfig, RunConfig,
+        schedule_sampler="uniform", total_training_steps=600_000,
+    )
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    stopping.listen()
+    command.answer(read_flags)
+
+import torch as th
+
+from cm import dist_util, run_data, run_util, script_util
+from cm.checkpoints import weights
 from cm.lpips import prepare_lpips
 from cm.registry import UserError
 from cm.train_util import CMTrainLoop
@@ -34,10 +43,7 @@ from evaluations.in_training import open_metric
 
 
 def main() -> None:
-    settings = parse(
-        __doc__, ModelConfig, DiffusionConfig, DataConfig, TrainConfig, ConsistencyConfig, EvalConfig, RunConfig,
-        schedule_sampler="uniform", total_training_steps=600_000,
-    )
+    settings = read_flags()
     dist_util.setup_dist(settings.values["timeout_seconds"])
     run_util.resolve_durations(settings)
     config = settings.section(ConsistencyConfig)

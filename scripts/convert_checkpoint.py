@@ -7,20 +7,39 @@ python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+from cm import command
+from cm.config import ConvertConfig, DiffusionConfig, ModelConfig
+from cm.flags import Settings, parse
+
+
+def read_flags() -> Settings:
+    return parse(__doc__, ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
+
+
+def with_names(words: Sequence[str]) -> list[str]:
+    """SOURCE and DEST at the front get the flags that they stand for."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    named = [part for flag, word in zip(("--source", "--dest"), words[:count]) for part in (flag, word)]
+    return [*named, *words[min(count, 2):]]
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(read_flags)
+
+from collections.abc import Mapping
 from typing import Any
 
 from cm import dist_util, logger, run_util, script_util
 from cm.checkpoints import diffusers_folder, state, storage, weights
-from cm.config import ConvertConfig, DiffusionConfig, ModelConfig
-from cm.flags import Settings, parse
 from cm.registry import UserError
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
 def main() -> None:
-    settings = parse(__doc__, ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
+    settings = read_flags()
     dist_util.setup_dist()
     config = settings.section(ConvertConfig)
     for name in ("source", "dest"):
@@ -39,13 +58,6 @@ def main() -> None:
         dist_util.on_main(write_native, config.dest, model.state_dict(), settings)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
-
-
-def with_names(words: Sequence[str]) -> list[str]:
-    """SOURCE and DEST at the front get the flags that they stand for."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    named = [part for flag, word in zip(("--source", "--dest"), words[:count]) for part in (flag, word)]
-    return [*named, *words[min(count, 2):]]
 
 
 def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:

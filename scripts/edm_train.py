@@ -5,14 +5,7 @@ mpiexec -n 8 python scripts/edm_train.py --data_dir IMAGES --image_size 64 --log
 
 from __future__ import annotations
 
-from cm import stopping
-
-if __name__ == "__main__":
-    stopping.listen()                                       # the imports below take seconds
-
-import torch as th
-
-from cm import dist_util, run_data, run_util, script_util
+from cm import command, stopping
 from cm.config import (
     DataConfig,
     DiffusionConfig,
@@ -22,16 +15,29 @@ from cm.config import (
     RunConfig,
     TrainConfig,
 )
-from cm.flags import parse
+from cm.flags import Settings, parse
+
+
+def read_flags() -> Settings:
+    return parse(
+        __doc__, ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, EvalConfig, RunConfig
+    )
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    stopping.listen()
+    command.answer(read_flags)
+
+import torch as th
+
+from cm import dist_util, run_data, run_util, script_util
 from cm.train_util import TrainLoop
 from cm.watchers import check_flags, open_watchers
 from evaluations.in_training import open_metric
 
 
 def main() -> None:
-    settings = parse(
-        __doc__, ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, EvalConfig, RunConfig
-    )
+    settings = read_flags()
     settings.replace(training_mode="edm")
     dist_util.setup_dist(settings.values["timeout_seconds"])
     run_util.resolve_durations(settings)

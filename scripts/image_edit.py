@@ -6,15 +6,27 @@ python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,
 
 from __future__ import annotations
 
+from cm import command
+from cm.config import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
+from cm.flags import Settings, parse
+
+
+def read_flags() -> Settings:
+    return parse(
+        __doc__, EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
+    )
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(read_flags)
+
 import json
 from functools import partial
 
 import numpy as np
 
 from cm import dist_util, logger, run_util, sample_util
-from cm.config import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
 from cm.edit_util import EditJob, edit_images, make_job
-from cm.flags import Settings, parse
 from cm.sample_files import grid_scale, labelled_rows
 from cm.sampling import SamplingResult, at_precision, collect_to_npz
 
@@ -22,9 +34,7 @@ COLUMNS = 8                                                 # images in the comp
 
 
 def main() -> None:
-    settings = parse(
-        __doc__, EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
-    )
+    settings = read_flags()
     dist_util.setup_dist()
     sample_util.adopt_model(settings)
     if settings.dry_run:

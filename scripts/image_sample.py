@@ -8,13 +8,7 @@ mpiexec -n 8 python scripts/image_sample.py --model_path runs/edm/ema_0.9999_600
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import replace
-
-import numpy as np
-
-from cm import dist_util, logger, run_util, sample_util
+from cm import command
 from cm.config import (
     DiffusionConfig,
     GuidanceConfig,
@@ -26,6 +20,25 @@ from cm.config import (
     SolverConfig,
 )
 from cm.flags import Settings, parse
+
+
+def read_flags() -> Settings:
+    return parse(
+        __doc__, SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
+        RunConfig, seed=42,
+    )
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(read_flags)
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from cm import dist_util, logger, run_util, sample_util
 from cm.png_folder import PngFolder
 from cm.registry import UserError
 from cm.sample_files import grid_scale, image_grid
@@ -33,10 +46,7 @@ from cm.sampling import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_t
 
 
 def main() -> None:
-    settings = parse(
-        __doc__, SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
-        RunConfig, seed=42,
-    )
+    settings = read_flags()
     dist_util.setup_dist()
     config = sample_util.adopt_model(settings)
     seeds = sample_util.choose_seeds(settings)

@@ -9,6 +9,20 @@ schedule it found. Killed and started again, it goes on; so does a search for mo
 
 from __future__ import annotations
 
+from cm import command
+from cm.config import CONSISTENCY_MODES, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TernarySearchConfig
+from cm.flags import Settings, parse
+
+SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
+
+
+def read_flags() -> Settings:
+    return parse(__doc__, TernarySearchConfig, *SAMPLING, training_mode="consistency_distillation", seed=42)
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(read_flags)
+
 import dataclasses
 import os
 import shlex
@@ -25,8 +39,6 @@ from tqdm import tqdm
 
 from cm import dist_util, logger, run_util, sample_util
 from cm.checkpoints import storage
-from cm.config import CONSISTENCY_MODES, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TernarySearchConfig
-from cm.flags import Settings, parse
 from cm.line_plot import line_plot
 from cm.registry import UserError
 from cm.sampling import SamplingPlan, at_precision, draw, labels_of, rounds
@@ -37,12 +49,11 @@ from evaluations.features import load_extractor
 from evaluations.readers import BatchFile
 from evaluations.th_evaluator import ThEvaluator
 
-SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
 STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "ternary_search.png"
 
 
 def main() -> None:
-    settings = parse(__doc__, TernarySearchConfig, *SAMPLING, training_mode="consistency_distillation", seed=42)
+    settings = read_flags()
     dist_util.setup_dist()
     asked = tuple(settings.given)
     check_flags(settings)

@@ -14,7 +14,7 @@ LAYERS = [
     ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp", "image_labels",
      "compiling"],
     # ranks, logs, flags
-    ["collectives", "stopping"],
+    ["collectives", "stopping", "command"],
     ["logger", "dist_util", "flags", "schedules"],
     # the mathematics of one step, and what a run reads and writes
     ["nn", "curricula", "precond", "weightings", "distances", "resample", "random_util",

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from mpi import mpi_program
+from mpi import mpi_program, mpiexec, python
 
 from cm.checkpoints import weights
 from cm.registry import UserError
@@ -86,3 +86,41 @@ def test_nothing_before_the_first_image_grows_with_their_number(tmp_path, num_sa
         collect_to_npz(make, plan, str(tmp_path))
     used = sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir())
     assert used < 2**23, "the file's space is taken as its images come"
+
+
+# --- before torch is imported ----------------------------------------------------------------------------------------
+
+SCRIPTS = ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search", "convert_checkpoint",
+           "classifier_train")
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[1:] = {args!r}; " \
+                "runpy.run_path({path!r}, run_name='__main__')"
+
+
+def without_torch(script, *args):
+    """A script where importing torch is an error."""
+    path = str(ROOT / "scripts" / f"{script}.py")
+    return python(["-c", WITHOUT_TORCH.format(args=list(args), path=path)])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_mistakes_need_no_torch(script):
+    done = without_torch(script, "--help")
+    assert done.rc == 0 and "[default:" in done.stdout and not done.stderr, done
+    done = without_torch(script, "--batch_sise", "3")
+    assert done.rc == 2 and "Traceback" not in done.stderr, done
+    assert "unrecognized arguments: --batch_sise" in done.stderr
+
+
+def test_values_are_looked_at_before_torch_and_files_after():
+    done = without_torch("image_sample", "--steps", "0")
+    assert done.rc == 2 and done.stderr == "error: --steps: steps=0 is too small; the least is 1\n", done
+    assert "torch" in without_torch("image_sample", "--config", "no-such-file").stderr
+    assert "torch" in without_torch("image_sample").stderr, "good flags go on to the imports"
+
+
+@pytest.mark.mpi
+def test_a_mistake_is_told_once_and_every_rank_leaves_with_status_2():
+    done = mpiexec(3, [ROOT / "scripts" / "image_sample.py", "--sampler", "huen"])
+    assert done.rc == 2 and done.stderr.count("Did you mean 'heun'?") == 1, done
+    done = mpiexec(3, [ROOT / "scripts" / "image_sample.py", "--help"])
+    assert done.rc == 0 and done.stdout.count("[default: 'heun']") == 1, done
