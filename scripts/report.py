@@ -8,18 +8,9 @@ Opens from disk in any browser, without a server and without a network.
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
 
-from cm import dist_util
+from cm import command
 from cm.flags import Parser
-from cm.html_parts import writable
-from cm.log_outputs import replace_file
-from cm.registry import UserError
-from cm.report_page import page
-from cm.run_records import read_run
 
 MAX_GRIDS = 12
 
@@ -38,6 +29,22 @@ def positive(word: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(make_parser().parse_args)
+
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from cm import dist_util
+from cm.html_parts import writable
+from cm.log_outputs import replace_file
+from cm.registry import UserError
+from cm.report_page import page
+from cm.run_records import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -91,7 +91,7 @@ def test_nothing_before_the_first_image_grows_with_their_number(tmp_path, num_sa
 # --- before torch is imported ----------------------------------------------------------------------------------------
 
 SCRIPTS = ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search", "convert_checkpoint",
-           "classifier_train")
+           "classifier_train", "report")
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[1:] = {args!r}; " \
                 "runpy.run_path({path!r}, run_name='__main__')"
 
@@ -123,4 +123,4 @@ def test_a_mistake_is_told_once_and_every_rank_leaves_with_status_2():
     done = mpiexec(3, [ROOT / "scripts" / "image_sample.py", "--sampler", "huen"])
     assert done.rc == 2 and done.stderr.count("Did you mean 'heun'?") == 1, done
     done = mpiexec(3, [ROOT / "scripts" / "image_sample.py", "--help"])
-    assert done.rc == 0 and done.stdout.count("[default: 'heun']") == 1, done
+    assert done.rc == 0 and done.stdout.count("usage:") == 1, done
