@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +14,9 @@ from cm import dist_util
 from cm.registry import lookup
 from cm.shares import Shares
 
-# torch has a fused RAdam nowhere.
-OPTIMIZERS = {
-    "radam": th.optim.RAdam, "adam": partial(th.optim.Adam, fused=True), "adamw": partial(th.optim.AdamW, fused=True),
-}
+OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
+FUSED = ("adam", "adamw")                                   # whose step torch has as one operation, and where
+FUSED_ON = ("cpu", "cuda")
 
 
 class SharedOptimizer:
@@ -28,7 +27,7 @@ class SharedOptimizer:
     together. All ranks must hold the same gradients.
     """
 
-    def __init__(self, kind: type[th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float):
+    def __init__(self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float):
         self.params, self.shares = list(params), shares
         self.own = shares.mine(self.params)
         self.inner = kind([{"params": self.own}], **options)
@@ -89,6 +88,8 @@ def make_optimizer(
     :raises UserError: for a name that is none.
     """
     kind = lookup(OPTIMIZERS, name, "optimizer")
+    if name in FUSED and all(param.device.type in FUSED_ON for param in params):
+        kind = partial(kind, fused=True)
     if shares is None or shares.ranks == 1:
         return kind(params, lr=lr, weight_decay=weight_decay)
     return SharedOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)

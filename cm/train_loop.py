@@ -164,12 +164,14 @@ class TrainLoop:
         """Average the gradients of all ranks while the backward pass runs."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(
+        shared = DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,                            # constants, the same on every rank from the start
         )
+        # Buffers are constants, the same on every rank from the start. (As an argument, newer torch deprecates it.)
+        shared.broadcast_buffers = False
+        return shared
 
     @property
     def ema_params(self) -> list[list[Tensor]]:
