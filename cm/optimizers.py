@@ -27,7 +27,9 @@ class SharedOptimizer:
     together. All ranks must hold the same gradients.
     """
 
-    def __init__(self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float):
+    def __init__(
+        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float
+    ):
         self.params, self.shares = list(params), shares
         self.own = shares.mine(self.params)
         self.inner = kind([{"params": self.own}], **options)
