@@ -1,0 +1,222 @@
+"""Every objective with every sampler: same network, same number of images seen, several seeds; a table and a picture.
+
+python benchmarks/compare_methods.py --data digits --out runs/compare
+python benchmarks/compare_methods.py --data cifar10-train.zip --reference cifar10-test.zip --out runs/compare_cifar10
+
+A stage that is complete is reused, a training that was interrupted goes on. The distances are in the features of a
+small classifier of the same data, not in Inception's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch as th
+from tqdm import tqdm
+
+from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
+from bench.dot_plot import dot_plot
+from cm import dist_util, run_util
+from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.flags import parse
+from cm.image_sources import open_source
+from cm.sample_files import labelled_rows
+from cm.sampling import draw, labels_of
+from evaluations.features import load_extractor
+from evaluations.th_evaluator import ThEvaluator
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 16                                                  # samples of each training in the picture
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one training with one sampler came to."""
+
+    training: str
+    sampler: str
+    seed: int
+    distance: float
+    evaluations: int                                        # of the network, per image
+
+
+class Contest:
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, args.out.resolve()
+        self.stage: Stage = STAGES["digits" if args.data == "digits" else "images"]
+        self.steps = args.steps or self.stage.steps
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        self.reference()
+        self.classifier()
+        seeds = range(self.args.seeds)
+        with ThreadPoolExecutor(self.args.jobs) as pool:    # a chain is a teacher and its students
+            list(pool.map(self.train_chain, *zip(*[(seed, first) for seed in seeds for first in chains()])))
+        scores = self.measure(list(seeds))
+        self.write(scores, list(seeds))
+
+    # --- stages ----------------------------------------------------------------------------------------------------
+
+    def reference(self) -> None:
+        path = self.out / "real.npz"
+        if not path.exists():
+            source = open_source(self.args.reference or self.args.data, self.stage.network["image_size"])
+            rows = np.arange(min(len(source), self.args.num_reference))
+            np.savez(path, arr_0=source.images(rows), arr_1=source.labels[rows])
+
+    def classifier(self) -> None:
+        size = self.stage.network["image_size"]
+        self.command(self.out / "classifier.ts", [
+            "scripts/classifier_train.py", "--data_dir", self.args.data, "--image_size", str(size),
+            "--epochs", str(self.args.classifier_epochs), "--out", str(self.out / "classifier.ts"),
+        ])
+
+    def train_chain(self, seed: int, first: str) -> None:
+        self.train(first, seed)
+        for name, training in TRAININGS.items():
+            if training.teacher == first:
+                self.train(name, seed)
+
+    def train(self, name: str, seed: int) -> None:
+        training, folder = TRAININGS[name], self.folder(name, seed)
+        flags: dict[str, str | int | float] = {
+            "data_dir": self.args.data, "seed": seed, "total_training_steps": self.steps, "save_interval": self.steps,
+            "log_interval": max(1, self.steps // 20), "precision": "auto", "log_dir": str(folder),
+            **self.stage.training, **training.flags,
+        }
+        if training.teacher:
+            flags |= {"teacher_model_path": str(self.checkpoint(training.teacher, seed)), "lr": flags["lr"] / 2}
+        else:
+            flags |= self.stage.network
+        begun = time.monotonic()
+        if self.command(folder / "seconds.json", [f"scripts/{training.script}", *words(flags)]):
+            (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
+
+    def command(self, product: Path, command: list[str]) -> bool:
+        """Run a command of the toolkit on one thread, unless its product is there; whether it ran."""
+        if product.exists():
+            return False
+        log = product.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "csv"}
+        with log.open("w") as output:
+            status = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output)
+        if status.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with status {status.returncode}; see {log}")
+        return True
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def measure(self, seeds: list[int]) -> list[Score]:
+        """Samples of every training by each of its samplers, and their distance; kept one by one in scores.json."""
+        path = self.out / "scores.json"
+        known = [Score(**row) for row in json.loads(path.read_text())] if path.exists() else []
+        done = {(score.training, score.sampler, score.seed) for score in known}
+        todo = [(name, way, seed) for seed in seeds for name, training in TRAININGS.items()
+                for way in training.samplers if (name, way, seed) not in done]
+        if todo:
+            extractor = load_extractor(str(self.out / "classifier.ts"))
+            evaluator = ThEvaluator(str(self.out / "real.npz"), extractor, self.stage.network["image_size"])
+        for name, way, seed in tqdm(todo, "measuring"):
+            images, evaluations = self.sample(name, way, seed, self.args.num_samples)
+            distance = evaluator.evaluate([(0, images)])["frechet_distance"].value
+            known.append(Score(name, way, seed, distance, evaluations))
+            path.write_text(json.dumps([score.__dict__ for score in known], indent=1))
+        return known
+
+    def sample(self, name: str, way: str, seed: int, count: int) -> tuple[np.ndarray, int]:
+        """[count,S,S,3] uint8, of the same noises for every training, and the evaluations of the network."""
+        flags = {"model_path": str(self.checkpoint(name, seed)), "num_samples": count, "precision": "fp32",
+                 "sampler": WAYS[way].name, **WAYS[way].flags}
+        sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
+        settings = parse("", *sections, argv=words(flags), seed=42)
+        run_util.adopt_model(settings)
+        plan, options = run_util.sampling_plan(settings), run_util.sampler_options(settings)
+        model, diffusion = run_util.load_model(settings), run_util.sampling_diffusion(settings)
+        parts, evaluations = [], 0
+        for rows in np.array_split(np.arange(count), -(-count // self.args.batch_size)):
+            images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), **options)
+            parts.append(images)
+        return np.concatenate(parts), evaluations
+
+    # --- results ---------------------------------------------------------------------------------------------------
+
+    def write(self, scores: list[Score], seeds: list[int]) -> None:
+        rows: dict[tuple[str, str], list[Score]] = {}
+        for score in scores:
+            rows.setdefault((score.training, score.sampler), []).append(score)
+        text = self.table(rows)
+        (self.out / "table.md").write_text(text + "\n")
+        ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
+        dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
+        dot_plot(dots, "Fréchet distance in classifier features; a dot is a seed").save(self.out / "distances.png")
+        pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
+                    for name, training in TRAININGS.items()]
+        labelled_rows(pictures, scale=max(1, 48 // self.stage.network["image_size"])).save(self.out / "samples.png")
+        print(text)
+
+    def table(self, rows: dict[tuple[str, str], list[Score]]) -> str:
+        """Rows sorted by mean; one is better than another only if their seeds do not overlap."""
+        batch = self.stage.training["global_batch_size"]
+        lines = [f"{self.steps} steps of {batch} images, {self.args.seeds} seeds, {self.args.num_samples} samples.", "",
+                 "| training | sampler | NFE | distance, mean | lowest to highest | training, s |",
+                 "|---|---|---|---|---|---|"]
+        for (name, way), row in sorted(rows.items(), key=lambda item: np.mean([s.distance for s in item[1]])):
+            found = [score.distance for score in row]
+            seconds = np.median([self.seconds(name, score.seed) for score in row])
+            lines.append(f"| {name} | {way} | {row[0].evaluations} | {np.mean(found):.3g} | "
+                         f"{min(found):.3g} to {max(found):.3g} | {seconds:.0f} |")
+        return "\n".join(lines)
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def folder(self, name: str, seed: int) -> Path:
+        return self.out / f"{name.lower().replace(' ', '_')}_{seed}"
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        return sorted(self.folder(name, seed).glob("ema_*.pt"))[-1]
+
+    def seconds(self, name: str, seed: int) -> float:
+        return json.loads((self.folder(name, seed) / "seconds.json").read_text())
+
+
+def chains() -> list[str]:
+    """Trainings without a teacher, the longest first."""
+    free = [name for name, training in TRAININGS.items() if training.teacher is None]
+    return sorted(free, key=lambda name: name != "CDM")
+
+
+def words(flags: Flags) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits", help="digits, or labelled images: a folder, zip or npz")
+    parser.add_argument("--reference", default="", help="held-out images to compare with; empty: the training images")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of everything that is made")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
+    parser.add_argument("--steps", type=int, default=0, help="of every training; 0: as the data set's stage says")
+    parser.add_argument("--num_samples", type=int, default=2000, help="images of each training and sampler")
+    parser.add_argument("--num_reference", type=int, default=10000, help="reference images at most")
+    parser.add_argument("--batch_size", type=int, default=250, help="samples at a time")
+    parser.add_argument("--classifier_epochs", type=int, default=15, help="of the classifier whose features compare")
+    args = parser.parse_args()
+    dist_util.setup_dist()
+    th.set_num_threads(args.jobs)
+    Contest(args).run()
+
+
+if __name__ == "__main__":
+    main()
