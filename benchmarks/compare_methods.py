@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
-from tqdm import tqdm
-
 from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
 from bench.dot_plot import dot_plot
+from tqdm import tqdm
+
 from cm import dist_util, run_util
 from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
