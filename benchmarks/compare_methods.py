@@ -15,8 +15,9 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -118,21 +119,26 @@ class Contest:
     # --- measuring -------------------------------------------------------------------------------------------------
 
     def measure(self, seeds: list[int]) -> list[Score]:
-        """Samples of every training by each of its samplers, and their distance; kept one by one in scores.json."""
-        path = self.out / "scores.json"
-        known = [Score(**row) for row in json.loads(path.read_text())] if path.exists() else []
-        done = {(score.training, score.sampler, score.seed) for score in known}
-        todo = [(name, way, seed) for seed in seeds for name, training in TRAININGS.items()
-                for way in training.samplers if (name, way, seed) not in done]
-        if todo:
-            extractor = load_extractor(str(self.out / "classifier.ts"))
-            evaluator = ThEvaluator(str(self.out / "real.npz"), extractor, self.stage.network["image_size"])
-        for name, way, seed in tqdm(todo, "measuring"):
+        """Samples of every training by each of its samplers, and their distance, on one thread a training."""
+        runs = [(name, seed) for seed in seeds for name in TRAININGS]
+        with ProcessPoolExecutor(self.args.jobs, get_context("spawn"), th.set_num_threads, (1,)) as pool:
+            found = list(tqdm(pool.map(self.measure_run, *zip(*runs)), "measuring", len(runs)))
+        return [score for scores in found for score in scores]
+
+    def measure_run(self, name: str, seed: int) -> list[Score]:
+        """The scores of one training; they are kept in its folder."""
+        path = self.folder(name, seed) / "scores.json"
+        if path.exists():
+            return [Score(**row) for row in json.loads(path.read_text())]
+        extractor = load_extractor(str(self.out / "classifier.ts"))
+        evaluator = ThEvaluator(str(self.out / "real.npz"), extractor, self.stage.network["image_size"])
+        scores = []
+        for way in TRAININGS[name].samplers:
             images, evaluations = self.sample(name, way, seed, self.args.num_samples)
             distance = evaluator.evaluate([(0, images)])["frechet_distance"].value
-            known.append(Score(name, way, seed, distance, evaluations))
-            path.write_text(json.dumps([score.__dict__ for score in known], indent=1))
-        return known
+            scores.append(Score(name, way, seed, distance, evaluations))
+        path.write_text(json.dumps([asdict(score) for score in scores], indent=1))
+        return scores
 
     def sample(self, name: str, way: str, seed: int, count: int) -> tuple[np.ndarray, int]:
         """[count,S,S,3] uint8, of the same noises for every training, and the evaluations of the network."""
@@ -214,7 +220,7 @@ def main() -> None:
     parser.add_argument("--classifier_epochs", type=int, default=15, help="of the classifier whose features compare")
     args = parser.parse_args()
     dist_util.setup_dist()
-    th.set_num_threads(args.jobs)
+    th.set_num_threads(1)                                   # as many jobs as cores, of one thread each
     Contest(args).run()
 
 
