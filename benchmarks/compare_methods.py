@@ -165,7 +165,7 @@ class Contest:
         (self.out / "table.md").write_text(text + "\n")
         ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
-        dot_plot(dots, "Fréchet distance in classifier features; a dot is a seed").save(self.out / "distances.png")
+        dot_plot(dots, "Frechet distance in classifier features; a dot is a seed").save(self.out / "distances.png")
         pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
                     for name, training in TRAININGS.items()]
         labelled_rows(pictures, scale=max(1, 48 // self.stage.network["image_size"])).save(self.out / "samples.png")
