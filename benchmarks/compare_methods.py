@@ -26,7 +26,7 @@ from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
 from bench.dot_plot import dot_plot
 from tqdm import tqdm
 
-from cm import dist_util, run_util
+from cm import dist_util, sample_util
 from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.flags import parse
 from cm.image_sources import open_source
@@ -146,9 +146,9 @@ class Contest:
                  "sampler": WAYS[way].name, **WAYS[way].flags}
         sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
         settings = parse("", *sections, argv=words(flags), seed=42)
-        run_util.adopt_model(settings)
-        plan, options = run_util.sampling_plan(settings), run_util.sampler_options(settings)
-        model, diffusion = run_util.load_model(settings), run_util.sampling_diffusion(settings)
+        sample_util.adopt_model(settings)
+        plan, options = sample_util.sampling_plan(settings), sample_util.sampler_options(settings)
+        model, diffusion = sample_util.load_model(settings), sample_util.sampling_diffusion(settings)
         parts, evaluations = [], 0
         for rows in np.array_split(np.arange(count), -(-count // self.args.batch_size)):
             images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), **options)

@@ -43,7 +43,7 @@ STAGES = {
     "digits": Stage(
         {"image_size": 8, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
          "attention_resolutions": "4", "num_head_channels": 32},
-        {"global_batch_size": 128, "random_flip": "False", "ema_rate": "0.99", "lr": 2e-3, "class_cond": "True"}, 500,
+        {"global_batch_size": 64, "random_flip": "False", "ema_rate": "0.98", "lr": 2e-3, "class_cond": "True"}, 200,
     ),
     "images": Stage(
         {"image_size": 16, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
