@@ -48,7 +48,7 @@ STAGES = {
     "images": Stage(
         {"image_size": 16, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1,
          "attention_resolutions": "8", "num_head_channels": 32},
-        {"global_batch_size": 64, "random_flip": "True", "ema_rate": "0.99", "lr": 1e-3, "class_cond": "True"}, 1000,
+        {"global_batch_size": 32, "random_flip": "True", "ema_rate": "0.98", "lr": 1e-3, "class_cond": "True"}, 200,
     ),
 }
 
