@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from cm import dist_util
 from cm.flags import Parser
 from cm.registry import UserError
-from evaluations.evaluator import ALL, evaluate
+from evaluations.defaults import METRIC_NAMES
+from evaluations.evaluator import evaluate
 from evaluations.features import Features
 from evaluations.npz_writer import new_npz
 
@@ -72,7 +73,7 @@ def main() -> None:
         ("dim", 2048, "pooled features"), ("spatial_dim", 2023, "spatial features"), ("classes", 1008, "classes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [default: {default}]")
-    parser.add_argument("--metrics", default=",".join(ALL), help=f"[default: {','.join(ALL)}]")
+    parser.add_argument("--metrics", default=",".join(METRIC_NAMES), help=f"[default: {','.join(METRIC_NAMES)}]")
     args = parser.parse_args()
     if args.size % GRID:
         raise UserError(f"--size {args.size} must be a multiple of {GRID}")

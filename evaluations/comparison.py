@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cm.registry import UserError
+from evaluations.defaults import NEIGHBOURS, SPLIT_SIZE
 from evaluations.features import Extractor, Features
 from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
-from evaluations.manifold import NEIGHBOURS, precision_recall
-from evaluations.metrics import SPLIT_SIZE, frechet, kid
+from evaluations.manifold import precision_recall
+from evaluations.metrics import frechet, kid
 from evaluations.tally import POOLED, SPATIAL, FeatureKind
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020

@@ -7,14 +7,25 @@ Stored statistics (mu, sigma, mu_s, sigma_s) serve the Frechet distances where a
 
 from __future__ import annotations
 
-import argparse
+from cm import command
+from cm.flags import Parser
+from evaluations.command_line import evaluator_parser
+
+
+def make_parser() -> Parser:
+    return evaluator_parser(__doc__.splitlines()[0])
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(make_parser().parse_args)
+
 import importlib.util
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,18 +33,15 @@ import numpy as np
 import torch as th
 
 from cm import dist_util
-from cm.flags import Parser
 from cm.registry import UserError, lookup
 from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
-from evaluations.features import CHOICES, ENVIRONMENT_VARIABLE, Extractor, load_extractor
+from evaluations.defaults import BATCH_SIZE, EXTRACTOR_VARIABLE, METRIC_NAMES, NEIGHBOURS, SPLIT_SIZE
+from evaluations.features import Extractor, load_extractor
 from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
 from evaluations.inception_files import FILES
-from evaluations.manifold import DTYPES, NEIGHBOURS
-from evaluations.metrics import SPLIT_SIZE
 from evaluations.readers import check_same_size
-from evaluations.statistics_cache import OFF, StatisticsCache, default_folder, open_cache
+from evaluations.statistics_cache import StatisticsCache, open_cache
 
-ALL = tuple(name for name in METRICS if name != "class_accuracy")       # that one needs labels: only when asked for
 DESCRIPTION = ("id", "name", "resize", "is_inception")
 PROBED = 2                                                              # images the extractor is tried on
 
@@ -44,8 +52,8 @@ def evaluate(
     extractor: Extractor | None = None,
     *,
     device: th.device | str = "cpu",
-    metrics: Sequence[str] = ALL,
-    batch_size: int = 64,
+    metrics: Sequence[str] = METRIC_NAMES,
+    batch_size: int = BATCH_SIZE,
     split_size: int = SPLIT_SIZE,
     k: int = NEIGHBOURS,
     pr_dtype: str = "float32",
@@ -54,12 +62,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare two npz files; returns what --json writes.
 
-    When the whole of `ALL` is asked for, those of its metrics that the files or the extractor cannot give are left out,
-    with their reasons under "skipped"; otherwise they are an error.
+    When the whole of `METRIC_NAMES` is asked for, those of its metrics that the files or the extractor cannot give are
+    left out, with their reasons under "skipped"; otherwise they are an error.
 
     :param extractor: None for the one that $CM_INCEPTION names, or else Inception, on `device`, if a metric needs one.
     :param metrics: names in `METRICS`.
-    :param pr_dtype: of the distances of precision and recall, a name in `evaluations.manifold.DTYPES`.
+    :param pr_dtype: of the distances of precision and recall, a name in `PR_DTYPES`.
     :param cache: where means and covariances are looked for and kept.
     :returns: {"metrics": {key: the fields of a Result}, "skipped": {name: reason}, "warnings": [...], "extractor",
         "reference", "samples", "settings", "versions", "seconds"}; the keys are those of `comparison.NAMES`.
@@ -68,7 +76,7 @@ def evaluate(
     """
     start = time.monotonic()
     chosen = {name: lookup(METRICS, name, "metric") for name in metrics}
-    optional = ALL if set(ALL) <= set(chosen) else ()
+    optional = METRIC_NAMES if set(METRIC_NAMES) <= set(chosen) else ()
     run = Comparison(ImageSet(ref_path, "reference images"), ImageSet(sample_path, "samples"), extractor, split_size, k,
                      pr_dtype, progress)
 
@@ -182,48 +190,8 @@ def side(role: str, count: int | None, source: str) -> str:
     return f"{role}: {size}{'' if source == COMPUTED else f', {source}'}"
 
 
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_flags(parser, METRICS, ALL, f"${ENVIRONMENT_VARIABLE}, or tf where TensorFlow is installed and torch elsewhere")
-    parser.add_argument("--pr_dtype", choices=DTYPES, default="float32",
-                        help="distances of precision and recall; float16 as guided-diffusion's [default: float32]")
-    parser.add_argument("--class_accuracy", action="store_true",
-                        help="also the share of samples that the extractor takes for their label (arr_1)")
-    return parser
-
-
-def add_flags(
-    parser: argparse.ArgumentParser, metrics: Iterable[str], every: Iterable[str], extractor_default: str
-) -> None:
-    """The flags of commands that compare two npz files; `every` is what "--metrics all" means."""
-    parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
-    parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
-    parser.add_argument("--inception", metavar="PATH", help=f"extractor: {CHOICES} [default: {extractor_default}]")
-    parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
-    parser.add_argument("--batch_size", type=positive, default=64, help="images per pass [default: 64]")
-    parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
-                        help=f"images per chunk of the Inception Score [default: {SPLIT_SIZE}]")
-    parser.add_argument("--k", type=positive, default=NEIGHBOURS,
-                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
-    parser.add_argument("--metrics", default="all",
-                        help=f"comma-separated choice of {', '.join(metrics)}; all: {', '.join(every)} [default: all]")
-    add_cache_flag(parser)
-
-
-def add_cache_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache", metavar="DIR",
-                        help=f"folder that keeps means and covariances; {OFF}: none [default: {default_folder()}]")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
 def chosen_metrics(text: str, class_accuracy: bool) -> tuple[str, ...]:
-    names = ALL if text == "all" else tuple(name.strip() for name in text.split(","))
+    names = METRIC_NAMES if text == "all" else tuple(name.strip() for name in text.split(","))
     return tuple(dict.fromkeys([*names, *(["class_accuracy"] if class_accuracy else [])]))
 
 
@@ -233,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("the evaluator is one process: start it without mpiexec, or th_evaluator.py with it")
     dist_util.setup_dist()
     make_folder_of(args.json)
-    named = args.inception or os.environ.get(ENVIRONMENT_VARIABLE)
+    named = args.inception or os.environ.get(EXTRACTOR_VARIABLE)
     result = evaluate(
         args.ref_batch,
         args.sample_batch,

@@ -7,21 +7,20 @@ import os
 import torch as th
 
 from cm.registry import UserError, lookup
+from evaluations.defaults import EXTRACTOR_CHOICES, EXTRACTOR_VARIABLE
 from evaluations.extractor import Extractor, Features
-from evaluations.inception_files import ENVIRONMENT_VARIABLE, FILES, find_weights
+from evaluations.inception_files import FILES, find_weights
 from evaluations.inception_weights import holds_inception
 from evaluations.tf_graph import FrozenGraphExtractor
 from evaluations.torch_inception import InceptionExtractor
 from evaluations.torchscript import TorchScriptExtractor, is_torchscript, load_torchscript, save_torchscript
 
 __all__ = [
-    "ENVIRONMENT_VARIABLE", "EXTRACTORS", "Extractor", "Features", "InceptionExtractor", "TorchScriptExtractor",
-    "load_extractor", "save_torchscript",
+    "EXTRACTORS", "Extractor", "Features", "InceptionExtractor", "TorchScriptExtractor", "load_extractor",
+    "save_torchscript",
 ]
 
 EXTRACTORS = {"tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor}
-CHOICES = (f"PATH, KIND:PATH of the kinds {', '.join(EXTRACTORS)}, or {' or '.join(FILES)} alone for Inception's "
-           "published weights")
 
 
 def load_extractor(spec: str | None = None, device: th.device | str = "cpu", default: str = "torch") -> Extractor:
@@ -33,7 +32,7 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     :param default: a kind in `evaluations.inception_files.FILES`.
     :raises UserError: if the file is missing or of another kind, or the weights cannot be had.
     """
-    spec = spec or os.environ.get(ENVIRONMENT_VARIABLE) or default
+    spec = spec or os.environ.get(EXTRACTOR_VARIABLE) or default
     if os.path.isfile(spec):
         kind, path = kind_of(spec), spec
     elif ":" in spec:
@@ -41,7 +40,7 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     elif spec in FILES:
         kind, path = spec, find_weights(spec)
     else:
-        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {CHOICES}")
+        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {EXTRACTOR_CHOICES}")
     return lookup(EXTRACTORS, kind, "kind of extractor")(path, device)
 
 

@@ -9,7 +9,18 @@ the same batches, and the number is the same, on any number of ranks. D feature 
 
 from __future__ import annotations
 
-import argparse
+from cm import command
+from cm.flags import Parser
+from evaluations.command_line import fid_parser
+
+
+def make_parser() -> Parser:
+    return fid_parser(__doc__.splitlines()[0])
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(make_parser().parse_args)
+
 import os
 import time
 import zipfile
@@ -21,19 +32,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from cm import dist_util
-from cm.flags import Parser
 from cm.registry import UserError
 from evaluations.comparison import DAMAGED
-from evaluations.evaluator import (
-    DESCRIPTION,
-    add_cache_flag,
-    make_folder_of,
-    positive,
-    side,
-    versions,
-    write_json,
-)
-from evaluations.features import CHOICES, ENVIRONMENT_VARIABLE, Extractor, load_extractor
+from evaluations.defaults import NUM_IMAGES
+from evaluations.evaluator import DESCRIPTION, make_folder_of, side, versions, write_json
+from evaluations.features import Extractor, load_extractor
 from evaluations.image_sets import CACHED, COMPUTED, STORED
 from evaluations.metrics import frechet
 from evaluations.npz_writer import add_array, new_npz
@@ -43,7 +46,6 @@ from evaluations.statistics_cache import StatisticsCache, open_cache
 from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of, moments_over_ranks
 from evaluations.th_evaluator import check_features, label, too_few
 
-NUM = 50000                                                 # images behind a published FID
 JPEG = (".jpg", ".jpeg")
 PROBED = 2                                                  # images the extractor is tried on
 
@@ -98,7 +100,7 @@ def check_two(pictures: Pictures) -> None:
 
 
 def calc(
-    images: str, ref: str, extractor: Extractor, *, num: int = NUM, seed: int = 0, batch_size: int = 64,
+    images: str, ref: str, extractor: Extractor, *, num: int = NUM_IMAGES, seed: int = 0, batch_size: int = 64,
     cache: StatisticsCache | None = None,
 ) -> dict[str, Any]:
     """The distance of images from a reference; one step of all ranks together, the same result on each.
@@ -257,39 +259,6 @@ def write_images(archive: zipfile.ZipFile, pictures: Pictures, kept: NDArray[np.
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
-    one = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
-    one.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
-    one.add_argument("--ref", required=True, metavar="PATH",
-                     help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
-    one.add_argument("--num", type=positive, default=NUM,
-                     help=f"images to use: fewer is an error, of more a random choice [default: {NUM}]")
-    one.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
-    add_cache_flag(one)
-    two = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
-    two.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
-    two.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
-    two.add_argument("--images", type=natural, default=0, metavar="N",
-                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
-    for command in (one, two):
-        command.add_argument("--seed", type=natural, default=0, help="of the random choice [default: 0]")
-        command.add_argument("--batch", type=positive, default=64, help="images per pass [default: 64]")
-        command.add_argument(
-            "--inception", metavar="PATH",
-            help=f"extractor: {CHOICES} [default: ${ENVIRONMENT_VARIABLE}, or torch]",
-        )
-    return parser
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:                              # the seeds that numpy takes
-        raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from cm import dist_util
 from cm.registry import UserError
 from cm.weight_files import DOWNLOAD_ERRORS, WeightFile, download, has_right_hash, path_of, where_files_go
-
-ENVIRONMENT_VARIABLE = "CM_INCEPTION"
+from evaluations.defaults import EXTRACTOR_VARIABLE
 
 GRAPH = WeightFile(
     "classify_image_graph_def.pb",
@@ -52,7 +51,7 @@ def find_here(kind: str) -> str:
             raise UserError(
                 f"no weights of Inception-v3 are here, and {found.name} cannot be downloaded ({error}). On a machine "
                 f"with a network fetch one of these, and put it here:\n{where_files_go(files)}\n"
-                f"Or name a file with --inception PATH or {ENVIRONMENT_VARIABLE}=PATH; a TorchScript extractor of "
+                f"Or name a file with --inception PATH or {EXTRACTOR_VARIABLE}=PATH; a TorchScript extractor of "
                 "your own, such as scripts/classifier_train.py writes, will do as well."
             ) from None
     if not has_right_hash(found):

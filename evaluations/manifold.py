@@ -13,9 +13,8 @@ from numpy.typing import DTypeLike, NDArray
 from tqdm.auto import tqdm
 
 from evaluations.arrays import Array, as_pair, as_points
+from evaluations.defaults import NEIGHBOURS
 
-NEIGHBOURS = 3                                              # k, as published
-DTYPES = ("float32", "float64", "float16")
 BLOCK = 2048                                                # rows and columns of distances held at a time
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from evaluations.arrays import Array, as_gaussian, as_pair, as_points
+from evaluations.defaults import SPLIT_SIZE
 from evaluations.manifold import PrecisionRecall, precision_recall
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
 ]
 
 WAITING = 512                                               # points whose products are taken at once, which is quicker
-SPLIT_SIZE = 5000                                           # images per chunk of the Inception Score, as published
 
 
 # --- mean and covariance -------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from cm import dist_util
 from evaluations.arrays import Array
-from evaluations.manifold import BLOCK, NEIGHBOURS, PrecisionRecall, blocks, keep_nearest, shifted, squared_distances
+from evaluations.defaults import NEIGHBOURS
+from evaluations.manifold import BLOCK, PrecisionRecall, blocks, keep_nearest, shifted, squared_distances
 from evaluations.metrics import KernelDistance, kid_draws, squared_mmd
 
 DTYPE = np.float32

@@ -12,12 +12,12 @@ import numpy as np
 from cm import logger
 from cm.registry import UserError
 from cm.weight_files import sha256
+from evaluations.defaults import NO_CACHE, cache_folder
 from evaluations.npz_writer import add_array, new_npz
 from evaluations.readers import BatchFile, Statistics
 
 KEPT = 40                                                   # entries; 34 MB each in Inception's features
 HASH_DIGITS = 24
-OFF = "off"
 
 
 class StatisticsCache:
@@ -83,10 +83,6 @@ def content_hash(path: str) -> str:
 
 def open_cache(folder: str | None) -> StatisticsCache | None:
     """The cache in a folder, by default in the user's cache; None for "off"."""
-    if folder == OFF:
+    if folder == NO_CACHE:
         return None
-    return StatisticsCache(folder or default_folder())
-
-
-def default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "consistency-toolkit" / "statistics"
+    return StatisticsCache(folder or cache_folder())

@@ -10,6 +10,18 @@ Shapes: N images of the set, B of a batch, H and W height and width, D features.
 
 from __future__ import annotations
 
+from cm import command
+from cm.flags import Parser
+from evaluations.command_line import th_evaluator_parser
+
+
+def make_parser() -> Parser:
+    return th_evaluator_parser(__doc__.splitlines()[0])
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(make_parser().parse_args)
+
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,14 +32,13 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from cm import dist_util, logger
-from cm.flags import Parser
 from cm.registry import UserError, lookup
 from evaluations.comparison import DAMAGED, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS, NAMES, OUTPUT_WORDS, Result
-from evaluations.evaluator import DESCRIPTION, add_flags, make_folder_of, report, versions, write_json
-from evaluations.features import ENVIRONMENT_VARIABLE, Extractor, Features, load_extractor
+from evaluations.defaults import BATCH_SIZE, NEIGHBOURS, SPLIT_SIZE
+from evaluations.evaluator import DESCRIPTION, make_folder_of, report, versions, write_json
+from evaluations.features import Extractor, Features, load_extractor
 from evaluations.image_sets import CACHED, COMPUTED, STORED, Gaussian
-from evaluations.manifold import NEIGHBOURS
-from evaluations.metrics import SPLIT_SIZE, frechet
+from evaluations.metrics import frechet
 from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
 from evaluations.readers import BatchFile, Statistics, check_same_size
 from evaluations.statistics_cache import StatisticsCache, open_cache
@@ -94,7 +105,7 @@ class ThEvaluator:
         image_size: int | tuple[int, int],
         *,
         metrics: Sequence[str] | None = ("fid",),
-        batch_size: int = 64,
+        batch_size: int = BATCH_SIZE,
         split_size: int = SPLIT_SIZE,
         k: int = NEIGHBOURS,
         cache: StatisticsCache | None = None,
@@ -278,9 +289,7 @@ def check_features(path: str, stored: Statistics, extractor: Extractor, dim: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add_flags(parser, METRICS, METRICS, f"${ENVIRONMENT_VARIABLE}, or torch")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     dist_util.setup_dist()
     start = time.monotonic()
     make_folder_of(args.json)

@@ -6,7 +6,25 @@ that was interrupted goes on where it was; `make demo-clean` forgets everything.
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
+
+from cm import command
+from cm.flags import Parser
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"),
+                        help="folder of everything the demo makes [default: runs/demo]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of every training and sampling stage [default: 2]")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images per method [default: 1000]")
+    parser.add_argument("--train_options", default="", help="flags added to every training stage, in one word")
+    return parser
+
+
+if __name__ == "__main__":                                  # the imports below take seconds
+    command.answer(make_parser().parse_args)
+
 import json
 import os
 import shlex
@@ -14,7 +32,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -193,12 +210,7 @@ def mpiexec(ranks: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything the demo makes")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of every training and sampling stage")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per method")
-    parser.add_argument("--train_options", default="", help="flags added to every training stage, in one word")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run()
 
 

@@ -15,7 +15,8 @@ from mpi import python
 from torch import nn
 
 from cm.registry import UserError
-from evaluations.evaluator import ALL, evaluate, main, report
+from evaluations.defaults import METRIC_NAMES
+from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
 from evaluations.manifold import precision_recall
 from evaluations.metrics import frechet_distance, inception_score, kid
@@ -248,7 +249,7 @@ def test_the_environment_names_the_extractor(folder, monkeypatch):
 
 
 def test_every_number_is_that_of_its_definition(folder):
-    got = values(run(folder, "three.ts", metrics=(*ALL, "class_accuracy"), split_size=20, k=2, batch_size=7))
+    got = values(run(folder, "three.ts", metrics=(*METRIC_NAMES, "class_accuracy"), split_size=20, k=2, batch_size=7))
     extractor = load_extractor(f"{folder}/three.ts")
     ref, sample = (extractor.extract(images_of(folder / name)) for name in ("ref.npz", "sample.npz"))
 
@@ -300,7 +301,7 @@ def test_two_files_of_statistics_need_no_extractor(tmp_path):
     fields = result["metrics"].pop("frechet_distance")
     assert fields["value"] == pytest.approx(frechet_distance(*ref, sample[0] + 1, sample[1])) == pytest.approx(5)
     assert fields["label"] == "Frechet distance (torchscript-a features)"
-    assert not result["metrics"] and set(result["skipped"]) == set(ALL) - {"fid"}
+    assert not result["metrics"] and set(result["skipped"]) == set(METRIC_NAMES) - {"fid"}
     assert "holds only statistics" in result["skipped"]["precision_recall"]
 
 
@@ -327,7 +328,7 @@ def test_inception_has_the_famous_names(folder):
 
 
 def test_no_number_of_another_network_bears_inceptions_names(folder):
-    lines = report(run(folder, "three.ts", metrics=(*ALL, "class_accuracy"))).splitlines()
+    lines = report(run(folder, "three.ts", metrics=(*METRIC_NAMES, "class_accuracy"))).splitlines()
     numbers = [line.split(": ")[0] for line in lines if "[samples: N=50" in line]
     assert len(numbers) == 7 and all(name.endswith("(tiny3 features, not Inception)") for name in numbers)
     assert not [name for name in numbers if "FID" in name or "KID" in name or "Inception Score" in name]
@@ -437,7 +438,7 @@ def test_metrics_that_cannot_be_had_are_left_out_or_refused(folder, tmp_path):
     with pytest.raises(UserError, match="class_accuracy cannot be computed: colours gives no logits"):
         run(folder, "one.ts", metrics=["class_accuracy"])
     with pytest.raises(UserError, match="class_accuracy .* class labels"):
-        run(folder, sample="ref.npz", metrics=[*ALL, "class_accuracy"])
+        run(folder, sample="ref.npz", metrics=[*METRIC_NAMES, "class_accuracy"])
     with pytest.raises(UserError, match="unknown metric 'fids'.*Did you mean 'fid'"):
         run(folder, metrics=["fids"])
     with pytest.raises(UserError, match="precision_recall .* more than 50 images"):

@@ -13,6 +13,7 @@ from cm.registry import UserError
 from cm.sampling import SamplingPlan, collect_to_npz
 from cm.script_util import create_model
 from cm.ticks import resident_bytes
+from evaluations import comparison, defaults, features, inception_files, th_evaluator
 
 ROOT = Path(__file__).resolve().parent.parent
 NETWORK = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8",
@@ -90,32 +91,39 @@ def test_nothing_before_the_first_image_grows_with_their_number(tmp_path, num_sa
 
 # --- before torch is imported ----------------------------------------------------------------------------------------
 
-SCRIPTS = ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search", "convert_checkpoint",
-           "classifier_train", "report")
+REQUIRED = {                                                # words without which a command has more to complain of
+    **{f"scripts/{name}": () for name in ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search",
+                                          "convert_checkpoint", "classifier_train", "demo")},
+    "scripts/report": ("run",),
+    **{f"evaluations/{name}": ("ref.npz", "samples.npz") for name in ("evaluator", "th_evaluator")},
+    "evaluations/fid": ("calc", "--images", "a", "--ref", "b"),
+    "datasets/dataset_tool": ("--source", "a", "--dest", "b"),
+    "datasets/lsun_bedroom": ("a", "b"),
+}
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[1:] = {args!r}; " \
                 "runpy.run_path({path!r}, run_name='__main__')"
 
 
-def without_torch(script, *args):
-    """A script where importing torch is an error."""
-    path = str(ROOT / "scripts" / f"{script}.py")
+def without_torch(command, *args):
+    """A command where importing torch is an error."""
+    path = str(ROOT / f"{command}.py")
     return python(["-c", WITHOUT_TORCH.format(args=list(args), path=path)])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_mistakes_need_no_torch(script):
-    done = without_torch(script, "--help")
-    assert done.rc == 0 and "[default:" in done.stdout and not done.stderr, done
-    done = without_torch(script, "--batch_sise", "3")
+@pytest.mark.parametrize("command", REQUIRED)
+def test_help_and_mistakes_need_no_torch(command):
+    done = without_torch(command, "--help")
+    assert done.rc == 0 and "usage:" in done.stdout and not done.stderr, done
+    done = without_torch(command, *REQUIRED[command], "--batch_sise", "3")
     assert done.rc == 2 and "Traceback" not in done.stderr, done
     assert "unrecognized arguments: --batch_sise" in done.stderr
 
 
 def test_values_are_looked_at_before_torch_and_files_after():
-    done = without_torch("image_sample", "--steps", "0")
+    done = without_torch("scripts/image_sample", "--steps", "0")
     assert done.rc == 2 and done.stderr == "error: --steps: steps=0 is too small; the least is 1\n", done
-    assert "torch" in without_torch("image_sample", "--config", "no-such-file").stderr
-    assert "torch" in without_torch("image_sample").stderr, "good flags go on to the imports"
+    assert "torch" in without_torch("scripts/image_sample", "--config", "no-such-file").stderr
+    assert "torch" in without_torch("scripts/image_sample").stderr, "good flags go on to the imports"
 
 
 @pytest.mark.mpi
@@ -124,3 +132,11 @@ def test_a_mistake_is_told_once_and_every_rank_leaves_with_status_2():
     assert done.rc == 2 and done.stderr.count("Did you mean 'heun'?") == 1, done
     done = mpiexec(3, [ROOT / "scripts" / "image_sample.py", "--help"])
     assert done.rc == 0 and done.stdout.count("usage:") == 1, done
+
+
+def test_the_parsers_know_every_metric_and_extractor():
+    """They name them without importing them."""
+    assert set(comparison.METRICS) == {*defaults.METRIC_NAMES, "class_accuracy"}
+    assert set(th_evaluator.METRICS) == set(defaults.METRIC_NAMES)
+    assert set(features.EXTRACTORS) == set(defaults.EXTRACTOR_KINDS)
+    assert set(inception_files.FILES) == set(defaults.WITH_PUBLISHED_WEIGHTS)

@@ -1,0 +1,109 @@
+"""The flags of the evaluating commands, which are read before anything that takes seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+
+from cm.flags import Parser
+from evaluations.defaults import (
+    BATCH_SIZE,
+    EXTRACTOR_CHOICES,
+    EXTRACTOR_VARIABLE,
+    METRIC_NAMES,
+    NEIGHBOURS,
+    NO_CACHE,
+    NUM_IMAGES,
+    PR_DTYPES,
+    SPLIT_SIZE,
+    cache_folder,
+)
+
+
+def evaluator_parser(description: str) -> Parser:
+    """The flags of evaluator.py."""
+    parser = Parser(description=description, allow_abbrev=False)
+    add_comparison(parser, (*METRIC_NAMES, "class_accuracy"), "tf where TensorFlow is installed and torch elsewhere")
+    parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
+                        help="distances of precision and recall; float16 as guided-diffusion's "
+                             f"[default: {PR_DTYPES[0]}]")
+    parser.add_argument("--class_accuracy", action="store_true",
+                        help="also the share of samples that the extractor takes for their label (arr_1)")
+    return parser
+
+
+def th_evaluator_parser(description: str) -> Parser:
+    """The flags of th_evaluator.py."""
+    parser = Parser(description=description, allow_abbrev=False)
+    add_comparison(parser, METRIC_NAMES, "torch")
+    return parser
+
+
+def fid_parser(description: str) -> Parser:
+    """The flags of fid.py, of its two commands calc and ref."""
+    parser = Parser(description=description, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
+    calc = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
+    calc.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
+    calc.add_argument("--ref", required=True, metavar="PATH",
+                      help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
+    calc.add_argument("--num", type=positive, default=NUM_IMAGES,
+                      help=f"images to use: fewer is an error, of more a random choice [default: {NUM_IMAGES}]")
+    calc.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
+    add_cache(calc)
+    ref = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
+    ref.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
+    ref.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
+    ref.add_argument("--images", type=seed, default=0, metavar="N",
+                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+    for command in (calc, ref):
+        command.add_argument("--seed", type=seed, default=0, help="of the random choice [default: 0]")
+        command.add_argument("--batch", type=positive, default=BATCH_SIZE,
+                             help=f"images per pass [default: {BATCH_SIZE}]")
+        add_extractor(command, "torch")
+    return parser
+
+
+# --- parts of them -------------------------------------------------------------------------------------------------
+
+
+def add_comparison(parser: Parser, metrics: tuple[str, ...], extractor_default: str) -> None:
+    """The flags of commands that compare two npz files."""
+    parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
+    parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
+    add_extractor(parser, extractor_default)
+    parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
+    parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE,
+                        help=f"images per pass [default: {BATCH_SIZE}]")
+    parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
+                        help=f"images per chunk of the Inception Score [default: {SPLIT_SIZE}]")
+    parser.add_argument("--k", type=positive, default=NEIGHBOURS,
+                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
+    parser.add_argument("--metrics", default="all",
+                        help=f"comma-separated choice of {', '.join(metrics)}; all: {', '.join(METRIC_NAMES)} "
+                             "[default: all]")
+    add_cache(parser)
+
+
+def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--inception", metavar="PATH",
+                        help=f"extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cache", metavar="DIR",
+                        help=f"folder that keeps means and covariances; {NO_CACHE}: none [default: {cache_folder()}]")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that numpy takes for a seed."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")
+    return value
