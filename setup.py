@@ -9,7 +9,7 @@ setup(
     packages=find_packages(include=["cm", "cm.*", "evaluations", "evaluations.*"]),
     package_data={"cm": ["report_parts/*"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "numpy>=1.26",
         "pillow>=10",
         "tqdm>=4.60",

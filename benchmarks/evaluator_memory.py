@@ -19,7 +19,7 @@ from cm import dist_util
 from cm.flags import Parser
 from cm.registry import UserError
 from evaluations.defaults import METRIC_NAMES
-from evaluations.evaluator import evaluate
+from evaluations.evaluator import chosen_metrics, evaluate
 from evaluations.features import Features
 from evaluations.npz_writer import new_npz
 
@@ -73,7 +73,7 @@ def main() -> None:
         ("dim", 2048, "pooled features"), ("spatial_dim", 2023, "spatial features"), ("classes", 1008, "classes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [default: {default}]")
-    parser.add_argument("--metrics", default=",".join(METRIC_NAMES), help=f"[default: {','.join(METRIC_NAMES)}]")
+    parser.add_argument("--metrics", default="all", help=f"all: {','.join(METRIC_NAMES)} [default: all]")
     args = parser.parse_args()
     if args.size % GRID:
         raise UserError(f"--size {args.size} must be a multiple of {GRID}")
@@ -84,8 +84,8 @@ def main() -> None:
         network.extract(np.zeros((64, args.size, args.size, 3), np.uint8))
         Path("/proc/self/clear_refs").write_text("5")       # forget the peak so far
         before = memory_gib("VmRSS")
-        result = evaluate(f"{folder}/ref.npz", f"{folder}/sample.npz", network, metrics=args.metrics.split(","),
-                          progress=True)
+        result = evaluate(f"{folder}/ref.npz", f"{folder}/sample.npz", network, progress=True,
+                          metrics=chosen_metrics(args.metrics, class_accuracy=False))
         peak = memory_gib("VmHWM") - before
     print(f"{args.num} samples and {args.ref_num} reference images of {args.size}x{args.size}, {args.dim} features, "
           f"{', '.join(result['metrics'])}: {peak:.2f} GiB beyond the network, in {result['seconds']:.0f} s")

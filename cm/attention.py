@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch as th
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cm import cpu_attention
 from cm.forward_ad import inside_jvp
 from cm.nn import checkpoint, conv_nd, normalization, without_autocast, zero_module
 from cm.norm_act import norm_act
 from cm.registry import UserError
-
-HALF = (th.float16, th.bfloat16)
-SHORT = 64      # positions up to which torch's half-precision kernel on CPUs is slower, by four times, than its float32
 
 
 def _differentiable_kernel() -> AbstractContextManager:
@@ -39,13 +36,14 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
     # The fused kernels want the d numbers of a head side by side. channels_last data lies so already and
     # this contiguous() is free; on channels-first data the copy is three times faster than strided attention.
     tokens = qkv.flatten(2).transpose(1, 2).contiguous()                        # [N,T,3C]
-    if qkv.device.type == "cpu" and qkv.dtype in HALF and tokens.shape[1] <= SHORT:
-        tokens = tokens.float()
-    q, k, v = tokens.view(n, -1, 3, num_heads, d).permute(2, 0, 3, 1, 4)        # each [N,h,T,d]
     with _differentiable_kernel(), without_autocast(qkv.device):
-        out = F.scaled_dot_product_attention(q, k, v)                           # [N,h,T,d]
-    out = out.transpose(1, 2).reshape(n, -1, width // 3).transpose(1, 2)        # [N,C,T], channels innermost
-    return out.unflatten(2, positions).to(qkv.dtype)
+        if cpu_attention.suits(tokens):
+            out = cpu_attention.attention(tokens, num_heads)                    # [N,T,C]
+        else:
+            q, k, v = tokens.view(n, -1, 3, num_heads, d).permute(2, 0, 3, 1, 4)    # each [N,h,T,d]
+            out = F.scaled_dot_product_attention(q, k, v)                       # [N,h,T,d]
+            out = out.transpose(1, 2).reshape(n, -1, width // 3)
+    return out.transpose(1, 2).unflatten(2, positions)                          # channels innermost
 
 
 class AttentionBlock(nn.Module):

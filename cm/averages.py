@@ -14,7 +14,7 @@ import torch as th
 from torch import Tensor
 
 from cm import dist_util
-from cm.nn import update_ema
+from cm.nn import update_emas
 from cm.registry import UserError
 from cm.shares import Shares, share_out
 
@@ -68,8 +68,7 @@ class WeightAverages:
             self.follow(decays, self.sources)
 
     def follow(self, decays: Sequence[float], values: Sequence[Tensor]) -> None:
-        for decay, average in zip(decays, self._held, strict=True):
-            update_ema(average, values, decay)
+        update_emas(self._held, values, decays)
 
     def restart(self) -> None:
         """Begin anew from the present values."""

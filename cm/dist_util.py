@@ -23,7 +23,7 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-from cm import guard, launch
+from cm import guard, host_memory, launch
 from cm.collectives import (
     all_gather_object,
     all_reduce_max,
@@ -97,6 +97,8 @@ def setup_dist(timeout_s: float = TIMEOUT_S) -> None:
         job.local_rank = sum(facts["node"] == job.node for facts in ranks[: job.rank])
         job.device = _choose_device(job, ranks)
         _set_threads(launch.share_of_cores(ranks[job.rank]["cores"], neighbours))
+        if job.device.type == "cpu":
+            host_memory.keep_freed_blocks()
         if job.size > 1 and not dist.is_initialized():
             if len(neighbours) == job.size and (loopback := launch.interface_of("127.0.0.1")):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -143,7 +143,6 @@ def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], 
     return func(*inputs)
 
 
-@th.no_grad()
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
     """target <- rate target + (1 - rate) source, in place, for all parameters at once.
 
@@ -152,11 +151,21 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
 
     :raises ValueError: if `rate` is outside [0, 1], or the two lists differ in length.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"the EMA rate must lie in [0, 1], got {rate}")
-    targets, sources = list(target_params), list(source_params)
-    if len(targets) != len(sources):
-        raise ValueError(f"cannot average {len(sources)} parameters into {len(targets)}: "
-                         "both lists must come from networks of one architecture")
-    if targets:
-        th._foreach_lerp_(targets, [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - rate)
+    update_emas([list(target_params)], list(source_params), [rate])
+
+
+@th.no_grad()
+def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """`update_ema` of several averages of the same parameters, each with its rate, in one pass."""
+    every, weights = [], []
+    for target, rate in zip(targets, rates, strict=True):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"the EMA rate must lie in [0, 1], got {rate}")
+        if len(target) != len(sources):
+            raise ValueError(f"cannot average {len(sources)} parameters into {len(target)}: "
+                             "both lists must come from networks of one architecture")
+        every += target
+        weights += [1 - rate] * len(target)
+    if every:
+        values = [source.to(t.dtype) for target in targets for t, source in zip(target, sources)]
+        th._foreach_lerp_(every, values, weights)

@@ -2,13 +2,15 @@
 
 On CPUs torch's group normalisation of channels-last data is up to ten times slower in bfloat16 than its other passes,
 and the three operations keep three activations for the backward pass where one is enough. Here the input alone is
-kept, sums are taken over whole rows of channels, and all arithmetic is in float32 (float64 for float64 data).
+kept, sums are taken over whole rows of channels, and all arithmetic is in float32 (float64 for float64 data), a few
+images at a time, so that what is in between stays in the cache.
 
-Shapes: N batch, C channels, G groups, H and W height and width, M = H W C / G numbers of a group.
+Shapes: N batch, B images of a block, C channels, G groups, H and W height and width, M = H W C / G numbers of a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch as th
@@ -19,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from cm.forward_ad import inside_jvp, inside_transform
 from cm.nn import append_dims
 from cm.nn import silu as plain_silu
+
+BLOCK = 2**19                                               # numbers that are worked on at a time: 2 MiB of float32
 
 
 def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
@@ -56,60 +60,93 @@ class _NormAct(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        wide = x.to(a.dtype)
-        rows = wide.permute(0, 2, 3, 1).flatten(1, 2)               # [N,HW,C], the same memory
-        count = rows.shape[1] * (rows.shape[2] // groups)           # M
-        mean = _of_groups(rows.sum(1), groups) / count              # [N,G]
-        square = _of_groups(rows.square().sum(1), groups) / count
-        rstd = (square - mean.square()).clamp_(min=0).add_(eps).rsqrt_()
-        gain, offset = _affine(a, b, mean, rstd)
-        y = th.addcmul(offset, wide, gain)
-        if silu:
-            F.silu(y, inplace=True)
+        y = th.empty_like(x)
+        mean, rstd = (a.new_empty(len(x), groups) for _ in range(2))
+        for part in _blocks(x):
+            wide = x[part].to(a.dtype)
+            mean[part], rstd[part] = _moments(wide, groups, eps)
+            gain, offset = _affine(a[part], b[part], mean[part], rstd[part])
+            wide = th.addcmul(offset, wide, gain, out=y[part] if y.dtype == a.dtype else None)
+            if silu:
+                F.silu(wide, inplace=True)
+            if y.dtype != a.dtype:
+                y[part] = wide
         ctx.save_for_backward(x, a, b, mean, rstd)
         ctx.silu = silu
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, mean, rstd = ctx.saved_tensors
-        groups = mean.shape[1]
-        wide = x.to(a.dtype)
-        grad = grad.contiguous(memory_format=th.channels_last).to(a.dtype)
-        gain, offset = _affine(a, b, mean, rstd)
-        if ctx.silu:
-            grad = th.ops.aten.silu_backward(grad, th.addcmul(offset, wide, gain))
-        rows, grad_rows = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (wide, grad))
-        total = grad_rows.sum(1)                                    # [N,C], sum of dy
-        with_x = (grad_rows * rows).sum(1)                          # [N,C], sum of dy x
-        mean_c, rstd_c = (_of_channels(t, a.shape[1]) for t in (mean, rstd))
-        grad_a = (with_x - mean_c * total) * rstd_c
-        if not ctx.needs_input_grad[0]:
-            return None, grad_a, total, None, None, None
-        # dx = rstd (a dy - <a dy> - x_hat <a dy x_hat>), where <> is the mean over a group
-        count = rows.shape[1] * (rows.shape[2] // groups)
-        along = _of_groups(a * grad_a, groups) / count              # [N,G]
-        level = _of_groups(a * total, groups) / count
-        slope = -along * rstd.square()
-        constant = -rstd * level - slope * mean
-        dx = th.addcmul(*(_as_image(_of_channels(t, a.shape[1])) for t in (constant, slope)), wide)
-        return dx.addcmul_(grad, gain).to(x.dtype), grad_a, total, None, None, None
+        grad = grad.contiguous(memory_format=th.channels_last)
+        grad_x = th.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = th.empty_like(a), th.empty_like(b)
+        for part in _blocks(x):
+            wide, slope = x[part].to(a.dtype), grad[part].to(a.dtype)
+            gain, offset = _affine(a[part], b[part], mean[part], rstd[part])
+            if ctx.silu:
+                slope = th.ops.aten.silu_backward(slope, th.addcmul(offset, wide, gain))
+            rows = _rows(slope)
+            grad_b[part] = rows.sum(1)
+            with_x = (rows * _rows(wide)).sum(1)                    # [B,C], sum of dy x
+            mean_c, rstd_c = (_of_channels(t[part], a.shape[1]) for t in (mean, rstd))
+            grad_a[part] = (with_x - mean_c * grad_b[part]) * rstd_c
+            if grad_x is not None:
+                factors = _against_moments(a[part], grad_a[part], grad_b[part], mean[part], rstd[part], rows.shape[1])
+                grad_x[part] = th.addcmul(*factors, wide).addcmul_(slope, gain)
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the images of x, each of about `BLOCK` numbers."""
+    step = max(1, BLOCK // x[0].numel())
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B,C,H,W] -> [B,HW,C], the same memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each group: [B,C,H,W] -> [B,G] twice."""
+    rows = _rows(x)
+    count = rows.shape[1] * (rows.shape[2] // groups)               # M
+    mean = _of_groups(rows.sum(1), groups) / count
+    square = _of_groups(rows.square().sum(1), groups) / count
+    return mean, (square - mean.square()).clamp_(min=0).add_(eps).rsqrt_()
+
+
+def _against_moments(
+    a: Tensor, grad_a: Tensor, grad_b: Tensor, mean: Tensor, rstd: Tensor, positions: int
+) -> tuple[Tensor, Tensor]:
+    """What the mean and the variance take off the gradient of x: constant and factor of x, both [B,C,1,1].
+
+    dx = rstd (a dy - <a dy> - x_hat <a dy x_hat>), where <> is the mean over a group.
+    """
+    channels, groups = a.shape[1], mean.shape[1]
+    count = positions * (channels // groups)
+    along = _of_groups(a * grad_a, groups) / count                  # [B,G]
+    level = _of_groups(a * grad_b, groups) / count
+    factor = -along * rstd.square()
+    constant = -rstd * level - factor * mean
+    return _as_image(_of_channels(constant, channels)), _as_image(_of_channels(factor, channels))
 
 
 def _affine(a: Tensor, b: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """a x_hat + b = gain x + offset, both [N,C,1,1]."""
+    """a x_hat + b = gain x + offset, both [B,C,1,1]."""
     mean_c, gain = _of_channels(mean, a.shape[1]), a * _of_channels(rstd, a.shape[1])
     return _as_image(gain), _as_image(th.addcmul(b, gain, mean_c, value=-1))
 
 
 def _of_groups(per_channel: Tensor, groups: int) -> Tensor:
-    """Sums over the channels of each group: [N,C] -> [N,G]."""
+    """Sums over the channels of each group: [B,C] -> [B,G]."""
     return per_channel.unflatten(1, (groups, -1)).sum(2)
 
 
 def _of_channels(per_group: Tensor, channels: int) -> Tensor:
-    """[N,G] -> [N,C]."""
+    """[B,G] -> [B,C]."""
     return per_group.repeat_interleave(channels // per_group.shape[1], 1)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     # what needs nothing of this house: errors, files, pictures
     ["registry", "torchvision_shim", "untrusted", "weight_files", "addresses", "pictures", "classifier_fit"],
-    ["lpips", "interfaces", "forward_ad", "launch", "guard", "log_outputs", "vp", "image_labels",
+    ["lpips", "interfaces", "forward_ad", "launch", "host_memory", "guard", "log_outputs", "vp", "image_labels",
      "compiling"],
     # ranks, logs, flags
     ["collectives", "stopping", "command"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["svg_plot", "run_records", "html_parts"],
     ["report_page"],
     # networks
-    ["fp16_util", "norm_act", "averages", "optimizers"],
+    ["fp16_util", "norm_act", "cpu_attention", "averages", "optimizers"],
     ["attention"],
     ["raw_datasets", "png_folder", "durations", "ticks"],
     ["unet", "edm_networks", "augment"],

@@ -338,7 +338,7 @@ def test_activations_are_those_that_autograd_keeps(precision, monkeypatch):
     The estimate rounds embeddings and the output layer too, which autocast leaves alone: some percent of this network.
     """
     monkeypatch.setattr(GroupNorm32, "forward", norm_of_a_gpu)
-    monkeypatch.setattr("cm.attention.SHORT", 0)            # the CPU's detour by float32
+    monkeypatch.setattr("cm.cpu_attention.LONGEST", 0)      # of a CPU alone
     model, kept = network(), {}
     own = {param.untyped_storage().data_ptr() for param in model.parameters()}
 

@@ -50,6 +50,18 @@ def test_values_and_gradients_are_those_of_the_three_operations(dtype, tolerance
         assert (own.double() - right).abs().max() <= tolerance * right.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_images_in_blocks_are_what_all_together_are(dtype, monkeypatch):
+    norm, x, scale, shift = problem(dtype, True)
+    found = []
+    for block in (x.numel(), 2 * x[0].numel(), 1):
+        monkeypatch.setattr("cm.norm_act.BLOCK", block)
+        y = norm_act(norm, x, scale, shift)
+        found.append([y, *th.autograd.grad(y.float().square().sum(), [x, *norm.parameters(), scale, shift])])
+    for other in found[1:]:
+        th.testing.assert_close(other, found[0], rtol=2 * th.finfo(dtype).eps, atol=1e-6)
+
+
 def test_gradients_agree_with_finite_differences():
     norm, x, scale, shift = problem(th.float64, True)
     x, scale, shift = (t[:1].detach().requires_grad_() for t in (x, scale, shift))
