@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
+from bench import process_memory
 from numpy.typing import NDArray
 
 from cm import dist_util
@@ -60,12 +60,6 @@ def batches(count: int, most: int = 256) -> Iterator[int]:
     return (min(most, count - first) for first in range(0, count, most))
 
 
-def memory_gib(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**20
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, default, text in (
@@ -82,11 +76,11 @@ def main() -> None:
             write_noise(f"{folder}/{name}.npz", count, args.size, seed=count)
         network = Cheap(args.dim, args.spatial_dim, args.classes)
         network.extract(np.zeros((64, args.size, args.size, 3), np.uint8))
-        Path("/proc/self/clear_refs").write_text("5")       # forget the peak so far
-        before = memory_gib("VmRSS")
+        process_memory.forget_peak()
+        before = process_memory.resident_mib()
         result = evaluate(f"{folder}/ref.npz", f"{folder}/sample.npz", network, progress=True,
                           metrics=chosen_metrics(args.metrics, class_accuracy=False))
-        peak = memory_gib("VmHWM") - before
+        peak = (process_memory.peak_mib() - before) / 2**10
     print(f"{args.num} samples and {args.ref_num} reference images of {args.size}x{args.size}, {args.dim} features, "
           f"{', '.join(result['metrics'])}: {peak:.2f} GiB beyond the network, in {result['seconds']:.0f} s")
 

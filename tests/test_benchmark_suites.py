@@ -1,6 +1,7 @@
 """The suites of benchmarks/run.py at sizes of a test: what they say they compare is what they run."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from bench import loading, peer, sample, train
+from bench import children, loading, peer, sample, scale, train
 from bench.ceiling import Ceiling
 from bench.evaluation import Sizes, eval_suite
 from bench.lines import table
@@ -64,3 +65,32 @@ def test_the_data_suite_has_the_lines_of_the_benchmark_of_data():
     lines = loading.data_suite(8, count=20, rounds=2, batch=5)
     assert len(lines) == 10 and {line.suite for line in lines} == {"data"}
     assert all(line.images_per_second == pytest.approx(1 / line.seconds) for line in lines)
+
+
+def test_a_law_is_fitted_by_its_terms_and_names_what_does_not_follow():
+    measured = {8: 1.0 + 8 * 0.5, 16: 1.0 + 16 * 0.5, 64: 1.0 + 64 * 0.5}
+    assert scale.fit(measured, scale.with_a_part_for_each) == pytest.approx(measured)
+    least = (1 / 0.9 + 1 / 1.1) / (1 / 0.9**2 + 1 / 1.1**2)
+    assert scale.fit({1: 0.9, 2: 1.1}, scale.constant)[1] == pytest.approx(least)
+    assert scale.deviation(1.05, 1.0) == "+5% of its law"
+    assert scale.deviation(0.8, 1.0) == "-20%, outside 10 %, of its law"
+
+
+def test_every_axis_makes_a_step_and_its_point_is_measured_in_a_child(monkeypatch, tmp_path):
+    monkeypatch.setattr(scale, "SMALL", SPEC)
+    monkeypatch.setattr(scale, "AXES", {
+        name: replace(axis, values=(8, 16) if name == "image side" else axis.values[:2])
+        for name, axis in scale.AXES.items()
+    })
+    monkeypatch.setattr(scale, "peak_in_child", lambda *order, device: float(order[-1]))
+    monkeypatch.setattr(scale.ranks, "rank_lines", lambda device, repeats: [])
+    lines = scale.scale_suite(CPU, 1, tmp_path)
+    assert len(lines) == 2 * len(scale.AXES) and all(line.seconds > 0 for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} >= {"scale_batch_seconds.png", "scale_stfs_references_peak.png"}
+
+
+def test_memory_of_a_job_is_measured_in_a_process_of_its_own():
+    """An axis' point, made by the child from its name: one float32 average more is one network more."""
+    peak = {n: children.peak_in_child("bench.scale", "point", "weight averages", n, device=CPU) for n in (1, 16)}
+    network = sum(param.nbytes for param in scale.SMALL.build(CPU).parameters()) / 2**20
+    assert 10 * network < peak[16] - peak[1] < 20 * network

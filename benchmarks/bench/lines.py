@@ -24,7 +24,7 @@ class Line:
 
     suite: str
     name: str
-    seconds: float                                          # median
+    seconds: float | None                                   # median
     images_per_second: float | None = None
     achieved_gflops: float | None = None                    # GFLOP/s of the network's matrix work
     share_of_gemm: float | None = None                      # of the measured ceiling of the same dtype

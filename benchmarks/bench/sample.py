@@ -52,7 +52,7 @@ def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats
                 "sample", f"{sampler} ({evaluations} NFE), {name}", each, len(noise), flops, ceiling,
                 name.split()[-1], times["plain fp32"],
             ))
-    return lines + ([] if peer else [Line("sample", "diffusers' network", 0.0, note=MISSING)])
+    return lines + ([] if peer else [Line("sample", "diffusers' network", None, note=MISSING)])
 
 
 def toolkit_way(model, diffusion: KarrasDenoiser, sampler: str, steps: int, shape, dtype: str) -> None:

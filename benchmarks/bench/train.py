@@ -49,7 +49,7 @@ def train_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats:
                 "train", f"{mode}, {name}", each, len(images), passes * per_image * len(images), ceiling, dtype,
                 times["plain fp32"],
             ))
-    return lines + ([] if peer else [Line("train", "diffusers' network", 0.0, note=MISSING)])
+    return lines + ([] if peer else [Line("train", "diffusers' network", None, note=MISSING)])
 
 
 def diffusions(mode: str) -> tuple[KarrasDenoiser, KarrasDenoiser]:
