@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -200,3 +201,24 @@ def test_a_recipe_under_mpiexec(tmp_path):
     resolved = json.loads(done.stdout)
     assert (resolved["ranks"], resolved["lr"], resolved["loss_norm"]) == (1, 1e-4, "lpips")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("status", "code", "queued"), [
+    ('{"finished": false}', 0, "requeue 17"), ('{"finished": true}', 0, ""), ('{"finished": false}', 3, ""),
+    ("", 0, ""),
+], ids=["stopped", "finished", "failed", "no training"])
+def test_a_slurm_job_whose_training_was_stopped_queues_again(tmp_path, status, code, queued):
+    """train.sbatch with a stand-in for the interpreter, which leaves the status of a run, and for scontrol."""
+    for name, body in {"scontrol": f'echo "$@" >> {tmp_path}/queued',
+                       "python": f"mkdir -p {tmp_path}/edm_cifar10\n"
+                                 f"test -z '{status}' || echo '{status}' > {tmp_path}/edm_cifar10/status.json\n"
+                                 f"exit {code}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = start(["bash", ROOT / "scripts" / "slurm" / "train.sbatch", "edm_cifar10"], env={
+        "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1", "LAUNCHER": "env",
+        "PYTHON": str(tmp_path / "python"), "RUNS": str(tmp_path), "DATA": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    })
+    assert done.rc == code, done
+    assert ((tmp_path / "queued").read_text().strip() if (tmp_path / "queued").exists() else "") == queued
