@@ -6,17 +6,18 @@ python benchmarks/run.py --suite train,sample --out benchmarks
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch as th
 from bench.ceiling import Ceiling, measure_ceiling
 from bench.evaluation import eval_suite
-from bench.lines import Line, ceiling_text, table, write_results
+from bench.lines import table
 from bench.loading import data_suite
 from bench.memory import memory_suite
 from bench.network import SPECS, NetworkSpec
 from bench.objectives import objectives_suite
+from bench.results import ceiling_text, keep
 from bench.sample import sample_suite
 from bench.scale import scale_suite
 from bench.train import train_suite
@@ -54,13 +55,14 @@ def main() -> None:
     spec = SPECS[device.type]
     ceiling = measure_ceiling(device, spec.batch, 2 * spec.num_channels, spec.image_size // 2)
     job = Job(spec, device, ceiling, args.repeats, Path(args.out) if args.out else None)
-    print(ceiling_text(ceiling))
-    suites: dict[str, list[Line]] = {}
-    for name in args.suite:
-        suites[name] = SUITES[name](job)
-        print(f"\n{name}\n{table(suites[name])}", flush=True)
     if job.out is not None:
-        write_results(job.out, device, ceiling, suites)
+        job.out.mkdir(parents=True, exist_ok=True)
+    print(ceiling_text(asdict(ceiling)))
+    for name in args.suite:
+        lines = SUITES[name](job)
+        print(f"\n{name}\n{table(lines)}", flush=True)
+        if job.out is not None:
+            keep(job.out, name, lines, device, ceiling)
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--suite", type=suite_names, default=list(SUITES), help=f"of {','.join(SUITES)}")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as torch chooses")
-    parser.add_argument("--out", default="", help="folder for the JSON and the Markdown table")
+    parser.add_argument("--out", default="", help="folder for JSON, RESULTS.md and pictures")
     return parser.parse_args()
 
 

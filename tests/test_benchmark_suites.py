@@ -9,10 +9,10 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from bench import children, loading, peer, sample, scale, train
+from bench import children, loading, peer, results, sample, scale, train
 from bench.ceiling import Ceiling
 from bench.evaluation import Sizes, eval_suite
-from bench.lines import table
+from bench.lines import Line, table
 from bench.network import NetworkSpec
 
 CPU = th.device("cpu")
@@ -94,3 +94,13 @@ def test_memory_of_a_job_is_measured_in_a_process_of_its_own():
     peak = {n: children.peak_in_child("bench.scale", "point", "weight averages", n, device=CPU) for n in (1, 16)}
     network = sum(param.nbytes for param in scale.SMALL.build(CPU).parameters()) / 2**20
     assert 10 * network < peak[16] - peak[1] < 20 * network
+
+
+def test_a_suite_that_is_measured_again_leaves_the_others(tmp_path):
+    results.keep(tmp_path, "train", [Line("train", "old", 1.0)], CPU, CEILING)
+    results.keep(tmp_path, "sample", [Line("sample", "other", None, peak_mib=3.0)], CPU, CEILING)
+    results.keep(tmp_path, "train", [Line("train", "new", 2.0, share_of_gemm=0.5)], CPU, CEILING)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| new | 2 | 50% |" in page and "| other | 3 |" in page and "old" not in page
+    assert page.count("## On ") == 1, "one machine"
+    assert "fp32: GEMM 100, 3x3 convolution 100" in page

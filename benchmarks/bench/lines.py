@@ -1,18 +1,9 @@
-"""Results: one line each, printed as a table, written as JSON and Markdown."""
+"""What was measured: a line for each thing, and a table of lines."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch as th
 
 from bench.ceiling import Ceiling
 from bench.timing import Times
@@ -66,52 +57,3 @@ def table(lines: Sequence[Line]) -> str:
     cells = [[COLUMNS[key][0] for key in shown], ["---"] * len(shown)]
     cells += [["" if row[key] is None else COLUMNS[key][1].format(row[key]) for key in shown] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def machine(device: th.device) -> dict[str, Any]:
-    """What the numbers were measured with."""
-    facts = {
-        "python": platform.python_version(), "torch": th.__version__, "numpy": np.__version__,
-        "threads": th.get_num_threads(), "cores": os.cpu_count(), "system": platform.system(),
-        "cpu": cpu_name(), "load": round(os.getloadavg()[0], 2),
-    }
-    if device.type == "cuda":
-        facts |= {"gpu": th.cuda.get_device_name(device), "cuda": th.version.cuda}
-    return facts
-
-
-def cpu_name() -> str:
-    try:
-        for row in Path("/proc/cpuinfo").read_text().splitlines():
-            if row.startswith("model name"):
-                return row.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def write_results(
-    folder: Path, device: th.device, ceiling: Ceiling, suites: Mapping[str, Sequence[Line]]
-) -> None:
-    """results_<device>.json and RESULTS_<device>.md in `folder`."""
-    facts = machine(device)
-    content = {
-        "command": command(), "machine": facts, "ceiling": asdict(ceiling),
-        "lines": [asdict(line) for lines in suites.values() for line in lines],
-    }
-    (folder / f"results_{device.type}.json").write_text(json.dumps(content, indent=2) + "\n")
-    parts = [f"# Measured on {facts.get('gpu', facts['cpu'])}", f"`{command()}`",
-             ", ".join(f"{key} {value}" for key, value in facts.items()), ceiling_text(ceiling)]
-    for suite, lines in suites.items():
-        parts += [f"## {suite}", table(lines)]
-    (folder / f"RESULTS_{device.type}.md").write_text("\n\n".join(parts) + "\n")
-
-
-def ceiling_text(ceiling: Ceiling) -> str:
-    rows = [f"{name}: GEMM {ceiling.gemm[name] / 1e9:.0f}, 3x3 convolution {ceiling.conv[name] / 1e9:.0f}"
-            for name in ceiling.gemm]
-    return f"Ceiling of this machine in GFLOP/s, measured in the same run. {'; '.join(rows)}."
-
-
-def command() -> str:
-    return " ".join(["python benchmarks/run.py", *sys.argv[1:]])
