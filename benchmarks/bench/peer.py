@@ -49,7 +49,7 @@ def peer_of(spec: NetworkSpec) -> Callable[[th.device], nn.Module] | None:
         }
         with tempfile.TemporaryDirectory() as folder:
             diffusers_folder.write(folder, spec.build(th.device("cpu")).state_dict(), flags, 40)
-            unet = UNet2DModel.from_pretrained(os.path.join(folder, "unet"))
+            unet = UNet2DModel.from_pretrained(os.path.join(folder, "unet"), low_cpu_mem_usage=False)
         return Peer(unet.train()).to(device)
 
     return build
