@@ -31,7 +31,7 @@ SUITES = {
     "eval": lambda job: eval_suite(job.device, job.repeats),
     "data": lambda job: data_suite(job.spec.image_size),
     "memory": lambda job: memory_suite(job.device),
-    "scale": lambda job: scale_suite(job.device, job.repeats, job.out),
+    "scale": lambda job: scale_suite(job.device, job.repeats, job.out and job.out / "scale"),
 }
 
 

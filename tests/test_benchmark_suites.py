@@ -9,7 +9,7 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from bench import children, loading, peer, results, sample, scale, train
+from bench import children, loading, objectives, peer, results, sample, scale, train
 from bench.ceiling import Ceiling
 from bench.evaluation import Sizes, eval_suite
 from bench.lines import Line, table
@@ -46,6 +46,13 @@ def test_without_diffusers_a_line_says_so(monkeypatch):
     monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
     assert "diffusers is not installed" in table(train.train_suite(SPEC, CPU, CEILING, repeats=1))
+
+
+def test_every_objective_takes_its_steps():
+    """At the learning rate of the suite, with the law and the weights that the command would choose."""
+    lines = objectives.objectives_suite(SPEC, CPU, CEILING, repeats=4)
+    assert [line.name for line in lines] == list(objectives.JOBS)
+    assert lines[0].note == "1.00 of edm's time, 1.00 of its network passes"
 
 
 def test_the_evaluation_has_a_line_for_each_part():
@@ -86,7 +93,7 @@ def test_every_axis_makes_a_step_and_its_point_is_measured_in_a_child(monkeypatc
     monkeypatch.setattr(scale.ranks, "rank_lines", lambda device, repeats: [])
     lines = scale.scale_suite(CPU, 1, tmp_path)
     assert len(lines) == 2 * len(scale.AXES) and all(line.seconds > 0 for line in lines)
-    assert {path.name for path in tmp_path.iterdir()} >= {"scale_batch_seconds.png", "scale_stfs_references_peak.png"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"batch_seconds.png", "stfs_references_peak.png"}
 
 
 def test_memory_of_a_job_is_measured_in_a_process_of_its_own():

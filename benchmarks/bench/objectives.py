@@ -20,6 +20,7 @@ from cm.interfaces import Batch
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import DENOISING
 from cm.resample import create_named_schedule_sampler
+from cm.script_util import PUBLISHED_LAW
 from cm.train_util import TrainLoop
 
 # name -> (objective, its options, preconditioning, forward passes of a step where a backward pass counts as two)
@@ -51,8 +52,9 @@ def job(
 ) -> Callable[[], None]:
     """One step of the training loop."""
     logger.configure(tempfile.mkdtemp(), format_strs=[])
-    diffusion = KarrasDenoiser(precond=precond, loss_norm="l2")
-    law = create_named_schedule_sampler("ddpm" if precond == "ddpm" else "lognormal", diffusion)
+    published = PUBLISHED_LAW.get(precond, {"schedule_sampler": "lognormal", "weight_schedule": "karras"})
+    diffusion = KarrasDenoiser(precond=precond, loss_norm="l2", weight_schedule=published["weight_schedule"])
+    law = create_named_schedule_sampler(published["schedule_sampler"], diffusion)
     made = DENOISING[objective].of(diffusion, law, options)
     references = Batch(th.randint(0, 256, (made.references, *images.shape[1:]), dtype=th.uint8))
     references.positions = th.arange(-made.references, 0)

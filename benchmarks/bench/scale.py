@@ -87,7 +87,7 @@ AXES = {
 
 
 def scale_suite(device: th.device, repeats: int, out: Path | None) -> list[Line]:
-    """Two lines for each point, of time and memory, and a picture for each axis in `out`; then those of the ranks."""
+    """A line for each point, with time and memory, and pictures for each axis in `out`; then those of the ranks."""
     lines = []
     for name, axis in tqdm(AXES.items(), "axes"):
         times = take_turns({str(n): axis.job(device, n) for n in axis.values}, device, repeats)
@@ -99,6 +99,7 @@ def scale_suite(device: th.device, repeats: int, out: Path | None) -> list[Line]
                     f"memory {deviation(peaks[n], peak_law[n])} ({axis.memory_text})")
             lines.append(Line("scale", f"{name} {n}", seconds[n], peak_mib=peaks[n], note=note))
         if out is not None:
+            out.mkdir(exist_ok=True)
             draw(name, "seconds per step", seconds, time_law, axis.time_text, out)
             draw(name, "peak MiB", peaks, peak_law, axis.memory_text, out)
     return lines + ranks.rank_lines(device, repeats)
@@ -126,6 +127,5 @@ def draw(
     axis: str, what: str, measured: Mapping[int, float], law: Mapping[int, float], text: str, out: Path
 ) -> None:
     curves = {"measured": list(measured.items()), f"law: {text}": list(law.items())}
-    name = f"scale_{axis}_{what.split()[0]}".replace(" ", "_").replace("'", "").lower()
-    # A logarithmic axis for what grows by factors; from zero it would hide the small values.
-    line_plot(curves, axis, what, log=True).save(out / f"{name}.png")
+    name = f"{axis}_{what.split()[0]}".replace(" ", "_").replace("'", "").lower()
+    line_plot(curves, axis, what, log=True).save(out / f"{name}.png")           # the values grow by factors
