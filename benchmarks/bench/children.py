@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import torch as th
 
@@ -13,6 +14,7 @@ from bench import process_memory
 from cm import dist_util
 
 STEPS = 2
+BENCHMARKS = Path(__file__).resolve().parent.parent           # where a child finds `bench`
 
 
 def peak_in_child(module: str, function: str, *args: object, device: th.device, plain: bool = False) -> float:
@@ -23,7 +25,7 @@ def peak_in_child(module: str, function: str, *args: object, device: th.device, 
     """
     order = json.dumps([module, function, args, device.type, plain])
     code = f"from bench.children import print_peak; print_peak({order!r})"
-    out = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True, capture_output=True, text=True)
     return json.loads(out.stdout.strip().splitlines()[-1])
 
 

@@ -51,6 +51,14 @@ def job(
     objective: str, options: dict, precond: str, spec: NetworkSpec, device: th.device, images: Tensor
 ) -> Callable[[], None]:
     """One step of the training loop."""
+    loop = loop_of(objective, options, precond, spec, device, images)
+    return lambda: loop.run_step(next(loop.data))
+
+
+def loop_of(
+    objective: str, options: dict, precond: str, spec: NetworkSpec, device: th.device, images: Tensor
+) -> TrainLoop:
+    """With the law of levels and the weights that the command would choose."""
     logger.configure(tempfile.mkdtemp(), format_strs=[])
     published = PUBLISHED_LAW.get(precond, {"schedule_sampler": "lognormal", "weight_schedule": "karras"})
     diffusion = KarrasDenoiser(precond=precond, loss_norm="l2", weight_schedule=published["weight_schedule"])
@@ -65,8 +73,7 @@ def job(
             batch.references = references if made.references else None
             yield batch
 
-    loop = TrainLoop(
+    return TrainLoop(
         model=spec.build(device), diffusion=diffusion, data=batches(), objective=made, batch_size=len(images), lr=1e-4,
         ema_rate="0.9999", log_interval=10**6, save_interval=10**6, total_training_steps=10**6,
     )
-    return lambda: loop.run_step(next(loop.data))

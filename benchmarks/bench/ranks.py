@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch as th
 
+from bench.children import BENCHMARKS
 from bench.lines import Line
 from bench.network import SPECS
 from bench.timing import take_turns
@@ -41,7 +42,7 @@ def images_per_second(mpiexec: Path, ranks: int, threads: int, batch: int, repea
     """Of a training step of the benchmark's network, all ranks together."""
     code = f"from bench.ranks import time_a_rank; time_a_rank({batch}, {repeats})"
     done = subprocess.run(
-        [str(mpiexec), "-n", str(ranks), sys.executable, "-c", code], cwd=sys.path[0], check=True,
+        [str(mpiexec), "-n", str(ranks), sys.executable, "-c", code], cwd=BENCHMARKS, check=True,
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
