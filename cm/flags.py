@@ -101,10 +101,16 @@ class Parser(argparse.ArgumentParser):
     def suggestion(self, message: str) -> str:
         if "unrecognized arguments" not in message:
             return ""
-        known = [name for action in self._actions for name in action.option_strings]
+        known = self.all_flags()
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         near = [match for word in unknown for match in get_close_matches(word, known, n=1)]
         return f". Did you mean {' '.join(near)}?" if near else ""
+
+    def all_flags(self) -> list[str]:
+        """Its own, and those of its commands: argparse leaves what these do not know to the whole."""
+        own = [name for action in self._actions for name in action.option_strings]
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [name for each in commands for command in each.values() for name in command.all_flags()]
 
     def print_help(self, file: Any = None) -> None:
         if launcher_rank() == 0:

@@ -119,6 +119,11 @@ def test_help_and_mistakes_need_no_torch(command):
     assert "unrecognized arguments: --batch_sise" in done.stderr
 
 
+def test_a_misspelt_flag_of_a_subcommand_gets_a_suggestion():
+    done = without_torch("evaluations/fid", "calc", "--images", "a", "--ref", "b", "--nmu", "3")
+    assert done.rc == 2 and "--nmu 3. Did you mean --num?" in done.stderr, done
+
+
 def test_values_are_looked_at_before_torch_and_files_after():
     done = without_torch("scripts/image_sample", "--steps", "0")
     assert done.rc == 2 and done.stderr == "error: --steps: steps=0 is too small; the least is 1\n", done
