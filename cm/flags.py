@@ -117,6 +117,14 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+def positive(word: str) -> int:
+    """The type of a flag that is a whole number of at least 1."""
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
 def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
     """Read the flags of a script.
 

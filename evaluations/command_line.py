@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cm.flags import Parser
+from cm.flags import Parser, positive
 from evaluations.defaults import (
     BATCH_SIZE,
     EXTRACTOR_CHOICES,
@@ -92,13 +92,6 @@ def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="DIR",
                         help=f"folder that keeps means and covariances; {NO_CACHE}: none [default: {cache_folder()}]")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def seed(text: str) -> int:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The recipes of Consistency Models (arXiv 2303.01469) and of other denoising objectives, each a short command on a preset of configs/.
+# The recipes of Consistency Models (arXiv 2303.01469) and of other denoising objectives, each a short command on a
+# preset of configs/.
 #
 #   scripts/launch.sh                    list the recipes
 #   scripts/launch.sh NAME [FLAGS...]    run one; FLAGS win over the recipe's

@@ -7,10 +7,8 @@ Opens from disk in any browser, without a server and without a network.
 
 from __future__ import annotations
 
-import argparse
-
 from cm import command
-from cm.flags import Parser
+from cm.flags import Parser, positive
 
 MAX_GRIDS = 12
 
@@ -22,13 +20,6 @@ def make_parser() -> Parser:
     parser.add_argument("--max_grids", type=positive, default=MAX_GRIDS,
                         help=f"pictures of samples of each run, spread over its steps [default: {MAX_GRIDS}]")
     return parser
-
-
-def positive(word: str) -> int:
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":                                  # the imports below take seconds

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch as th
 from mpi import clean_environment, mpi_program, program, python, start
+from own_mounts import NAMESPACES, needs_own_mounts
 from test_checkpoints import flip_a_bit, truncate
 from test_train_util import digest, images, loop, run  # noqa: F401 (images is a fixture)
 
@@ -212,10 +213,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         state.save(str(tmp_path / "file" / "run"), 1, CONTENT, {}, 1)
 
 
+@needs_own_mounts
 def test_a_full_disk(tmp_path):
     """A real one, of 2 MiB, whose room vanishes during the save."""
-    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
-        pytest.skip("this kernel lets nobody mount a file system of his own")
     (tmp_path / "disk").mkdir()
     source = program(tmp_path, """
         import sys
@@ -234,7 +234,7 @@ def test_a_full_disk(tmp_path):
         print(state.newest(sys.argv[1]).step, ask(sys.argv[1]) > 1_000_000)
     """)
     script = f"mount -t tmpfs -o size=2m none {tmp_path}/disk && {sys.executable} {source} {tmp_path}/disk"
-    done = start(["unshare", "-Urm", "sh", "-c", script])
+    done = start([*NAMESPACES, "sh", "-c", script])
     assert done.rc == 0, done
     assert "opt000002.pt" in done.stdout and "step 2 needs 1,400,000 bytes" in done.stdout, done
     assert done.stdout.endswith("1 True\n"), done
