@@ -22,7 +22,7 @@ def why_not() -> str:
 @pytest.fixture(scope="module", autouse=True)
 def slurm():
     if reason := why_not():
-        pytest.skip(f"no SLURM to try: {reason}")
+        pytest.skip(reason=f"no SLURM to try: {reason}")
 
 
 def srun(tmp_path, *options):
