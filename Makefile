@@ -34,7 +34,7 @@ test-slow: install
 
 # Not a part of `test`, which runs it for half a minute: the longer, the more moments are struck.
 soak: install
-	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+	$(BIN)/python tests/system/soak.py --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -7,7 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["cm", "cm.*", "evaluations", "evaluations.*"]),
-    package_data={"cm": ["report_parts/*"]},
+    package_data={"cm.report": ["assets/*"]},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

@@ -26,12 +26,13 @@ from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
 from bench.dot_plot import dot_plot
 from tqdm import tqdm
 
-from cm import dist_util, sample_util
-from cm.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
-from cm.flags import parse
-from cm.image_sources import open_source
-from cm.sample_files import labelled_rows
-from cm.sampling import draw, labels_of
+from cm.config.flags import parse
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.data.sources import open_source
+from cm.distributed import setup as dist
+from cm.generate.engine import draw, labels_of
+from cm.generate.grids import labelled_rows
+from cm.setup.sample import adopt_model, load_model, sampler_options, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
 
@@ -146,9 +147,9 @@ class Contest:
                  "sampler": WAYS[way].name, **WAYS[way].flags}
         sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
         settings = parse("", *sections, argv=words(flags), seed=42)
-        sample_util.adopt_model(settings)
-        plan, options = sample_util.sampling_plan(settings), sample_util.sampler_options(settings)
-        model, diffusion = sample_util.load_model(settings), sample_util.sampling_diffusion(settings)
+        adopt_model(settings)
+        plan, options = sampling_plan(settings), sampler_options(settings)
+        model, diffusion = load_model(settings), sampling_diffusion(settings)
         parts, evaluations = [], 0
         for rows in np.array_split(np.arange(count), -(-count // self.args.batch_size)):
             images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), **options)
@@ -219,7 +220,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=250, help="samples at a time")
     parser.add_argument("--classifier_epochs", type=int, default=15, help="of the classifier whose features compare")
     args = parser.parse_args()
-    dist_util.setup_dist()
+    dist.setup_dist()
     th.set_num_threads(1)                                   # as many jobs as cores, of one thread each
     Contest(args).run()
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cm.image_datasets import load_data
-from cm.image_sources import ImageSource, open_source
+from cm.data.loader import load_data
+from cm.data.sources import ImageSource, open_source
 
 TOOL = Path(__file__).resolve().parent.parent / "datasets" / "dataset_tool.py"
 

@@ -15,9 +15,9 @@ import numpy as np
 from bench import process_memory
 from numpy.typing import NDArray
 
-from cm import dist_util
-from cm.flags import Parser
-from cm.registry import UserError
+from cm.config.flags import Parser
+from cm.distributed import setup as dist
+from cm.errors import UserError
 from evaluations.defaults import METRIC_NAMES
 from evaluations.evaluator import chosen_metrics, evaluate
 from evaluations.features import Features
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import torch as th
 
-from cm import run_util, script_util
-from cm.config import ConsistencyConfig, DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
-from cm.flags import Settings, parse
-from cm.memory_plan import GIB, activations, plan
+from cm.config.flags import Settings, parse
+from cm.config.schema import (
+    ConsistencyConfig,
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from cm.setup.model import model_from
+from cm.setup.run import planned_run
+from cm.training.memory_estimate import GIB, activations, plan
 
 PRESETS = {"ImageNet-64": "configs/imagenet64/cd.yaml", "LSUN-256": "configs/lsun256/cd.yaml"}
 RANKS = (1, 8, 64)
@@ -37,11 +46,11 @@ def table(name: str) -> list[str]:
     rows, flags = [], []
     settings = settings_of(PRESETS[name])
     with th.device("meta"):
-        model = script_util.model_from(settings)
+        model = model_from(settings)
     for layout in LAYOUTS:
         flags += layout
         plans = [
-            plan(model, run_util.planned_run(settings_of(PRESETS[name], *flags, "--plan_ranks", str(ranks)))[0])
+            plan(model, planned_run(settings_of(PRESETS[name], *flags, "--plan_ranks", str(ranks)))[0])
             for ranks in RANKS
         ]
         cells = [f"{sum(each.device.values()) / GIB:.2f}" for each in plans]

@@ -22,7 +22,7 @@ from bench.sample import sample_suite
 from bench.scale import scale_suite
 from bench.train import train_suite
 
-from cm import dist_util
+from cm.distributed import setup as dist
 
 SUITES = {
     "train": lambda job: train_suite(job.spec, job.device, job.ceiling, job.repeats),
@@ -49,7 +49,7 @@ class Job:
 def main() -> None:
     args = parse()
     device = th.device(args.device)
-    dist_util.setup_dist()                                  # its settings of the process, which every command takes
+    dist.setup_dist()                                  # its settings of the process, which every command takes
     if args.threads:
         th.set_num_threads(args.threads)
     spec = SPECS[device.type]

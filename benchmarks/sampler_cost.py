@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from gaussian import Mixture
-from solver_orders import drawn_errors, line_bed, weak_errors
-
-from cm.line_plot import line_plot
+from cm.report.line_plot import line_plot
 from cm.samplers import Churn, Counted, integrate, make_sampler
+from support.gaussian import Mixture
+from support.solver_orders import drawn_errors, line_bed, weak_errors
 
 CHURN = {"s_churn": 10.0, "s_tmin": 0.05, "s_tmax": 50.0}
 METHODS = {                                                         # name -> sampler, its options, rho, churn

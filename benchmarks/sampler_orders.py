@@ -19,10 +19,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from gaussian import Gaussian, Mixture
-from solver_orders import EXPECTED, SAMPLERS, Paths, line_bed, order, weak_errors
-
-from cm.line_plot import line_plot
+from cm.report.line_plot import line_plot
+from support.gaussian import Gaussian, Mixture
+from support.solver_orders import EXPECTED, SAMPLERS, Paths, line_bed, order, weak_errors
 
 STRONG, WEAK = (16, 32, 64, 128, 256), (8, 16, 32, 64)
 

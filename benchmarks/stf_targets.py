@@ -22,13 +22,13 @@ import torch as th
 from torch import Tensor
 from tqdm import tqdm
 
-from cm import dist_util
-from cm.flags import option, parse
-from cm.image_sources import open_source
-from cm.interfaces import Batch
-from cm.line_plot import line_plot
+from cm.config.flags import option, parse
+from cm.data.sources import open_source
+from cm.distributed import setup as dist
+from cm.errors import UserError
 from cm.objectives.stf import as_points, stable_target
-from cm.registry import UserError
+from cm.report.line_plot import line_plot
+from cm.types import Batch
 
 EXACT = "donot_use_mm_for_euclid_dist"                              # differences first: no cancellation
 
@@ -119,4 +119,4 @@ def write(rows: Sequence[dict], counts: Sequence[int], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -17,8 +17,8 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import NoiseSource
 from cm.registry import lookup
+from cm.types import NoiseSource
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15                                   # odd integer nearest 2^64 / golden ratio
 TWISTER_WORDS = 624                                                 # 32-bit words in a Mersenne Twister's state

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TypeVar
 
+from cm.errors import UserError
+
 Entry = TypeVar("Entry")
-
-
-class UserError(ValueError):
-    """A mistake of the person who started the program: shown as one message with its remedy, without a traceback."""
 
 
 def lookup(table: Mapping[str, Entry], name: str, what: str = "name") -> Entry:

@@ -29,10 +29,10 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from cm.image_labels import LABEL_FILE
-from cm.pictures import why_unreadable
-from cm.raw_datasets import RawImages, open_raw
-from cm.registry import UserError
+from cm.data.decode import why_unreadable
+from cm.data.labels import LABEL_FILE
+from cm.data.raw import RawImages, open_raw
+from cm.errors import UserError
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from cm.pictures import centre_crop, decode
-from cm.raw_datasets import open_database
-from cm.registry import UserError
+from cm.data.decode import centre_crop, decode
+from cm.data.raw import open_database
+from cm.errors import UserError
 
 
 class Entry(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cm.classifier_fit import fit
+from cm.networks.classifier_fit import fit
 
 FEATURES = 64
 LABEL_SMOOTHING = 0.05                                      # keeps the logits, and so the score, from saturating

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from cm.flags import Parser, positive
+from cm.config.flags import Parser, positive
 from evaluations.defaults import (
     BATCH_SIZE,
     EXTRACTOR_CHOICES,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cm.registry import UserError
+from cm.errors import UserError
 from evaluations.defaults import NEIGHBOURS, SPLIT_SIZE
 from evaluations.features import Extractor, Features
 from evaluations.image_sets import COMPUTED, ImageSet, Unavailable

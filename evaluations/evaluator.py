@@ -7,8 +7,8 @@ Stored statistics (mu, sigma, mu_s, sigma_s) serve the Frechet distances where a
 
 from __future__ import annotations
 
-from cm import command
-from cm.flags import Parser
+from cm.config import early_exit
+from cm.config.flags import Parser
 from evaluations.command_line import evaluator_parser
 
 
@@ -17,7 +17,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(make_parser().parse_args)
+    early_exit.answer(make_parser().parse_args)
 
 import importlib.util
 import json
@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from cm import dist_util
-from cm.registry import UserError, lookup
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.registry import lookup
 from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
 from evaluations.defaults import BATCH_SIZE, EXTRACTOR_VARIABLE, METRIC_NAMES, NEIGHBOURS, SPLIT_SIZE
 from evaluations.features import Extractor, load_extractor
@@ -197,16 +198,16 @@ def chosen_metrics(text: str, class_accuracy: bool) -> tuple[str, ...]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if dist_util.get_world_size() > 1:
+    if dist.get_world_size() > 1:
         raise UserError("the evaluator is one process: start it without mpiexec, or th_evaluator.py with it")
-    dist_util.setup_dist()
+    dist.setup_dist()
     make_folder_of(args.json)
     named = args.inception or os.environ.get(EXTRACTOR_VARIABLE)
     result = evaluate(
         args.ref_batch,
         args.sample_batch,
-        load_extractor(named, dist_util.dev()) if named else None,
-        device=dist_util.dev(),
+        load_extractor(named, dist.dev()) if named else None,
+        device=dist.dev(),
         metrics=chosen_metrics(args.metrics, args.class_accuracy),
         batch_size=args.batch_size,
         split_size=args.split_size,
@@ -232,4 +233,4 @@ def write_json(path: str | None, result: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

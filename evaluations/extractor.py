@@ -15,7 +15,7 @@ import torch as th
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cm.registry import UserError
+from cm.errors import UserError
 
 INCEPTION_HEAD = (1008, 2048)                               # the classes and features of Inception-v3 of 2015-12-05
 ID_DIGITS = 12                                              # of the SHA-256 in an extractor's identity

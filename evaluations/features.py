@@ -6,7 +6,8 @@ import os
 
 import torch as th
 
-from cm.registry import UserError, lookup
+from cm.errors import UserError
+from cm.registry import lookup
 from evaluations.defaults import EXTRACTOR_CHOICES, EXTRACTOR_VARIABLE
 from evaluations.extractor import Extractor, Features
 from evaluations.inception_files import FILES, find_weights

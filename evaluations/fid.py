@@ -9,8 +9,8 @@ the same batches, and the number is the same, on any number of ranks. D feature 
 
 from __future__ import annotations
 
-from cm import command
-from cm.flags import Parser
+from cm.config import early_exit
+from cm.config.flags import Parser
 from evaluations.command_line import fid_parser
 
 
@@ -19,7 +19,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(make_parser().parse_args)
+    early_exit.answer(make_parser().parse_args)
 
 import os
 import time
@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from cm import dist_util
-from cm.registry import UserError
+from cm.distributed import setup as dist
+from cm.errors import UserError
 from evaluations.comparison import DAMAGED
 from evaluations.defaults import NUM_IMAGES
 from evaluations.evaluator import DESCRIPTION, make_folder_of, side, versions, write_json
@@ -74,7 +74,7 @@ def measure(
 
     :raises UserError: if an image cannot be read, or a feature is not finite.
     """
-    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     groups = np.split(indices, range(batch_size, len(indices), batch_size))
     rounds = [sum(map(len, groups[first : first + ranks])) for first in range(0, len(groups), ranks)]
     mine = groups[rank::ranks]
@@ -134,7 +134,7 @@ def calc(
     check_features(ref, reference, extractor, dims[POOLED])
     choice = f"{num}-of-{len(pictures)}-seed{seed}" if num < len(pictures) else ""
     found, found_source = measure_or_recall(pictures, indices, extractor, batch_size, dims, cache, choice)
-    parts = dist_util.on_main(frechet, reference.mu, reference.sigma, found.mu, found.sigma)
+    parts = dist.on_main(frechet, reference.mu, reference.sigma, found.mu, found.sigma)
     counts = sorted({num, reference.num_images or num})
     warnings = [too_few(count, dims[POOLED]) for count in counts if count < dims[POOLED]]
     if any(pictures.name(i).lower().endswith(JPEG) for i in indices.tolist()):
@@ -170,12 +170,12 @@ def measure_or_recall(
 ) -> tuple[Statistics, str]:
     """Statistics of the pooled features of the chosen images, and whether they were computed now or are cached."""
     if cache is not None:
-        known = dist_util.on_main(cache.load, pictures.path, extractor.id, POOLED.suffix, choice)
+        known = dist.on_main(cache.load, pictures.path, extractor.id, POOLED.suffix, choice)
         if known is not None:
             return known, CACHED
     found = measure(pictures, indices, extractor, batch_size, dims)[POOLED]
     if cache is not None:
-        dist_util.on_main(cache.save, pictures.path, found, POOLED.suffix, choice)
+        dist.on_main(cache.save, pictures.path, found, POOLED.suffix, choice)
     return found, COMPUTED
 
 
@@ -221,7 +221,7 @@ def ref(
     kept = choose(len(pictures), num_images, seed)
     if len(kept) and pictures.labels is not None:
         arrays["arr_1"] = pictures.labels[kept]
-    dist_util.on_main(write_npz, dest, arrays, pictures, kept)
+    dist.on_main(write_npz, dest, arrays, pictures, kept)
     means = ", ".join(f"mu{kind.suffix} {list(statistics.mu.shape)}" for kind, statistics in found.items())
     dim = len(found[POOLED].mu)
     warning = f"\nwarning: {too_few(len(pictures), dim)}" if len(pictures) < dim else ""
@@ -263,8 +263,8 @@ def write_images(archive: zipfile.ZipFile, pictures: Pictures, kept: NDArray[np.
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    dist_util.setup_dist()
-    extractor = load_extractor(args.inception, dist_util.dev())
+    dist.setup_dist()
+    extractor = load_extractor(args.inception, dist.dev())
     if args.command == "ref":
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch)
     else:
@@ -272,11 +272,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch,
                       cache=open_cache(args.cache))
         text = report(result)
-        if dist_util.is_main():
+        if dist.is_main():
             write_json(args.json, result)
-    if dist_util.is_main():
+    if dist.is_main():
         print(text)
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

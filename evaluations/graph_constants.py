@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cm.registry import UserError
+from cm.errors import UserError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5                # wire types
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}

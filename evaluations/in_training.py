@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cm import dist_util
+from cm.distributed import setup as dist
 from evaluations.features import load_extractor
 from evaluations.statistics_cache import open_cache
 from evaluations.tally import POOLED
@@ -44,7 +44,7 @@ def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_
     :param inception: an extractor, see `load_extractor`; empty for the environment's.
     :raises UserError: if one of the two cannot be used, or they do not fit together.
     """
-    extractor = load_extractor(inception or None, dist_util.dev())
+    extractor = load_extractor(inception or None, dist.dev())
     evaluator = ThEvaluator(ref, extractor, image_size, batch_size=batch_size, cache=open_cache(None))
     evaluator.warn_of_few(num_samples)
     key = "fid" if extractor.is_inception else FRECHET_KEYS[POOLED]

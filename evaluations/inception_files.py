@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cm import dist_util
-from cm.registry import UserError
-from cm.weight_files import DOWNLOAD_ERRORS, WeightFile, download, has_right_hash, path_of, where_files_go
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io.downloads import DOWNLOAD_ERRORS, WeightFile, download, has_right_hash, path_of, where_files_go
 from evaluations.defaults import EXTRACTOR_VARIABLE
 
 GRAPH = WeightFile(
@@ -37,7 +37,7 @@ def find_weights(kind: str) -> str:
 
     :raises UserError: on every rank, if there is none and none can be had, or the one there is not the published one.
     """
-    dist_util.on_main(find_here, kind)                      # first, so that the others find the file
+    dist.on_main(find_here, kind)                      # first, so that the others find the file
     return find_here(kind)                                  # on another machine's disk it may be missing still
 
 

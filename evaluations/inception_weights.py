@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch as th
 from torch import Tensor
 
-from cm.registry import UserError
+from cm.errors import UserError
 from evaluations.graph_constants import read_constants
 from evaluations.inception_v3 import Conv, InceptionV3
 from evaluations.torchscript import is_torchscript, load_torchscript

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cm.registry import UserError
+from cm.errors import UserError
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cm.image_sources import ImageSource, open_source
-from cm.registry import UserError
+from cm.data.sources import ImageSource, open_source
+from cm.errors import UserError
 from evaluations.readers import BatchFile
 
 CHUNK = 64                                                  # images read at once from an npz
@@ -93,7 +93,7 @@ class NpzPictures:
 
 
 def open_pictures(path: str, flag: str) -> Pictures:
-    """The images at a path: an npz if its name ends so, else what `cm.image_sources.open_source` makes of it.
+    """The images at a path: an npz if its name ends so, else what `cm.data.sources.open_source` makes of it.
 
     :param flag: what messages call the path.
     :raises UserError: if there is nothing of that name, or it holds no images.

@@ -16,7 +16,7 @@ import torch as th
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from cm import dist_util
+from cm.distributed import setup as dist
 from evaluations.arrays import Array
 from evaluations.defaults import NEIGHBOURS
 from evaluations.manifold import BLOCK, PrecisionRecall, blocks, keep_nearest, shifted, squared_distances
@@ -36,7 +36,7 @@ class Share:
     def mean(self) -> NDArray[np.float32]:
         """Of the whole set, [D]."""
         total = th.from_numpy(self.points.sum(0, dtype=np.float64))
-        return (dist_util.all_reduce_sum(total).numpy() / self.count).astype(DTYPE)
+        return (dist.all_reduce_sum(total).numpy() / self.count).astype(DTYPE)
 
     def rows(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
         """The points at these places of the whole set, on every rank: [len(places),D]."""
@@ -46,7 +46,7 @@ class Share:
         mine[mine] = self.places[order[at[mine]]] == places[mine]
         rows = np.zeros((len(places), self.points.shape[1]))
         rows[mine] = self.points[order[at[mine]]]
-        return dist_util.all_reduce_sum(th.from_numpy(rows)).numpy()
+        return dist.all_reduce_sum(th.from_numpy(rows)).numpy()
 
 
 def precision_recall_over_ranks(ref: Share, sample: Share, k: int = NEIGHBOURS, block: int = BLOCK) -> PrecisionRecall:
@@ -64,7 +64,7 @@ def precision_recall_over_ranks(ref: Share, sample: Share, k: int = NEIGHBOURS, 
         hits(sample_points, ref_points, ref_radii, block),          # precision: samples in the reference's manifold
         hits(ref_points, sample_points, sample_radii, block),
     ]
-    precise, recalled = dist_util.all_reduce_sum(th.tensor([each.sum() for each in inside], dtype=th.int64)).tolist()
+    precise, recalled = dist.all_reduce_sum(th.tensor([each.sum() for each in inside], dtype=th.int64)).tolist()
     return PrecisionRecall(precise / sample.count, recalled / ref.count)
 
 
@@ -74,7 +74,7 @@ def radii(points: Array, k: int, block: int) -> Array:
     for owner, columns, others in circulate(points, block):
         for rows in blocks(len(points), block):
             distance = squared_distances(points[rows], others)
-            if owner == dist_util.get_rank():
+            if owner == dist.get_rank():
                 itself = np.arange(rows.start, rows.stop)[:, None] == np.arange(columns.start, columns.stop)
                 distance[itself] = np.inf
             keep_nearest(nearest[rows], distance)
@@ -94,12 +94,12 @@ def hits(points: Array, centres: Array, centre_radii: Array, block: int) -> NDAr
 
 def circulate(points: Array, block: int) -> Iterator[tuple[int, slice, Array]]:
     """Every rank's points in turn, on all ranks: their owner, their rows on it, and the points."""
-    rank = dist_util.get_rank()
-    counts = dist_util.all_gather_object(len(points))
+    rank = dist.get_rank()
+    counts = dist.all_gather_object(len(points))
     with tqdm(total=sum(counts), desc="precision and recall: distances", unit="img", disable=rank > 0) as bar:
         for owner, count in enumerate(counts):
             for rows in blocks(count, block):
-                yield owner, rows, dist_util.broadcast_object(points[rows] if owner == rank else None, owner)
+                yield owner, rows, dist.broadcast_object(points[rows] if owner == rank else None, owner)
                 bar.update(rows.stop - rows.start)
 
 
@@ -108,7 +108,7 @@ def kid_over_ranks(ref: Share, sample: Share, subsets: int, subset_size: int, se
 
     :raises ValueError: if a set is smaller than a subset.
     """
-    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     values = np.zeros(subsets)
     draws = kid_draws(ref.count, sample.count, subsets, subset_size, seed)
     draws = tqdm(draws, "kernel distance", subsets, unit="subset", disable=rank > 0)
@@ -116,5 +116,5 @@ def kid_over_ranks(ref: Share, sample: Share, subsets: int, subset_size: int, se
         x, y = sample.rows(sample_places), ref.rows(ref_places)
         if number % ranks == rank:
             values[number] = squared_mmd(x, y)
-    dist_util.all_reduce_sum(th.from_numpy(values))
+    dist.all_reduce_sum(th.from_numpy(values))
     return KernelDistance(float(values.mean()), float(values.std()), values)

@@ -21,9 +21,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cm import untrusted
-from cm.registry import UserError
-from cm.untrusted import DAMAGE, Header
+from cm.errors import UserError
+from cm.io import untrusted
+from cm.io.untrusted import DAMAGE, Header
 
 
 @dataclass(frozen=True)

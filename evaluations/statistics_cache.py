@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cm import logger
-from cm.registry import UserError
-from cm.weight_files import sha256
+from cm.errors import UserError
+from cm.io.downloads import sha256
+from cm.logging import logger
 from evaluations.defaults import NO_CACHE, cache_folder
 from evaluations.npz_writer import add_array, new_npz
 from evaluations.readers import BatchFile, Statistics

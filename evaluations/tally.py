@@ -12,8 +12,8 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from cm import dist_util
-from cm.registry import UserError
+from cm.distributed import setup as dist
+from cm.errors import UserError
 from evaluations.features import Extractor, Features
 from evaluations.metrics import InceptionScore, Moments
 
@@ -96,8 +96,8 @@ def check_finite(features: Features, extractor: Extractor, path: str, name: Call
 def moments_over_ranks(moments: Moments) -> Moments:
     """The moments of all ranks' features together; one step of all ranks."""
     total = Moments(len(moments.s))
-    n = int(dist_util.all_reduce_sum(th.tensor(moments.n)))
-    s, Q = (dist_util.all_reduce_sum(th.from_numpy(part.copy())).numpy() for part in (moments.s, moments.Q))
+    n = int(dist.all_reduce_sum(th.tensor(moments.n)))
+    s, Q = (dist.all_reduce_sum(th.from_numpy(part.copy())).numpy() for part in (moments.s, moments.Q))
     total.add_sums(n, s, Q)
     return total
 
@@ -108,11 +108,11 @@ def score_over_ranks(score: InceptionScore, classes: int) -> InceptionScore:
     :param classes: K, which a rank without images could not know.
     """
     last = max(score.chunks, default=-1)
-    chunks = int(dist_util.all_reduce_max(th.tensor(last))) + 1
+    chunks = int(dist.all_reduce_max(th.tensor(last))) + 1
     sums = np.zeros((chunks, 2 + classes))                  # n, sum p ln p, sum p
     for number, (n, p_log_p, p) in score.chunks.items():
         sums[number] = n, p_log_p, *p
-    dist_util.all_reduce_sum(th.from_numpy(sums))
+    dist.all_reduce_sum(th.from_numpy(sums))
     total = InceptionScore(score.split_size)
     for number, (n, p_log_p, *p) in enumerate(sums):
         if n:

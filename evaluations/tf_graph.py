@@ -12,8 +12,8 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from cm.registry import UserError
-from cm.weight_files import sha256
+from cm.errors import UserError
+from cm.io.downloads import sha256
 from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features
 
 INPUT, POOL, SPATIAL, LAST_LAYER = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"

@@ -10,8 +10,8 @@ Shapes: N images of the set, B of a batch, H and W height and width, D features.
 
 from __future__ import annotations
 
-from cm import command
-from cm.flags import Parser
+from cm.config import early_exit
+from cm.config.flags import Parser
 from evaluations.command_line import th_evaluator_parser
 
 
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(make_parser().parse_args)
+    early_exit.answer(make_parser().parse_args)
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,8 +31,10 @@ import torch as th
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from cm import dist_util, logger
-from cm.registry import UserError, lookup
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.logging import logger
+from cm.registry import lookup
 from evaluations.comparison import DAMAGED, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS, NAMES, OUTPUT_WORDS, Result
 from evaluations.defaults import BATCH_SIZE, NEIGHBOURS, SPLIT_SIZE
 from evaluations.evaluator import DESCRIPTION, make_folder_of, report, versions, write_json
@@ -139,7 +141,7 @@ class ThEvaluator:
         :raises UserError: if a feature is not finite, or all ranks together have too few images.
         """
         tally = self._tally("the images", batches, self.dims, self.split_size, expected)
-        count = int(dist_util.all_reduce_sum(th.tensor(tally.count)))
+        count = int(dist.all_reduce_sum(th.tensor(tally.count)))
         least = max([2, *([self.k + 1] if "precision_recall" in self.metrics else [])])
         if count < least:
             raise UserError(f"{count} images are too few: {', '.join(self.metrics)} need at least {least} images")
@@ -195,7 +197,7 @@ class ThEvaluator:
         for kind, dim in self.dims.items():
             statistics, source = file.statistics(kind.suffix), STORED
             if statistics is None and self.cache is not None:
-                known = dist_util.on_main(self.cache.load, file.path, self.extractor.id, kind.suffix)
+                known = dist.on_main(self.cache.load, file.path, self.extractor.id, kind.suffix)
                 statistics, source = known, CACHED
             if statistics is not None:
                 check_features(file.path, statistics, self.extractor, dim)
@@ -213,14 +215,14 @@ class ThEvaluator:
             found[kind] = Gaussian(*moments.finalize(), moments.n, COMPUTED)
             if self.cache is not None:
                 statistics = Statistics(*found[kind][:2], self.extractor.id, moments.n)
-                dist_util.on_main(self.cache.save, file.path, statistics, kind.suffix)
+                dist.on_main(self.cache.save, file.path, statistics, kind.suffix)
         if self.keeps_points:
             self.ref_points = self._share_of(tally, len(file))
         return found
 
     def _part_of(self, file: BatchFile) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """This rank's batches of a file; the ranks take turns, so a batch is the same on any number of them."""
-        rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+        rank, ranks = dist.get_rank(), dist.get_world_size()
         with tqdm(total=len(file), desc=f"features of {file.path}", unit="img", disable=rank > 0) as bar:
             for number, images in enumerate(file.batches(self.batch_size)):
                 if number % ranks == rank:
@@ -229,7 +231,7 @@ class ThEvaluator:
 
     def _expected(self, file: BatchFile) -> int:
         """How many images of a file are this rank's, at most."""
-        numbers = range(dist_util.get_rank(), -(-len(file) // self.batch_size), dist_util.get_world_size())
+        numbers = range(dist.get_rank(), -(-len(file) // self.batch_size), dist.get_world_size())
         return len(numbers) * self.batch_size
 
     def _tally(
@@ -249,7 +251,7 @@ class ThEvaluator:
     def _distance(self, results: dict[str, Result], kind: FeatureKind, tally: Tally) -> None:
         key, reference = FRECHET_KEYS[kind], self.reference[kind]
         moments = moments_over_ranks(tally.moments[kind])
-        parts = dist_util.on_main(frechet, reference.mu, reference.sigma, *moments.finalize())
+        parts = dist.on_main(frechet, reference.mu, reference.sigma, *moments.finalize())
         if parts.clipped > DAMAGED:
             logger.warn("a covariance of the reference has negative eigenvalues: its statistics are damaged")
         results[key] = Result(
@@ -290,14 +292,14 @@ def check_features(path: str, stored: Statistics, extractor: Extractor, dim: int
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    dist_util.setup_dist()
+    dist.setup_dist()
     start = time.monotonic()
     make_folder_of(args.json)
     samples = BatchFile(args.sample_batch)
     if not samples.has_images:
         raise UserError(f"{samples.path} holds only statistics, no images (arr_0)")
     evaluator = ThEvaluator(
-        args.ref_batch, load_extractor(args.inception, dist_util.dev()), samples.image_shape[1:3],
+        args.ref_batch, load_extractor(args.inception, dist.dev()), samples.image_shape[1:3],
         metrics=None if args.metrics == "all" else [name.strip() for name in args.metrics.split(",")],
         batch_size=args.batch_size, split_size=args.split_size, k=args.k, cache=open_cache(args.cache),
     )
@@ -310,14 +312,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "reference": args.ref_batch,
         "samples": args.sample_batch,
         "settings": {"split_size": args.split_size, "k": args.k, "kid_subsets": KID_SUBSETS, "kid_seed": KID_SEED,
-                     "ranks": dist_util.get_world_size()},
+                     "ranks": dist.get_world_size()},
         "versions": versions(),
         "seconds": round(time.monotonic() - start, 3),
     }
-    if dist_util.is_main():
+    if dist.is_main():
         print(report(result))
         write_json(args.json, result)
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

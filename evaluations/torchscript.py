@@ -18,9 +18,9 @@ import torch as th
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cm import untrusted
-from cm.registry import UserError
-from cm.weight_files import sha256
+from cm.errors import UserError
+from cm.io import untrusted
+from cm.io.downloads import sha256
 from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
 
 DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote

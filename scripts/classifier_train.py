@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cm import command
-from cm.flags import Settings, option, parse
+from cm.config import early_exit
+from cm.config.flags import Settings, option, parse
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(read_flags)
+    early_exit.answer(read_flags)
 
 import json
 import os
@@ -50,13 +50,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm import dist_util
-from cm.checkpoints import storage
-from cm.image_sources import ImageSource, open_source
-from cm.noisy_classifier import NoisyClassifierConfig, accuracy_at, to_content, train_noisy_classifier
-from cm.registry import UserError
-from cm.script_util import parse_channel_mult, parse_resolutions
-from cm.unet import attention_factors
+from cm.checkpoints import serialization
+from cm.data.sources import ImageSource, open_source
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.networks.build import parse_channel_mult, parse_resolutions
+from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
+from cm.networks.unet import attention_factors
+from cm.training.classifier import accuracy_at, train_noisy_classifier
 from evaluations.classifier import accuracy, stratified_split, train_classifier
 from evaluations.features import TorchScriptExtractor, save_torchscript
 
@@ -68,9 +69,9 @@ def main() -> None:
     config = settings.section(ClassifierConfig)
     if settings.dry_run:
         return print(settings.as_text())
-    if dist_util.get_world_size() > 1:
+    if dist.get_world_size() > 1:
         raise UserError("training a classifier is one process; start it without mpiexec")
-    dist_util.setup_dist()
+    dist.setup_dist()
     start = time.monotonic()
     images, labels, num_classes = load_labelled(open_source(config.data_dir, config.image_size), config.data_dir)
     try:
@@ -101,7 +102,7 @@ def train_extractor(
     """Facts for the JSON file, and what else to say."""
     model = train_classifier(
         *training, num_classes,
-        epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist_util.dev(),
+        epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev(),
     )
     held_out_accuracy = accuracy(model, *held_out)
     name = f"{Path(config.data_dir).stem}-classifier"
@@ -122,10 +123,10 @@ def train_guide(
         attention_factors(config.image_size, attended),
     )
     model = train_noisy_classifier(
-        *training, network, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist_util.dev()
+        *training, network, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev()
     )
     by_level = {sigma: accuracy_at(model, *held_out, sigma) for sigma in (network.sigma_min, *SHOWN_LEVELS)}
-    storage.save_tensors(out, to_content(model.cpu()))
+    serialization.save_tensors(out, to_content(model.cpu()))
     facts = {"held_out_accuracy": by_level[network.sigma_min], "accuracy_by_sigma": by_level}
     return facts, [f"at noise level {sigma:g}: {share:.1%}" for sigma, share in by_level.items()] + [out]
 
@@ -144,4 +145,4 @@ def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[np.uint8]
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

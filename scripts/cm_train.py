@@ -6,8 +6,9 @@ mpiexec -n 8 python scripts/cm_train.py --training_mode consistency_distillation
 
 from __future__ import annotations
 
-from cm import command, stopping
-from cm.config import (
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import (
     CONSISTENCY_MODES,
     ConsistencyConfig,
     DataConfig,
@@ -17,7 +18,7 @@ from cm.config import (
     RunConfig,
     TrainConfig,
 )
-from cm.flags import Settings, parse
+from cm.distributed import signals
 
 
 def read_flags() -> Settings:
@@ -28,35 +29,40 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    stopping.listen()
-    command.answer(read_flags)
+    signals.listen()
+    early_exit.answer(read_flags)
 
 import torch as th
 
-from cm import dist_util, run_data, run_util, script_util
-from cm.checkpoints import weights
-from cm.lpips import prepare_lpips
-from cm.registry import UserError
-from cm.train_util import CMTrainLoop
-from cm.watchers import check_flags, open_watchers
+from cm.checkpoints import loading
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.objectives.curricula import ema_and_scales
+from cm.objectives.lpips import prepare_lpips
+from cm.setup.callbacks import check_flags, open_watchers
+from cm.setup.data import augment, open_data
+from cm.setup.inherit import adopt_checkpoint
+from cm.setup.model import attend_where_possible, diffusion_from, model_from
+from cm.setup.run import adopt_resumed, describe, loop_arguments, on_device, open_run, resolve_durations
+from cm.training.consistency import CMTrainLoop
 from evaluations.in_training import open_metric
 
 
 def main() -> None:
     settings = read_flags()
-    dist_util.setup_dist(settings.values["timeout_seconds"])
-    run_util.resolve_durations(settings)
+    dist.setup_dist(settings.values["timeout_seconds"])
+    resolve_durations(settings)
     config = settings.section(ConsistencyConfig)
     if config.training_mode != "consistency_training" and not config.teacher_model_path:
         raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")
     if config.teacher_model_path:
-        script_util.adopt_checkpoint(settings, "teacher_model_path")
-    run_util.adopt_resumed(settings)
+        adopt_checkpoint(settings, "teacher_model_path")
+    adopt_resumed(settings)
     teacher = settings.sources.get("teacher_model_path")
     if teacher and teacher.training_mode in CONSISTENCY_MODES:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
-    script_util.attend_where_possible(settings)
-    ema_scale_fn = script_util.create_ema_and_scales_fn(
+    attend_where_possible(settings)
+    ema_scale_fn = ema_and_scales(
         target_ema_mode=config.target_ema_mode,
         start_ema=config.start_ema,
         scale_mode=config.scale_mode,
@@ -67,41 +73,41 @@ def main() -> None:
     )
     check_flags(settings)
     if settings.dry_run:
-        return run_util.describe(settings)
+        return describe(settings)
 
     if config.loss_norm == "lpips":
-        dist_util.on_main(prepare_lpips)
-    run_util.open_run(settings)
-    data = run_data.open_data(settings)
+        dist.on_main(prepare_lpips)
+    open_run(settings)
+    data = open_data(settings)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
-    model = script_util.model_from(settings)
+    model = model_from(settings)
     teacher_model = teacher_diffusion = None
     if teacher:
-        teacher_model = script_util.model_from(settings, dropout=config.teacher_dropout)
-        weights.fit(teacher_model, teacher.take(), teacher.path)
+        teacher_model = model_from(settings, dropout=config.teacher_dropout)
+        loading.fit(teacher_model, teacher.take(), teacher.path)
         model.load_state_dict(teacher_model.state_dict())       # the student starts from its teacher
-        run_util.on_device(settings, teacher_model).eval()
-        teacher_diffusion = script_util.diffusion_from(settings, distillation=False)
+        on_device(settings, teacher_model).eval()
+        teacher_diffusion = diffusion_from(settings, distillation=False)
     target_model = None
     if config.training_mode != "progdist":
-        target_model = script_util.model_from(settings)
+        target_model = model_from(settings)
         target_model.load_state_dict(model.state_dict())
-        run_util.on_device(settings, target_model)
+        on_device(settings, target_model)
 
     CMTrainLoop(
-        model=run_util.on_device(settings, model),
+        model=on_device(settings, model),
         target_model=target_model,
         teacher_model=teacher_model,
         teacher_diffusion=teacher_diffusion,
         training_mode=config.training_mode,
         ema_scale_fn=ema_scale_fn,
-        diffusion=script_util.diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
-        data=run_data.augment(settings, data, model),
+        diffusion=diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
+        data=augment(settings, data, model),
         watchers=watchers,
-        **run_util.loop_arguments(settings),
+        **loop_arguments(settings),
     ).run_loop()
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

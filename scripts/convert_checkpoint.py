@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cm import command
-from cm.config import ConvertConfig, DiffusionConfig, ModelConfig
-from cm.flags import Settings, parse
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
 
 
 def read_flags() -> Settings:
@@ -26,36 +26,43 @@ def with_names(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(read_flags)
+    early_exit.answer(read_flags)
 
 from collections.abc import Mapping
 from typing import Any
 
-from cm import dist_util, logger, run_util, script_util
-from cm.checkpoints import diffusers_folder, state, storage, weights
-from cm.registry import UserError
+from cm.checkpoints import loading, manifest
+from cm.checkpoints.formats import diffusers
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import storage
+from cm.logging import logger
+from cm.script_util import model_and_diffusion_defaults
+from cm.setup.inherit import adopt_checkpoint
+from cm.setup.model import model_from
+from cm.setup.run import describe
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
 def main() -> None:
     settings = read_flags()
-    dist_util.setup_dist()
+    dist.setup_dist()
     config = settings.section(ConvertConfig)
     for name in ("source", "dest"):
         if not settings.values[name]:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
     trained = manifest_of(config.source)
-    source = script_util.adopt_checkpoint(settings, "source", also=("training_mode",))
+    source = adopt_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:
-        return run_util.describe(settings)
-    model = script_util.model_from(settings)
-    weights.fit(model, source.take(), config.source)
+        return describe(settings)
+    model = model_from(settings)
+    loading.fit(model, source.take(), config.source)
     if config.format == "diffusers":
         levels = config.num_train_timesteps or training_levels(trained, settings)
-        dist_util.on_main(diffusers_folder.write, config.dest, model.state_dict(), settings.values, levels)
+        dist.on_main(diffusers.write, config.dest, model.state_dict(), settings.values, levels)
     else:
-        dist_util.on_main(write_native, config.dest, model.state_dict(), settings)
+        dist.on_main(write_native, config.dest, model.state_dict(), settings)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
 
@@ -63,13 +70,13 @@ def main() -> None:
 def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:
     """A checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
     storage.make_folder(folder)
-    known = {**script_util.model_and_diffusion_defaults(), "training_mode": ""}
-    state.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
+    known = {**model_and_diffusion_defaults(), "training_mode": ""}
+    manifest.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
 
 
 def manifest_of(path: str) -> Mapping[str, Any]:
     """The flags of the run that made a checkpoint; none for a file without a manifest."""
-    checkpoint = dist_util.on_main(state.beside, path)
+    checkpoint = dist.on_main(manifest.beside, path)
     return {} if checkpoint is None else checkpoint.config
 
 
@@ -89,4 +96,4 @@ def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cm import command
-from cm.flags import Parser
+from cm.config import early_exit
+from cm.config.flags import Parser
 
 
 def make_parser() -> Parser:
@@ -23,7 +23,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(make_parser().parse_args)
+    early_exit.answer(make_parser().parse_args)
 
 import json
 import os
@@ -35,8 +35,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cm.image_sources import open_source
-from cm.sample_files import labelled_rows
+from cm.data.sources import open_source
+from cm.generate.grids import labelled_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "digits"

@@ -5,8 +5,9 @@ mpiexec -n 8 python scripts/edm_train.py --data_dir IMAGES --image_size 64 --log
 
 from __future__ import annotations
 
-from cm import command, stopping
-from cm.config import (
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import (
     DataConfig,
     DiffusionConfig,
     EvalConfig,
@@ -15,7 +16,7 @@ from cm.config import (
     RunConfig,
     TrainConfig,
 )
-from cm.flags import Settings, parse
+from cm.distributed import signals
 
 
 def read_flags() -> Settings:
@@ -25,46 +26,50 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    stopping.listen()
-    command.answer(read_flags)
+    signals.listen()
+    early_exit.answer(read_flags)
 
 import torch as th
 
-from cm import dist_util, run_data, run_util, script_util
-from cm.train_util import TrainLoop
-from cm.watchers import check_flags, open_watchers
+from cm.distributed import setup as dist
+from cm.setup.callbacks import check_flags, open_watchers
+from cm.setup.data import augment, open_data
+from cm.setup.model import attend_where_possible, diffusion_from, model_from
+from cm.setup.objective import follow_objective, follow_precond, objective_from
+from cm.setup.run import adopt_resumed, describe, loop_arguments, on_device, open_run, resolve_durations
+from cm.training.consistency import TrainLoop
 from evaluations.in_training import open_metric
 
 
 def main() -> None:
     settings = read_flags()
     settings.replace(training_mode="edm")
-    dist_util.setup_dist(settings.values["timeout_seconds"])
-    run_util.resolve_durations(settings)
-    run_util.adopt_resumed(settings)
-    script_util.attend_where_possible(settings)
-    script_util.follow_objective(settings)
-    script_util.follow_precond(settings)
+    dist.setup_dist(settings.values["timeout_seconds"])
+    resolve_durations(settings)
+    adopt_resumed(settings)
+    attend_where_possible(settings)
+    follow_objective(settings)
+    follow_precond(settings)
     check_flags(settings)
     if settings.dry_run:
-        return run_util.describe(settings)
+        return describe(settings)
 
-    run_util.open_run(settings)
-    diffusion = script_util.diffusion_from(settings, distillation=False)
-    objective = script_util.objective_from(settings, diffusion)
-    data = run_data.open_data(settings, references=objective.references)
+    open_run(settings)
+    diffusion = diffusion_from(settings, distillation=False)
+    objective = objective_from(settings, diffusion)
+    data = open_data(settings, references=objective.references)
     watchers = open_watchers(settings, open_metric)
     th.manual_seed(settings.values["seed"])
-    model = run_util.on_device(settings, script_util.model_from(settings))
+    model = on_device(settings, model_from(settings))
     TrainLoop(
         model=model,
         diffusion=diffusion,
-        data=run_data.augment(settings, data, model),
+        data=augment(settings, data, model),
         objective=objective,
         watchers=watchers,
-        **run_util.loop_arguments(settings),
+        **loop_arguments(settings),
     ).run_loop()
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -6,9 +6,9 @@ python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,
 
 from __future__ import annotations
 
-from cm import command
-from cm.config import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
-from cm.flags import Settings, parse
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
 
 
 def read_flags() -> Settings:
@@ -18,35 +18,38 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(read_flags)
+    early_exit.answer(read_flags)
 
 import json
 from functools import partial
 
 import numpy as np
 
-from cm import dist_util, logger, run_util, sample_util
-from cm.edit_util import EditJob, edit_images, make_job
-from cm.sample_files import grid_scale, labelled_rows
-from cm.sampling import SamplingResult, at_precision, collect_to_npz
+from cm.distributed import setup as dist
+from cm.generate.edit_tasks import EditJob, edit_images, make_job
+from cm.generate.engine import SamplingResult, at_precision, collect_to_npz
+from cm.generate.grids import grid_scale, labelled_rows
+from cm.logging import logger
+from cm.setup.run import describe, open_log, run_precision
+from cm.setup.sample import adopt_model, guided_diffusion, load_classifier, load_model, sampler_of, sampling_plan
 
 COLUMNS = 8                                                 # images in the comparison
 
 
 def main() -> None:
     settings = read_flags()
-    dist_util.setup_dist()
-    sample_util.adopt_model(settings)
+    dist.setup_dist()
+    adopt_model(settings)
     if settings.dry_run:
-        return run_util.describe(settings)
+        return describe(settings)
 
-    classifier = sample_util.load_classifier(settings)
-    job = make_job(settings, sample_util.sampling_plan(settings, classifier), *sample_util.sampler_of(settings))
-    run_util.open_log(settings)
-    model, diffusion = sample_util.load_model(settings), sample_util.guided_diffusion(settings, classifier)
-    with at_precision(model, run_util.run_precision(settings)):
+    classifier = load_classifier(settings)
+    job = make_job(settings, sampling_plan(settings, classifier), *sampler_of(settings))
+    open_log(settings)
+    model, diffusion = load_model(settings), guided_diffusion(settings, classifier)
+    with at_precision(model, run_precision(settings)):
         result = collect_to_npz(partial(edit_images, job, model, diffusion), job.plan, logger.get_dir(), job.kinds)
-    dist_util.on_main(report, settings, job, result)
+    dist.on_main(report, settings, job, result)
 
 
 def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
@@ -87,4 +90,4 @@ def comparison(job: EditJob, result: SamplingResult) -> list[tuple[str, np.ndarr
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -8,8 +8,9 @@ mpiexec -n 8 python scripts/image_sample.py --model_path runs/edm/ema_0.9999_600
 
 from __future__ import annotations
 
-from cm import command
-from cm.config import (
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import (
     DiffusionConfig,
     GuidanceConfig,
     ModelConfig,
@@ -19,7 +20,6 @@ from cm.config import (
     SeedsConfig,
     SolverConfig,
 )
-from cm.flags import Settings, parse
 
 
 def read_flags() -> Settings:
@@ -30,7 +30,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(read_flags)
+    early_exit.answer(read_flags)
 
 import json
 import os
@@ -38,41 +38,53 @@ from dataclasses import replace
 
 import numpy as np
 
-from cm import dist_util, logger, run_util, sample_util
-from cm.png_folder import PngFolder
-from cm.registry import UserError
-from cm.sample_files import grid_scale, image_grid
-from cm.sampling import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_to_npz, sample_to_pngs
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_to_npz, sample_to_pngs
+from cm.generate.grids import grid_scale, image_grid
+from cm.generate.png import PngFolder
+from cm.logging import logger
+from cm.setup.run import describe, open_log, run_precision
+from cm.setup.sample import (
+    adopt_model,
+    choose_seeds,
+    guided_diffusion,
+    load_classifier,
+    load_model,
+    png_recipe,
+    sampler_options,
+    sampling_plan,
+)
 
 
 def main() -> None:
     settings = read_flags()
-    dist_util.setup_dist()
-    config = sample_util.adopt_model(settings)
-    seeds = sample_util.choose_seeds(settings)
+    dist.setup_dist()
+    config = adopt_model(settings)
+    seeds = choose_seeds(settings)
     if settings.dry_run:
-        return run_util.describe(settings)
+        return describe(settings)
 
-    pngs, classifier = settings.section(PngConfig), sample_util.load_classifier(settings)
-    plan = replace(sample_util.sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
-    options = sample_util.sampler_options(settings)         # tried out before anything is loaded
+    pngs, classifier = settings.section(PngConfig), load_classifier(settings)
+    plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
+    options = sampler_options(settings)         # tried out before anything is loaded
     folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
-    run_util.open_log(settings)
+    open_log(settings)
     if folder:
         result = sample_to_pngs(
-            sample_util.load_model(settings), sample_util.guided_diffusion(settings, classifier), plan, folder,
-            run_util.run_precision(settings), **options,
+            load_model(settings), guided_diffusion(settings, classifier), plan, folder,
+            run_precision(settings), **options,
         )
-        return dist_util.on_main(report_pngs, folder, plan, result)
+        return dist.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
-        sample_util.load_model(settings),
-        sample_util.guided_diffusion(settings, classifier),
+        load_model(settings),
+        guided_diffusion(settings, classifier),
         plan,
         logger.get_dir(),
-        run_util.run_precision(settings),
+        run_precision(settings),
         **options,
     )
-    dist_util.on_main(report, config, plan, result)
+    dist.on_main(report, config, plan, result)
 
 
 def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> PngFolder:
@@ -83,7 +95,7 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> Png
     if plan.generator == "dummy":
         raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
-    dist_util.on_main(folder.claim, sample_util.png_recipe(settings))
+    dist.on_main(folder.claim, png_recipe(settings))
     return folder
 
 
@@ -122,4 +134,4 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> 
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

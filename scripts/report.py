@@ -7,8 +7,8 @@ Opens from disk in any browser, without a server and without a network.
 
 from __future__ import annotations
 
-from cm import command
-from cm.flags import Parser, positive
+from cm.config import early_exit
+from cm.config.flags import Parser, positive
 
 MAX_GRIDS = 12
 
@@ -23,19 +23,19 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(make_parser().parse_args)
+    early_exit.answer(make_parser().parse_args)
 
 import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from cm import dist_util
-from cm.html_parts import writable
-from cm.log_outputs import replace_file
-from cm.registry import UserError
-from cm.report_page import page
-from cm.run_records import read_run
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.logging.writers import replace_file
+from cm.report.html import writable
+from cm.report.page import page
+from cm.report.run_records import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -9,9 +9,16 @@ schedule it found. Killed and started again, it goes on; so does a search for mo
 
 from __future__ import annotations
 
-from cm import command
-from cm.config import CONSISTENCY_MODES, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TernarySearchConfig
-from cm.flags import Settings, parse
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import (
+    CONSISTENCY_MODES,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    TernarySearchConfig,
+)
 
 SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
 
@@ -21,7 +28,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    command.answer(read_flags)
+    early_exit.answer(read_flags)
 
 import dataclasses
 import os
@@ -37,14 +44,18 @@ import torch as th
 from torch import nn
 from tqdm import tqdm
 
-from cm import dist_util, logger, run_util, sample_util
-from cm.checkpoints import storage
-from cm.line_plot import line_plot
-from cm.registry import UserError
-from cm.sampling import SamplingPlan, at_precision, draw, labels_of, rounds
-from cm.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
-from cm.score_ledger import Ledger, open_ledger, write_json
-from cm.shared_stages import SharedStages
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.generate.engine import SamplingPlan, at_precision, draw, labels_of, rounds
+from cm.generate.prefix_cache import SharedStages
+from cm.generate.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
+from cm.generate.score_store import Ledger, open_ledger
+from cm.io import storage
+from cm.io.storage import write_json
+from cm.logging import logger
+from cm.report.line_plot import line_plot
+from cm.setup.run import describe, open_log, run_precision
+from cm.setup.sample import adopt_model, load_model, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.readers import BatchFile
 from evaluations.th_evaluator import ThEvaluator
@@ -54,26 +65,26 @@ STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "terna
 
 def main() -> None:
     settings = read_flags()
-    dist_util.setup_dist()
+    dist.setup_dist()
     asked = tuple(settings.given)
     check_flags(settings)
     settings.given.setdefault("training_mode", "a multistep schedule")
-    sample_util.adopt_model(settings)
+    adopt_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
-    plan = sample_util.sampling_plan(settings)
+    plan = sampling_plan(settings)
     if settings.dry_run:
-        return run_util.describe(settings)
+        return describe(settings)
 
-    run_util.open_log(settings)
+    open_log(settings)
     start = time.monotonic()
-    precision = run_util.run_precision(settings)
-    extractor = load_extractor(config.inception or None, dist_util.dev())
-    ledger = dist_util.on_main(start_ledger, settings, precision, extractor.id)
+    precision = run_precision(settings)
+    extractor = load_extractor(config.inception or None, dist.dev())
+    ledger = dist.on_main(start_ledger, settings, precision, extractor.id)
     evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)
-    stages = SharedStages(sample_util.sampling_diffusion(settings), config.cache_gib * 2**30)
-    scorer = Scorer(sample_util.load_model(settings), stages, plan, sampler_options(settings), evaluator)
+    stages = SharedStages(sampling_diffusion(settings), config.cache_gib * 2**30)
+    scorer = Scorer(load_model(settings), stages, plan, sampler_options(settings), evaluator)
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
             lambda ts: ledger.score(text(ts), partial(scorer, ts)), space, config.num_ts, stages.share
@@ -86,7 +97,7 @@ def main() -> None:
         "command": sampling_command(settings, asked, found[-1].ts),
         "seconds": round(time.monotonic() - start, 3),
     }
-    dist_util.on_main(report, result, found)
+    dist.on_main(report, result, found)
 
 
 def check_flags(settings: Settings) -> None:
@@ -138,12 +149,12 @@ class Scorer:
         before = self.stages.evaluations
         distance = self.evaluator.evaluate(self.batches(ts))["frechet_distance"].value
         logger.log(f"ts {text(ts)}: {distance:.6g}")
-        return distance, int(dist_util.all_reduce_sum(th.tensor(self.stages.evaluations - before)))
+        return distance, int(dist.all_reduce_sum(th.tensor(self.stages.evaluations - before)))
 
     def batches(self, ts: Schedule) -> Iterator[tuple[int, np.ndarray]]:
         """This rank's share of the images: a batch's place in the result, and its [n,H,W,3] uint8."""
-        shares = list(rounds(self.plan, dist_util.get_rank(), dist_util.get_world_size()))
-        main = dist_util.is_main()
+        shares = list(rounds(self.plan, dist.get_rank(), dist.get_world_size()))
+        main = dist.is_main()
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
                 denoiser, labels = self.stages.denoiser(ts, batch), labels_of(indices, self.plan)
@@ -220,7 +231,7 @@ def table(found: Sequence[Round], metric: str) -> str:
 
 def sampling_command(settings: Settings, asked: Sequence[str], ts: Schedule) -> str:
     """The image_sample.py command for the samples of a schedule, with the flags that were asked for here."""
-    values, ranks = settings.values, dist_util.get_world_size()
+    values, ranks = settings.values, dist.get_world_size()
     flags = {each.name for section in SAMPLING for each in dataclasses.fields(section)} - {"log_dir"}
     always = ("model_path", "training_mode", "steps", "num_samples", "batch_size", "seed")
     chosen = {name: values[name] for name in (*always, *asked) if name in flags}
@@ -235,4 +246,4 @@ def text(ts: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
-    dist_util.run(main)
+    dist.run(main)

@@ -4,8 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch as th
+
+from cm.logging import logger
 
 th.set_num_threads(1)
 
@@ -20,3 +23,12 @@ def user_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture
+def images(tmp_path):
+    """The path of twenty small images with labels of three classes; the log that a run opens is closed after it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(20) % 3)
+    yield str(tmp_path / "images.npz")
+    logger.reset()

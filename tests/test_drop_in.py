@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch as th
 
-from cm import distances, logger, script_util
-from cm.editing import iterative_colorization, iterative_inpainting, iterative_superres
+from cm.diffusion.noise_sampling import create_named_schedule_sampler
+from cm.errors import UserError
+from cm.generate.editing import iterative_colorization, iterative_inpainting, iterative_superres
 from cm.karras_diffusion import karras_sample
-from cm.networks import CHANNEL_MULT
-from cm.registry import UserError
-from cm.resample import create_named_schedule_sampler
+from cm.logging import logger
+from cm.networks.build import CHANNEL_MULT, create_model
+from cm.objectives import distances
 from cm.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     cm_train_defaults,
-    create_model,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
+from cm.setup import model as script_util
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",

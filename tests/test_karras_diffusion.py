@@ -1,29 +1,24 @@
 """The doors, against numbers made by the original implementation: see golden.py for how far those are to be trusted."""
 
-from functools import cache
 
-import golden
 import pytest
 import torch as th
 from torch import nn
 
-from cm.interfaces import Batch, Nets
+from cm.diffusion.noise_sampling import UniformSampler
+from cm.diffusion.weightings import WEIGHTINGS
 from cm.karras_diffusion import KarrasDenoiser
-from cm.nn import update_ema
 from cm.random_util import SampleStreams
-from cm.resample import UniformSampler
-from cm.weightings import WEIGHTINGS
+from cm.tensors import update_ema
+from cm.types import Batch, Nets
+from support import golden
+from support.denoisers import Plain, diffusion, net
 
 GRADIENTS = ["input_blocks.0.0.weight", "out.2.weight", "time_embed.0.weight", "middle_block.1.qkv.weight"]
 
 
-@cache
-def net(which: str) -> nn.Module:
-    return golden.build(which)
 
 
-def diffusion(distillation: bool = False, loss_norm: str = "l2", weighting: str = "uniform") -> KarrasDenoiser:
-    return KarrasDenoiser(distillation=distillation, loss_norm=loss_norm, weight_schedule=weighting)
 
 
 def given(prefix: str) -> tuple[th.Tensor, th.Tensor, dict[str, th.Tensor]]:
@@ -95,7 +90,7 @@ def test_known_methods():
     denoiser, sigma = diffusion(), th.tensor([0.5, 2.0])
     assert th.equal(denoiser.get_sigmas(sigma), sigma)
     assert denoiser.get_snr(sigma).tolist() == [4.0, 0.25]
-    assert all(map(th.equal, denoiser.get_scalings(sigma), denoiser.precond.scalings(sigma)))
+    assert all(map(th.equal, denoiser.get_scalings(sigma), denoiser.scaling.scalings(sigma)))
     c_skip, c_out, _ = denoiser.get_scalings_for_boundary_condition(th.tensor([0.002]))
     assert (c_skip.item(), c_out.item()) == (1.0, 0.0)
 
@@ -177,15 +172,6 @@ def test_a_teacher_without_a_denoiser_of_its_own_is_an_edm_of_the_same_levels():
     assert th.equal(*losses)
 
 
-class Plain(nn.Module):
-    """A network without labels."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x, timesteps):
-        return self.conv(x)
 
 
 def test_everything_optional_may_be_left_out():

@@ -1,4 +1,4 @@
-"""Imports run down the layers: a file imports only from layers above it in this list, never from its own."""
+"""The order of the packages: imports run down, and only certain places know certain libraries."""
 
 import ast
 import sys
@@ -6,96 +6,111 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
-LAYERS = [
-    # what needs nothing of this house: errors, files, pictures
-    ["registry", "torchvision_shim", "untrusted", "weight_files", "addresses", "pictures", "classifier_fit"],
-    ["lpips", "interfaces", "forward_ad", "launch", "host_memory", "guard", "log_outputs", "vp", "image_labels",
-     "compiling"],
-    # ranks, logs, flags
-    ["collectives", "stopping", "command"],
-    ["logger", "dist_util", "flags", "schedules"],
-    # the mathematics of one step, and what a run reads and writes
-    ["nn", "curricula", "precond", "weightings", "distances", "resample", "random_util",
-     "image_sources", "config", "meters", "shares", "sample_files", "line_plot", "schedule_search",
-     "non_finite"],
-    ["svg_plot", "run_records", "html_parts"],
-    ["report_page"],
-    # networks
-    ["fp16_util", "norm_act", "cpu_attention", "averages", "optimizers"],
-    ["attention"],
-    ["raw_datasets", "png_folder", "durations", "ticks"],
-    ["unet", "edm_networks", "augment"],
-    ["samplers", "networks", "noisy_classifier"],
-    # what is done with them: sample, edit, train
-    ["editing", "objectives"],
-    ["karras_diffusion", "image_datasets", "checkpoints", "memory_plan"],
-    ["loop_state"],
-    ["script_util", "train_loop", "sampling", "shared_stages", "score_ledger", "reference_images",
-     "profiling"],
-    # from flags to runs
-    ["train_util", "run_data", "edit_util"],
-    ["run_util"],
-    ["sample_util"],
-    ["watchers"],
+FLOORS = [
+    ["errors", "types", "tensors"],
+    ["registry"],
+    ["io", "random_util", "report"],
+    ["diffusion", "distributed"],
+    ["networks", "data", "config", "logging"],
+    ["samplers", "checkpoints"],
+    ["objectives", "evaluations"],
+    ["karras_diffusion"],
+    ["generate"],
+    ["training"],
+    ["setup"],
 ]
-LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "logger", "losses", "nn", "resample", "script_util",
+              "train_util", "unet"}
+"""Modules of openai/consistency_models: nothing of the toolkit imports them, and they may import all of it."""
+
+SOURCES = sorted([*(ROOT / "cm").rglob("*.py"), *(ROOT / "evaluations").rglob("*.py")])
 
 
-def rooms_imported(path: Path) -> set[str]:
-    """Names of the modules and packages of `cm` that a file imports, at any depth of its code."""
+def unit(module: str) -> str:
+    """The package or top module that a dotted name belongs to."""
+    first, _, rest = module.partition(".")
+    return first if first == "evaluations" else rest.partition(".")[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, at any depth of its code; it imports nothing relative."""
     found = set()
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
-    return {name.split(".")[1] for name in found if name.startswith("cm.") and name.split(".")[1] in LAYER}
+            assert not node.level, f"{path}:{node.lineno}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-CM_FILES = sorted((ROOT / "cm").rglob("*.py"))
-ROOMS_OF_SCRIPTS = ("scripts", "evaluations", "datasets")
+def own(path: Path) -> str:
+    return unit(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-@pytest.mark.parametrize("path", CM_FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_down_the_layers(path):
-    room = path.relative_to(ROOT / "cm").parts[0].removesuffix(".py")
-    if room == "__init__":
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_down(path):
+    name = own(path)
+    if name in COMPATIBLE or name == "__init__":
         return
-    assert room in LAYER, f"{path} has no layer: give it one in tests/test_layers.py"
-    for imported in rooms_imported(path) - {room}:
-        assert LAYER[imported] < LAYER[room], f"{room} (layer {LAYER[room]}) imports {imported} ({LAYER[imported]})"
+    assert name in FLOOR, f"{name} has no floor: give it one in tests/test_layers.py"
+    for module in imported(path):
+        other = unit(module)
+        if module.startswith(("cm.", "evaluations.")) and other != name:
+            assert other in FLOOR, f"{path} imports {module}"
+            assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other} ({FLOOR[other]})"
 
 
-def test_only_dist_util_imports_mpi():
-    for path in [*CM_FILES, *(ROOT / "scripts").rglob("*.py"), *(ROOT / "evaluations").rglob("*.py")]:
-        if path.name != "dist_util.py":
-            assert "mpi4py" not in {name.split(".")[0] for name in absolute_imports(path)}, path
+def test_no_modules_import_each_other():
+    """Inside a package, too; a package's own table may list its modules."""
+    edges = {}
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        edges[module] = {other for name in imported(path) for other in (name, name.rpartition(".")[0])}
+    edges = {module: {other for other in others if other in edges} - {module} for module, others in edges.items()}
+
+    def walk(module, above):
+        assert module not in above, f"a circle: {' -> '.join([*above[above.index(module):], module])}"
+        for other in edges.pop(module, ()):
+            walk(other, [*above, module])
+
+    for module in list(edges):
+        walk(module, [])
+
+
+def test_cm_itself_holds_compatible_modules_and_the_lowest_floors():
+    modules = {path.stem for path in (ROOT / "cm").glob("*.py")} - {"__init__"}
+    assert len(modules) <= 18
+    assert modules <= COMPATIBLE | {"errors", "types", "tensors", "registry", "random_util", "karras_diffusion"}
+
+
+def test_every_package_says_its_job():
+    for path in [*(ROOT / "cm").rglob("__init__.py"), *(ROOT / "evaluations").rglob("__init__.py")]:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+    for folder in {path.parent for path in SOURCES}:
+        assert (folder / "__init__.py").exists(), folder
+
+
+def test_only_distributed_setup_imports_mpi():
+    for path in [*SOURCES, *(ROOT / "scripts").rglob("*.py")]:
+        if path != ROOT / "cm/distributed/setup.py":
+            assert "mpi4py" not in {name.partition(".")[0] for name in imported(path)}, path
 
 
 def test_evaluations_never_import_the_training_engine():
     for path in (ROOT / "evaluations").rglob("*.py"):
-        # These read files, speak to ranks or fit a small classifier; none is the engine, and all is done in one way.
-        assert rooms_imported(path) <= {"command", "dist_util", "logger", "registry", "flags", "image_sources",
-                                        "untrusted", "weight_files", "classifier_fit"}, path
+        units = {unit(name) for name in imported(path) if name.startswith("cm.")}
+        assert not units & {"training", "generate", "objectives", "setup", "checkpoints"}, path
 
 
-def test_every_foreign_package_is_one_that_setup_declares():
+def test_every_foreign_package_is_declared():
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-    own = {"cm", "evaluations", *sys.stdlib_module_names}
-    declared = (ROOT / "setup.py").read_text()
-    for path in [*CM_FILES, *(file for room in ROOMS_OF_SCRIPTS for file in (ROOT / room).rglob("*.py"))]:
-        for package in {name.split(".")[0] for name in absolute_imports(path)} - own:
+    declared = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+    commands = [path for folder in ("scripts", "datasets") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*SOURCES, *commands]:
+        foreign = {name.partition(".")[0] for name in imported(path)}
+        for package in foreign - {"cm", "evaluations", *sys.stdlib_module_names}:
             assert f'"{distributions.get(package, package)}>=' in declared, f"{path} imports {package}"
-
-
-def absolute_imports(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
-        node.module for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module
-    }

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.interfaces import NoiseSource
 from cm.random_util import (
     GENERATORS,
     SampleStreams,
@@ -21,6 +20,7 @@ from cm.random_util import (
     stream_seed,
     stream_seeds,
 )
+from cm.types import NoiseSource
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "generators.json").read_text())
 DETERMINISTIC = ["determ", "determ-indiv"]

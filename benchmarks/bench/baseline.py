@@ -13,9 +13,10 @@ import math
 import torch as th
 from torch import Tensor, nn
 
-from cm.attention import AttentionBlock
-from cm.interfaces import Batch
-from cm.nn import GroupNorm32, append_dims
+from cm.networks.attention import AttentionBlock
+from cm.networks.layers import GroupNorm32
+from cm.tensors import append_dims
+from cm.types import Batch
 
 
 class PlainAttention(AttentionBlock):

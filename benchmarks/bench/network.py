@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.script_util import create_model, place
+from cm.networks.build import create_model, to_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NetworkSpec:
         for param in model.parameters():
             if not param.any():
                 nn.init.normal_(param, std=0.02)
-        return place(model, device)
+        return to_device(model, device)
 
     def images(self, device: th.device, batch: int | None = None) -> Tensor:
         """[N,3,H,W] in [-1, 1]."""

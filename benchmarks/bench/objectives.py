@@ -15,13 +15,13 @@ from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.timing import take_turns
-from cm import logger
-from cm.interfaces import Batch
+from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.karras_diffusion import KarrasDenoiser
+from cm.logging import logger
 from cm.objectives import DENOISING
-from cm.resample import create_named_schedule_sampler
-from cm.script_util import PUBLISHED_LAW
-from cm.train_util import TrainLoop
+from cm.setup.objective import PUBLISHED_LAW
+from cm.training.consistency import TrainLoop
+from cm.types import Batch
 
 # name -> (objective, its options, preconditioning, forward passes of a step where a backward pass counts as two)
 JOBS = {

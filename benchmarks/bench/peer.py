@@ -12,9 +12,9 @@ import torch as th
 from torch import Tensor, nn
 
 from bench.network import NetworkSpec
-from cm.checkpoints import diffusers_folder
+from cm.checkpoints.formats import diffusers as diffusers_folder
+from cm.io.torchvision_shim import import_torchvision
 from cm.script_util import model_and_diffusion_defaults
-from cm.torchvision_shim import import_torchvision
 
 MISSING = "diffusers is not installed"
 

@@ -15,7 +15,7 @@ from bench.lines import Line
 from bench.network import SPECS
 from bench.timing import take_turns
 from bench.train import toolkit_job
-from cm import dist_util
+from cm.distributed import setup as dist
 
 
 def rank_lines(device: th.device, repeats: int) -> list[Line]:
@@ -51,11 +51,11 @@ def images_per_second(mpiexec: Path, ranks: int, threads: int, batch: int, repea
 def time_a_rank(batch: int, repeats: int) -> None:
     """Print images/s of all ranks, `batch` on each."""
     def main() -> None:
-        dist_util.setup_dist()
-        spec, device = SPECS["cpu"], dist_util.dev()
+        dist.setup_dist()
+        spec, device = SPECS["cpu"], dist.dev()
         job = toolkit_job("edm", spec, device, spec.images(device, batch), "fp32")
         seconds = take_turns({"step": job}, device, repeats)["step"].median
-        if dist_util.is_main():
-            print(batch * dist_util.get_world_size() / seconds)
+        if dist.is_main():
+            print(batch * dist.get_world_size() / seconds)
 
-    dist_util.run(main)
+    dist.run(main)

@@ -14,9 +14,10 @@ from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.peer import MISSING, peer_of
 from bench.timing import take_turns
-from cm.karras_diffusion import KarrasDenoiser, sample
+from cm.generate.engine import at_precision
+from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import get_generator
-from cm.sampling import at_precision
+from cm.samplers.sample import sample
 
 HEUN_STEPS = 5
 

@@ -21,7 +21,7 @@ from bench.lines import Line
 from bench.network import NetworkSpec, forward_flops
 from bench.timing import take_turns
 from bench.train import toolkit_job
-from cm.line_plot import line_plot
+from cm.report.line_plot import line_plot
 
 SMALL = NetworkSpec(16, 32, "1,2", 1, 32, "8", 16)           # so that the largest point of an axis stays short
 WIDE = 0.10                                                 # a deviation from the law that the line names

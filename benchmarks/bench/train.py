@@ -16,11 +16,11 @@ from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.peer import MISSING, peer_of
 from bench.timing import take_turns
-from cm import logger
-from cm.curricula import ema_and_scales
-from cm.interfaces import Batch
 from cm.karras_diffusion import KarrasDenoiser
-from cm.train_util import CMTrainLoop, TrainLoop
+from cm.logging import logger
+from cm.objectives.curricula import ema_and_scales
+from cm.training.consistency import CMTrainLoop, TrainLoop
+from cm.types import Batch
 
 EMA_RATES = (0.999, 0.9999, 0.9999432189950708)             # as many as the published recipes keep
 SCALES = 40

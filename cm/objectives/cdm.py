@@ -15,11 +15,11 @@ from functools import partial
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Batch, Denoiser, Nets, NoiseSource, Terms
-from cm.nn import append_dims, mean_flat
+from cm.diffusion.schedules import karras_between
 from cm.objectives.edm import EDM, error_terms
 from cm.registry import lookup
-from cm.schedules import karras_between
+from cm.tensors import append_dims, mean_flat
+from cm.types import Batch, Denoiser, Nets, NoiseSource, Terms
 
 LONGEST = 0.05                                                      # s - s' is uniform in 0..LONGEST
 LOWEST = 0.002                                                      # of s'

@@ -11,12 +11,12 @@ from functools import partial
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Batch, Nets, Terms
-from cm.nn import append_dims, update_ema
-from cm.objectives.grid import GridObjective
+from cm.errors import UserError
+from cm.objectives.base import GridObjective
 from cm.random_util import SharedDropout
-from cm.registry import UserError
 from cm.samplers.heun import Heun
+from cm.tensors import append_dims, update_ema
+from cm.types import Batch, Nets, Terms
 
 
 class Consistency(GridObjective):

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from cm.interfaces import Batch, Denoiser, Nets, NoiseSource, Terms
-from cm.nn import append_dims, mean_flat
-from cm.resample import LogNormalSampler, LossSecondMomentResampler, ScheduleSampler
+from cm.diffusion.noise_sampling import LogNormalSampler, LossSecondMomentResampler, ScheduleSampler
+from cm.tensors import append_dims, mean_flat
+from cm.types import Batch, Denoiser, Nets, NoiseSource, Terms
 
 
 @dataclass

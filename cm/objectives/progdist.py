@@ -12,11 +12,11 @@ from functools import partial
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Batch, Nets, Terms
-from cm.nn import append_dims
-from cm.objectives.grid import GridObjective
-from cm.registry import UserError
+from cm.errors import UserError
+from cm.objectives.base import GridObjective
 from cm.samplers.euler import Euler
+from cm.tensors import append_dims
+from cm.types import Batch, Nets, Terms
 
 
 class ProgressiveDistillation(GridObjective):

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch as th
 from torch import Tensor
 
-from cm import vp
-from cm.interfaces import Batch, Nets, NoiseSource, Terms
-from cm.nn import append_dims, mean_flat
+from cm.diffusion import ddpm_schedule
+from cm.diffusion.noise_sampling import ScheduleSampler
+from cm.diffusion.schedules import karras_earlier
 from cm.objectives.edm import EDM
-from cm.resample import ScheduleSampler
-from cm.schedules import karras_earlier
+from cm.tensors import append_dims, mean_flat
+from cm.types import Batch, Nets, NoiseSource, Terms
 
 Earlier = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -40,14 +40,14 @@ class SADPM(EDM):
 
     num_consecutive_steps: int = 2
     lamda: float = 0.2
-    earlier: Earlier = vp.earlier
+    earlier: Earlier = ddpm_schedule.earlier
 
     @classmethod
     def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
         """On DDPM's timesteps for a network that is told them; else on a Karras grid as fine as these."""
         ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
-        on_grid = partial(karras_earlier, n=vp.TIMESTEPS, **ends)
-        earlier = vp.earlier if diffusion.precond_name == "ddpm" else on_grid
+        on_grid = partial(karras_earlier, n=ddpm_schedule.TIMESTEPS, **ends)
+        earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid
         return cls(diffusion.weight, law, earlier=earlier, **options)
 
     def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Batch, Nets, NoiseSource, Terms
-from cm.nn import append_dims
+from cm.errors import UserError
 from cm.objectives.edm import EDM, error_terms
-from cm.registry import UserError
+from cm.tensors import append_dims
+from cm.types import Batch, Nets, NoiseSource, Terms
 
 CHUNK = 512                                                         # references that are float64 at a time
 
@@ -40,7 +40,7 @@ class STF(EDM):
     def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
         if batch.references is None:
             raise UserError("the stable target field needs reference images, but this data source gives none: "
-                            "open it with references (cm.reference_images), or train with --objective edm")
+                            "open it with references (cm.data.reference_batches), or train with --objective edm")
         x0 = batch.images
         x = x0 + noise * append_dims(sigma, x0.ndim)
         target, effective = stable_target(x, x0, sigma, batch.references, peers(batch))

@@ -20,11 +20,12 @@ from typing import ClassVar, NamedTuple
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError, lookup
+from cm.diffusion.schedules import SIGMA_MAX, SIGMA_MIN, VE_LEVELS, VP, VPLaw, append_zero, iddpm_levels, karras_grid
+from cm.errors import UserError
+from cm.registry import lookup
 from cm.samplers.euler import Euler
-from cm.schedules import SIGMA_MAX, SIGMA_MIN, VE_LEVELS, VP, VPLaw, append_zero, iddpm_levels, karras_grid
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 EARLIEST = 1e-3                                                     # time of the VP process at which sampling ends
 SOLVERS = ("euler", "heun")

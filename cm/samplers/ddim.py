@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
-from cm import vp
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError
+from cm.diffusion import ddpm_schedule
+from cm.diffusion.schedules import append_zero
+from cm.errors import UserError
 from cm.samplers.euler import Euler, toward
 from cm.samplers.euler_maruyama import check_eta
-from cm.schedules import append_zero
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def timestep_grid(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
 
     :raises UserError: if there are fewer such timesteps than steps.
     """
-    levels = vp.sigmas()
+    levels = ddpm_schedule.sigmas()
     known = levels[(levels >= sigma_min) & (levels <= sigma_max)].flip(0)
     if steps > len(known):
-        raise UserError(f"--steps {steps}: only {len(known)} of the {vp.TIMESTEPS} timesteps have noise levels between "
-                        f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g}")
+        raise UserError(f"--steps {steps}: only {len(known)} of the {ddpm_schedule.TIMESTEPS} timesteps have noise "
+                        f"levels between sigma_min {sigma_min:g} and sigma_max {sigma_max:g}")
     return known[th.linspace(0, len(known) - 1, steps, dtype=th.float64).round().long()]

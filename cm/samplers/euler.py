@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.schedules import append_zero, karras_grid
+from cm.diffusion.schedules import append_zero, karras_grid
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)

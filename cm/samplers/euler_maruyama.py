@@ -12,10 +12,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError
+from cm.errors import UserError
 from cm.samplers.euler import Euler, toward
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)

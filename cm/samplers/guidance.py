@@ -15,9 +15,10 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm.interfaces import Denoiser
-from cm.nn import append_dims
-from cm.precond import Precond
+from cm.diffusion.denoiser import Diffusion
+from cm.diffusion.preconditioning import Precond
+from cm.tensors import append_dims
+from cm.types import Denoiser
 
 LogProbabilities = Callable[[Tensor, Tensor], Tensor]               # x [N,C,H,W], sigma [N] -> log p(y | x) [N,K]
 
@@ -43,16 +44,16 @@ def guided(D: Denoiser, classify: LogProbabilities, scale: float, tell_class: bo
 
 @dataclass(frozen=True)
 class GuidedDiffusion:
-    """A `KarrasDenoiser` as far as sampling needs one, guided by a classifier."""
+    """A `Diffusion` as far as sampling needs one, guided by a classifier."""
 
-    diffusion: Any                                                  # a KarrasDenoiser, which stands in a room below
+    diffusion: Diffusion
     classify: LogProbabilities
     scale: float
     tell_class: bool                                                # whether the network takes classes itself
 
     @property
-    def precond(self) -> Precond:
-        return self.diffusion.precond
+    def scaling(self) -> Precond:
+        return self.diffusion.scaling
 
     def bind(self, model: nn.Module) -> Denoiser:
         return guided(self.diffusion.bind(model), self.classify, self.scale, self.tell_class)

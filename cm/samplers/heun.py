@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
 from cm.samplers.euler import Euler
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)

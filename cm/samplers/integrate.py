@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cm.forward_ad import evaluations_of_a_call, inside_jvp, jvp
-from cm.interfaces import Denoiser, NoiseSource, Sampler
-from cm.registry import UserError
+from cm.errors import UserError
+from cm.networks.jvp import evaluations_of_a_call, inside_jvp, jvp
+from cm.types import Denoiser, NoiseSource, Sampler
 
 
 @dataclass(frozen=True)

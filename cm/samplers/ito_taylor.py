@@ -17,13 +17,14 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
-from cm.forward_ad import second_derivative
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError, lookup
+from cm.errors import UserError
+from cm.networks.jvp import second_derivative
+from cm.registry import lookup
 from cm.samplers.euler import Euler, toward
 from cm.samplers.euler_maruyama import check_eta, eta_at
 from cm.samplers.integrate import denoise_along
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 FORMS = ("exp", "taylor")
 LAPLACIANS = ("hutchinson", "none")

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError
+from cm.diffusion.schedules import append_zero, karras_grid
+from cm.errors import UserError
 from cm.samplers.euler import Euler
-from cm.schedules import append_zero, karras_grid
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 EXAMPLE = "such as ts=(0, 22, 39) with steps=40"
 

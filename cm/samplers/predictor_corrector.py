@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
-from cm.interfaces import Denoiser, NoiseSource
-from cm.nn import append_dims
-from cm.registry import UserError, lookup
+from cm.diffusion.schedules import append_zero, geometric_grid
+from cm.errors import UserError
+from cm.registry import lookup
 from cm.samplers.ddim import timestep_grid
 from cm.samplers.euler import Euler
-from cm.schedules import append_zero, geometric_grid
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource
 
 PROCESSES = ("ve", "vp")
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from cm.diffusion.schedules import karras_grid
 from cm.samplers.euler import Euler
-from cm.schedules import karras_grid
 
 
 @dataclass(frozen=True)

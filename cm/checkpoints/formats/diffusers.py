@@ -1,0 +1,292 @@
+"""Folders of the diffusers library's ConsistencyModelPipeline, to and from the U-Net of guided-diffusion.
+
+The two have the same function; names, and the attention's three matrices in one, differ. Such a folder can hold
+consistency models alone: the pipeline always applies their scalings.
+
+Level l of L works at image_size / 2^l, with R residual blocks on the way down and R + 1 on the way up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch as th
+from torch import Tensor
+
+from cm.checkpoints.formats import tensor_file
+from cm.config.schema import CONSISTENCY_MODES
+from cm.distributed import setup as dist
+from cm.distributed.collectives import read_everywhere
+from cm.errors import UserError
+from cm.io import storage
+
+PIPELINE, UNET, SCHEDULER = "ConsistencyModelPipeline", "UNet2DModel", "CMStochasticIterativeScheduler"
+VERSION = "0.18.0.dev0"                                             # the first with this pipeline
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+           "diffusion_pytorch_model.bin")
+BLOCK = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+         "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+ENDS = (
+    ("layer", "time_embed.0", "time_embedding.linear_1"), ("layer", "time_embed.2", "time_embedding.linear_2"),
+    ("layer", "label_emb", "class_embedding"), ("layer", "input_blocks.0.0", "conv_in"),
+    ("block", "middle_block.0", "mid_block.resnets.0"), ("attention", "middle_block.1", "mid_block.attentions.0"),
+    ("block", "middle_block.2", "mid_block.resnets.1"), ("layer", "out.0", "conv_norm_out"),
+    ("layer", "out.2", "conv_out"),
+)
+WITH_ATTENTION = {"down": "AttnDownBlock2D", "up": "AttnUpBlock2D"}
+PLAIN = {("down", True): "ResnetDownsampleBlock2D", ("down", False): "DownBlock2D",
+         ("up", True): "ResnetUpsampleBlock2D", ("up", False): "UpBlock2D"}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def layer_names(levels: int, blocks: int, attention: tuple[int, ...], resblock_updown: bool) -> Iterator[tuple]:
+    """(kind, our name, their name) of every layer, where kind is layer, block or attention.
+
+    :param blocks: R.
+    :param attention: the levels that attend.
+    """
+    yield from ENDS
+    for level in range(levels):
+        down, up = f"down_blocks.{level}", f"up_blocks.{levels - 1 - level}"
+        first_down, first_up = 1 + level * (blocks + 1), (levels - 1 - level) * (blocks + 1)
+        for i in range(blocks):
+            yield "block", f"input_blocks.{first_down + i}.0", f"{down}.resnets.{i}"
+            if level in attention:
+                yield "attention", f"input_blocks.{first_down + i}.1", f"{down}.attentions.{i}"
+        for i in range(blocks + 1):
+            yield "block", f"output_blocks.{first_up + i}.0", f"{up}.resnets.{i}"
+            if level in attention:
+                yield "attention", f"output_blocks.{first_up + i}.1", f"{up}.attentions.{i}"
+        lower = f"input_blocks.{first_down + blocks}.0"
+        higher = f"output_blocks.{first_up + blocks}.{2 if level in attention else 1}"
+        if level < levels - 1:
+            yield resampling(resblock_updown, lower, "op", f"{down}.downsamplers.0")
+        if level:
+            yield resampling(resblock_updown, higher, "conv", f"{up}.upsamplers.0")
+
+
+def resampling(is_block: bool, ours: str, conv: str, theirs: str) -> tuple[str, str, str]:
+    return ("block", ours, theirs) if is_block else ("layer", f"{ours}.{conv}", f"{theirs}.conv")
+
+
+def tensor_names(layers: Iterator[tuple]) -> dict[str, tuple[str, int | None]]:
+    """Their name -> (our name, which third of its rows: q, k or v; None for all)."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for kind, ours, theirs in layers:
+        for part in ("weight", "bias"):
+            if kind == "layer":
+                found[f"{theirs}.{part}"] = (f"{ours}.{part}", None)
+            elif kind == "block":
+                found |= {f"{theirs}.{b}.{part}": (f"{ours}.{a}.{part}", None) for a, b in BLOCK.items()}
+            else:
+                found[f"{theirs}.group_norm.{part}"] = (f"{ours}.norm.{part}", None)
+                found |= {f"{theirs}.to_{x}.{part}": (f"{ours}.qkv.{part}", i) for i, x in enumerate("qkv")}
+                found[f"{theirs}.to_out.0.{part}"] = (f"{ours}.proj_out.{part}", None)
+    return found
+
+
+def names_for(flags: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    widths = flags["channel_mult"].split(",")
+    attention = attention_levels(flags)
+    return tensor_names(layer_names(len(widths), flags["num_res_blocks"], attention, flags["resblock_updown"]))
+
+
+def attention_levels(flags: Mapping[str, Any]) -> tuple[int, ...]:
+    sides = [int(side) for side in flags["attention_resolutions"].split(",") if side.strip()]
+    levels = len(flags["channel_mult"].split(","))
+    return tuple(level for level in range(levels) if flags["image_size"] >> level in sides)
+
+
+def level_widths(flags: Mapping[str, Any]) -> list[int]:
+    return [int(float(mult) * flags["num_channels"]) for mult in flags["channel_mult"].split(",")]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], num_train_timesteps: int) -> None:
+    """Write a consistency model as a folder that `ConsistencyModelPipeline.from_pretrained` loads.
+
+    :param flags: those of the network and the diffusion, and its training_mode.
+    :param num_train_timesteps: noise levels of the grid that it was trained on, which `timesteps` index.
+    :raises UserError: for a model that diffusers cannot have, or a folder that cannot be written.
+    """
+    config = unet_config(flags)
+    scheduler = {
+        "_class_name": SCHEDULER, "_diffusers_version": VERSION, "num_train_timesteps": num_train_timesteps,
+        "sigma_min": flags["sigma_min"], "sigma_max": flags["sigma_max"],
+    }
+    index = {
+        "_class_name": PIPELINE, "_diffusers_version": VERSION, "scheduler": ["diffusers", SCHEDULER],
+        "unet": ["diffusers", UNET],
+    }
+    theirs = {}
+    for name, (ours, third) in names_for(flags).items():
+        if ours in weights:
+            rows = weights[ours] if third is None else weights[ours].chunk(3)[third]
+            is_matrix = ".to_" in name and name.endswith("weight")  # their 1x1 convolutions of attention
+            theirs[name] = rows.flatten(1) if is_matrix else rows
+    for sub in ("unet", "scheduler"):
+        storage.make_folder(os.path.join(folder, sub))
+    tensor_file.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
+    write_json(os.path.join(folder, "unet", "config.json"), config)
+    write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
+    write_json(os.path.join(folder, "model_index.json"), index)
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2).encode()
+    storage.write_whole(path, lambda file: file.write(text))
+
+
+def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Their configuration of the network.
+
+    :raises UserError: where they have no such network, or their pipeline would use it wrongly.
+    """
+    if flags["arch"] != "unet" or flags["precond"] != "edm":
+        raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
+                        f"{flags['arch']} and {flags['precond']}")
+    if flags["training_mode"] not in CONSISTENCY_MODES:
+        raise UserError(f"a {PIPELINE} holds consistency models alone; this one was trained as "
+                        f"{flags['training_mode']}")
+    widths = level_widths(flags)
+    if widths[0] != flags["num_channels"]:
+        raise UserError(f"diffusers needs a first level of num_channels={flags['num_channels']}, but channel_mult "
+                        f"{flags['channel_mult']} makes it {widths[0]} wide")
+    attention = attention_levels(flags)
+
+    def types(way: str) -> list[str]:
+        plain = PLAIN[way, flags["resblock_updown"]]
+        return [WITH_ATTENTION[way] if level in attention else plain for level in range(len(widths))]
+
+    change = "resnet" if flags["resblock_updown"] else "conv"
+    return {
+        "_class_name": UNET,
+        "_diffusers_version": VERSION,
+        "sample_size": flags["image_size"],
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": flags["num_res_blocks"],
+        "num_class_embeds": flags["num_classes"] if flags["class_cond"] else None,
+        "block_out_channels": widths,
+        "attention_head_dim": head_width(flags, {widths[level] for level in attention} | {widths[-1]}),
+        "down_block_types": types("down"),
+        "up_block_types": types("up")[::-1],
+        "resnet_time_scale_shift": "scale_shift" if flags["use_scale_shift_norm"] else "default",
+        "attn_norm_num_groups": 32,
+        "upsample_type": change,
+        "downsample_type": change,
+    }
+
+
+def head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
+    """Channels of an attention head, of which diffusers has one number for the whole network; None for one head."""
+    if flags["num_head_channels"] != -1:
+        return flags["num_head_channels"]
+    heads = flags["num_heads"]
+    if flags["num_heads_upsample"] not in (-1, heads):
+        raise UserError(f"diffusers has the same heads on both ways, not {heads} and {flags['num_heads_upsample']}")
+    if heads == 1:
+        return None
+    if len(widths) > 1:
+        raise UserError(f"diffusers has attention heads of one width; num_heads={heads} at levels of "
+                        f"{', '.join(map(str, sorted(widths)))} channels makes several")
+    return widths.pop() // heads
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_folder(path: str) -> bool:
+    """Whether a pipeline of diffusers lies there; for one rank."""
+    return os.path.isdir(path) and os.path.exists(os.path.join(path, "model_index.json"))
+
+
+def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The flags of the network and its weights, on every rank.
+
+    :raises UserError: for a pipeline of another kind, or files that are missing or damaged.
+    """
+    config, file = dist.on_main(read_settings, folder)
+    path = os.path.join(folder, "unet", file)
+    is_pickle = file.endswith(".bin")
+    theirs = dist.load_state_dict(path) if is_pickle else tensor_file.read(read_everywhere(path), path)
+    flags = flags_of(config, folder)
+    thirds: dict[str, list[Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    for name, (ours, third) in names_for(flags).items():
+        if name not in theirs:
+            continue                                                # what is missing is told when the weights are used
+        value = theirs.pop(name)
+        if third is None:
+            weights[ours] = value
+        else:
+            thirds.setdefault(ours, []).append(value)
+    weights |= {name: th.cat(parts) for name, parts in thirds.items()} | theirs
+    convolutions = (".qkv.weight", ".proj_out.weight")
+    return flags, {
+        name: (value[..., None, None] if name.endswith(convolutions) and value.ndim == 2 else value).float()
+        for name, value in weights.items()
+    }
+
+
+def read_settings(folder: str) -> tuple[dict[str, Any], str]:
+    """The network's configuration and the name of its file of weights; for one rank."""
+    try:
+        with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
+            pipeline = json.load(file).get("_class_name")
+        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        with open(os.path.join(folder, "scheduler", "scheduler_config.json"), encoding="utf-8") as file:
+            scheduler = json.load(file)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder} is no whole folder of diffusers: {error}") from None
+    if pipeline != PIPELINE or config.get("_class_name") != UNET:
+        raise UserError(f"{folder} holds a {pipeline} with a {config.get('_class_name')}, not a {PIPELINE} with a "
+                        f"{UNET}")
+    for name in WEIGHTS:
+        if os.path.exists(os.path.join(folder, "unet", name)):
+            levels = {"sigma_min": scheduler.get("sigma_min", 0.002), "sigma_max": scheduler.get("sigma_max", 80.0)}
+            return config | levels, name
+    raise UserError(f"{os.path.join(folder, 'unet')} has no weights: none of {', '.join(WEIGHTS)}")
+
+
+def flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The flags that make the network of a configuration.
+
+    :raises UserError: for a network that the U-Net here cannot be.
+    """
+    widths, downs = config["block_out_channels"], config["down_block_types"]
+    attention = [level for level, kind in enumerate(downs) if kind == WITH_ATTENTION["down"]]
+    updown = config.get("downsample_type", "conv") == "resnet"
+    legal = (WITH_ATTENTION["down"], PLAIN["down", updown])
+    if strange := [kind for kind in downs if kind not in legal]:
+        raise UserError(f"{folder} has blocks of kind {strange[0]}; this toolkit has {' and '.join(legal)}")
+    classes, head = config.get("num_class_embeds"), config.get("attention_head_dim")
+    return {
+        "arch": "unet",
+        "image_size": config["sample_size"],
+        "num_channels": widths[0],
+        "num_res_blocks": config["layers_per_block"],
+        "channel_mult": ",".join(f"{width / widths[0]:g}" for width in widths),
+        "attention_resolutions": ",".join(str(config["sample_size"] >> level) for level in attention),
+        "num_heads": 1 if head is None else 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1 if head is None else head,
+        "class_cond": bool(classes),
+        "num_classes": classes or 0,
+        "use_scale_shift_norm": config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        "resblock_updown": updown,
+        "augment_dim": 0,
+        "learn_sigma": False,
+        "precond": "edm",
+        "sigma_min": config["sigma_min"],
+        "sigma_max": config["sigma_max"],
+        "training_mode": "consistency_distillation",
+    }

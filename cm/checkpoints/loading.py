@@ -1,0 +1,83 @@
+"""Weights from a file, read once, into a network, or a message that says what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from torch import Tensor, nn
+
+from cm.checkpoints import manifest
+from cm.checkpoints.formats import diffusers
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import storage
+
+
+def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    """Names and shapes of a state dict must be the network's own.
+
+    :raises UserError: naming the first names and shapes that differ.
+    """
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{source} holds a {type(weights).__name__}, not a dict of tensors")
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} {list(weights[name].shape)} in the file, {list(own[name].shape)} in the network"
+        for name in own
+        if name in weights and getattr(weights[name], "shape", None) != own[name].shape
+    ]
+    problems = [
+        f"{len(found)} {what}: {', '.join(map(str, found[:3]))}{', ...' if len(found) > 3 else ''}"
+        for what, found in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit this network: {'; '.join(problems)}. Check the model flags.")
+
+
+@th.no_grad()
+def copy_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Take over what is part of a network but no parameter, such as the random frequencies of NCSN++."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(weights[name])
+
+
+def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    """Load a state dict into a network that it fits; see `check`."""
+    check(model, weights, source)
+    model.load_state_dict(weights)
+
+
+def make(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    """Give a network on the meta device these tensors, in its own dtypes: no weight is drawn, and none copied."""
+    check(model, weights, source)
+    model.load_state_dict({name: weights[name].to(own.dtype) for name, own in model.state_dict().items()}, assign=True)
+
+
+@dataclass
+class WeightsFile:
+    """A path, and its weights if they had to be read to know the network."""
+
+    path: str
+    training_mode: str | None = None                        # what the network was trained as, where that is known
+    weights: Mapping[str, Tensor] | None = None
+
+    def take(self) -> Mapping[str, Tensor]:
+        """The weights, on every rank; only rank 0 reads the file. To be called once: no copy is kept here."""
+        if self.weights is None:
+            return dist.load_state_dict(self.path)
+        weights, self.weights = self.weights, None
+        return weights
+
+
+def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
+    """What lies there, empty for nothing, and the manifest beside it; for one rank."""
+    if diffusers.is_folder(path):
+        return "diffusers folder", None
+    kind = "EDM pickle" if path.endswith(".pkl") else "file of weights"
+    return kind if storage.exists(path) else "", manifest.beside(path)

@@ -1,0 +1,53 @@
+"""One job for a run's folder: a second one is refused as long as the first lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from typing import IO
+
+from cm.errors import UserError
+from cm.logging import logger
+
+NAME = ".lock"
+PATIENCE_S = 3.0
+"""For the processes of a job that was just killed to disappear."""
+
+_held: dict[str, IO[str]] = {}
+
+
+def take(directory: str) -> None:
+    """Lock a folder, made if need be, until this process ends in whatever way; on one rank.
+
+    It is a record lock of the kernel (fcntl), which a killed process leaves no trace of, which loader processes do
+    not inherit, and which NFS passes on to other machines. Where the file system has no locks, a warning is all.
+
+    :raises UserError: if another process has it.
+    """
+    directory = os.path.realpath(directory)
+    if directory in _held:
+        return
+    os.makedirs(directory, exist_ok=True)
+    file = open(os.path.join(directory, NAME), "a+")  # noqa: SIM115 (held open: closing it would give up the lock)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(
+                    f"{directory} is in use by {owner}: wait for it to end, or choose another --log_dir"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            logger.warn(f"{directory} cannot be locked ({error}): make sure that no second job uses it")
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[directory] = file

@@ -1,0 +1,231 @@
+"""The checkpoints of a run.
+
+A checkpoint is the files of one step, under the names that guided-diffusion's users know (model000010.pt,
+ema_0.9999_000010.pt, opt000010.pt, target_model000010.pt), and a manifest, checkpoint_000010.json, that is written
+last. The manifest lists the files with size and checksum and holds the resolved flags of the run, so it is also the
+sidecar from which a sampler learns the architecture. A step whose manifest is missing or does not match its files
+does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cm.checkpoints import serialization
+from cm.errors import UserError
+from cm.io import storage, untrusted
+from cm.logging import logger
+
+FORMAT = 1
+MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
+MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
+WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
+
+
+def file_name(name: str, step: int) -> str:
+    """('model', 10) -> 'model000010.pt'; ('ema_0.9999', 10) -> 'ema_0.9999_000010.pt'."""
+    return f"{name}_{step:06d}.pt" if name.startswith("ema_") else f"{name}{step:06d}.pt"
+
+
+def parse_name(path: str) -> tuple[str, int] | None:
+    """The inverse of `file_name`; None for a file of another name. Folders do not matter."""
+    match = WEIGHTS.fullmatch(os.path.basename(path))
+    return (match[1].removesuffix("_"), int(match[2])) if match else None
+
+
+def manifest_name(step: int) -> str:
+    return f"checkpoint_{step:06d}.json"
+
+
+def list_files(directory: str) -> list[str]:
+    """Names of all files of checkpoints there, complete or not."""
+    def belongs(name: str) -> bool:
+        return bool(MANIFEST.fullmatch(name) or parse_name(name))
+
+    return [name for name in storage.list_names(directory) if belongs(name.removesuffix(storage.PARTIAL))]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete step of a run."""
+
+    directory: str
+    step: int
+    images_seen: int
+    config: dict[str, Any]
+    files: dict[str, dict[str, int]]            # file name -> {"size": bytes, "crc32": checksum}
+    seconds: float = 0.0                        # that the run has trained so far, over all its starts
+    origin: str = ""                            # the --resume PATH that the run began from, if there was one
+
+    @property
+    def manifest(self) -> str:
+        return storage.join(self.directory, manifest_name(self.step))
+
+    def write_manifest(self) -> None:
+        content = {"format": FORMAT, **asdict(self)}
+        del content["directory"]                # a checkpoint may be moved
+        text = json.dumps(content, indent=2).encode()
+        storage.write_whole(self.manifest, lambda file: file.write(text))
+
+    def path(self, name: str) -> str | None:
+        """Where the file of `name` lies ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
+        file = file_name(name, self.step)
+        return storage.join(self.directory, file) if file in self.files else None
+
+    def names(self) -> list[str]:
+        return [parsed[0] for file in self.files if (parsed := parse_name(file))]
+
+    def can_go_on(self) -> bool:
+        """Whether training can; of an old milestone only the averages are kept."""
+        return "model" in self.names()
+
+    def problem(self) -> str | None:
+        """What is wrong with the files, or None."""
+        for file, expected in self.files.items():
+            path = storage.join(self.directory, file)
+            if not storage.exists(path):
+                return f"{file} is missing"
+            if storage.checksum(path) != expected:
+                return f"{file} is truncated or damaged (size or checksum differ from the manifest)"
+        return None
+
+
+def save(
+    directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
+    seconds: float = 0.0, origin: str = "",
+) -> Checkpoint:
+    """Write a checkpoint; call it on one rank.
+
+    :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
+    :raises UserError: if something cannot be written; earlier checkpoints stay as they are, and of this one nothing.
+    """
+    needed, files = serialization.size_of(content), {}
+    begun = storage.join(directory, manifest_name(step) + storage.PARTIAL)
+    try:
+        storage.make_folder(directory)
+        free = storage.free_bytes(directory)
+        if free is not None and free < needed:
+            raise UserError(f"there is no room in {directory}")
+        if not storage.is_remote(directory):
+            open(begun, "wb").close()           # should this process be killed now, `sweep` knows what to remove
+        for name, tensors in content.items():
+            file = file_name(name, step)
+            files[file] = {}
+            files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
+        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
+        checkpoint.write_manifest()
+    except (UserError, OSError) as error:
+        for file in files:                      # a full disk is not to stay full of what nobody can use
+            with contextlib.suppress(Exception):
+                storage.remove(storage.join(directory, file))
+        with contextlib.suppress(Exception):
+            storage.remove(begun)
+        free = storage.free_bytes(directory)
+        room = "" if free is None else f", and {free:,} bytes are free there"
+        raise UserError(
+            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{room}. Earlier checkpoints "
+            "are as they were. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
+            "look at the folder, or choose another --checkpoint_dir"
+        ) from error
+    return checkpoint
+
+
+def read(path: str) -> Checkpoint:
+    """Read a manifest.
+
+    :raises UserError: if it is not one.
+    """
+    try:
+        with storage.open_file(path) as file:
+            content = untrusted.parse_json(untrusted.read_file(file, MANIFEST_BYTES))
+        check_files(content["files"])
+        return Checkpoint(
+            os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
+            dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
+        )
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
+
+
+def check_files(files: dict[str, dict[str, int]]) -> None:
+    """:raises ValueError: unless each is a plain name with size and checksum: a manifest speaks of its own folder."""
+    for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
+        if untrusted.escapes(name) or "/" in name or "\\" in name:
+            raise ValueError(f"{untrusted.shown(name)} is no name of a file beside it")
+        if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("size", "crc32")] != [int, int]:
+            raise ValueError(f"{untrusted.shown(name)} has no size and checksum")
+
+
+def steps(directory: str) -> list[int]:
+    """The steps that have a manifest, ascending."""
+    return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))
+
+
+def newest(directory: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a folder; damaged ones are passed over with a warning."""
+    for step in reversed(steps(directory)):
+        name = manifest_name(step)
+        try:
+            checkpoint = read(storage.join(directory, name))
+            if not checkpoint.can_go_on():
+                continue
+            problem = checkpoint.problem()
+        except UserError as error:
+            problem = str(error)
+        if problem is None:
+            return checkpoint
+        logger.warn(f"passing over {name} in {directory}: {problem}")
+    return None
+
+
+def find(path: str) -> Checkpoint:
+    """The checkpoint that a person means by a manifest, the folder it is in (the newest there), or one of its files.
+
+    :raises UserError: if there is none, or it is damaged.
+    """
+    if storage.is_directory(path):
+        checkpoint = newest(path)
+        if checkpoint is None:
+            raise UserError(f"--resume {path}: this folder holds no complete checkpoint (checkpoint_*.json)")
+        return checkpoint
+    if not storage.exists(path):
+        raise UserError(f"--resume {path}: no such file; give auto, never, a manifest, its folder or a model file")
+    checkpoint = beside(path) if parse_name(path) else read(path)
+    if checkpoint is None:
+        raise UserError(
+            f"--resume {path}: no manifest lies beside these weights, so the rest of the run is not known; "
+            "to start a new run from them, use --resume_checkpoint"
+        )
+    problem = checkpoint.problem() if checkpoint.can_go_on() else "only its averages were kept"
+    if problem:
+        raise UserError(f"--resume {path}: {problem}")
+    return checkpoint
+
+
+def beside(path: str) -> Checkpoint | None:
+    """The checkpoint that a weights file belongs to, if its manifest lies beside it."""
+    parsed = parse_name(path)
+    if parsed is None:
+        return None
+    manifest = storage.join(os.path.dirname(path), manifest_name(parsed[1]))
+    return read(manifest) if storage.exists(manifest) else None
+
+
+def sweep(directory: str) -> None:
+    """Remove what a killed save left behind: half files, and whole files of a checkpoint that got no manifest."""
+    if storage.is_remote(directory):
+        return
+    complete, names = set(steps(directory)), storage.list_names(directory)
+    unfinished = {
+        int(match[1]) for name in names if (match := MANIFEST.fullmatch(name.removesuffix(storage.PARTIAL)))
+    } - complete
+    for name in names:
+        parsed = parse_name(name)
+        if name.endswith(storage.PARTIAL) or (parsed and parsed[1] in unfinished):
+            storage.remove(os.path.join(directory, name))

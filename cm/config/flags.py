@@ -1,0 +1,279 @@
+"""Frozen config dataclasses become command-line flags, a config file's keys, and back.
+
+A section of flags is a frozen dataclass whose fields are made with `option`. A value is taken from, in this order:
+the command line, the file given by --config, the checkpoint that the run starts from, the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_type_hints
+
+from cm.distributed.launchers import launcher_rank
+from cm.errors import UserError
+from cm.io.untrusted import read_file, shown
+
+CONFIG_BYTES = 2**20                            # the largest config file that is read
+
+Section = TypeVar("Section")
+
+
+def option(
+    default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None, aliases: Sequence[str] = ()
+) -> Any:
+    """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag."""
+    allowed = {"choices": tuple(choices), "minimum": minimum}
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases), **allowed})
+
+
+def str2bool(value: str | bool) -> bool:
+    """yes/true/t/y/1 and no/false/f/n/0 in any case."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is not a boolean; write True or False")
+
+
+@dataclass
+class Settings:
+    """The resolved flags of a run: every value, and where those that were asked for come from."""
+
+    values: dict[str, Any]
+    given: dict[str, str]                       # name -> "--name", the config file or the checkpoint that sets it
+    dry_run: bool = False
+    sources: dict[str, Any] = dataclasses.field(default_factory=dict)     # flag -> the file of weights that it names
+
+    def section(self, kind: type[Section]) -> Section:
+        """The part of the settings that a section describes."""
+        return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
+
+    def adopt(self, values: Mapping[str, Any], source: str) -> None:
+        """Take values that `source` (a checkpoint) knows; what was asked for must agree with them.
+
+        :raises UserError: naming the flag, both values and both places.
+        """
+        for name, value in values.items():
+            if name not in self.values:
+                continue
+            if name in self.given and not same(self.values[name], value):
+                raise UserError(
+                    f"{self.given[name]} asks for {name}={self.values[name]!r}, but {source} was made with "
+                    f"{name}={value!r}; drop the flag or choose another checkpoint"
+                )
+            self.values[name] = value
+            self.given.setdefault(name, source)
+
+    def replace(self, **changes: Any) -> None:
+        """Set values that the run itself works out, such as the number of classes in the data."""
+        self.values.update(changes)
+
+    def as_text(self) -> str:
+        """The whole run as JSON, which --config reads back."""
+        return json.dumps(self.values, indent=2)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal as settings: '32,16,8' is '32, 16, 8', and 1 is 1.0."""
+    def plain(value: Any) -> Any:
+        return value.replace(" ", "") if isinstance(value, str) else value
+    return plain(a) == plain(b)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says each thing once for the whole job, and suggests the flag that was meant."""
+
+    def error(self, message: str) -> None:
+        if launcher_rank() == 0:
+            print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
+        sys.exit(2)
+
+    def suggestion(self, message: str) -> str:
+        if "unrecognized arguments" not in message:
+            return ""
+        known = self.all_flags()
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        near = [match for word in unknown for match in get_close_matches(word, known, n=1)]
+        return f". Did you mean {' '.join(near)}?" if near else ""
+
+    def all_flags(self) -> list[str]:
+        """Its own, and those of its commands: argparse leaves what these do not know to the whole."""
+        own = [name for action in self._actions for name in action.option_strings]
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [name for each in commands for command in each.values() for name in command.all_flags()]
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def positive(word: str) -> int:
+    """The type of a flag that is a whole number of at least 1."""
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+    """Read the flags of a script.
+
+    :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
+    :param defaults: defaults of this script where they differ from the section's.
+    :raises UserError: if the config file is missing, unreadable or has an unknown key, a value is not allowed, or two
+        names of one flag have different values.
+    """
+    fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
+    types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
+    parser = make_parser(description, sections, types, defaults)
+    args = vars(parser.parse_args(argv))
+    config_file, dry_run = args.pop("config"), args.pop("dry_run")
+
+    values = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    given = {}
+    if config_file:
+        for name, value in read_config(config_file, fields).items():
+            values[name] = convert(types[name], value, f"{config_file}: {name}")
+            given[name] = config_file
+    spelt = {field.name: alias for field in fields.values() for alias in field.metadata["aliases"] if alias in args}
+    for name, value in by_own_name(args, fields, "").items():
+        values[name], given[name] = value, f"--{spelt.get(name, name)}"
+    for name, value in values.items():
+        check(fields[name], value, given.get(name, f"--{name}"))
+    return Settings(values, given, dry_run)
+
+
+def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+    parser = Parser(
+        description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
+    parser.add_argument("--dry_run", action="store_true", help="print the resolved run and exit")
+    for section in sections:
+        group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])
+        for field in dataclasses.fields(section):
+            default = defaults.get(field.name, field.default)
+            choices = field.metadata["choices"]
+            shown = f" (choices: {', '.join(choices)})" if choices else ""
+            kind = types[field.name]
+            others = "".join(f", also --{alias}" for alias in field.metadata["aliases"])
+            help = f"{field.metadata['help']}{shown}{others} [default: {default!r}]".replace("%", "%%")
+            for name in (field.name, *field.metadata["aliases"]):
+                group.add_argument(
+                    f"--{name}",
+                    type=str2bool if kind is bool else kind,
+                    nargs="?" if kind is bool else None,            # --flag alone is --flag True
+                    const=True if kind is bool else None,
+                    default=argparse.SUPPRESS,
+                    metavar=kind.__name__.upper(),
+                    help=help if name == field.name else argparse.SUPPRESS,
+                )
+    return parser
+
+
+def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values by the flags' own names, where `given` may use their aliases.
+
+    :raises UserError: if two names of one flag are given with different values.
+    """
+    own = {alias: name for name, field in fields.items() for alias in field.metadata["aliases"]}
+    found: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for word, value in given.items():
+        name = own.get(word, word)
+        if name in found and found[name] != value:
+            raise UserError(f"{where}--{spelt[name]} and --{word} are one flag under two names, but {found[name]!r} "
+                            f"and {value!r} two values; drop one of them")
+        found[name], spelt[name] = value, word
+    return found
+
+
+def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
+
+    The key `base` names another file, relative to this one, for what is not set here.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = parse_flat(read_file(file, CONFIG_BYTES))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    base = content.pop("base", "")
+    content = by_own_name(content, fields, f"--config {path}: ")
+    for name in content:
+        if name not in fields:
+            near = get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--config {path}: {shown(name)} is no flag of this script{hint}")
+    if not base:
+        return content
+    base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
+    if base in above:
+        raise UserError(f"--config {path}: its base {base} builds on this file in turn")
+    return read_config(base, fields, (*above, base)) | content
+
+
+def parse_flat(text: bytes) -> Any:
+    """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
+
+    :raises ValueError: if it is neither, nested deeper, or has aliases, by which a short text unfolds to a huge one.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise ValueError(f"line {event.start_mark.line + 1}: a value is a word, a number or a list of those")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
+        return yaml.safe_load(text) or {}
+    except MemoryError:
+        raise
+    except Exception as error:                              # such as of a date that the calendar does not have
+        raise ValueError(str(error) or repr(error)) from None
+
+
+def convert(kind: type, value: Any, where: str) -> Any:
+    """A value of a config file as the type its flag has."""
+    try:
+        if kind is bool:
+            return str2bool(value)
+        if kind is str and isinstance(value, (list, tuple)):
+            return ",".join(str(item) for item in value)
+        if kind is int and isinstance(value, float) and value != int(value):
+            raise ValueError
+        return kind(value)
+    except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError):
+        raise UserError(f"{where}={shown(value)} is not a {kind.__name__}") from None
+
+
+def check(field: dataclasses.Field, value: Any, where: str) -> None:
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    if choices and value not in choices:
+        near = get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{where}: {field.name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    if minimum is not None and value < minimum:
+        raise UserError(f"{where}: {field.name}={value!r} is too small; the least is {minimum}")
+
+
+def defaults_of(section: type) -> dict[str, Any]:
+    """The defaults of a section's flags, by name."""
+    return {field.name: field.default for field in dataclasses.fields(section)}

@@ -1,0 +1,45 @@
+"""The classes of images, from their names or from the `dataset.json` beside them. N images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cm.io import untrusted
+
+LABEL_FILE = "dataset.json"
+LABEL_BYTES = 4096                                                  # of dataset.json for each image
+MAX_CLASSES = 1_000_000
+
+
+def label_bytes(images: int) -> int:
+    """The largest dataset.json that is read for so many images."""
+    return 2**20 + LABEL_BYTES * images
+
+
+def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
+    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and why."""
+    classes = []
+    for name in names:
+        label, underscore, _ = name.rpartition("/")[2].partition("_")
+        if not underscore:
+            return None, f"{name!r} has no class before an underscore in its name, and there is no {LABEL_FILE}"
+        classes.append(label)
+    return np.unique(classes, return_inverse=True)[1].astype(np.int64), ""
+
+
+def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
+    """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and why."""
+    try:
+        pairs = untrusted.parse_json(text)["labels"]
+        table = None if pairs is None else {str(name): label for name, label in pairs}
+    except (ValueError, KeyError, TypeError) as error:
+        return None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}"
+    if table is None:
+        return None, f"{LABEL_FILE} has no labels"
+    for name in names:
+        if name not in table:
+            return None, f"{LABEL_FILE} has no label for {name!r}"
+        if type(table[name]) is not int or not 0 <= table[name] < MAX_CLASSES:
+            label = untrusted.shown(table[name])
+            return None, f"{LABEL_FILE} gives {name!r} the label {label}, which is no class number"
+    return np.array([table[name] for name in names], np.int64), ""

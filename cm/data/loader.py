@@ -1,0 +1,275 @@
+"""Endless batches of images in an order that depends on the seed alone.
+
+The samples of a run are counted by their position p, over all steps and ranks. Position p shows image
+`permutation(seed, p // N)[p % N]`, flipped or cropped by a coin that belongs to (seed, p). So 1, 2 and 4 ranks work
+through the same samples, and a run resumes at any position without replaying what came before.
+
+Shapes: N images of the set, B images of a rank's batch, S image_size.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch as th
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cm.data.decode import resize_shorter_side
+from cm.data.sources import ImageSource, open_source
+from cm.distributed import signals
+from cm.errors import UserError
+from cm.random_util import stream_seed, stream_seeds
+from cm.types import Batch
+
+CROP_FRACTION = 0.8                                                 # least part of the shorter side in a random crop
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    global_batch: int | None = None,
+    start: int = 0,
+    num_workers: int | None = None,
+    pin_memory: bool = False,
+    cache_bytes: int | None = None,
+) -> BatchStream:
+    """An endless iterator of this rank's batches, which unpack as `images, cond`.
+
+    `images` is float32 [B,3,S,S] in [-1, 1]; `cond` is {"y": int64 [B]} with `class_cond`, else empty.
+
+    :param data_dir: what `image_sources.open_source` reads: a folder, a zip, an npz or the word digits.
+    :param batch_size: images per step on this rank. It may exceed the set, which then comes round within a step.
+    :param deterministic: images in the order of the set rather than shuffled anew each epoch.
+    :param random_crop: a random square of random size instead of the centre.
+    :param random_flip: mirror half of the samples.
+    :param seed: of order and augmentation; the same on all ranks.
+    :param global_batch: images per step over all ranks; None for batch_size on each. A step's position j goes to rank
+        j mod world_size.
+    :param start: samples that the run has consumed already, over all ranks.
+    :param num_workers: processes that read images ahead; None for none where the set is kept in memory, else one.
+    :param pin_memory: put images in page-locked memory, from where they reach a GPU sooner.
+    :param cache_bytes: a set of so many bytes at most is kept decoded in memory; None for `image_sources.CACHE_BYTES`.
+    :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
+    """
+    source = open_source(data_dir, image_size)
+    if cache_bytes is not None:
+        source.keep_decoded(cache_bytes)
+    if class_cond and source.labels is None:
+        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
+    requests = Requests(
+        EpochOrder(len(source), seed, shuffle=not deterministic),
+        offsets_of_rank(batch_size, rank, world_size, global_batch),
+        world_size * batch_size if global_batch is None else global_batch,
+        start,
+    )
+    samples = Samples(source, class_cond, seed, random_crop, random_flip)
+    if num_workers is None:
+        num_workers = 0 if source.in_memory and not random_crop else 1
+    return BatchStream(samples, requests, num_workers, pin_memory)
+
+
+def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: int | None) -> np.ndarray:
+    """Which positions of a step are this rank's: int64 [B].
+
+    :raises UserError: if `batch_size` is not this rank's share of `global_batch`.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: a rank needs at least one image a step")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of 0..{world_size - 1}")
+    offsets = np.arange(rank, world_size * batch_size if global_batch is None else global_batch, world_size)
+    if len(offsets) != batch_size:
+        raise UserError(
+            f"rank {rank} of {world_size} has {len(offsets)} of the {global_batch} images of a step, not {batch_size}"
+        )
+    return offsets
+
+
+class EpochOrder:
+    """Which image each position of a run shows. Holds the permutation of one epoch, 8 bytes an image."""
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True):
+        self._length = length
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch: int | None = None
+        self._permutation = np.arange(length)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [B], ascending -> index of the image at each of these positions, int64 [B]."""
+        epochs, places = np.divmod(positions, self._length)
+        if not self._shuffle:
+            return places
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = self._of_epoch(int(epoch))[places[here]]
+        return indices
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            bits = np.random.Philox(key=stream_seed(self._seed, "order", epoch))
+            self._permutation = np.random.Generator(bits).permutation(self._length)
+            self._epoch = epoch
+        return self._permutation
+
+
+class Requests:
+    """The positions and image indices of this rank's batches, for ever: pairs of int64 [B]."""
+
+    def __init__(self, order: EpochOrder, offsets: np.ndarray, global_batch: int, start: int):
+        self.order = order
+        self._offsets = offsets
+        self._global_batch = global_batch
+        self._start = start
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first = self._start
+        while True:
+            positions = first + self._offsets
+            yield positions, self.order(positions)
+            first += self._global_batch
+
+
+class Samples(Dataset):
+    """Whole batches as bytes, so that little goes through the pipe of a worker."""
+
+    def __init__(self, source: ImageSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
+        self.source = source
+        self._class_cond = class_cond
+        self._seed = seed
+        self._random_crop = random_crop
+        self._random_flip = random_flip
+
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
+        """Positions and indices -> a batch whose images are still uint8 [B,3,S,S].
+
+        An image that cannot be read is returned as its error: raised in a worker, it would lose its message among
+        the worker's traceback.
+        """
+        positions, indices = request
+        try:
+            pixels = self._pixels(positions, indices)
+        except UserError as error:
+            return error
+        images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        cond = {"y": th.from_numpy(self.source.labels[indices])} if self._class_cond else {}
+        return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
+
+    def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """uint8 [B,S,S,3], cropped and flipped."""
+        if self._random_crop:
+            pixels = np.stack([self._cropped(p, i) for p, i in zip(positions.tolist(), indices.tolist())])
+        else:
+            pixels = self.source.images(indices)
+        if self._random_flip:
+            flipped = stream_seeds(self._seed, "flip", positions) >> np.uint64(63) == 1
+            pixels[flipped] = pixels[flipped, :, ::-1]
+        return pixels
+
+    def _cropped(self, position: int, i: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.Philox(key=stream_seed(self._seed, "crop", position)))
+        return random_crop(self.source.load(i), self.source.image_size, rng)
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a picture, with a side of 0.8 to 1 times its shorter side, as in guided-diffusion.
+
+    :returns: uint8 [size,size,3].
+    """
+    shorter = int(rng.integers(size, math.ceil(size / CROP_FRACTION), endpoint=True))
+    pixels = np.asarray(resize_shorter_side(image, shorter))
+    top = int(rng.integers(pixels.shape[0] - size, endpoint=True))
+    left = int(rng.integers(pixels.shape[1] - size, endpoint=True))
+    return pixels[top : top + size, left : left + size]
+
+
+def prepare_worker(_: int) -> None:
+    signals.outlive_the_signal()
+
+
+class BatchStream:
+    """Iterator of `Batch`, for ever. `source` is the set of images behind it.
+
+    One sampler without end feeds the workers, so they live as long as the stream and epochs have no seams.
+    """
+
+    def __init__(self, samples: Samples, requests: Requests, num_workers: int, pin_memory: bool):
+        self.source = samples.source
+        self._samples, self._order = samples, requests.order
+        self._pin_memory = pin_memory
+        loader = DataLoader(
+            samples,
+            sampler=requests,
+            batch_size=None,                                        # a request is a batch already
+            num_workers=num_workers,
+            generator=th.Generator(),                               # else the loader draws from the global stream
+            worker_init_fn=prepare_worker if num_workers else None,
+        )
+        # torch would raise the death of a worker out of any line of the program, amid a collective for one; with the
+        # handler of before, the next batch that does not come reports it. (A handler of a C library reads as None.)
+        handler = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(loader)
+        if num_workers and handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        """
+        :raises UserError: if an image cannot be read; the message names it, and the stream ends.
+        :raises RuntimeError: if a worker died.
+        """
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}\nA process that reads images died, most often for want of memory (or of /dev/shm in a "
+                "container): use fewer workers, --num_workers 0 for none, or a smaller batch."
+            ) from error
+        if isinstance(batch, UserError):
+            self.close()
+            raise batch
+        batch.images = self._to_float(batch.images)
+        return batch
+
+    def read(self, positions: np.ndarray) -> Batch:
+        """The images of these positions of the run, int64 [B] ascending, read by this process: bytes, [B,3,S,S].
+
+        :raises UserError: if one cannot be read.
+        """
+        batch = self._samples[positions, self._order(positions)]
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers; left to garbage collection, that would take seconds for each."""
+        self._batches = iter(())
+
+    def _to_float(self, pixels: Tensor) -> Tensor:
+        """uint8 [B,3,S,S] -> float32 [B,3,S,S] in [-1, 1], v / 127.5 - 1."""
+        return th.empty(pixels.shape, pin_memory=self._pin_memory).copy_(pixels).div_(127.5).sub_(1)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """The pixels that images of a batch were read as: float [B,3,S,S] in [-1, 1] -> uint8 [B,3,S,S]."""
+    return images.add(1).mul_(127.5).round_().to(th.uint8)

@@ -1,0 +1,59 @@
+"""Batches that carry reference images: the newest n of the whole run, the same on every rank.
+
+Step k's references are the images at the run's positions (k+1)B-n .. (k+1)B-1, so they end with the step's own batch of
+B. Nothing is read for them that training does not read: each rank reads its share of the batch, the ranks tell each
+other, and the last n stay in memory as bytes. A run that starts or resumes reads the n-B before its first step once.
+
+Shapes: B images of a step over all ranks, S image_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from cm.data.loader import BatchStream, to_bytes
+from cm.types import Batch
+
+Gather = Callable[[Any], list[Any]]
+
+
+def with_references(
+    stream: BatchStream, n: int, start: int, rank: int, world_size: int, gather: Gather
+) -> Iterator[Batch]:
+    """The batches of `stream`, each with `references`: images uint8 [n,3,S,S], cond and positions, in order.
+
+    :param n: at least the images of a step.
+    :param start: samples that the run has consumed already, as `stream` was told.
+    :param gather: an object of every rank -> the list of all, on every rank; called by all ranks for every batch.
+    """
+    held: list[Batch] | None = None                                 # the images of the steps before, at least n-B
+    with closing(stream):
+        for batch in stream:
+            if held is None:
+                held = gather(past(stream, n - sum(gather(len(batch))), start, rank, world_size))
+            own = Batch(to_bytes(batch.images), batch.cond, batch.positions)
+            batch.references = newest(n, *held, *gather(own))
+            held = [batch.references]
+            yield batch
+
+
+def past(stream: BatchStream, count: int, start: int, rank: int, world_size: int) -> Batch:
+    """This rank's share of the `count` images before `start`, or of a few more so that all have as many.
+
+    Before the run's first images come those of an epoch of their own.
+    """
+    share = max(1, -(-count // world_size))
+    return stream.read(start - world_size * share + rank + world_size * np.arange(share))
+
+
+def newest(n: int, *parts: Batch) -> Batch:
+    """The n images with the highest positions, in order."""
+    positions = th.cat([part.positions for part in parts])
+    kept = positions.argsort()[-n:]
+    cond = {name: th.cat([part.cond[name] for part in parts])[kept] for name in parts[0].cond}
+    return Batch(th.cat([part.images for part in parts])[kept], cond, positions[kept])

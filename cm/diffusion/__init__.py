@@ -1,0 +1,1 @@
+"""The mathematics of a denoiser: noise levels, their distributions, scalings and loss weights."""

@@ -1,0 +1,1 @@
+"""Ranks: how they meet, talk, share work, fail and stop."""

@@ -1,0 +1,276 @@
+"""What the ranks of a job say to each other: objects, sums, arrays, parameters, files.
+
+Every function is one step of all ranks together, and for a single process simply does what it says without any
+messages. Reach them through `cm.distributed.setup`, whose `setup_dist` opens the process group that they use.
+"""
+
+import mmap
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+from torch import Tensor
+
+from cm.distributed.launchers import launcher_size
+from cm.errors import UserError
+from cm.io import untrusted
+
+Result = TypeVar("Result")
+
+MESSAGE_BYTES = 256 * 2**20
+"""Largest single broadcast: bounds the copies that messages need, not what can be sent."""
+SHARED = 8
+"""How much larger than their file tensors may be, as tied weights share one place in it."""
+CPU = th.device("cpu")
+LOOKALIKES = {
+    b"<!doctype html": "it is a web page, not the file that a link on it leads to",
+    b"<html": "it is a web page, not the file that a link on it leads to",
+    b"<?xml": "it is an XML text, perhaps a server's error message",
+    b"version https://git-lfs": "it is a git-LFS pointer: `git lfs pull` fetches the file it stands for",
+}
+
+
+def ranks() -> int:
+    """The number of ranks in the process group; 1 for a single process.
+
+    :raises RuntimeError: if this is one rank of several and the process group is not there yet.
+    """
+    if dist.is_initialized():
+        return dist.get_world_size()
+    if launcher_size() > 1:
+        raise RuntimeError(f"this is one of {launcher_size()} ranks: call dist_util.setup_dist() before they speak")
+    return 1
+
+
+def on_rank(rank: int) -> bool:
+    return not dist.is_initialized() or dist.get_rank() == rank
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if ranks() > 1:
+        dist.all_reduce(th.zeros(1))                # on the CPU, so by gloo whatever the GPUs are at
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """What rank `src` passed, on every rank; anything that can be pickled."""
+    if ranks() == 1:
+        return obj
+    held = [obj if on_rank(src) else None]
+    dist.broadcast_object_list(held, src, device=CPU)
+    return obj if on_rank(src) else held[0]
+
+
+def all_gather_object(obj: Any) -> list[Any]:
+    """What every rank passed, in the order of ranks, on every rank."""
+    if ranks() == 1:
+        return [obj]
+    held = [None] * ranks()
+    dist.all_gather_object(held, obj)
+    return held
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its sum over all ranks; returns it."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its elementwise maximum over all ranks; returns it."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
+    if ranks() > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def gather_to_main(array: np.ndarray) -> list[np.ndarray] | None:
+    """Every rank's array in the order of ranks, on rank 0; None elsewhere.
+
+    Shapes may differ and types may too. Only rank 0 needs the memory.
+    """
+    array = np.require(array, requirements="CW")    # torch warns of arrays that cannot be written
+    if array.dtype.hasobject:
+        raise TypeError("gather_to_main sends plain numbers; use all_gather_object for Python objects")
+    if ranks() == 1:
+        return [array]
+    forms = all_gather_object((array.shape, array.dtype.str))
+    if not on_rank(0):
+        if array.size:
+            dist.send(th.from_numpy(array.reshape(-1).view(np.uint8)), dst=0)
+        return None
+    gathered = [array, *(np.empty(shape, dtype) for shape, dtype in forms[1:])]
+    for rank, part in enumerate(gathered):
+        if rank > 0 and part.size:
+            dist.recv(th.from_numpy(part.reshape(-1).view(np.uint8)), src=rank)
+    return gathered
+
+
+@th.no_grad()
+def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
+    """Every rank's tensors in the order of ranks, on rank 0 and its CPU; None elsewhere.
+
+    Ranks may hold different numbers and kinds of them. They travel one at a time, and lie in memory as they lay.
+    """
+    if ranks() == 1:
+        return [[tensor.detach().to(CPU) for tensor in tensors]]
+    forms = all_gather_object([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+    if not on_rank(0):
+        for tensor in tensors:
+            if tensor.numel():
+                dist.send(tensor.detach().to(CPU).reshape(-1).view(th.uint8), dst=0)
+        return None
+    gathered = [[tensor.detach().to(CPU) for tensor in tensors]]
+    for rank, theirs in enumerate(forms[1:], 1):
+        gathered.append([th.empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in theirs])
+        for tensor in gathered[-1]:
+            if tensor.numel():
+                flat = th.empty(tensor.numel(), dtype=tensor.dtype)
+                dist.recv(flat.view(th.uint8), src=rank)
+                tensor.copy_(flat.view_as(tensor))
+    return gathered
+
+
+@th.no_grad()
+def sync_params(params: Iterable[Tensor], src: int = 0) -> None:
+    """Give every rank the values of rank `src`, in place and in few messages."""
+    if ranks() == 1:
+        return
+    for bucket in _buckets(params):
+        flat = th.cat([param.detach().reshape(-1) for param in bucket])
+        dist.broadcast(flat, src)
+        pieces = flat.split([param.numel() for param in bucket])
+        for param, piece in zip(bucket, pieces):
+            param.detach().copy_(piece.view_as(param))
+
+
+def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of one type and device, each at most MESSAGE_BYTES unless a single tensor is larger."""
+    bucket, size = [], 0
+    for param in params:
+        alike = bucket and (param.dtype, param.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (alike and size + param.nbytes <= MESSAGE_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(param)
+        size += param.nbytes
+    if bucket:
+        yield bucket
+
+
+def on_main(function: Callable[..., Result], *args: Any) -> Result:
+    """`function(*args)`, called on rank 0 only; every rank returns its result or raises its exception.
+
+    The result must be something that can be pickled.
+    """
+    if ranks() == 1:
+        return function(*args)
+    result = error = None
+    if on_rank(0):
+        try:
+            result = function(*args)
+        except Exception as caught:
+            error = caught
+    result, told = broadcast_object((result, _portable(error)))
+    if error is not None or told is not None:
+        raise error or told
+    return result
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The exception, or one that says the same if it cannot travel."""
+    try:
+        same = pickle.loads(pickle.dumps(error))
+    except Exception:
+        same = None
+    return error if type(same) is type(error) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+
+
+def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+    """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. Never runs code from it.
+
+    :param path: a local path, or a URL that blobfile knows (gs://, az://, https://...blob.core.windows.net).
+    :raises FileNotFoundError: on every rank, if rank 0 does not find it.
+    :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
+    """
+    content = read_everywhere(path)
+    try:
+        if content[:4] == b"PK\3\4":
+            untrusted.open_zip(content)             # torch itself would unpack a bomb
+            content.seek(0)
+        loaded = th.load(content, map_location=map_location, weights_only=True)
+        _check_extent(loaded, len(content))
+        return loaded
+    except th.OutOfMemoryError:
+        raise
+    except Exception as error:                      # pickles and archives that are damaged or made up raise many kinds
+        why = kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
+        raise UserError(
+            f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
+            "tensors and plain values only; if it should be one, fetch or write it again"
+        ) from error
+
+
+def _check_extent(content: Any, file_bytes: int) -> None:
+    """A tensor may be a view that repeats its values without end, and every copy of it would be spelt out.
+
+    :raises ValueError: if the tensors are much larger than the file they come from.
+    """
+    total, seen, waiting = 0, set(), [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
+    if total > SHARED * file_bytes:
+        raise ValueError(f"its tensors would take {total:,} bytes, the file has only {file_bytes:,}")
+
+
+def kind_of(content: mmap.mmap) -> str:
+    """What often lies where weights should, told by its first bytes; empty for anything else."""
+    start = content[:200].lstrip().lower()
+    return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
+
+
+def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
+    """The bytes of a file, read once and sent to every rank; as a file in memory, which needs no second copy."""
+    read: list[mmap.mmap] = []
+
+    def read_here() -> int:
+        read.append(_read(path))
+        return len(read[0])
+
+    size = on_main(read_here)
+    content = read[0] if read else mmap.mmap(-1, size)
+    if ranks() > 1:
+        for part in th.frombuffer(content, dtype=th.uint8).split(MESSAGE_BYTES):
+            dist.broadcast(part, 0)
+    return content
+
+
+def _read(path: str | os.PathLike) -> mmap.mmap:
+    if "://" in str(path):
+        import blobfile
+
+        size, source = blobfile.stat(path).size, blobfile.BlobFile(path, "rb")
+    else:
+        source = open(path, "rb")  # noqa: SIM115 (closed below, with the other kind)
+        size = os.fstat(source.fileno()).st_size
+    with source:
+        if size == 0:
+            raise UserError(f"{path} is empty")
+        content = mmap.mmap(-1, size)
+        while content.tell() < size and (part := source.read(min(MESSAGE_BYTES, size - content.tell()))):
+            content.write(part)
+    if content.tell() < size:
+        raise UserError(f"{path} ended after {content.tell()} of {size} bytes: it is still being written, or damaged")
+    content.seek(0)
+    return content

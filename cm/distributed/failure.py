@@ -1,0 +1,192 @@
+"""How a job of several ranks ends when something goes wrong: one report, and every rank gone within seconds.
+
+Nothing here is a collective. The ranks tell each other of their failure through a key-value store, in which a word
+left behind needs no listener, and every wait has a limit.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from cm.errors import UserError
+
+Result = TypeVar("Result")
+
+LIMIT_S = 10.0
+"""From the first failure to the end of this process, whatever hangs on the way."""
+ANSWER_S = 1.5
+"""For the store to answer, and for the other ranks to fail in the same way."""
+LEAVE_S = 0.5
+"""Between the report of a failure and the end: for the launcher to pass the report on."""
+SILENCE_S = 4.0
+"""How long a rank that was not the first to fail waits for the first to end the job."""
+
+USER_ERRORS = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+USER_STATUS = 2
+INTERRUPTED_STATUS = 130
+OVERDUE_STATUS = 75                             # EX_TEMPFAIL: the same command may well succeed
+
+HINTS = {
+    "out of memory": "Smaller --microbatch, --use_checkpoint True or more ranks need less memory on each GPU.",
+    "DataLoader worker": "A worker killed by a signal usually means that main memory or /dev/shm ran out.",
+}
+
+
+class Overdue(RuntimeError):
+    """The ranks were asked to stop and did not."""
+
+
+class Ranks(NamedTuple):
+    """What ending a job needs to know about it."""
+
+    rank: int
+    size: int
+    store: Any                                  # a torch.distributed.Store, or None
+    abort: Callable[[int], None]                # takes every rank down with this status; may return if it cannot
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status a failure ends the program with.
+
+    2 for a mistake of the user's, 130 for Ctrl-C, 75 where a stop did not come about in time, else 1.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED_STATUS
+    if isinstance(error, Overdue):
+        return OVERDUE_STATUS
+    return USER_STATUS if isinstance(error, USER_ERRORS) else 1
+
+
+def short_report(error: BaseException) -> str | None:
+    """All there is to say about a failure that needs no traceback; None if it needs one."""
+    if isinstance(error, (UserError, Overdue)):
+        return f"error: {error}"
+    if isinstance(error, USER_ERRORS):
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+        return f"error: {error}{place}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, SystemExit):
+        return str(error.code) if isinstance(error.code, str) else ""
+    return None
+
+
+def long_report(error: BaseException) -> str:
+    """The traceback, and what usually helps."""
+    hints = [hint for sign, hint in HINTS.items() if sign in str(error)]
+    return "".join([*traceback.format_exception(error), *hints]).rstrip()
+
+
+def end_alone(error: BaseException) -> None:
+    """End a program of one process, if `error` has a short report; for any other, Python does it best."""
+    report = short_report(error)
+    if report is not None:
+        say(report)
+        raise SystemExit(status_of(error)) from None
+
+
+def end_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
+    """Report `error` if no other rank has reported one, and take every rank down.
+
+    :param thread: the name of the thread that failed, if it is not the main one.
+    """
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=sys.__stderr__)
+    first, report = is_first(ranks), short_report(error)
+    who = f"rank {ranks.rank} of {ranks.size}" + (f", thread {thread}" if thread else "")
+    if report is not None and await_all(ranks):
+        if first:
+            say(report)
+        leave_together(ranks, status_of(error))
+    if not first:
+        time.sleep(SILENCE_S)                   # rarely ends: the first to fail takes this rank along
+    if report is None:
+        say(f"{who} failed{silent_peers(error, ranks)}\n{long_report(error)}")
+    elif report:
+        say(f"{who}: {report}")
+    flush()
+    time.sleep(LEAVE_S)                         # a launcher drops what it has not yet read when the abort arrives
+    ranks.abort(status_of(error))
+    os._exit(status_of(error))
+
+
+def leave_together(ranks: Ranks, status: int) -> NoReturn:
+    """Every rank ends by itself; an abort would only add noise."""
+    flush()
+    # Time for the report, which a launcher cuts short when another rank is gone, and for a last look at rank 0's store.
+    time.sleep(LEAVE_S * (2 if ranks.rank == 0 else 1))
+    os._exit(status)
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def say(text: str) -> None:
+    """To stderr in one piece, so that the lines of two ranks do not mix."""
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"{text}\n" if text else "")
+        sys.stderr.flush()
+
+
+def within(seconds: float, ask: Callable[[], Result], default: Result) -> Result:
+    """`ask()`, or `default` if it fails or takes too long: whoever should answer may be gone."""
+    answer = [default]
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            answer[0] = ask()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answer[0]
+
+
+def is_first(ranks: Ranks) -> bool:
+    """Leave word of this rank's failure; True if it is the first of the job, or if nobody can tell."""
+    if ranks.store is None:
+        return ranks.rank == 0
+
+    def check_in() -> bool:
+        ranks.store.set(f"failed/{ranks.rank}", "")
+        return ranks.store.add("failures", 1) == 1
+
+    return within(ANSWER_S, check_in, default=True)
+
+
+def silent(ranks: Ranks) -> list[int]:
+    """Ranks that have left no word of a failure."""
+    return [rank for rank in range(ranks.size) if not ranks.store.check([f"failed/{rank}"])]
+
+
+def await_all(ranks: Ranks) -> bool:
+    """True if every rank has failed too, give or take a moment."""
+    if ranks.store is None:
+        return False
+
+    def poll() -> bool:
+        while silent(ranks):
+            time.sleep(0.02)
+        return True
+
+    return within(ANSWER_S, poll, default=False)
+
+
+def silent_peers(error: BaseException, ranks: Ranks) -> str:
+    """After a timeout: the ranks that everybody else has waited for in vain."""
+    if ranks.store is None or not any(sign in str(error).lower() for sign in ("timed out", "timeout")):
+        return ""
+    await_all(ranks)
+    missing = within(ANSWER_S, lambda: silent(ranks), default=[])
+    return f" waiting; no word from rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else ""

@@ -1,0 +1,217 @@
+"""How this process was started, read off its environment: launcher, rank, cores, GPUs, addresses.
+
+Knows nothing of MPI or torch, so it is quick to import and every rule in it can be tested without starting a job.
+"""
+
+import array
+import os
+import socket
+import struct
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from cm.errors import UserError
+
+PROBE_S = 3.0
+"""Seconds to wait for an address of another machine to answer."""
+
+
+class Launch(NamedTuple):
+    """What a launcher has written into the environment of this process."""
+
+    launcher: str
+    rank: int
+    size: int                   # ranks in the whole job; 0 when the launcher does not say
+    by_mpi: bool                # the ranks meet through MPI, not through MASTER_ADDR and MASTER_PORT
+
+
+class _Launcher(NamedTuple):
+    name: str
+    evidence: str               # the variable that only this launcher sets
+    rank: str
+    size: str
+    by_mpi: bool
+
+
+# The first that matches is the innermost: torchrun inside srun is torchrun, mpiexec inside a SLURM job is mpiexec.
+LAUNCHERS = (
+    _Launcher("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", False),
+    _Launcher("mpiexec", "PMI_RANK", "PMI_RANK", "PMI_SIZE", True),
+    _Launcher("mpiexec of Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", True),
+    _Launcher("mpiexec of MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", True),
+    _Launcher("a PMIx launcher", "PMIX_RANK", "PMIX_RANK", "PMIX_SIZE", True),
+    _Launcher("RANK and WORLD_SIZE", "MASTER_ADDR", "RANK", "WORLD_SIZE", False),
+    _Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", True),
+)
+
+
+def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
+    """Every launcher that left its mark in `env`, the innermost first; empty for a plain `python`."""
+    found = []
+    for name, evidence, rank, size, by_mpi in LAUNCHERS:
+        if evidence in env and rank in env:
+            found.append(Launch(name, int(env[rank]), int(env.get(size, 0)), by_mpi))
+    return found
+
+
+def launcher_rank(env: Mapping[str, str] = os.environ) -> int:
+    """The rank in the whole job before anybody has spoken to the other ranks; 0 for a plain `python`."""
+    return next((launch.rank for launch in announcements(env)), 0)
+
+
+def launcher_size(env: Mapping[str, str] = os.environ) -> int:
+    """The largest job any launcher speaks of; 1 for a plain `python`."""
+    return max([1, *(launch.size for launch in announcements(env))])
+
+
+def pmi_answers(env: Mapping[str, str] = os.environ) -> bool:
+    """False if mpiexec's variables are here but its connection is not: MPI would kill this process as it starts."""
+    if "PMI_RANK" not in env or "PMI_PORT" in env:
+        return True
+    try:
+        os.fstat(int(env["PMI_FD"]))
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
+
+
+def started_by_pmix(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether PMIx is the only way that MPI has to the other ranks: Open MPI's mpiexec, srun --mpi=pmix."""
+    return "PMIX_RANK" in env and "PMI_RANK" not in env
+
+
+def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
+    """Ask mpiexec itself to end every rank, before MPI has started: without it the others would wait in MPI for ever.
+
+    One line of the PMI-1 wire protocol, which the process managers of MPICH, Intel MPI and MVAPICH read.
+    """
+    if "PMI_FD" in env and pmi_answers(env):
+        os.write(int(env["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())
+
+
+def refusal(launch: Launch, why: str) -> UserError:
+    """The error for a launcher that speaks of several ranks which this process cannot reach."""
+    if launch.launcher == "srun":
+        remedy = (
+            "start with `srun --mpi=pmi2`, with `mpiexec` inside the allocation, or with torchrun; "
+            "for a single process, unset SLURM_STEP_NUM_TASKS"
+        )
+    else:
+        remedy = (
+            f"start with the mpiexec that belongs to mpi4py ({sys.prefix}/bin/mpiexec, if it is there), rebuild mpi4py "
+            "for the MPI in use, or start with torchrun; for a process of its own inside a rank, clear the PMI_*, "
+            "PMIX_* and OMPI_* variables"
+        )
+    size = launch.size or "several"
+    return UserError(f"{launch.launcher} says this is rank {launch.rank} of {size}, but {why}: {remedy}.")
+
+
+def machine() -> str:
+    """A name that two processes share if they run on the same machine; host names alone are not always unique."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def usable_cores() -> list[int]:
+    """The cores this process may run on, one number each however many hardware threads a core has."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(os.cpu_count() or 1))
+    return sorted({_first_thread_of_core(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _first_thread_of_core(cpu: int) -> int:
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+            return int(file.read().replace("-", ",").split(",")[0])
+    except (OSError, ValueError):
+        return cpu
+
+
+def share_of_cores(mine: Collection[int], of_machine: Sequence[Collection[int]]) -> int:
+    """Threads a rank may use: its cores, each divided among the ranks that may run on it; at least 1.
+
+    :param mine: the cores of this rank.
+    :param of_machine: the cores of every rank on this machine, this one's included. Ranks that the launcher has
+        bound to cores of their own keep them all.
+    """
+    share = sum(1 / sum(core in cores for cores in of_machine) for core in mine)
+    return max(1, int(share + 1e-6))
+
+
+def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int]:
+    """One GPU for each rank of a machine, as an index into what that rank sees.
+
+    In the order of ranks each takes the first GPU nobody has yet. So ranks that see the same GPUs spread over them,
+    and ranks that a launcher has given one each stay there.
+
+    :param visible: for each rank of this machine, the unique names of the GPUs it sees.
+    :raises UserError: if there are more ranks than GPUs.
+    """
+    taken, chosen = set(), []
+    for names in visible:
+        free = [index for index, name in enumerate(names) if name not in taken]
+        if not free:
+            count = len({name for seen in visible for name in seen})
+            raise UserError(
+                f"{len(visible)} ranks on {socket.gethostname()} but {count} visible GPU{'s' * (count != 1)} "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}): start at most {count} "
+                "per machine, make more GPUs visible, or use the CPU with --device cpu."
+            )
+        chosen.append(free[0])
+        taken.add(names[free[0]])
+    return chosen
+
+
+def interface_addresses() -> dict[str, str]:
+    """IPv4 address of each network interface, {"lo": "127.0.0.1", ...}; empty where the system cannot be asked."""
+    if sys.platform != "linux":
+        return {}
+    import fcntl
+
+    SIOCGIFADDR, found = 0x8915, {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            request = array.array("B", struct.pack("256s", name.encode()[:15]))
+            try:
+                fcntl.ioctl(sock.fileno(), SIOCGIFADDR, request)
+            except OSError:                                         # an interface without an IPv4 address
+                continue
+            found[name] = socket.inet_ntoa(request[20:24])
+    return found
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this address."""
+    return next((name for name, own in interface_addresses().items() if own == address), None)
+
+
+def own_addresses() -> list[str]:
+    """Addresses at which another machine might reach this one, the likeliest first; loopback is left out."""
+    try:
+        by_name = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    except OSError:                                                 # a host name that nobody knows
+        by_name = []
+    addresses = dict.fromkeys([*by_name, *interface_addresses().values()])
+    return [address for address in addresses if not address.startswith("127.")]
+
+
+def probe(addresses: Sequence[str], port: int) -> dict[str, str]:
+    """Which of `addresses` answer at `port`, each with the address of this machine that the connection leaves from."""
+
+    def local_end(address: str) -> str | None:
+        try:
+            with socket.create_connection((address, port), timeout=PROBE_S) as connection:
+                return connection.getsockname()[0]
+        except OSError:
+            return None
+
+    if not addresses:
+        return {}
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        ends = list(pool.map(local_end, addresses))
+    return {address: end for address, end in zip(addresses, ends) if end}

@@ -1,0 +1,286 @@
+"""Zero-shot editing: Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithm 4.
+
+An edit says where to begin and what every denoised image must agree with. `constrained` wraps that around a denoiser,
+so that every sampler can edit; the loop is `cm.samplers.integrate`.
+
+Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+from torch import Tensor
+
+from cm.errors import UserError
+from cm.random_util import DummyGenerator
+from cm.samplers import Churn, integrate, make_sampler
+from cm.tensors import append_dims
+from cm.types import Denoiser, NoiseSource, Sampler
+
+LUMA = (0.2989, 0.5870, 0.1140)                                     # weights of red, green and blue in brightness
+
+
+class Edit:
+    """From images [N,C,H,W]: begin with noise added to what is known, agree with nothing."""
+
+    def __init__(self, images: Tensor):
+        self.known = images                                         # [N,C,H,W], a picture to begin from and to show
+
+    def levels(self, sigmas: Tensor) -> Tensor:
+        """The noise levels of this edit, of those in a sampler's grid."""
+        return sigmas
+
+    def begin(self, sigma: float, rng: NoiseSource) -> Tensor:
+        """[N,C,H,W] at noise level sigma, the first of `levels`."""
+        return self.known + sigma * rng.randn_like(self.known)
+
+    def project(self, x0: Tensor) -> Tensor:
+        """The images nearest to x0 [N,C,H,W] that agree with what is known: doing it twice is doing it once."""
+        return x0
+
+
+# --- constraints -----------------------------------------------------------------------------------------------------
+
+
+class Constraint(Edit):
+    """A part of the images is kept, and the network fills in the rest.
+
+    In the paper's letters, A is orthogonal and Omega marks the coordinates to fill in. Only the space that the kept
+    coordinates span matters, so that no A is needed: `part` is the orthogonal projection to that space.
+    """
+
+    def __init__(self, images: Tensor):
+        self.kept = self.part(images)                               # [N,C,H,W]
+        self.known = self.picture()
+
+    def part(self, x: Tensor) -> Tensor:
+        """What of x [N,C,H,W] is kept."""
+        raise NotImplementedError
+
+    def picture(self) -> Tensor:
+        """The kept part as images."""
+        return self.kept
+
+    def project(self, x0: Tensor) -> Tensor:
+        return self.kept + (x0 - self.part(x0))
+
+
+class Inpaint(Constraint):
+    """Keep the pixels where the mask is 1; fill in those where it is 0, which are shown black.
+
+    :param mask: 0 or 1, or boolean, of a shape that broadcasts to that of the images.
+    :raises UserError: for a mask of another size or with other values.
+    """
+
+    def __init__(self, images: Tensor, mask: Tensor):
+        fits = mask.ndim <= images.ndim and all(a in (1, b) for a, b in zip(mask.shape[::-1], images.shape[::-1]))
+        if not fits:
+            raise UserError(f"a mask of {list(mask.shape)} does not fit images of {list(images.shape)}")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise UserError("a mask must hold 1 where a pixel is known and 0 where it is to be filled in, nothing else")
+        self.mask = mask.to(images)
+        super().__init__(images)
+
+    def part(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+    def picture(self) -> Tensor:
+        return self.kept - (1 - self.mask)
+
+
+class Colorize(Constraint):
+    """Keep the brightness of every pixel, and nothing of its colour: C is 3, red, green and blue."""
+
+    def __init__(self, images: Tensor):
+        luma = images.new_tensor(LUMA)
+        self.direction = append_dims(luma / luma.norm(), 3)         # [3,1,1], a unit vector
+        super().__init__(images)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.direction * (self.direction * x).sum(1, keepdim=True)
+
+    def picture(self) -> Tensor:
+        """The grey image of this brightness."""
+        grey = (self.direction * self.kept).sum(1, keepdim=True) / self.direction.sum()
+        return grey.expand_as(self.kept)
+
+
+class SuperRes(Constraint):
+    """Keep the mean of every square patch, in each channel.
+
+    :param factor: side of a patch in pixels.
+    :raises UserError: if the patches do not tile the images.
+    """
+
+    def __init__(self, images: Tensor, factor: int):
+        check_factor(factor, images.shape[2:])
+        self.factor = factor
+        super().__init__(images)
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.interpolate(F.avg_pool2d(x, self.factor), scale_factor=self.factor, mode="nearest")
+
+
+def check_factor(factor: int, size: Sequence[int]) -> None:
+    """:raises UserError: if patches of side `factor` do not tile images of size (H, W), or hold one pixel only."""
+    if factor < 2 or any(side % factor for side in size):
+        fitting = [f for f in range(2, min(size) + 1) if all(side % f == 0 for side in size)]
+        raise UserError(
+            f"superres_factor {factor} does not divide images of {'x'.join(map(str, size))} pixels into patches; "
+            f"choose one of: {', '.join(map(str, fitting)) or '(none fits)'}"
+        )
+
+
+# --- edits without a constraint --------------------------------------------------------------------------------------
+
+
+class Stroke(Edit):
+    """Redraw images, such as coarse strokes, from a middle noise level on: Meng et al. 2022 (SDEdit, 2108.01073).
+
+    :param sigma: the level to begin at; more noise keeps less of the strokes.
+    """
+
+    def __init__(self, images: Tensor, sigma: float):
+        super().__init__(images)
+        self.sigma = sigma
+
+    def levels(self, sigmas: Tensor) -> Tensor:
+        return th.cat([sigmas.new_tensor([self.sigma]), sigmas[sigmas < self.sigma]])
+
+
+class Denoise(Edit):
+    """Images that are noisy already, denoised in one step.
+
+    :param sigma: the standard deviation of their noise.
+    """
+
+    def __init__(self, images: Tensor, sigma: float):
+        super().__init__(images)
+        self.sigma = sigma
+
+    def levels(self, sigmas: Tensor) -> Tensor:
+        return sigmas.new_tensor([self.sigma, 0.0])
+
+    def begin(self, sigma: float, rng: NoiseSource) -> Tensor:
+        return self.known
+
+
+class Interpolate(Edit):
+    """Images between two others. All of that is in the noise, see `Between`; of `images` only the shape matters."""
+
+    def __init__(self, images: Tensor):
+        super().__init__(th.zeros_like(images))
+
+
+@dataclass(frozen=True)
+class Between:
+    """Normal draws on the arc from those of one source to those of another: at both ends they are the sources' own.
+
+    :param weight: [N], 0 at the start and 1 at the end.
+    """
+
+    start: NoiseSource
+    end: NoiseSource
+    weight: Tensor
+
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        ends = (source.randn(*shape, dtype=dtype, device=device) for source in (self.start, self.end))
+        return slerp(*ends, self.weight)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Spherical linear interpolation of samples [N,...], weight [N]: a at weight 0, b at weight 1.
+
+    Where the two point the same or the opposite way, and no arc is distinguished, it is linear.
+    """
+    w = weight.to(a.device, th.float64)
+    cosine = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
+    angle = cosine.clamp(-1, 1).arccos()                            # [N]
+    straight = angle.sin() < 1e-6
+    sine = angle.sin().masked_fill(straight, 1.0)
+    of_a = th.where(straight, 1 - w, ((1 - w) * angle).sin() / sine)
+    of_b = th.where(straight, w, (w * angle).sin() / sine)
+    return append_dims(of_a.to(a.dtype), a.ndim) * a + append_dims(of_b.to(a.dtype), a.ndim) * b
+
+
+# --- running them ----------------------------------------------------------------------------------------------------
+
+CONSTRAINTS = {"inpaint": Inpaint, "colorize": Colorize, "superres": SuperRes}
+EDITS = {**CONSTRAINTS, "stroke": Stroke, "interpolate": Interpolate, "denoise": Denoise}
+
+
+def constrained(D: Denoiser, edit: Edit, clip: bool = True) -> Denoiser:
+    """A denoiser whose every image agrees with what the edit knows.
+
+    :param clip: clamp to [-1, 1], before the projection: after it, that would undo it.
+    """
+
+    def denoise(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        denoised = D(x, sigma, **cond)
+        return edit.project(denoised.clamp(-1, 1) if clip else denoised)
+
+    return denoise
+
+
+@th.no_grad()
+def run_edit(
+    D: Denoiser, edit: Edit, sampler: Sampler, sigmas: Tensor, rng: NoiseSource, *, churn: Churn | None = None,
+    clip_denoised: bool = True,
+) -> Tensor:
+    """The edited images [N,C,H,W]; they agree with what the edit knows whatever the sampler's last step does.
+
+    :param sigmas: the grid of the sampler, see `Sampler.grid`.
+    """
+    levels = edit.levels(sigmas)
+    x = edit.begin(levels[0].item(), rng)
+    return edit.project(integrate(sampler, constrained(D, edit, clip_denoised), x, levels, rng, churn=churn))
+
+
+# --- doors under the names of openai/consistency_models --------------------------------------------------------------
+# They begin from x [N,C,H,W], noise of level t_max, visit the levels ts of a Karras grid, and return the edited images
+# and the kept part; distiller(x, sigma [N]) is the consistency function.
+
+
+@th.no_grad()
+def replace_and_denoise(
+    distiller: Denoiser, edit: Edit, x: Tensor, ts: Sequence[int], t_min: float, t_max: float, rho: float, steps: int,
+    generator: NoiseSource | None,
+) -> Tensor:
+    sampler = make_sampler("multistep", {"ts": ts, "sigma_min": t_min})
+    sigmas = sampler.grid(steps, t_min, t_max, rho)
+    return integrate(sampler, constrained(distiller, edit), x, sigmas, generator or DummyGenerator())
+
+
+def iterative_inpainting(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill in where the mask is 0, see `Inpaint`; the second value shows the known pixels on black."""
+    edit = Inpaint(images.to(x), mask)
+    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.known
+
+
+def iterative_colorization(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Colour images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
+    edit = Colorize(images.to(x))
+    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
+
+
+def iterative_superres(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, factor: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Sharpen images of known patch means, see `SuperRes`; the second value holds the means."""
+    edit = SuperRes(images.to(x), factor)
+    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept

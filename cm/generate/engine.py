@@ -1,0 +1,225 @@
+"""Sample images over all ranks: exactly as many as asked, each depending on the seed and its own index alone."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import nn
+from tqdm import tqdm
+
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.generate.npz import NpzWriter, to_uint8
+from cm.generate.png import PngFolder, PngWriter
+from cm.karras_diffusion import KarrasDenoiser
+from cm.random_util import get_generator, labels_for
+from cm.samplers.sample import sample
+from cm.types import NoiseSource
+
+SHOWN = 64                                      # images in a grid
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What to draw; see `cm.config.schema.SampleConfig` for the meaning of each."""
+
+    num_samples: int
+    batch_size: int
+    image_size: int
+    seed: int
+    num_classes: int | None                     # None: unconditional
+    class_label: int = -1
+    generator: str = "determ"
+    seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
+    rounding: str = "truncate"
+
+    def indices(self, rows: np.ndarray) -> np.ndarray:
+        """The sample indices that stand in these rows of the result."""
+        return np.asarray(self.seeds, np.int64)[rows] if self.seeds else rows
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one rank made of n sample indices."""
+
+    images: dict[str, np.ndarray]               # by kind, [n,H,W,3] uint8
+    labels: np.ndarray | None                   # [n]
+    evaluations: int                            # network evaluations per image (NFE)
+
+
+@dataclass(frozen=True)
+class SamplingResult:
+    paths: dict[str, str]                       # of the npz of each kind, on rank 0
+    first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,3], on rank 0: to look at
+    evaluations: int                            # network evaluations per image (NFE)
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PngResult:
+    drawn: int                                  # images
+    there: int                                  # images that an earlier run has left
+    evaluations: int                            # network evaluations per image (NFE) on this rank; 0 if it drew none
+    seconds: float
+
+
+def rounds(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """The rows of the result that this rank makes, round by round; every rank has as many rounds, some of them empty.
+    """
+    per_round = plan.batch_size * world_size
+    for first in range(0, plan.num_samples, per_round):
+        start = first + rank * plan.batch_size
+        yield np.arange(start, max(start, min(start + plan.batch_size, plan.num_samples)))
+
+
+def parse_seeds(seeds: str) -> tuple[int, ...]:
+    """'0-3,100' -> (0, 1, 2, 3, 100), in this order; () when empty.
+
+    :raises UserError: if a part is neither a number nor a rising range, or a seed is named twice.
+    """
+    found: list[int] = []
+    for word in seeds.split(",") if seeds.strip() else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--seeds {seeds!r}: {word.strip()!r} is neither a number nor a rising range such as 0-63")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if twice := [seed for seed, times in Counter(found).items() if times > 1]:
+        raise UserError(f"--seeds {seeds!r} names {twice[0]} twice")
+    return tuple(found)
+
+
+def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
+    if plan.num_classes is None:
+        return None
+    if plan.class_label >= 0:
+        return np.full(len(indices), plan.class_label, np.int64)
+    return np.asarray(labels_for(indices, plan.seed, plan.num_classes), np.int64)
+
+
+def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
+    """The context in which a float32 model samples in fp32, bf16 or fp16."""
+    if precision == "fp16":
+        model.convert_to_fp16()
+    if precision == "bf16":
+        return th.autocast(dist.dev().type, dtype=th.bfloat16)
+    return nullcontext()
+
+
+@th.inference_mode()
+def draw(
+    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, indices: np.ndarray, labels: np.ndarray | None,
+    **sampler_options: Any,
+) -> tuple[np.ndarray, int]:
+    """Images of these indices: [n,H,W,3] uint8, and the network evaluations each took."""
+    if len(indices) == 0:
+        return no_images(plan), 0
+    size = plan.image_size
+    result = sample(
+        diffusion, model, (len(indices), 3, size, size), model_kwargs=condition(labels), device=dist.dev(),
+        generator=noise_of(indices, plan), **sampler_options,
+    )
+    return to_uint8(result.images, nearest=plan.rounding == "nearest"), result.evaluations
+
+
+def no_images(plan: SamplingPlan) -> np.ndarray:
+    return np.zeros((0, plan.image_size, plan.image_size, 3), np.uint8)
+
+
+def noise_of(indices: np.ndarray, plan: SamplingPlan) -> NoiseSource:
+    """The random streams of these samples."""
+    return get_generator(plan.generator, plan.num_samples, plan.seed).for_samples(th.as_tensor(indices))
+
+
+def condition(labels: np.ndarray | None) -> dict[str, th.Tensor]:
+    """What the network is told about these classes."""
+    return {} if labels is None else {"y": th.as_tensor(labels, device=dist.dev())}
+
+
+def sample_to_npz(
+    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, directory: str, precision: str,
+    **sampler_options: Any,
+) -> SamplingResult:
+    """Draw the plan on all ranks."""
+
+    def make(indices: np.ndarray) -> Drawn:
+        labels = labels_of(indices, plan)
+        images, evaluations = draw(model, diffusion, plan, indices, labels, **sampler_options)
+        return Drawn({"samples": images}, labels, evaluations)
+
+    with at_precision(model, precision):
+        return collect_to_npz(make, plan, directory)
+
+
+def collect_to_npz(
+    make: Callable[[np.ndarray], Drawn], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
+) -> SamplingResult:
+    """Make the plan's images on all ranks; rank 0 writes each round as it comes, the others hold only their own.
+
+    :param make: from sample indices [n], which may be none, to images of these `kinds`.
+    """
+    main, start, evaluations = dist.is_main(), time.monotonic(), 0
+    writers = open_writers(plan, directory, kinds) if main else {}
+    bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
+    with bar:
+        for own in rounds(plan, dist.get_rank(), dist.get_world_size()):
+            drawn = make(plan.indices(own))
+            evaluations = max(evaluations, drawn.evaluations)
+            whose, labels, *images = (
+                together(rows) for rows in (own, drawn.labels, *(drawn.images[kind] for kind in kinds))
+            )
+            for kind, rows in zip(writers, images):
+                writers[kind].put(whose, rows, labels)
+            bar.update(0 if whose is None else len(whose))
+    first_images = {kind: writer.images[:SHOWN].copy() for kind, writer in writers.items()}
+    extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
+    paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
+    return SamplingResult(paths, first_images, evaluations, time.monotonic() - start)
+
+
+def sample_to_pngs(
+    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, folder: PngFolder, precision: str,
+    **sampler_options: Any,
+) -> PngResult:
+    """Draw those of the plan's seeds that have no image in the folder yet; each rank writes what it makes.
+
+    Every batch has the full size, the last one filled up with its last seed: with the same batch size a seed's image
+    then has the same bits whichever seeds are asked beside it.
+    """
+    seeds = plan.indices(np.arange(plan.num_samples)).tolist()
+    missing = tuple(dist.on_main(folder.missing, seeds))
+    rest = replace(plan, num_samples=len(missing), seeds=missing)
+    main, start, evaluations = dist.is_main(), time.monotonic(), 0
+    per_round = plan.batch_size * dist.get_world_size()
+    bar = tqdm(
+        total=len(seeds), initial=len(seeds) - len(missing), unit="image", desc="sampling", disable=not main,
+        dynamic_ncols=True,
+    )
+    with at_precision(model, precision), PngWriter(folder) as writer, bar:
+        for done, rows in enumerate(rounds(rest, dist.get_rank(), dist.get_world_size())):
+            own = rest.indices(rows)
+            if len(own):
+                filled = np.pad(own, (0, plan.batch_size - len(own)), mode="edge")
+                images, evaluations = draw(model, diffusion, rest, filled, labels_of(filled, rest), **sampler_options)
+                writer.put(own.tolist(), images[: len(own)])
+            bar.update(min(per_round, len(missing) - done * per_round))
+    dist.barrier()
+    return PngResult(len(missing), len(seeds) - len(missing), evaluations, time.monotonic() - start)
+
+
+def open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
+    size, with_labels = plan.image_size, plan.num_classes is not None
+    return {kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind) for kind in kinds}
+
+
+def together(rows: np.ndarray | None) -> np.ndarray | None:
+    """The rows of all ranks on rank 0, None elsewhere and where there are none."""
+    parts = None if rows is None else dist.gather_to_main(rows)
+    return None if parts is None else np.concatenate(parts)

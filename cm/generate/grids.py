@@ -1,0 +1,41 @@
+"""Pictures of many images: a grid, and rows with names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Image.Image:
+    """[N,H,W,3] uint8 -> one picture, row by row, each pixel `scale` wide."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    cell_h, cell_w = height * scale + gap, width * scale + gap
+    sheet = np.full((rows * cell_h - gap, columns * cell_w - gap, 3), 255, np.uint8)
+    for place, image in enumerate(images):
+        top, left = place // columns * cell_h, place % columns * cell_w
+        sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(sheet)
+
+
+def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], scale: int, text_size: int = 16) -> Image.Image:
+    """Pictures one above the other, each row of images [n,H,W,3] with its name on the left."""
+    font = ImageFont.load_default(text_size)
+    strips = [(name, image_grid(images, len(images), scale)) for name, images in rows]
+    margin = max(int(font.getlength(line)) for name, _ in strips for line in name.split("\n")) + 2 * text_size
+    height = sum(strip.height + text_size // 2 for _, strip in strips) + text_size // 2
+    sheet = Image.new("RGB", (margin + max(strip.width for _, strip in strips) + text_size // 2, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = text_size // 2
+    for name, strip in strips:
+        draw.text((text_size, top + strip.height / 2), name, fill="black", font=font, anchor="lm")
+        sheet.paste(strip, (margin, top))
+        top += strip.height + text_size // 2
+    return sheet
+
+
+def grid_scale(image_size: int) -> int:
+    """How much to enlarge small images so that a person can see them."""
+    return max(1, 64 // image_size)

@@ -1,0 +1,129 @@
+"""A folder with one PNG for each seed, which a stopped run can go on filling.
+
+Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. Beside them lies
+sampling.json, which says how the images were made: a folder never holds images of two kinds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm.errors import UserError
+
+RECIPE = "sampling.json"
+PER_FOLDER = 1000
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+ENCODERS = 2                                    # threads; zlib works outside of Python's lock
+WAITING = 256                                   # images that may wait for an encoder
+
+
+class PngFolder:
+    """Where the images of seeds lie.
+
+    :param subdirs: a folder for each 1000 seeds.
+    """
+
+    def __init__(self, outdir: str, subdirs: bool):
+        self.outdir, self.subdirs = Path(outdir), subdirs
+
+    def path(self, seed: int) -> Path:
+        folder = self.outdir / f"{seed - seed % PER_FOLDER:06d}" if self.subdirs else self.outdir
+        return folder / f"{seed:06d}.png"
+
+    def claim(self, recipe: Mapping[str, Any]) -> None:
+        """Make the folder, or see that what lies in it was made in the same way; for one process.
+
+        :param recipe: all that the images depend on, as JSON knows it.
+        :raises UserError: naming what differs, or if images are there without a recipe, or it cannot be written.
+        """
+        wanted, path = json.loads(json.dumps(dict(recipe))), self.outdir / RECIPE
+        try:
+            self.outdir.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                return self.compare(json.loads(path.read_text()), wanted)
+            if stranger := next(self.outdir.rglob("*.png"), None):
+                raise UserError(f"--outdir {self.outdir} holds images, such as {stranger}, and no {RECIPE} that says "
+                                "how they were made: choose another --outdir")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(wanted, indent=2))
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f"--outdir {self.outdir} cannot be written: {error.strerror}") from None
+        except json.JSONDecodeError:
+            raise UserError(f"{path} is damaged, so nobody knows how the images beside it were made: "
+                            "choose another --outdir") from None
+
+    def compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        for name in {**wanted, **found}:
+            if found.get(name) != wanted.get(name):
+                raise UserError(
+                    f"--outdir {self.outdir} holds images made with {name}={found.get(name)!r}, and this run has "
+                    f"{name}={wanted.get(name)!r}: choose another --outdir, or the same model and flags to go on"
+                )
+
+    def missing(self, seeds: Iterable[int]) -> list[int]:
+        """Those of the seeds, in their order, that have no image yet, or a damaged one."""
+        return [seed for seed in seeds if not is_whole(self.path(seed))]
+
+    def read(self, seeds: Iterable[int]) -> np.ndarray:
+        """The images of seeds, as far as they lie here: uint8 [n,H,W,3]."""
+        return np.stack([np.asarray(Image.open(self.path(seed))) for seed in seeds if is_whole(self.path(seed))])
+
+
+class PngWriter:
+    """Encodes and writes images beside the work that makes them: `with PngWriter(folder) as writer: writer.put(...)`.
+
+    Files appear whole or not at all. Leaving the block waits for all of them.
+    """
+
+    def __init__(self, folder: PngFolder):
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(ENCODERS)
+        self._waiting: deque[Future] = deque()
+
+    def __enter__(self) -> PngWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *rest: Any) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        while kind is None and self._waiting:
+            self._waiting.popleft().result()
+
+    def put(self, seeds: Sequence[int], images: np.ndarray) -> None:
+        """Images [n,H,W,3] uint8 of these seeds.
+
+        :raises UserError: if this or an earlier one cannot be written.
+        """
+        self._waiting += [self._pool.submit(write_png, self.folder.path(seed), img) for seed, img in zip(seeds, images)]
+        while self._waiting and (len(self._waiting) > WAITING or self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """[H,W,3] uint8."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(partial, format="png")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a PNG to its last byte: after a power cut a file may be there without its content."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:                                                 # none, or shorter than that
+        return False

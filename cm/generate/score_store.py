@@ -1,0 +1,71 @@
+"""The scores of a long search on disk: after an interruption the same command goes on, another one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import untrusted
+from cm.io.storage import write_json
+from cm.logging import logger
+
+STATE_BYTES = 64 * 2**20                                            # the largest file of scores that is read
+
+
+@dataclass
+class Ledger:
+    """Every score so far, and on what they depend; written after each. Use it on all ranks together."""
+
+    path: str
+    conditions: dict[str, Any]
+    scores: dict[str, float] = field(default_factory=dict)
+    network_evaluations: int = 0                                    # images through the network, all runs together
+
+    def score(self, name: str, compute: Callable[[], tuple[float, int]]) -> float:
+        """The score of that name, from memory or computed now with the network evaluations it took."""
+        if name not in self.scores:
+            self.scores[name], evaluations = compute()
+            self.network_evaluations += evaluations
+            dist.on_main(self.save)
+        return self.scores[name]
+
+    def save(self) -> None:
+        content = dataclasses.asdict(self)
+        del content["path"]
+        write_json(self.path, content)
+
+
+def open_ledger(path: str, conditions: Mapping[str, Any]) -> Ledger:
+    """The ledger of that path, or a new one; call it on rank 0.
+
+    :param conditions: all that the scores depend on, as JSON can hold it.
+    :raises UserError: if the one there is damaged, or its conditions differ.
+    """
+    if not os.path.exists(path):
+        return Ledger(path, dict(conditions))
+    try:
+        with open(path, "rb") as file:
+            content = untrusted.parse_json(untrusted.read_file(file, STATE_BYTES))
+        there, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
+        ledger = Ledger(path, there, scores, int(content["network_evaluations"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start anew"
+        ) from None
+    differing = [name for name in {**there, **conditions} if there.get(name) != conditions.get(name)]
+    if differing:
+        facts = [
+            f"{name} was {untrusted.shown(there.get(name))} and is now {untrusted.shown(conditions.get(name))}"
+            for name in differing[:10]
+        ]
+        raise UserError(
+            f"{path} is of a search with other settings: {'; '.join(facts)}. Choose another --log_dir, or give "
+            "the same settings to go on"
+        )
+    logger.log(f"going on with {len(scores)} scores of {path}")
+    return ledger

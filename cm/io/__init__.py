@@ -1,0 +1,1 @@
+"""Files: local and remote, from strangers, downloaded. Knows nothing of networks."""

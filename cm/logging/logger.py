@@ -1,0 +1,290 @@
+"""Rows of numbers and lines of text, to the screen and to files: guided-diffusion's logger, names and files kept.
+
+    logger.configure(dir, rank=dist_util.get_rank())
+    logger.logkv_mean("loss", loss)         # a tensor waits on its device until the row is written
+    logger.logkv("step", step)
+    logger.dumpkvs()
+
+Formats: "stdout" and "log" (log.txt) show tables, "csv" (progress.csv) and "json" (progress.json, an object a line)
+hold one row a dump, "tensorboard" (tb/) makes curves. A directory that already holds a log is gone on with: old rows
+stay, and a new column appears in the old rows as an empty cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm.distributed.launchers import launcher_rank
+from cm.errors import UserError
+from cm.logging.writers import FORMATS, Output, TableOutput
+from cm.registry import lookup
+
+WAITING_ROWS = 10_000
+"""How many rows are kept in memory for a full disk; of more the oldest are lost."""
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+
+
+class Logger:
+    """A row in the making, and where it goes. The functions of this module speak to the current one."""
+
+    def __init__(self, directory: str | None, outputs: Sequence[Output], level: int = INFO):
+        self.directory, self.outputs, self.level = directory, outputs, level
+        self.values: dict[str, Any] = {}
+        self.sums: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
+        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output had no room for
+        self.is_stuck = False                                   # and that this has been said
+
+    def logkv(self, key: str, value: Any) -> None:
+        self.values[key] = scalar(key, value)
+
+    def logkv_mean(self, key: str, value: Any) -> None:
+        value = scalar(key, value)
+        if is_tensor(value) and value.device.type != "mps":     # which has no float64
+            value = value.double()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def row(self) -> dict[str, Any]:
+        means = {key: total / self.counts[key] for key, total in self.sums.items()}
+        return to_numbers({**self.values, **means})
+
+    def dumpkvs(self) -> dict[str, Any]:
+        row = self.row()
+        if self.level < DISABLED:
+            self.is_stuck = not all([self.write_row(output, row) for output in self.outputs])
+        for held in (self.values, self.sums, self.counts):
+            held.clear()
+        return row
+
+    def write_row(self, output: Output, row: dict[str, Any]) -> bool:
+        """Hand a row on, after those that wait: a full disk is no reason to end a run, so rows of numbers wait for room
+        (tables and lines for people are lost). Returns whether it did not have to.
+        """
+        rows = self.waiting.setdefault(id(output), [])
+        rows.append(row)
+        try:
+            while rows:
+                output.writekvs(rows[0])
+                rows.pop(0)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
+            self.complain(error)
+            return False
+        return True
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        if self.level <= level:
+            for output in self.outputs:
+                if isinstance(output, TableOutput):
+                    try:
+                        output.writeline(" ".join(map(str, args)))
+                    except BrokenPipeError:
+                        raise
+                    except OSError as error:
+                        self.complain(error)
+
+    def complain(self, error: OSError) -> None:
+        if not self.is_stuck:
+            self.is_stuck = True
+            print(f"the log in {self.directory} cannot be written ({error.strerror}); the run goes on, and its rows "
+                  "wait for room", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for output in self.outputs:
+            output.close()
+
+
+_default = Logger(None, [TableOutput()] if launcher_rank() == 0 else [])
+_current = _default
+
+
+def configure(
+    dir: str | os.PathLike | None = None,
+    format_strs: Sequence[str] | None = None,
+    log_suffix: str = "",
+    rank: int | None = None,
+    resume_step: int | None = None,
+    also: Sequence[str] = (),
+) -> None:
+    """Start a log, or go on with the one that is there.
+
+    :param dir: made if it does not exist; by default $OPENAI_LOGDIR, else a new folder in the system's temporary one.
+    :param format_strs: names from `FORMATS`; by default $OPENAI_LOG_FORMAT, else stdout, log and csv.
+    :param log_suffix: added to the names of the files.
+    :param rank: only rank 0 writes, unless $OPENAI_LOG_FORMAT_MPI names formats for the others, whose files then end
+        in -rank001 and so on. By default what the launcher says.
+    :param also: formats of rank 0 beside those.
+    :param resume_step: the step a resumed run starts from; rows after it are dropped.
+    :raises UserError: if the directory cannot be made or written, or there is no such format.
+    """
+    global _current
+    rank = launcher_rank() if rank is None else rank
+    if rank > 0:
+        log_suffix += f"-rank{rank:03d}"
+        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
+    elif format_strs is None:
+        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
+    if rank == 0:
+        format_strs = [*format_strs, *also]
+    makers = [lookup(FORMATS, name, "log format") for name in format_strs]
+    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or default_directory())
+    if "://" in dir:
+        raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
+    directory = Path(dir).expanduser().absolute()
+    try:
+        if makers:
+            directory.mkdir(parents=True, exist_ok=True)
+        outputs = [make(directory, log_suffix) for make in makers]
+    except OSError as error:
+        raise UserError(f"cannot write a log to {directory}: {error.strerror}; choose another --log_dir") from None
+    reset()
+    _current = Logger(str(directory), outputs)
+    if resume_step is not None:
+        drop_after(resume_step)
+
+
+def drop_after(step: int) -> None:
+    """Forget the rows whose `step` is larger, because the run goes on from there and will write them again."""
+    for output in _current.outputs:
+        output.drop_after(step)
+
+
+def reset() -> None:
+    """Close the log; from here on text and tables go to the screen only."""
+    global _current
+    if _current is not _default:
+        _current.close()
+        _current = _default
+
+
+@contextlib.contextmanager
+def scoped_configure(dir: str | os.PathLike | None = None, format_strs: Sequence[str] | None = None) -> Iterator[None]:
+    """Another log for a while."""
+    global _current
+    outer, _current = _current, _default
+    try:
+        configure(dir, format_strs)
+        yield
+    finally:
+        reset()
+        _current = outer
+
+
+def logkv(key: str, value: Any) -> None:
+    """Put a number, or a tensor of one element, into the row; the last value of a key stays."""
+    _current.logkv(key, value)
+
+
+def logkv_mean(key: str, value: Any) -> None:
+    """As `logkv`, but the row gets the mean of all values. A tensor costs no synchronisation until then."""
+    _current.logkv_mean(key, value)
+
+
+def logkvs(values: Mapping[str, Any]) -> None:
+    """`logkv` for each item."""
+    for key, value in values.items():
+        logkv(key, value)
+
+
+def getkvs() -> dict[str, Any]:
+    """The row as it stands."""
+    return _current.row()
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write the row, empty it, and return what was written."""
+    return _current.dumpkvs()
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """A line of text, to stdout and log.txt, if the level is at least that of `set_level`."""
+    _current.log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """The least level of `log` that is shown, for the current log."""
+    _current.level = level
+
+
+def get_dir() -> str:
+    """Where the log is; configures one if there is none yet."""
+    if _current.directory is None:
+        configure()
+    return _current.directory
+
+
+@contextlib.contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds spent inside to `wait_<scopename>` of the row."""
+    key, begun = f"wait_{scopename}", time.monotonic()
+    try:
+        yield
+    finally:
+        _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - begun
+
+
+def default_directory() -> str:
+    stamp = datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
+    return os.path.join(tempfile.gettempdir(), stamp)
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def is_tensor(value: Any) -> bool:
+    """Told without importing torch, which a program that only reads logs need not have loaded."""
+    return hasattr(value, "detach")
+
+
+def scalar(key: str, value: Any) -> Any:
+    """A plain value, or a tensor without its graph."""
+    shape = tuple(value.shape) if is_tensor(value) else np.shape(value)
+    if np.prod(shape) != 1:
+        raise ValueError(f"{key!r} has shape {shape}; a row holds single numbers: log its mean")
+    return value.detach().reshape(()) if is_tensor(value) else value
+
+
+def to_numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """Tensors and numpy scalars as plain numbers, with one transfer for all tensors of a device and type."""
+    numbers, kinds = dict(row), {}
+    for key, value in row.items():
+        if is_tensor(value):
+            kinds.setdefault((value.device, value.dtype), []).append(key)
+        elif isinstance(value, (np.generic, np.ndarray)):
+            numbers[key] = value.item()
+    for keys in kinds.values():
+        import torch as th
+
+        numbers.update(zip(keys, th.stack([row[key] for key in keys]).tolist()))
+    return numbers

@@ -1,0 +1,1 @@
+"""Networks and their layers: built from flags, compiled, differentiated forward."""

@@ -1,0 +1,93 @@
+"""Self-attention over the positions of an image, on torch's scaled_dot_product_attention.
+
+Shapes: N batch, C channels, T positions (H times W), h heads, d head width (C = h d).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cm.errors import UserError
+from cm.networks import attention_cpu
+from cm.networks.fused_norm import norm_act
+from cm.networks.jvp import inside_jvp
+from cm.networks.layers import checkpoint, conv_nd, normalization, without_autocast, zero_module
+
+
+def _differentiable_kernel() -> AbstractContextManager:
+    """Inside forward-mode differentiation, torch's plain kernel: its fused kernels have no Jacobian-vector product."""
+    if inside_jvp():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
+def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Softmax attention with logits scaled by 1/sqrt(d): [N,3C,...] -> [N,C,...].
+
+    The 3C channels are all queries, then all keys, then all values, each as h heads of d channels: the layout of the
+    published consistency models. The result lies channels-last in memory.
+    """
+    n, width, *positions = qkv.shape
+    d = width // (3 * num_heads)
+    # The fused kernels want the d numbers of a head side by side. channels_last data lies so already and
+    # this contiguous() is free; on channels-first data the copy is three times faster than strided attention.
+    tokens = qkv.flatten(2).transpose(1, 2).contiguous()                        # [N,T,3C]
+    with _differentiable_kernel(), without_autocast(qkv.device):
+        if attention_cpu.suits(tokens):
+            out = attention_cpu.attention(tokens, num_heads)                    # [N,T,C]
+        else:
+            q, k, v = tokens.view(n, -1, 3, num_heads, d).permute(2, 0, 3, 1, 4)    # each [N,h,T,d]
+            out = F.scaled_dot_product_attention(q, k, v)                       # [N,h,T,d]
+            out = out.transpose(1, 2).reshape(n, -1, width // 3)
+    return out.transpose(1, 2).unflatten(2, positions)                          # channels innermost
+
+
+class AttentionBlock(nn.Module):
+    """x + proj_out(attention(qkv(norm(x)))): every position of an image looks at every other, [N,C,...] -> same.
+
+    Parameters are named and shaped as in the published checkpoints: `norm`, `qkv` [3C,C,1,1], `proj_out` [C,C,1,1],
+    the last one zero at the start, so that a new block is the identity.
+
+    :param num_head_channels: width of a head; -1 splits the channels into `num_heads` heads instead.
+    :raises UserError: if the heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.num_heads = count_heads(channels, num_heads, num_head_channels)
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(dims, channels, 3 * channels, 1)
+        self.proj_out = zero_module(conv_nd(dims, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_out(qkv_attention(self.qkv(norm_act(self.norm, x, silu=False)), self.num_heads))
+
+
+def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """The number of heads of an attention layer; a `num_head_channels` other than -1 decides, else `num_heads`.
+
+    :raises UserError: if the heads do not divide `channels`.
+    """
+    if num_head_channels == -1:
+        if num_heads < 1 or channels % num_heads:
+            raise UserError(f"num_heads={num_heads} does not divide the {channels} channels of an attention layer")
+        return num_heads
+    if num_head_channels < 1 or channels % num_head_channels:
+        raise UserError(f"num_head_channels={num_head_channels} does not divide the {channels} channels of an "
+                        "attention layer; choose a common divisor of all widths with attention, or -1 for num_heads")
+    return channels // num_head_channels

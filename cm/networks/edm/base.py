@@ -1,0 +1,196 @@
+"""What the EDM networks share: levels, the way through them, inputs, precision.
+
+Shapes: N batch, C channels, H and W height and width, E embedding width, K classes, A augmentation labels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+
+import torch as th
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cm.errors import UserError
+from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, UNetBlock
+from cm.networks.layers import SiLU, without_autocast
+from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
+
+
+class EDMNetwork(nn.Module):
+    """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
+
+    :param img_resolution: side of the images.
+    :param in_channels: channels of the input.
+    :param label_dim: number of classes, 0 for none.
+    :param augment_dim: length of the augmentation labels, 0 for none.
+    :param widths: of each level; the image halves between levels.
+    :param attn_resolutions: sides of the images at which attention takes place; those of no level are harmless.
+    :raises UserError: for images that cannot be halved often enough.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        label_dim: int,
+        augment_dim: int,
+        widths: Sequence[int],
+        attn_resolutions: Collection[int],
+    ) -> None:
+        super().__init__()
+        self.img_resolution, self.in_channels = img_resolution, in_channels
+        self.label_dim, self.augment_dim = label_dim, augment_dim
+        self.widths, self.attn_resolutions = list(widths), set(attn_resolutions)
+        self.act = SiLU()
+        self.shrinkage = 2 ** (len(widths) - 1)
+        self._check_side(img_resolution)
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    def encoder(
+        self, first: int, num_blocks: int, options: BlockOptions, residual: Callable[[int, int], ConvDown] | None = None
+    ) -> nn.ModuleDict:
+        """The way down.
+
+        :param first: width of the first convolution.
+        :param residual: makes the layer that brings the image to a lower level, from its width and that level's.
+        """
+        layers = nn.ModuleDict()
+        channels, image_channels = first, self.in_channels
+        for level, width in enumerate(self.widths):
+            side = self.img_resolution >> level
+            if level == 0:
+                layers[f"{side}x{side}_conv"] = options.init(Conv(self.in_channels, first, 3))
+            else:
+                layers[f"{side}x{side}_down"] = UNetBlock(channels, channels, options, "down")
+                if residual is not None:
+                    layers[f"{side}x{side}_aux_residual"] = residual(image_channels, channels)
+                    image_channels = channels
+            for i in range(num_blocks):
+                attention = side in self.attn_resolutions
+                layers[f"{side}x{side}_block{i}"] = UNetBlock(channels, width, options, attention=attention)
+                channels = width
+        return layers
+
+    def decoder(self, num_blocks: int, options: BlockOptions, attends_often: bool) -> nn.ModuleDict:
+        """The way up from `enc`; the last block of a level attends, or all do if `attends_often`."""
+        skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+        channels = skips[-1]
+        layers = nn.ModuleDict()
+        for level, width in reversed(list(enumerate(self.widths))):
+            side = self.img_resolution >> level
+            if level == len(self.widths) - 1:
+                layers[f"{side}x{side}_in0"] = UNetBlock(channels, channels, options, attention=True)
+                layers[f"{side}x{side}_in1"] = UNetBlock(channels, channels, options)
+            else:
+                layers[f"{side}x{side}_up"] = UNetBlock(channels, channels, options, "up")
+            for i in range(num_blocks + 1):
+                attention = side in self.attn_resolutions and (attends_often or i == num_blocks)
+                layers[f"{side}x{side}_block{i}"] = UNetBlock(
+                    channels + skips.pop(), width, options, attention=attention
+                )
+                channels = width
+        return layers
+
+    # --- computing ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def embed(self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """[N], [N,K], [N,A] -> [N,E]"""
+
+    @abstractmethod
+    def output(self, x: Tensor) -> Tensor:
+        """The last layers: [N,C,H,W] -> [N,out_channels,H,W]"""
+
+    @property
+    @abstractmethod
+    def last_conv(self) -> nn.Module:
+        """The convolution that makes the image."""
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Apply the network.
+
+        :param x: [N,in_channels,H,W], where H and W can be halved between all levels.
+        :param noise_labels: [N], such as ln(sigma) / 4.
+        :param y: class labels, [N] int64 or one-hot [N,K], for a network with classes and no other.
+        :param augment_labels: [N,A]; without them the images count as not augmented.
+        :return: [N,out_channels,H,W] in the dtype of x.
+        :raises ValueError: if an input does not fit the network.
+        """
+        self._check_inputs(x, augment_labels)
+        labels = self._one_hot(y, len(x))
+        if augment_labels is None and self.augment_dim:             # zeros, so that all parameters have gradients
+            augment_labels = noise_labels.new_zeros(len(x), self.augment_dim)
+        # Not under autocast: half-precision waves would blur neighbouring noise levels.
+        with without_autocast(x.device):
+            emb = self.embed(noise_labels, labels, augment_labels)
+        h = x.to(self.dtype)
+        skips, image = [], h
+        for name, layer in self.enc.items():
+            if name.endswith("aux_residual"):
+                h = skips[-1] = image = (h + layer(image)) / math.sqrt(2)
+                continue
+            h = layer(h, emb) if isinstance(layer, UNetBlock) else layer(h)
+            skips.append(h)
+        for name, layer in self.dec.items():
+            if isinstance(layer, UNetBlock):
+                h = layer(th.cat([h, skips.pop()], dim=1) if "_block" in name else h, emb)
+        with without_autocast(x.device):        # a few channels cost nothing, and the output is not rounded
+            return self.output(h.to(self.last_conv.weight.dtype)).to(x.dtype)
+
+    def _one_hot(self, y: Tensor | None, n: int) -> Tensor | None:
+        if not self.label_dim:
+            if y is not None:
+                raise ValueError("the network is not class-conditional: call it without y, or build it with label_dim")
+            return None
+        if y is None:
+            raise ValueError(f"the network is class-conditional: give y, one label below {self.label_dim} per sample")
+        if len(y) != n or (y.ndim, *y.shape[1:]) not in ((1,), (2, self.label_dim)):
+            raise ValueError(f"y has shape {tuple(y.shape)}: give one label below {self.label_dim}, or one row of as "
+                             f"many numbers, for each of the {n} samples")
+        if y.ndim == 2:
+            return y.float()
+        try:
+            return F.one_hot(y, self.label_dim).float()
+        except RuntimeError:
+            raise ValueError(f"a label in y is not one of the {self.label_dim} classes, 0 to {self.label_dim - 1}: "
+                             f"{y.tolist()}") from None
+
+    def _check_inputs(self, x: Tensor, augment_labels: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}, the network expects [N, {self.in_channels}, H, W]")
+        for side in x.shape[2:]:
+            self._check_side(side)
+        if augment_labels is not None and augment_labels.shape != (len(x), self.augment_dim):
+            raise ValueError(f"augment_labels have shape {tuple(augment_labels.shape)}, the network expects "
+                             f"{(len(x), self.augment_dim)}; --augment_dim 9 makes a network for EDM's augmentation")
+
+    def _check_side(self, side: int) -> None:
+        if side < self.shrinkage or side % self.shrinkage:
+            raise UserError(f"images of side {side} cannot be halved between the {len(self.widths)} levels of the "
+                            f"network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
+
+    # --- precision ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> th.dtype:
+        """The precision of the trunk: float16 after `convert_to_fp16`."""
+        return next(iter(self.enc.values())).weight.dtype
+
+    def convert_to_fp16(self) -> None:
+        """Make the trunk half precision. Norms compute in float32; embeddings and the output layer stay float32."""
+        self._convert_trunk(convert_module_to_f16)
+
+    def convert_to_fp32(self) -> None:
+        """Make the trunk float32 again."""
+        self._convert_trunk(convert_module_to_f32)
+
+    def _convert_trunk(self, convert: Callable[[nn.Module], None]) -> None:
+        for layer in (*self.enc.values(), *self.dec.values()):
+            if layer is not self.last_conv:
+                layer.apply(convert)

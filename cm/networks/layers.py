@@ -1,0 +1,127 @@
+"""Building blocks shared by every network: layers, embeddings, gradient checkpointing.
+
+Shapes: N batch, C channels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from cm.errors import UserError
+from cm.networks.jvp import depth, inside_jvp
+
+GROUPS = 32     # the published checkpoints were trained with 32 groups everywhere
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, endpoint: bool = False) -> Tensor:
+    """Cosines, then sines, of the timesteps at `dim // 2` geometrically spaced frequencies: [N] -> [N,D].
+
+    Ho et al. 2020 (arXiv 2006.11239), after Vaswani et al. 2017, section 3.5. The frequencies are
+    max_period^(-i/half), i = 0..half-1; an odd `dim` gets a last column of zeros.
+
+    :param endpoint: divide by half-1 instead, so that the last frequency is 1 / max_period.
+    :param timesteps: [N], may be fractional or negative. float64 stays float64, everything else is computed in
+        float32: the published models are called at times near -1500, where half precision resolves only whole steps.
+    """
+    if timesteps.ndim != 1:
+        raise ValueError(f"timesteps must be one number per sample, [N], but have shape {tuple(timesteps.shape)}")
+    dtype = th.float64 if timesteps.dtype == th.float64 else th.float32
+    half = dim // 2
+    powers = th.arange(half, dtype=dtype, device=timesteps.device) / (half - 1 if endpoint else half)
+    angles = timesteps.to(dtype)[:, None] * th.exp(-math.log(max_period) * powers)       # [N, D/2]
+    embedding = th.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), which inside two forward-mode passes is spelt out: torch's own has no second derivative there."""
+    return F.silu(x) if depth() < 2 else x * x.sigmoid()
+
+
+class SiLU(nn.SiLU):
+    """`silu` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation with float32 statistics and weights for half-precision inputs; the output is as the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The CPU kernel takes half inputs with float32 weights and computes in float32; other devices' kernels do not,
+        # and the derivative of neither does. That derivative also wants x [N,C,...] to lie in this order in memory.
+        differentiated = inside_jvp()
+        if differentiated:
+            x = x.contiguous()
+        if x.dtype not in (th.float16, th.bfloat16) or (x.device.type == "cpu" and not differentiated):
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """The networks' normalisation layer: 32 groups, eps 1e-5.
+
+    :raises UserError: if `channels` is not a multiple of 32.
+    """
+    if channels <= 0 or channels % GROUPS:
+        near = max(GROUPS, round(channels / GROUPS) * GROUPS)
+        raise UserError(f"a layer of {channels} channels cannot be normalised in {GROUPS} groups: make its width "
+                        f"(num_channels times its channel_mult) a multiple of {GROUPS}, such as {near}")
+    return GroupNorm32(GROUPS, channels)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero, and return it."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def _by_dims(layers: Sequence[type[nn.Module]], dims: int) -> type[nn.Module]:
+    if dims not in (1, 2, 3):
+        raise ValueError(f"unsupported dims {dims!r}; choose 1, 2 or 3")
+    return layers[dims - 1]
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """A 1-, 2- or 3-dimensional convolution; the other arguments are torch's."""
+    return _by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """1-, 2- or 3-dimensional average pooling; the other arguments are torch's."""
+    return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
+    """A fully connected layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def without_autocast(device: th.device) -> AbstractContextManager:
+    """A context in which layers compute in the precision of their inputs, even inside an autocast region."""
+    if th.amp.is_autocast_available(device.type):
+        return th.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
+    """Evaluate `func(*inputs)`; with `flag`, forget the activations and compute them again in the backward pass.
+
+    The second computation replays the random numbers of the first, so dropout gets the gradients of its own mask.
+
+    :param params: accepted because guided-diffusion's callers pass it; autograd finds the parameters by itself.
+    """
+    if flag and th.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False, preserve_rng_state=True)
+    return func(*inputs)

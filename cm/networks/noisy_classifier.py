@@ -1,0 +1,91 @@
+"""A classifier of noisy images, told their noise level: for classifier guidance.
+
+Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 4: the encoder half of the U-Net. Input and noise level
+are scaled as for EDM's networks.
+
+Shapes: N batch, C channels, H and W height and width, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from cm.diffusion.preconditioning import EDMPrecond
+from cm.errors import UserError
+from cm.networks.layers import SiLU, linear, normalization, timestep_embedding, without_autocast, zero_module
+from cm.networks.unet import LayerFactory
+from cm.tensors import append_dims
+
+FORMAT = "noisy classifier 1"
+TIME_SCALE = 1000.0                                         # the embedding's frequencies are made for times this large
+
+
+@dataclass(frozen=True)
+class NoisyClassifierConfig:
+    """What a classifier is built from; saved with its weights."""
+
+    image_size: int
+    num_classes: int
+    width: int = 32                                         # of the first level
+    depth: int = 1                                          # residual blocks per level
+    channel_mult: tuple[float, ...] = (1, 2)
+    attention_factors: tuple[int, ...] = ()                 # downsampling factors at which the network attends
+    sigma_min: float = 0.002                                # the noise levels that it was trained at
+    sigma_max: float = 80.0
+
+
+class NoisyClassifier(nn.Module):
+    """x [N,3,H,W] at noise levels sigma [N] -> logits [N,K], of which a softmax makes p(y | x, sigma)."""
+
+    def __init__(self, config: NoisyClassifierConfig):
+        super().__init__()
+        self.config = config
+        self.precond = EDMPrecond()
+        widths = [int(mult * config.width) for mult in config.channel_mult]
+        emb_channels = 4 * config.width
+        make = LayerFactory(
+            emb_channels=emb_channels, dropout=0.0, dims=2, use_checkpoint=False, use_scale_shift_norm=True,
+            num_head_channels=min(32, *widths), resblock_updown=True, conv_resample=True,
+        )
+        self.time_embed = nn.Sequential(linear(config.width, emb_channels), SiLU(), linear(emb_channels, emb_channels))
+        self.blocks, outputs = make.encoder(3, widths, config.depth, config.attention_factors, num_heads=1)
+        self.middle = make.middle(outputs[-1], num_heads=1)
+        side = config.image_size >> len(widths) - 1
+        self.out = nn.Sequential(
+            normalization(outputs[-1]), SiLU(),
+            nn.Conv2d(outputs[-1], outputs[-1], side, groups=outputs[-1]),      # a mean whose weights are learnt
+            nn.Flatten(), zero_module(linear(outputs[-1], config.num_classes)),
+        )
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        with without_autocast(x.device):                    # gradients of a small network: precision costs little here
+            times = TIME_SCALE * self.precond.c_noise(sigma)
+            emb = self.time_embed(timestep_embedding(times, self.config.width).to(x.dtype))
+            h = append_dims(self.precond.scalings(sigma).c_in, x.ndim) * x
+            for block in self.blocks:
+                h = block(h, emb)
+            return self.out(self.middle(h, emb))
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def to_content(model: NoisyClassifier) -> dict[str, Any]:
+    """What a file of a classifier holds: plain data, read back without running any code."""
+    return {"format": FORMAT, "config": dataclasses.asdict(model.config), "weights": model.state_dict()}
+
+
+def from_content(content: Any, path: str) -> NoisyClassifier:
+    """The classifier in a file's content, ready to use.
+
+    :raises UserError: if the file holds something else.
+    """
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no classifier of noisy images; make one with classifier_train.py --noised True")
+    model = NoisyClassifier(NoisyClassifierConfig(**content["config"]))
+    model.load_state_dict(content["weights"])
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,77 @@
+"""Distances between two batches of images, one number per sample: (a, b) [N,C,H,W] -> [N].
+
+All arithmetic is in the dtype of the images. A distance belongs to a loss: gradients flow through whichever of a and
+b wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cm.objectives.lpips import lpips_network
+from cm.registry import lookup
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference."""
+    return (a - b).abs().flatten(1).mean(1)
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def l2_32(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference at 32x32 pixels; blind to detail that a 32x32 image cannot show."""
+    difference = a - b                                             # resizing is linear: one resize instead of two
+    if difference.shape[-2:] != (32, 32):
+        difference = F.interpolate(difference, size=(32, 32), mode="bilinear", align_corners=False)
+    return difference.square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(|a-b|^2 + c^2) - c over the whole sample, c = 0.00054 sqrt(CHW): Song and Dhariwal 2023 (arXiv 2310.14189).
+
+    The norm is over the sample, not the pixel: c compares with the distance of two images, not of two numbers.
+    """
+    squared = (a - b).square().flatten(1)                          # [N, CHW]
+    c = 0.00054 * math.sqrt(squared.shape[1])
+    total = squared.sum(1)
+    return total / ((total + c**2).sqrt() + c)                     # the definition, without its cancellation near 0
+
+
+def lpips(a: Tensor, b: Tensor) -> Tensor:
+    """Perceptual distance: Zhang et al. 2018 (arXiv 1801.03924), VGG-16 with average pooling; images in [-1,1].
+
+    Images narrower than 256 pixels are enlarged to 224x224 first, the size that VGG was trained at. The network is
+    built when first needed.
+
+    :raises UserError: if the package `piq` or a file of weights is missing; see `cm.objectives.lpips`.
+    """
+    if a.shape[-1] < 256:
+        a, b = (F.interpolate(images, size=224, mode="bilinear", align_corners=False) for images in (a, b))
+    return lpips_network(a.device, a.dtype)((a + 1) / 2, (b + 1) / 2)
+
+
+DISTANCES: dict[str, Distance] = {
+    "l1": l1,
+    "l2": l2,
+    "l2-32": l2_32,
+    "lpips": lpips,
+    "pseudo-huber": pseudo_huber,
+}
+
+
+def get_distance(loss_norm: str) -> Distance:
+    """The distance of that name.
+
+    :raises ValueError: for a name that is not in DISTANCES.
+    """
+    return lookup(DISTANCES, loss_norm, "loss_norm")

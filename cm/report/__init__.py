@@ -1,0 +1,1 @@
+"""A self-contained web page about training runs."""

@@ -1,0 +1,215 @@
+"""What a run has left in its folder, read back: the log, the flags, pictures of samples, the best, summaries.
+
+Files are only read. What cannot be read is left out and named in `gaps`, so that a report of a run that crashed, or is
+still going on, says what it lacks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from cm.errors import UserError
+
+SUMMARY_BYTES = 2**20                                               # a larger JSON file is no summary
+OWN_FILES = re.compile(r"(config|best|checkpoint_\d+|progress.*|.*_state)\.json")
+STEP = "step"
+
+
+class Point(NamedTuple):
+    step: float
+    value: float
+
+
+class Grid(NamedTuple):
+    """A picture of samples."""
+
+    step: int
+    png: bytes
+    width: int                                                      # in pixels
+    height: int
+
+
+@dataclass
+class RunRecord:
+    """One run."""
+
+    path: Path
+    curves: dict[str, list[Point]]                                  # by column of the log; steps rise
+    config: dict[str, Any] = field(default_factory=dict)
+    grids: list[Grid] = field(default_factory=list)                 # steps rise
+    best: dict[str, Any] = field(default_factory=dict)
+    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)      # by file name
+    gaps: list[str] = field(default_factory=list)
+
+    def last(self, column: str) -> Point | None:
+        points = self.curves.get(column)
+        return points[-1] if points else None
+
+
+def read_run(directory: str) -> RunRecord:
+    """Everything in a run's folder.
+
+    :raises UserError: if there is no such folder, or no log with a row in it.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"{directory} is no folder; give the --log_dir of a training run")
+    gaps: list[str] = []
+    run = RunRecord(path, curves_of(read_log(path, gaps), gaps), gaps=gaps)
+    run.config = read_json(path / "config.json", gaps, "the flags are not known")
+    if (path / "best.json").exists():
+        run.best = read_json(path / "best.json", gaps, "the best checkpoint is not known")
+    run.grids = read_grids(path / "samples", gaps)
+    for file in sorted(path.glob("*.json")):
+        if not OWN_FILES.fullmatch(file.name) and file.stat().st_size <= SUMMARY_BYTES:
+            run.summaries[file.name] = read_json(file, gaps, "its content is not shown")
+    return run
+
+
+# --- the log -------------------------------------------------------------------------------------------------------
+
+
+def read_log(path: Path, gaps: list[str]) -> list[Mapping[str, Any]]:
+    """The rows of progress.csv, or of progress.json where there is no CSV.
+
+    :raises UserError: if there is neither, or no row in it.
+    """
+    for name, read in (("progress.csv", csv_rows), ("progress.json", json_rows)):
+        if (path / name).exists():
+            try:
+                text = (path / name).read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise UserError(f"cannot read {path / name}: {error.strerror}") from None
+            rows = list(read(text, name, gaps))
+            if not rows:
+                raise UserError(f"{path / name} has no row yet: the run has not logged a step")
+            return rows
+    raise UserError(
+        f"{path} has no log (progress.csv or progress.json): give the --log_dir of a training run that wrote one "
+        "(OPENAI_LOG_FORMAT must name csv or json)"
+    )
+
+
+def csv_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, str]]:
+    """The rows; one with too few or too many cells is passed over."""
+    reader = csv.reader(io.StringIO(text.replace("\0", "\ufffd"), newline=""))
+    header, bad = next(reader, []), []
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error:
+            row = []
+        if row is None:
+            break
+        if len(row) == len(header):
+            yield dict(zip(header, row))
+        else:
+            bad.append(reader.line_num)
+    if bad:
+        gaps.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+
+
+def json_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, Any]]:
+    bad = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield row
+        else:
+            bad.append(number)
+    if bad:
+        gaps.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+
+
+def curves_of(rows: list[Mapping[str, Any]], gaps: list[str]) -> dict[str, list[Point]]:
+    """Points of each column; of rows of one step the last counts. Empty cells and nan are no points."""
+    if not any(STEP in row for row in rows):
+        gaps.append("the log has no column 'step': rows are numbered instead")
+        rows = [{**row, STEP: number} for number, row in enumerate(rows, start=1)]
+    values: dict[str, dict[float, float]] = {}
+    words: dict[str, int] = {}
+    endless: dict[str, list[float]] = {}
+    for row in rows:
+        step = as_number(row.get(STEP))
+        if step is None or not math.isfinite(step):
+            words[STEP] = words.get(STEP, 0) + 1
+            continue
+        for column, cell in row.items():
+            value = as_number(cell)
+            if value is None:
+                words[column] = words.get(column, 0) + (cell not in ("", None))
+            elif math.isfinite(value):
+                values.setdefault(column, {})[step] = value
+            elif column in ("loss", "grad_norm"):
+                endless.setdefault(column, []).append(step)
+    gaps += [f"column {column!r}: {count} cell(s) are no number" for column, count in words.items() if count]
+    gaps += [f"{column} is not finite at {listed('step', steps)}" for column, steps in endless.items()]
+    return {column: [Point(*point) for point in sorted(points.items())] for column, points in values.items()}
+
+
+def as_number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
+    numbers = list(numbers)
+    words = ", ".join(f"{number:.0f}" for number in numbers[:shown])
+    more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {words}{more}"
+
+
+# --- the other files -----------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, gaps: list[str], consequence: str) -> dict[str, Any]:
+    """The object in a JSON file; an empty one and a gap if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        gaps.append(f"no {path.name}: {consequence}")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        gaps.append(f"{path.name} cannot be read ({type(error).__name__}): {consequence}")
+        return {}
+    if not isinstance(content, dict):
+        gaps.append(f"{path.name} holds a {type(content).__name__}, not an object: {consequence}")
+        return {}
+    return content
+
+
+def read_grids(folder: Path, gaps: list[str]) -> list[Grid]:
+    """The pictures, by the step that ends their names: samples_000100.png."""
+    grids = {}
+    for path in sorted(folder.glob("*.png")):
+        number = re.search(r"(\d+)$", path.stem)
+        if not number:
+            gaps.append(f"samples/{path.name} names no step, left out")
+            continue
+        try:
+            png = path.read_bytes()
+            with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+                size = image.size
+                image.verify()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            gaps.append(f"samples/{path.name} is no whole PNG ({type(error).__name__}), left out")
+            continue
+        grids[int(number[1])] = Grid(int(number[1]), png, *size)
+    if not grids:
+        gaps.append("no pictures of samples: training with --sample_interval -1 leaves one at each save")
+    return [grids[step] for step in sorted(grids)]

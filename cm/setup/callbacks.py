@@ -1,0 +1,91 @@
+"""The callbacks that the flags ask for: grids of samples, their distance from real images, a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from cm.config.flags import Settings, defaults_of
+from cm.config.schema import CONSISTENCY_MODES, EvalConfig, SampleConfig, SolverConfig
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import storage
+from cm.setup.model import model_from
+from cm.setup.run import run_precision
+from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
+from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
+from cm.training.loop import parse_rates
+from cm.training.profiler import Profile
+from cm.types import Watcher
+
+
+def sampling_settings(settings: Settings) -> Settings:
+    """The flags of image_sample.py that draw the images to be looked at."""
+    config, mode = settings.section(EvalConfig), settings.values["training_mode"]
+    usual = "onestep" if mode in CONSISTENCY_MODES else {"edm": "heun"}.get(mode, mode)
+    asked = {
+        "sampler": config.eval_sampler or usual, "steps": config.eval_steps, "ts": config.eval_ts,
+        "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
+        "compile": False,                                   # a network is made for each drawing
+    }
+    defaults = defaults_of(SampleConfig) | defaults_of(SolverConfig)
+    drawing = Settings(defaults | settings.values | asked, {})
+    reach_all_levels(drawing)
+    return drawing
+
+
+def check_flags(settings: Settings) -> None:
+    """Find out before the work whether the flags of `EvalConfig` make sense.
+
+    :raises UserError: if they do not, naming the flag.
+    """
+    config, rates = settings.section(EvalConfig), parse_rates(settings.values["ema_rate"])
+    if config.eval_ref and not config.eval_interval:
+        raise UserError(f"--eval_ref {config.eval_ref} has no effect without --eval_interval: give both, or neither")
+    if not (config.eval_interval or config.sample_interval):
+        return
+    if config.eval_interval and not config.eval_ref:
+        raise UserError(
+            f"--eval_interval {config.eval_interval} needs --eval_ref: an npz of reference images or statistics, such "
+            "as `evaluations/fid.py ref` writes"
+        )
+    if not rates or config.eval_ema_rate and config.eval_ema_rate not in rates:
+        raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
+    try:
+        sampler_of(sampling_settings(settings))
+    except ValueError as error:
+        raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
+
+
+def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> list[Watcher]:
+    """The watchers that the flags ask for.
+
+    :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples).
+    """
+    config, drawing = settings.section(EvalConfig), sampling_settings(settings)
+    watchers: list[Watcher] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
+    if not (config.eval_interval or config.sample_interval):
+        return watchers
+    sampler = AverageSampler(
+        partial(model_from, settings), sampling_diffusion(drawing),
+        sampling_plan(drawing), run_precision(settings),
+        config.eval_ema_rate or str(parse_rates(settings.values["ema_rate"])[0]), sampler_options(drawing),
+    )
+    if config.sample_interval:
+        watchers.append(SampleGrids(sampler, config.sample_interval))
+    if config.eval_interval:
+        metric = open_metric(
+            config.eval_ref, config.inception, settings.values["image_size"], config.eval_batch_size,
+            config.eval_samples,
+        )
+        names = ("sampler", "steps", "ts", "seed", "num_samples")
+        about = {name: drawing.values[name] for name in names} | {
+            "ema_rate": sampler.rate, "features": metric.id, "reference": dist.on_main(content_of, config.eval_ref)
+        }
+        watchers.append(Evaluation(sampler, config.eval_interval, config.eval_samples, metric, about))
+    return watchers
+
+
+def content_of(path: str) -> str:
+    """What tells a file from others, wherever it lies; for one rank."""
+    return "{size} bytes, crc32 {crc32:08x}".format(**storage.checksum(path))

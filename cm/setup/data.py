@@ -1,0 +1,110 @@
+"""The images of a training run, from its flags: each rank's share of a step, read, looked up and augmented."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from cm.config.flags import Settings
+from cm.config.schema import DataConfig, TrainConfig
+from cm.data.augment import AUGMENT_LABELS, augmented
+from cm.data.loader import load_data
+from cm.data.reference_batches import with_references
+from cm.data.sources import open_source
+from cm.distributed import setup as dist
+from cm.errors import UserError
+
+
+def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Images per step on one rank and on all; shares differ by at most one image.
+
+    :param batch_size: images per step and rank, whatever global_batch_size says; -1 to leave it to that.
+    :raises UserError: if there are fewer images than ranks.
+    """
+    if batch_size > 0:
+        return batch_size, batch_size * world_size
+    if global_batch_size < world_size:
+        raise UserError(
+            f"--global_batch_size {global_batch_size} leaves some of {world_size} ranks without an image; "
+            f"choose at least {world_size}, or start fewer ranks"
+        )
+    return len(range(rank, global_batch_size, world_size)), global_batch_size
+
+
+def open_data(settings: Settings, references: int = 0) -> Any:
+    """A function from the samples already consumed to the endless iterator of this rank's batches.
+
+    Sets num_classes from the data, where no flag or checkpoint has set it.
+
+    :param references: how many reference images every batch carries.
+    :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
+        references than images of a step.
+    """
+    data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
+    if not data.data_dir:
+        raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
+    source = open_source(data.data_dir, values["image_size"])
+    if values["class_cond"]:
+        if source.num_classes is None:
+            raise UserError(
+                f"--class_cond True, but {data.data_dir} has no class labels (its first image is {source.name(0)})"
+            )
+        if not values["num_classes"]:
+            settings.replace(num_classes=source.num_classes)
+        if source.num_classes > values["num_classes"]:
+            raise UserError(
+                f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
+            )
+    if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
+        settings.replace(random_flip=False)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    batch_size, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
+    if 0 < references < global_batch:
+        raise UserError(
+            f"--rbatch {references} is less than the {global_batch} images of a step, which are among the reference "
+            f"images: give --rbatch {global_batch} or more"
+        )
+    return partial(
+        open_stream,
+        references=references,
+        data_dir=data.data_dir,
+        batch_size=batch_size,
+        global_batch=global_batch,
+        image_size=values["image_size"],
+        class_cond=values["class_cond"],
+        random_crop=data.random_crop,
+        random_flip=values["random_flip"],
+        seed=values["seed"],
+        rank=rank,
+        world_size=world_size,
+        num_workers=None if data.num_workers < 0 else data.num_workers,
+        pin_memory=dist.dev().type == "cuda",
+        cache_bytes=int(data.cache_gib * 2**30),
+    )
+
+
+def open_stream(start: int, references: int, rank: int, world_size: int, **options: Any) -> Any:
+    stream = load_data(start=start, rank=rank, world_size=world_size, **options)
+    if not references:
+        return stream
+    return with_references(stream, references, start, rank, world_size, dist.all_gather_object)
+
+
+def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
+    """The data of `open_data` with --augment's transforms.
+
+    :raises UserError: if the network cannot be told of them.
+    """
+    p = settings.section(DataConfig).augment
+    if not p:
+        return data
+    if p > 1:
+        raise UserError(f"--augment {p:g} is a probability: at most 1, such as 0.12")
+    if getattr(model, "augment_dim", 0) != AUGMENT_LABELS:
+        raise UserError(
+            f"--augment {p:g} needs a network that is told how its images were augmented, by {AUGMENT_LABELS} numbers, "
+            f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
+        )
+    return augmented(data, p, settings.values["seed"], dist.dev())

@@ -1,0 +1,224 @@
+"""What the scripts that draw images take from their flags: the network, the images asked for, the sampler, a guide."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch as th
+from torch import Tensor, nn
+
+from cm.checkpoints import loading
+from cm.config.flags import Settings
+from cm.config.schema import (
+    CONSISTENCY_MODES,
+    AblationConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    ModelConfig,
+    SampleConfig,
+    SolverConfig,
+)
+from cm.diffusion.preconditioning import PRECONDS
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.generate.engine import SamplingPlan, parse_seeds
+from cm.io import storage
+from cm.karras_diffusion import KarrasDenoiser
+from cm.networks.build import PUBLISHED_CLASSES
+from cm.networks.noisy_classifier import NoisyClassifier, from_content
+from cm.samplers import SAMPLERS, make_sampler
+from cm.samplers.ablation import DISCRETIZATIONS
+from cm.samplers.guidance import GuidedDiffusion
+from cm.setup.inherit import adopt_checkpoint
+from cm.setup.model import attend_where_possible, diffusion_from, model_from, parse_ts
+from cm.setup.run import on_device, run_precision
+from cm.types import Sampler
+
+OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
+
+
+def adopt_model(settings: Settings) -> SampleConfig:
+    """Take from the checkpoint at --model_path what it knows of its network and how it was trained.
+
+    :raises UserError: if there is no such checkpoint, or a flag contradicts it.
+    """
+    if not settings.values["model_path"]:
+        raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
+    choose_ablation(settings)
+    adopt_checkpoint(settings, "model_path", also=("training_mode",))
+    attend_where_possible(settings)
+    reach_all_levels(settings)
+    diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
+    settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
+    return settings.section(SampleConfig)
+
+
+def choose_ablation(settings: Settings) -> None:
+    """Any flag of the ablation sampler chooses it, as in EDM's generate.py, unless another is asked for."""
+    asked = any(field.name in settings.given for field in fields(AblationConfig))
+    if asked and "sampler" not in settings.given:
+        settings.replace(sampler="ablation")
+
+
+def reach_all_levels(settings: Settings) -> None:
+    """Samplers go through all noise levels that a diffusion network on DDPM's timesteps knows, unless a flag asks for
+    less.
+
+    Its checkpoint only says which levels its training was reported at; a consistency model keeps those of its training.
+    The grids of the ablation sampler have ends of their own.
+    """
+    values, levels = settings.values, None
+    if values["precond"] == "ddpm" and values["training_mode"] == "edm":
+        levels = PRECONDS["ddpm"].levels
+    if values["sampler"] == "ablation":
+        levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]
+    if levels is not None:
+        for name, level in zip(("sigma_min", "sigma_max"), levels):
+            if settings.given.get(name, "the checkpoint").startswith("the checkpoint"):
+                settings.replace(**{name: level})
+
+
+def choose_seeds(settings: Settings) -> tuple[int, ...]:
+    """The sample indices that --seeds lists, none if it is empty; their number becomes num_samples.
+
+    :raises UserError: if it is no list of seeds, or another flag contradicts it.
+    """
+    values, seeds = settings.values, parse_seeds(settings.values["seeds"])
+    if not seeds:
+        return ()
+    if "num_samples" in settings.given and values["num_samples"] != len(seeds):
+        raise UserError(
+            f"--seeds {values['seeds']} lists {len(seeds)} images, but {settings.given['num_samples']} asks for "
+            f"num_samples={values['num_samples']}; drop one of them"
+        )
+    if values["generator"] == "dummy":
+        raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --seeds")
+    settings.replace(num_samples=len(seeds))
+    return seeds
+
+
+def sampling_plan(settings: Settings, classifier: NoisyClassifier | None = None) -> SamplingPlan:
+    """The images that the flags ask for.
+
+    :param classifier: gives classes to the images of an unconditional model.
+    :raises UserError: for a class that the model does not have.
+    """
+    config, values = settings.section(SampleConfig), settings.values
+    num_classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else None
+    if num_classes is None and classifier is not None:
+        num_classes = classifier.config.num_classes
+    if config.class_label >= 0 and num_classes is None:
+        raise UserError(f"--class_label {config.class_label}: this model is not class-conditional; drop the flag")
+    if num_classes is not None and config.class_label >= num_classes:
+        raise UserError(f"--class_label {config.class_label}: the model has classes 0 to {num_classes - 1}")
+    return SamplingPlan(
+        num_samples=config.num_samples,
+        batch_size=config.batch_size,
+        image_size=values["image_size"],
+        seed=values["seed"],
+        num_classes=num_classes,
+        class_label=config.class_label,
+        generator=config.generator,
+    )
+
+
+def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
+    """The sampler that the flags describe, and its grid of noise levels.
+
+    :raises UserError: if it cannot have such a grid, or a flag belongs to other samplers.
+    """
+    config, solver, values = settings.section(SampleConfig), settings.section(SolverConfig), settings.values
+    refuse_flags_of_other_samplers(config.sampler, solver)
+    options = {
+        **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
+        "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
+    }
+    if solver.eta == OWN_ETA:
+        del options["eta"]
+    sampler = make_sampler(config.sampler, options)
+    if values["compile"] and sampler.uses_jvp:
+        raise UserError(f"--compile True: --sampler {config.sampler} differentiates the network in forward mode, which "
+                        "compiled networks do not allow; drop --compile, or choose another sampler")
+    return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
+
+
+def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
+    for field in fields(solver):
+        owners = [
+            other for other, kind in SAMPLERS.items()
+            if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
+        ]
+        value = getattr(solver, field.name)
+        if value != field.default and name not in owners:
+            raise UserError(f"--{field.name} {value} belongs to --sampler {', '.join(owners)}, not to {name}; "
+                            "drop one of them")
+
+
+def sampler_options(settings: Settings) -> dict[str, Any]:
+    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig` and `SolverConfig`."""
+    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
+    return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+
+
+def load_model(settings: Settings) -> nn.Module:
+    """The network with the weights of --model_path, on this rank's device, ready to sample."""
+    source = settings.sources["model_path"]
+    with th.device("meta"):
+        model = model_from(settings)
+    loading.make(model, source.take(), source.path)
+    return on_device(settings, model).eval()
+
+
+def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
+    """The scalings around the network of --model_path, by how it was trained."""
+    consistency = settings.values["training_mode"] in CONSISTENCY_MODES
+    return diffusion_from(settings, distillation=consistency)
+
+
+def load_classifier(settings: Settings) -> NoisyClassifier | None:
+    """The classifier at --classifier_path, on this rank's device; None where there is to be no guidance.
+
+    :raises UserError: if there is no such file, or it is for images of another size or for fewer classes.
+    """
+    config, values = settings.section(GuidanceConfig), settings.values
+    path = config.classifier_path
+    if not path:
+        if config.classifier_scale != GuidanceConfig.classifier_scale:
+            raise UserError(f"--classifier_scale {config.classifier_scale:g} needs a classifier: give "
+                            "--classifier_path, made by classifier_train.py --noised True")
+        return None
+    try:
+        classifier = from_content(dist.load_state_dict(path), path)
+    except FileNotFoundError:
+        raise UserError(f"--classifier_path {path}: no such file") from None
+    own = classifier.config
+    if own.image_size != values["image_size"]:
+        raise UserError(f"--classifier_path {path} knows images of side {own.image_size}, the model makes them of side "
+                        f"{values['image_size']}; train a classifier with --image_size {values['image_size']}")
+    classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else 0
+    if classes > own.num_classes:
+        raise UserError(f"--classifier_path {path} knows {own.num_classes} classes, the model has {classes}")
+    return classifier.to(dist.dev())
+
+
+def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> KarrasDenoiser | GuidedDiffusion:
+    """`sampling_diffusion`, with the classifier's pull if there is one."""
+    diffusion = sampling_diffusion(settings)
+    if classifier is None:
+        return diffusion
+    scale, tell_class = settings.values["classifier_scale"], settings.values["class_cond"]
+    return GuidedDiffusion(diffusion, classifier, scale, tell_class)
+
+
+def png_recipe(settings: Settings) -> dict[str, Any]:
+    """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
+    sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
+    names = {field.name for section in sections for field in fields(section)} - {
+        "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
+    }
+    values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
+    weights_of = dist.on_main(storage.checksum, settings.values["model_path"])
+    guide = settings.values["classifier_path"]
+    classifier = dist.on_main(storage.checksum, guide) if guide else None
+    return {"weights": weights_of, "classifier": classifier} | values | {"precision": run_precision(settings)}

@@ -1,0 +1,52 @@
+"""Small functions of tensors that every package uses: broadcasting, means over samples, moving averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch as th
+from torch import Tensor
+
+
+def append_dims(x: Tensor, target_dims: int) -> Tensor:
+    """Add axes of length 1 at the end of `x` until it has `target_dims` of them, so that [N] multiplies [N,C,H,W].
+
+    :raises ValueError: if `x` already has more axes than that.
+    """
+    missing = target_dims - x.ndim
+    if missing < 0:
+        raise ValueError(f"cannot append axes: the input has {x.ndim} of them, target_dims is {target_dims}")
+    return x[(...,) + (None,) * missing]
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over all axes but the first: [N,...] -> [N]."""
+    return x.mean(dim=tuple(range(1, x.ndim))) if x.ndim > 1 else x
+
+
+def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
+    """target <- rate target + (1 - rate) source, in place, for all parameters at once.
+
+    Rates 1 and 0 are exact: they leave the target as it is, and copy the source. Keep targets in float32: at rates
+    near 1 a half-precision target rounds most updates away.
+
+    :raises ValueError: if `rate` is outside [0, 1], or the two lists differ in length.
+    """
+    update_emas([list(target_params)], list(source_params), [rate])
+
+
+@th.no_grad()
+def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """`update_ema` of several averages of the same parameters, each with its rate, in one pass."""
+    every, weights = [], []
+    for target, rate in zip(targets, rates, strict=True):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"the EMA rate must lie in [0, 1], got {rate}")
+        if len(target) != len(sources):
+            raise ValueError(f"cannot average {len(sources)} parameters into {len(target)}: "
+                             "both lists must come from networks of one architecture")
+        every += target
+        weights += [1 - rate] * len(target)
+    if every:
+        values = [source.to(t.dtype) for target in targets for t, source in zip(target, sources)]
+        th._foreach_lerp_(every, values, weights)

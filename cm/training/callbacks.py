@@ -1,0 +1,191 @@
+"""What looks at a run while it trains: pictures of its samples, and their distance from real images.
+
+A watcher draws with a network of its own and leaves the random streams as it found them, so training is the same, bit
+for bit, with and without it. The images are those that image_sample.py draws from the checkpoint of the same step.
+Every method is one step of all ranks together.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch as th
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cm.checkpoints import loading, manifest
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, labels_of, rounds, together
+from cm.generate.grids import grid_scale, image_grid
+from cm.io import storage
+from cm.io.storage import write_json
+from cm.karras_diffusion import KarrasDenoiser
+from cm.logging import logger
+from cm.networks.build import to_device
+from cm.training.loop import TrainLoop
+
+GRIDS, BEST, BEST_FILE = "samples", "best", "best.json"     # two folders and a file in the log's folder
+COLUMNS = 8                                                 # of a grid
+
+
+class Metric(Protocol):
+    """How far images are from a reference."""
+
+    key: str                                                # column of the log
+    label: str                                              # for people
+    id: str                                                 # of the features that it compares
+
+    def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
+        """The distance of the images of all ranks; the same number on every rank.
+
+        :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
+        """
+
+
+@dataclass(frozen=True)
+class AverageSampler:
+    """Draws with a weight average of the run.
+
+    :param make_model: makes a float32 network of the run's architecture.
+    :param rate: which average.
+    :param options: what `cm.karras_diffusion.sample` takes.
+    """
+
+    make_model: Callable[[], nn.Module]
+    diffusion: KarrasDenoiser
+    plan: SamplingPlan
+    precision: str
+    rate: str
+    options: Mapping[str, Any]
+
+    def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
+        """The whole average, on every rank; one step of all ranks together."""
+        return loop.trainer.master_params_to_state_dict(loop.averages.whole(self.rate))
+
+    def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank."""
+        plan = replace(self.plan, num_samples=num_samples)
+        model = self.make_model()
+        loading.fit(model, self.weights(loop), f"the average {self.rate}")
+        model = to_device(model, loop.device).eval()
+        shares = list(rounds(plan, loop.rank, loop.world_size))
+        for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
+            with at_precision(model, self.precision):       # left before others compute with the images
+                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), **self.options)
+            yield rows, images
+
+
+@dataclass
+class SampleGrids:
+    """Leaves a picture of the same noises after every `interval` steps, and after the last.
+
+    :param interval: in steps; -1 for the loop's save_interval.
+    """
+
+    sampler: AverageSampler
+    interval: int
+    num_samples: int = SHOWN
+    name = "sample_grids"
+
+    def after_step(self, loop: TrainLoop) -> dict[str, float]:
+        if is_due(loop, loop.save_interval if self.interval < 0 else self.interval):
+            with undisturbed(loop.device):
+                drawn = [tuple(map(together, pair)) for pair in self.sampler.draw(loop, self.num_samples, "samples")]
+            dist.on_main(self.write, loop.step, drawn if dist.is_main() else [])
+        return {}
+
+    def write(self, step: int, drawn: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        rows, images = (np.concatenate(column) for column in zip(*drawn))
+        folder, content = os.path.join(logger.get_dir(), GRIDS), io.BytesIO()
+        os.makedirs(folder, exist_ok=True)
+        sheet = image_grid(images[rows.argsort()], COLUMNS, grid_scale(images.shape[1]))
+        sheet.save(content, "png")
+        path = os.path.join(folder, f"samples_{step:06d}.png")
+        storage.write_whole(path, lambda file: file.write(content.getvalue()))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A picture depends on no other."""
+
+
+@dataclass
+class Evaluation:
+    """Measures samples after every `interval` steps and after the last, and keeps the weights that did best.
+
+    They lie in best/, with a manifest, where no clean-up of checkpoints comes; best.json says which and how good.
+
+    :param settings: all that makes values comparable; a run that is resumed with others begins its best anew.
+    """
+
+    sampler: AverageSampler
+    interval: int
+    num_samples: int
+    metric: Metric
+    settings: Mapping[str, Any]
+    best: dict[str, Any] = field(default_factory=dict)      # {"step": int, "value": float}, empty before the first
+    name = "evaluation"
+
+    def after_step(self, loop: TrainLoop) -> dict[str, float]:
+        if not is_due(loop, self.interval):
+            return {}
+        begun = time.monotonic()
+        with undisturbed(loop.device):
+            drawn = self.sampler.draw(loop, self.num_samples, "evaluation")
+            value = self.metric.distance((int(rows[0]), images) for rows, images in drawn if len(images))
+        if np.isfinite(value) and (not self.best or value < self.best["value"]):
+            before, self.best = self.best, {"step": loop.step, "value": value}
+            try:
+                dist.on_main(self.keep, loop, self.sampler.weights(loop))
+            except (UserError, OSError) as error:
+                if loop.shelf.on_save_error == "stop":
+                    raise
+                self.best = before                          # it still lies where best.json says
+                logger.warn(f"training goes on without the weights of step {loop.step}, the best so far: {error}")
+        logger.log(
+            f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
+            f"{time.monotonic() - begun:.1f} s; {self.best_so_far()}"
+        )
+        return {self.metric.key: value}
+
+    def best_so_far(self) -> str:
+        return f"best so far {self.best['value']:.6g} at step {self.best['step']}" if self.best else "no best so far"
+
+    def keep(self, loop: TrainLoop, average: dict[str, Tensor]) -> None:
+        """Save the average that was measured, then name it, then remove the one that was best before."""
+        folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
+        os.makedirs(folder, exist_ok=True)
+        before = manifest.list_files(folder)
+        kept = manifest.save(folder, loop.step, {name: average}, loop.config, loop.images_seen)
+        file = manifest.file_name(name, loop.step)
+        about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
+        write_json(os.path.join(logger.get_dir(), BEST_FILE), about)
+        for old in set(before) - {*kept.files, manifest.manifest_name(loop.step)}:
+            os.remove(os.path.join(folder, old))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": dict(self.best), "settings": dict(self.settings)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["settings"] == self.settings:
+            self.best = dict(state["best"])
+            return
+        names = [name for name, value in self.settings.items() if state["settings"].get(name) != value]
+        logger.warn(f"samples are measured otherwise than before ({', '.join(names)}): the best of them is forgotten")
+
+
+def is_due(loop: TrainLoop, interval: int) -> bool:
+    return loop.step % interval == 0 or loop.step == loop.total_training_steps
+
+
+def undisturbed(device: th.device) -> Any:
+    """A context after which torch's random streams stand where they stood."""
+    return th.random.fork_rng([device] if device.type == "cuda" else [])

@@ -1,0 +1,189 @@
+"""How much memory a training run takes on each rank, from the shapes of its tensors; nothing is allocated.
+
+What stays between steps is exact: it is counted on the same objects that a run makes, on the meta device. What the
+forward pass keeps for the backward pass is an estimate: the tensors that autograd saves, with attention as a fused
+kernel leaves them. On top come what single operations need for a moment, the caching allocator's loss and the GPU's
+libraries.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from cm.distributed.sharding import share_out
+from cm.training.mixed_precision import MasterWeights
+from cm.training.optimizer import make_optimizer
+
+GIB = 2**30
+FLOAT = 4                                                   # bytes of a float32
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What decides about memory, beside the network.
+
+    :param has_target: a target network of the same shape moves along.
+    :param teacher: "none", "still", or "moving" as in progressive distillation.
+    :param on_gpu: whether device and host are different memories.
+    """
+
+    precision: str
+    optimizer: str
+    ema_rates: Sequence[str]
+    ranks: int = 1
+    ema_device: str = "same"
+    shard_ema: bool = False
+    shard_optimizer: bool = False
+    has_target: bool = False
+    teacher: str = "none"
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank, by what they are for; on a run without GPUs, device and host are the same memory."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+    checkpoint: int                                         # of all files of one checkpoint, on disk
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device, "host": self.host, "device_total": sum(self.device.values()),
+            "checkpoint": self.checkpoint,
+        }
+
+    def table(self) -> str:
+        """For people."""
+        rows = [
+            *self.device.items(), ("together", sum(self.device.values())),
+            *((f"{name} (host)", size) for name, size in self.host.items()),
+            ("a checkpoint (disk)", self.checkpoint),
+        ]
+        return "\n".join(line(*row) for row in rows)
+
+
+def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPlan:
+    """What a rank holds when the backward pass has ended.
+
+    :param model: the float32 network, on the meta device; it is not changed.
+    :param rank: None for the one with the largest share.
+    """
+    model = copy.deepcopy(model)
+    trainer = MasterWeights(model, run.precision)
+    masters = trainer.master_params
+    sizes = [param.numel() for param in masters]
+    rank = fullest(sizes, run.ranks) if rank is None else rank
+    shared, alone = share_out(sizes, rank, run.ranks), share_out(sizes, 0, 1)
+    states = state_bytes(run.optimizer, masters)
+
+    network, half = nbytes([*trainer.model_params, *model.buffers()]), trainer.use_fp16
+    device = {"parameters": network, "gradients": nbytes(trainer.model_params)}
+    if half:
+        device |= {"float32 masters": nbytes(masters), "gradients of the masters": nbytes(masters)}
+    device["optimizer"] = sum((shared if run.shard_optimizer else alone).mine(states))
+    average = FLOAT * sum((shared if run.shard_ema else alone).mine(sizes))
+    averages = {f"average {rate}": average for rate in run.ema_rates}
+    host = {}
+    if run.on_gpu and run.ema_device == "cpu" and averages:
+        host = averages | {"copy for the averages": average}
+    else:
+        device |= averages
+    moving = network + (nbytes(masters) if half else 0)
+    if run.has_target:
+        device["target"] = moving
+    if run.teacher != "none":
+        device["teacher"] = moving if run.teacher == "moving" else network
+
+    files = 1 + run.has_target + (run.teacher == "moving") + len(run.ema_rates)
+    checkpoint = files * nbytes([*masters, *model.buffers()]) + sum(states)
+    return MemoryPlan(device, host, checkpoint)
+
+
+def fullest(sizes: Sequence[int], ranks: int) -> int:
+    """The rank with the largest share."""
+    shares = share_out(sizes, 0, ranks)
+    return max(range(ranks), key=lambda rank: sum(shares.of(rank, sizes)))
+
+
+def line(name: str, size: int) -> str:
+    return f"{name:<32}{size / GIB:>10.3f} GiB"
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def state_bytes(optimizer: str, params: Sequence[Tensor]) -> list[int]:
+    """What an optimizer remembers about each parameter: of a step that is really taken, on the meta device."""
+    params = [nn.Parameter(th.empty_like(param, device="meta")) for param in params]
+    for param in params:
+        param.grad = th.empty_like(param)
+    opt = make_optimizer(optimizer, params, lr=1.0, weight_decay=0.0)
+    opt.step()
+    return [nbytes(opt.state[param].values()) for param in params]
+
+
+def activations(model: nn.Module, images: int, image_size: int, precision: str, class_cond: bool = False) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters apart: an estimate.
+
+    :param model: the float32 network, on the meta device; it is not changed.
+    :param images: how many, of 3 channels and the side `image_size`.
+    :param class_cond: whether it is given class labels.
+    """
+    model = MasterWeights(copy.deepcopy(model), precision).model
+    own = {param.untyped_storage()._cdata for param in model.parameters()}
+    kept: dict[int, th.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()                  # several tensors may be views of one
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with th.device("meta"):
+        inputs = [th.empty(images, 3, image_size, image_size), th.empty(images)]
+        if class_cond:
+            inputs.append(th.empty(images, dtype=th.long))
+    with AsOnGpu(precision), th.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class FusedAttention(th.autograd.Function):
+    """The shapes of attention by a fused kernel: it keeps its inputs, its output and one number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = th.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=th.float32))
+        return out
+
+
+class AsOnGpu(TorchFunctionMode):
+    """On the meta device, what a GPU does with attention and, for bf16, what autocast does to types."""
+
+    LOW = (F.conv2d, F.linear, F.scaled_dot_product_attention)
+    HIGH = (F.group_norm,)
+
+    def __init__(self, precision: str):
+        super().__init__()
+        self.is_autocast = precision == "bf16"
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self.is_autocast and func in (*self.LOW, *self.HIGH):
+            dtype = th.bfloat16 if func in self.LOW else th.float32
+            args = [arg.to(dtype) if isinstance(arg, Tensor) else arg for arg in args]
+        if func is F.scaled_dot_product_attention:
+            return FusedAttention.apply(*args)
+        return func(*args, **(kwargs or {}))

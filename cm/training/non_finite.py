@@ -1,0 +1,58 @@
+"""A loss or gradient that is not finite: what every rank says about it, in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch as th
+from torch import Tensor
+
+from cm.distributed import setup as dist
+from cm.types import Batch, Terms
+
+SHOWN = 16
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not finite; raised on every rank before the weights are touched."""
+
+
+def all_finite(parts: Sequence[tuple[Batch, Terms]]) -> Tensor:
+    """Whether every loss of this rank's step is finite: a boolean scalar that is not waited for."""
+    return th.stack([terms.loss.detach().isfinite().all() for _, terms in parts]).all()
+
+
+def explain(step: int, parts: Sequence[tuple[Batch, Terms]], why: str, remedy: str) -> NonFiniteError:
+    """The error of a step, the same on every rank, all of which must call this.
+
+    :param parts: the microbatches of this rank's step and what the objective said of them.
+    """
+    samples = [sample for rank in dist.all_gather_object(describe(parts)) for sample in rank]
+    culprits = [sample for sample in samples if not sample["finite"]]
+    if culprits:
+        what = f"the loss is not finite for {len(culprits)} of its {len(samples)} samples"
+    else:
+        what = f"every loss is finite, but not the gradient of its {len(samples)} samples"
+    named = sorted(culprits or samples, key=lambda sample: sample["position"])
+    words = [
+        f"image {sample['image']} at sigma {sample['sigma']:.4g} (loss {sample['loss']:.4g}, rank {sample['rank']})"
+        for sample in named[:SHOWN]
+    ]
+    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+    return NonFiniteError(
+        f"step {step}: {what}{why}: {'; '.join(words)}{more}. The weights are untouched. {remedy}"
+    )
+
+
+def describe(parts: Sequence[tuple[Batch, Terms]]) -> list[dict]:
+    """Plain facts about the samples of this rank."""
+    rank, facts = dist.get_rank(), []
+    for batch, terms in parts:
+        images = ["?"] * len(batch) if batch.indices is None else batch.indices.tolist()
+        columns = zip(batch.positions.tolist(), images, terms.sigma.tolist(), terms.loss.tolist())
+        for position, image, sigma, loss in columns:
+            facts.append({
+                "position": position, "image": image, "sigma": sigma, "loss": loss, "rank": rank,
+                "finite": loss - loss == 0,
+            })
+    return facts

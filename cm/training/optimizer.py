@@ -1,0 +1,97 @@
+"""Optimizers by name, whole on every rank or in shares over the ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch as th
+from torch import Tensor
+
+from cm.distributed import setup as dist
+from cm.distributed.sharding import Shares
+from cm.registry import lookup
+
+OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
+FUSED = ("adam", "adamw")                                   # whose step torch has as one operation, and where
+FUSED_ON = ("cpu", "cuda")
+
+
+class SharedOptimizer:
+    """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
+
+    This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
+    and files are the same, bit for bit, as without it. Every method but `load_state_dict` is one step of all ranks
+    together. All ranks must hold the same gradients.
+    """
+
+    def __init__(
+        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float
+    ):
+        self.params, self.shares = list(params), shares
+        self.own = shares.mine(self.params)
+        self.inner = kind([{"params": self.own}], **options)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of this rank; a learning rate set here on every rank is that of all parameters."""
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self.inner.state
+
+    def step(self) -> None:
+        self.inner.step()
+        for rank in range(self.shares.ranks):
+            dist.sync_params(self.shares.of(rank, self.params), rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the same optimizer without shares, on rank 0, on the CPU; empty on the others."""
+        entries = [self.inner.state.get(param, {}) for param in self.own]
+        names = dist.all_gather_object([list(entry) for entry in entries])
+        values = dist.gather_tensors([value for entry in entries for value in entry.values()])
+        if values is None:
+            return {}
+        names, values = [iter(each) for each in names], [iter(each) for each in values]
+        # A file spells a word out once per string object that holds it: interned, these are torch's own.
+        state = {
+            index: {sys.intern(name): next(values[owner]) for name in next(names[owner])}
+            for index, owner in enumerate(self.shares.owners)
+        }
+        places = list(range(len(self.params)))
+        return {
+            "state": {index: entry for index, entry in state.items() if entry},
+            "param_groups": [group | {"params": places} for group in self.inner.state_dict()["param_groups"]],
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this rank's share of what an optimizer of all parameters has saved, with shares or without.
+
+        :raises ValueError: if it was saved of other parameters.
+        """
+        groups = saved["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(self.params)]:
+            raise ValueError(f"the saved optimizer is not one of {len(self.params)} parameters in one group")
+        places = self.shares.mine(groups[0]["params"])
+        self.inner.load_state_dict({
+            "state": {own: saved["state"][place] for own, place in enumerate(places) if place in saved["state"]},
+            "param_groups": [groups[0] | {"params": list(range(len(places)))}],
+        })
+
+
+def make_optimizer(
+    name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Shares | None = None
+) -> th.optim.Optimizer | SharedOptimizer:
+    """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares.
+
+    :raises UserError: for a name that is none.
+    """
+    kind = lookup(OPTIMIZERS, name, "optimizer")
+    if name in FUSED and all(param.device.type in FUSED_ON for param in params):
+        kind = partial(kind, fused=True)
+    if shares is None or shares.ranks == 1:
+        return kind(params, lr=lr, weight_decay=weight_decay)
+    return SharedOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)

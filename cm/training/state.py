@@ -1,0 +1,115 @@
+"""What of a training loop a checkpoint holds, and how a loop takes it over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from cm.checkpoints import loading, manifest
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import storage
+from cm.logging import logger
+from cm.training.mixed_precision import MasterWeights
+
+STATUS = "status.json"
+
+
+def content(loop: Any) -> dict[str, Any]:
+    """name -> state dict, on rank 0; empty on the others, who give their shares. All ranks call it together.
+
+    The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
+    draw is a function of the seed and of the position, or the step, it belongs to.
+    """
+    trainer = loop.trainer
+    averages = {f"ema_{rate}": loop.averages.whole_on_main(rate) for rate in loop.ema_rate}
+    optimizer = loop.opt.state_dict()
+    if not dist.is_main():
+        return {}
+    memory = {} if loop.objective.memory is None else {"memory": loop.objective.memory.state_dict()}
+    watchers = {"watchers": {each.name: each.state_dict() for each in loop.watchers}} if loop.watchers else {}
+    return {
+        "model": trainer.master_params_to_state_dict(trainer.master_params),
+        **{name: own.master_params_to_state_dict(own.master_params) for name, own in loop.moving.items()},
+        **{name: trainer.master_params_to_state_dict(params) for name, params in averages.items()},
+        "opt": optimizer,
+        "trainer": trainer.state_dict() | memory | watchers,
+    }
+
+
+def go_on(loop: Any, checkpoint: manifest.Checkpoint) -> None:
+    """Take over the state of a checkpoint, on every rank.
+
+    :raises UserError: if the checkpoint lacks a part or does not fit the networks.
+    """
+    def params(name: str, owner: MasterWeights) -> list[Tensor]:
+        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name))
+
+    changed = changes(checkpoint.config, loop.config)
+    logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
+    loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
+    for name, owner in {"model": loop.trainer, **loop.moving}.items():
+        owner.load_master_params(params(name, owner))
+    for rate in loop.ema_rate:
+        loop.averages.load(rate, params(f"ema_{rate}", loop.trainer))
+    loop.opt.load_state_dict(load_part("opt", checkpoint))
+    trainer = load_part("trainer", checkpoint)
+    loop.trainer.load_state_dict(trainer)
+    if loop.objective.memory is not None:
+        loop.objective.memory.load_state_dict(trainer["memory"])
+    for watcher in loop.watchers:
+        if watcher.name in trainer.get("watchers", {}):
+            watcher.load_state_dict(trainer["watchers"][watcher.name])
+
+
+def write_status(loop: Any) -> None:
+    """Leave word beside the log whether the run is finished: a stopped one has status 0 too.
+
+    Where a run was killed, it says what was so at its start.
+    """
+    status = {"finished": loop.step >= loop.total_training_steps, "step": loop.step, "of": loop.total_training_steps}
+    text = json.dumps(status).encode()
+
+    def write() -> None:
+        try:
+            storage.make_folder(logger.get_dir())
+            storage.write_whole(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
+        except (OSError, UserError) as error:               # the checkpoint is there, and says as much
+            logger.warn(f"{STATUS} is as it was: {error}")
+
+    dist.on_main(write)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The flags that are not what they were, for the log."""
+    places = ("log_dir", "resume", "resume_checkpoint", "total_training_steps")
+    words = [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in now.items() if name in before and name not in places and before[name] != value
+    ]
+    return f"; flags that have changed since: {', '.join(words)}" if words else ""
+
+
+def load_part(name: str, checkpoint: manifest.Checkpoint) -> Any:
+    """The content of one file of a checkpoint, on every rank.
+
+    :raises UserError: if the checkpoint has no such file.
+    """
+    path = checkpoint.path(name)
+    if path is None:
+        raise UserError(
+            f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
+            "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
+        )
+    return dist.load_state_dict(path, map_location="cpu")
+
+
+def read_params(owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
+    """A saved state dict as one tensor per parameter of a network, where it was loaded to."""
+    loading.check(owner.model, saved, source)
+    loading.copy_buffers(owner.model, saved)
+    return owner.params_in(saved)

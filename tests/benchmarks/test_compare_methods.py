@@ -1,0 +1,51 @@
+"""benchmarks/compare_methods.py at the size of a test: a teacher, its student, scores, the table, the pictures."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import compare_methods
+from bench import contest
+from bench.dot_plot import dot_plot
+
+from cm.config.schema import SAMPLER_NAMES
+
+
+def test_every_training_has_samplers_that_exist_and_a_teacher_that_takes_part():
+    for training in contest.TRAININGS.values():
+        assert training.samplers and all(contest.WAYS[name].name in SAMPLER_NAMES for name in training.samplers)
+        assert training.teacher is None or contest.TRAININGS[training.teacher].teacher is None
+
+
+def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, monkeypatch):
+    few = {"EDM": ("Euler 35",), "CD of EDM": ("one step",)}
+    chosen = {name: contest.Training(each.script, each.flags, few[name], each.teacher)
+              for name, each in contest.TRAININGS.items() if name in few}
+    monkeypatch.setattr(compare_methods, "TRAININGS", chosen)
+    args = argparse.Namespace(data="digits", reference="", out=tmp_path, seeds=1, jobs=1, steps=2, num_samples=12,
+                              num_reference=40, batch_size=8, classifier_epochs=1)
+    match = compare_methods.Contest(args)
+    match.reference()
+    match.classifier()
+    match.train_chain(0, "EDM")
+    scores = match.measure_run("EDM", 0) + match.measure_run("CD of EDM", 0)
+    match.write(scores, [0])
+    assert [score.evaluations for score in scores] == [35, 1]
+    assert all(np.isfinite(score.distance) and score.distance > 0 for score in scores)
+    assert "| CD of EDM | one step | 1 |" in (tmp_path / "table.md").read_text()
+    assert Image.open(tmp_path / "distances.png").size[0] == 900 and (tmp_path / "samples.png").exists()
+    kept = json.loads((tmp_path / "edm_0" / "scores.json").read_text())
+    assert kept[0]["distance"] == scores[0].distance, "a second call takes them from here"
+
+
+def test_a_plot_of_nothing_or_of_values_without_a_logarithm_is_an_error():
+    for rows in ({}, {"a": [1.0, 0.0]}):
+        with pytest.raises(ValueError, match="positive"):
+            dot_plot(rows, "x")

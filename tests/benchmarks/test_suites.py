@@ -1,0 +1,118 @@
+"""The suites of benchmarks/run.py at sizes of a test: what they say they compare is what they run."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch as th
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from bench import children, loading, objectives, peer, results, sample, scale, train
+from bench.ceiling import Ceiling
+from bench.evaluation import Sizes, eval_suite
+from bench.lines import Line, table
+from bench.network import NetworkSpec
+
+CPU = th.device("cpu")
+SPEC = NetworkSpec(8, 32, "1,2", 1, 32, "4", 2)
+CEILING = Ceiling({"fp32": 1e11, "bf16": 1e11}, {"fp32": 1e11, "bf16": 1e11})
+
+
+def test_diffusers_network_is_the_same_function():
+    pytest.importorskip("diffusers")
+    ours, theirs = SPEC.build(CPU).eval(), peer.peer_of(SPEC)(CPU).eval()
+    x, t = SPEC.images(CPU), th.tensor([-1500.0, 400.0])
+    with th.no_grad():
+        assert th.allclose(ours(x, t), theirs(x, t), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+def test_peers_stand_beside_the_toolkit_in_training_and_sampling(monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(train, "PASSES", {"edm": 3})
+    ways = ["plain fp32", "toolkit fp32", "toolkit bf16", "diffusers' network fp32", "diffusers' network bf16"]
+    lines = train.train_suite(SPEC, CPU, CEILING, repeats=1)
+    assert [line.name for line in lines] == [f"edm, {way}" for way in ways]
+    lines = sample.sample_suite(SPEC, CPU, CEILING, repeats=1)
+    assert [line.name for line in lines] == [
+        f"{sampler}, {way}" for sampler in ("onestep (1 NFE)", "heun (9 NFE)") for way in ways
+    ]
+    assert all(line.images_per_second > 0 for line in lines)
+
+
+def test_without_diffusers_a_line_says_so(monkeypatch):
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "PASSES", {"edm": 3})
+    assert "diffusers is not installed" in table(train.train_suite(SPEC, CPU, CEILING, repeats=1))
+
+
+def test_every_objective_has_a_line_and_the_weights_of_its_command():
+    """With EDM's weights SA-DPM's loss of DDPM's levels, up to sigma 157, diverges within five steps."""
+    lines = objectives.objectives_suite(SPEC, CPU, CEILING, repeats=1)
+    assert [line.name for line in lines] == list(objectives.JOBS)
+    assert lines[0].note == "1.00 of edm's time, 1.00 of its network passes"
+    weights = {
+        name: objectives.loop_of(*how[:3], SPEC, CPU, SPEC.images(CPU)).diffusion.weight_schedule
+        for name, how in objectives.JOBS.items()
+    }
+    assert weights.pop("sadpm, 2 steps") == "snr" and set(weights.values()) == {"karras"}
+
+
+def test_the_evaluation_has_a_line_for_each_part():
+    sizes = Sizes(pooled=16, spatial=8, batch=32, points=40, images=1, side=8)
+    lines = {line.name: line for line in eval_suite(CPU, 1, sizes)}
+    assert list(lines) == [
+        "Frechet distance, 16 pooled features", "moments, 16 pooled features", "Frechet distance, 8 spatial features",
+        "moments, 8 spatial features", "Inception-v3", "precision and recall, 40 x 40, 16 features",
+    ]
+    moments = lines["moments, 16 pooled features"]
+    assert moments.images_per_second == pytest.approx(32 / moments.seconds)
+    assert "50000 x 50000" in lines["precision and recall, 40 x 40, 16 features"].note
+    assert lines["Frechet distance, 8 spatial features"].images_per_second is None
+
+
+def test_the_data_suite_has_the_lines_of_the_benchmark_of_data():
+    lines = loading.data_suite(8, count=20, rounds=2, batch=5)
+    assert len(lines) == 10 and {line.suite for line in lines} == {"data"}
+    assert all(line.images_per_second == pytest.approx(1 / line.seconds) for line in lines)
+
+
+def test_a_law_is_fitted_by_its_terms_and_names_what_does_not_follow():
+    measured = {8: 1.0 + 8 * 0.5, 16: 1.0 + 16 * 0.5, 64: 1.0 + 64 * 0.5}
+    assert scale.fit(measured, scale.with_a_part_for_each) == pytest.approx(measured)
+    least = (1 / 0.9 + 1 / 1.1) / (1 / 0.9**2 + 1 / 1.1**2)
+    assert scale.fit({1: 0.9, 2: 1.1}, scale.constant)[1] == pytest.approx(least)
+    assert scale.deviation(1.05, 1.0) == "+5% of its law"
+    assert scale.deviation(0.8, 1.0) == "-20%, outside 10 %, of its law"
+
+
+def test_every_axis_makes_a_step_and_its_point_is_measured_in_a_child(monkeypatch, tmp_path):
+    monkeypatch.setattr(scale, "SMALL", SPEC)
+    monkeypatch.setattr(scale, "AXES", {
+        name: replace(axis, values=(8, 16) if name == "image side" else axis.values[:2])
+        for name, axis in scale.AXES.items()
+    })
+    monkeypatch.setattr(scale, "peak_in_child", lambda *order, device: float(order[-1]))
+    monkeypatch.setattr(scale.ranks, "rank_lines", lambda device, repeats: [])
+    lines = scale.scale_suite(CPU, 1, tmp_path)
+    assert len(lines) == 2 * len(scale.AXES) and all(line.seconds > 0 for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} >= {"batch_seconds.png", "stfs_references_peak.png"}
+
+
+def test_memory_of_a_job_is_measured_in_a_process_of_its_own():
+    """An axis' point, made by the child from its name: one float32 average more is one network more."""
+    peak = {n: children.peak_in_child("bench.scale", "point", "weight averages", n, device=CPU) for n in (1, 16)}
+    network = sum(param.nbytes for param in scale.SMALL.build(CPU).parameters()) / 2**20
+    assert 10 * network < peak[16] - peak[1] < 20 * network
+
+
+def test_a_suite_that_is_measured_again_leaves_the_others(tmp_path):
+    results.keep(tmp_path, "train", [Line("train", "old", 1.0)], CPU, CEILING)
+    results.keep(tmp_path, "sample", [Line("sample", "other", None, peak_mib=3.0)], CPU, CEILING)
+    results.keep(tmp_path, "train", [Line("train", "new", 2.0, share_of_gemm=0.5)], CPU, CEILING)
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| new | 2 | 50% |" in page and "| other | 3 |" in page and "old" not in page
+    assert page.count("## On ") == 1, "one machine"
+    assert "fp32: GEMM 100, 3x3 convolution 100" in page

@@ -1,0 +1,261 @@
+"""One rank fails: the job is over within ten seconds, with the right status and one report."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cm.distributed import failure
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from support.mpi import Finished, mpi_program, program, python
+
+LIMIT_S = 10.0
+
+PROGRAM = """
+    import os, signal, sys, threading, time
+    import torch as th
+    from cm.distributed import setup as dist
+    from cm.registry import UserError
+
+    folder = sys.argv[0].rpartition("/")[0]
+
+    def failing_now():
+        open(folder + "/failed", "w").close()
+
+    def wait_in_gloo():
+        dist.all_reduce_sum(th.ones(1))
+
+    def wait_in_mpi():
+        from mpi4py import MPI
+        MPI.COMM_WORLD.Barrier()
+
+    def wait_in_python():
+        time.sleep(600)
+
+    def main():
+        dist.setup_dist(timeout_s=TIMEOUT)
+        rank = dist.get_rank()
+        open(f"{folder}/pid{rank}", "w").write(str(os.getpid()))
+        dist.barrier()
+        BODY
+
+    dist.run(main)
+"""
+
+
+def job(folder: Path, body: str, n: int = 2, timeout_s: float = 600) -> tuple[Finished, float]:
+    """Run `body` on `n` ranks; also the seconds from the call of failing_now() to the end of the job."""
+    lines = [line for line in body.strip("\n").split("\n")]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    body = "\n".join(" " * 8 + line[indent:] for line in lines).lstrip()
+    finished = mpi_program(folder, n, PROGRAM.replace("BODY", body).replace("TIMEOUT", str(timeout_s)))
+    mark = folder / "failed"
+    return finished, time.time() - mark.stat().st_mtime if mark.exists() else 0.0
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"                             # dead, but the machine's first process has not yet taken note
+
+
+def left_over(folder: Path) -> list[int]:
+    """Ranks that run on after mpiexec has returned; a killed process needs a moment to give its memory back."""
+    pids = [int(path.read_text()) for path in folder.glob("pid*")]
+    assert pids, "the ranks never started"
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [pid for pid in pids if is_running(pid)]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("waiting", ["wait_in_gloo", "wait_in_mpi", "wait_in_python"])
+def test_an_exception_on_one_rank_ends_the_job(tmp_path, waiting):
+    finished, seconds = job(tmp_path, f"""
+        if rank == 1:
+            failing_now()
+            raise RuntimeError("the sky fell")
+        {waiting}()
+    """)
+    assert finished.rc == 1, finished
+    assert seconds < LIMIT_S, finished
+    assert "rank 1 of 2 failed" in finished.stderr and "RuntimeError: the sky fell" in finished.stderr, finished
+    assert finished.stderr.count("Traceback (most recent call last)") == 1, finished
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.mpi
+def test_an_exception_on_all_ranks_is_shown_once(tmp_path):
+    finished, seconds = job(tmp_path, """
+        failing_now()
+        raise RuntimeError("the sky fell")
+    """, n=3)
+    assert finished.rc == 1 and seconds < LIMIT_S, finished
+    assert finished.stderr.count("Traceback (most recent call last)") == 1, finished
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "leave, rc, said",
+    [("sys.exit(3)", 3, ""), ("sys.exit('enough')", 1, "enough"), ("raise KeyboardInterrupt", 130, "interrupted")],
+)
+def test_one_rank_that_leaves_takes_the_others_along(tmp_path, leave, rc, said):
+    finished, seconds = job(tmp_path, f"""
+        if rank == 1:
+            failing_now()
+            {leave}
+        wait_in_gloo()
+    """)
+    assert finished.rc == rc and seconds < LIMIT_S, finished
+    assert said in finished.stderr and "Traceback" not in finished.stderr, finished
+
+
+@pytest.mark.mpi
+def test_a_mistake_of_the_users_is_one_line(tmp_path):
+    finished, seconds = job(tmp_path, """
+        failing_now()
+        raise UserError("--lr -1 is negative")
+    """)
+    assert finished.rc == 2 and seconds < LIMIT_S, finished
+    assert finished.stderr.strip() == "error: --lr -1 is negative", finished
+
+
+@pytest.mark.mpi
+def test_a_missing_file_is_one_line_on_all_ranks(tmp_path):
+    finished, _ = job(tmp_path, 'dist.load_state_dict("/nowhere/model.pt")')
+    assert finished.rc == 2, finished
+    assert len(finished.stderr.strip().split("\n")) == 1 and "'/nowhere/model.pt'" in finished.stderr, finished
+
+
+@pytest.mark.mpi
+def test_a_mistake_seen_by_one_rank_only_still_ends_the_job(tmp_path):
+    finished, seconds = job(tmp_path, """
+        if rank == 1:
+            failing_now()
+            raise UserError("cat.png is broken")
+        wait_in_mpi()
+    """)
+    assert finished.rc == 2 and seconds < LIMIT_S, finished
+    assert finished.stderr.count("rank 1 of 2: error: cat.png is broken") == 1, finished
+
+
+@pytest.mark.mpi
+def test_a_killed_rank_leaves_no_orphans(tmp_path):
+    finished, seconds = job(tmp_path, """
+        if rank == 1:
+            failing_now()
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_in_mpi()
+    """)
+    assert finished.rc != 0 and seconds < LIMIT_S, finished
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.mpi
+def test_a_failed_thread_ends_the_job_and_is_named(tmp_path):
+    finished, seconds = job(tmp_path, """
+        def write():
+            raise OSError("disk on fire")
+        if rank == 1:
+            failing_now()
+            threading.Thread(target=write, name="checkpoint").start()
+        wait_in_gloo()
+    """)
+    assert finished.rc == 1 and seconds < LIMIT_S, finished
+    assert "rank 1 of 2, thread checkpoint failed" in finished.stderr, finished
+    assert "OSError: disk on fire" in finished.stderr, finished
+
+
+@pytest.mark.mpi
+def test_a_rank_that_stalls_is_named(tmp_path):
+    finished, seconds = job(tmp_path, """
+        if rank == 1:
+            failing_now()
+            wait_in_python()
+        wait_in_gloo()
+    """, n=3, timeout_s=3)
+    assert finished.rc == 1 and seconds < 3 + LIMIT_S, finished
+    assert "no word from rank 1" in finished.stderr, finished
+
+
+@pytest.mark.mpi
+def test_a_rank_lost_before_mpi_starts_does_not_leave_the_others_waiting(tmp_path):
+    finished = mpi_program(tmp_path, 2, """
+        import os, sys, time
+        if os.environ["PMI_RANK"] == "1":
+            sys.modules["mpi4py"] = None            # import mpi4py raises ImportError
+        from cm.distributed import setup as dist
+        dist.run(dist.setup_dist)
+    """, timeout=30)
+    assert finished.rc == 2 and "rank 1 of 2" in finished.stderr and "pip install mpi4py" in finished.stderr, finished
+
+
+def fail_with(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error, status, shown",
+    [
+        (UserError("--lr -1 is negative"), 2, "error: --lr -1 is negative\n"),
+        (FileNotFoundError(2, "Not here", "/x"), 2, "error: [Errno 2] Not here: '/x' (test_failure.py:"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (SystemExit(3), 3, ""),
+        (SystemExit("enough"), 1, "enough\n"),
+    ],
+)
+def test_a_single_process_ends_with_the_same_statuses(monkeypatch, capsys, error, status, shown):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with pytest.raises(SystemExit) as ending:
+        dist.run(lambda: fail_with(error))
+    assert ending.value.code == status
+    said = capsys.readouterr().err
+    assert said.startswith(shown) and said.count("\n") == (shown != "")
+
+
+def test_a_single_process_goes_on_after_run(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    dist.run(lambda: None)
+    dist.run(lambda: sys.exit(0))
+    with pytest.raises(ZeroDivisionError):
+        dist.run(lambda: 1 / 0)
+
+
+def test_a_failed_thread_ends_a_single_process(tmp_path):
+    finished = python([program(tmp_path, """
+        import threading, time
+        from cm.distributed import setup as dist
+
+        def main():
+            threading.Thread(target=lambda: 1 / 0, name="loader").start()
+            time.sleep(60)
+
+        dist.run(main)
+    """)], timeout=30)
+    assert finished.rc == 1 and "thread loader failed" in finished.stderr, finished
+    assert "ZeroDivisionError" in finished.stderr, finished
+
+
+def test_statuses():
+    statuses = {SystemExit(3): 3, SystemExit(): 0, SystemExit("text"): 1, KeyboardInterrupt(): 130, UserError("x"): 2,
+                FileNotFoundError(): 2, ValueError(): 1, failure.Overdue(): 75}
+    assert {error: failure.status_of(error) for error in statuses} == statuses
+
+
+def test_memory_errors_come_with_advice():
+    assert "--microbatch" in failure.long_report(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "/dev/shm" in failure.long_report(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."))
+
+
+def test_waiting_for_an_answer_has_a_limit():
+    begun = time.monotonic()
+    assert failure.within(0.2, lambda: time.sleep(30), default="nobody") == "nobody"
+    assert time.monotonic() - begun < 5
+    assert failure.within(5, lambda: 1 / 0, default="gone") == "gone"
+    assert failure.within(5, lambda: "here", default="gone") == "here"

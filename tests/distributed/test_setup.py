@@ -1,0 +1,243 @@
+"""Ranks find each other under every launcher, share out GPUs and cores, and end in good order."""
+
+import socket
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch as th
+
+from cm.distributed import launchers
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from support.hello import HELLO, hellos, lines
+from support.mpi import mpi_program, mpiexec, program, python, start
+
+TWO = [["0", "2", "0", "2"], ["1", "2", "1", "2"]]
+
+
+def test_plain_python_needs_neither_mpi_nor_a_process_group(tmp_path):
+    finished = python([program(tmp_path, HELLO)])
+    assert lines(finished) == ["0,1,0,1,1,False,False,None"], finished
+
+
+@pytest.mark.mpi
+def test_one_rank_is_a_plain_process_with_all_the_cores(tmp_path):
+    # mpiexec leaves marks by which MKL would take a single thread. A number that the user has set stays.
+    for threads, env in ((len(launchers.usable_cores()), {"OMP_NUM_THREADS": None}), (1, {"OMP_NUM_THREADS": "1"})):
+        finished = mpi_program(tmp_path, 1, HELLO, env=env)
+        assert lines(finished) == [f"0,1,0,1,{threads},False,False,None"], finished
+
+
+@pytest.mark.mpi
+def test_ranks_share_the_cores(tmp_path):
+    finished = mpi_program(tmp_path, 2, HELLO, env={"OMP_NUM_THREADS": None})
+    assert hellos(finished) == TWO, finished
+    threads = str(max(1, len(launchers.usable_cores()) // 2))
+    assert [line.split(",")[4] for line in lines(finished)] == [threads] * 2, finished
+
+
+@pytest.mark.mpi
+def test_torchrun(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program(tmp_path, HELLO)]
+    assert hellos(python(command, timeout=90)) == TWO
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("address", ["127.0.0.1", *launchers.own_addresses()[:1]])
+def test_ranks_on_different_machines_meet_at_an_address_all_can_reach(tmp_path, address):
+    # MPICH is told to take the ranks for two machines; what is left to test is the search for the address.
+    source = HELLO.replace("    dist.run", f"""
+    from cm.distributed import launchers
+    launchers.own_addresses = lambda: ["192.0.2.255", "{address}"]
+    launchers.PROBE_S = 0.5
+    dist.run""")
+    finished = mpi_program(tmp_path, 2, source, env={"MPIR_CVAR_NOLOCAL": "1"})
+    assert hellos(finished) == [["0", "2", "0", "2"], ["1", "2", "0", "2"]], finished
+    assert {line.split(",")[7] for line in lines(finished)} == {launchers.interface_of(address)}, finished
+
+
+@pytest.mark.mpi
+def test_an_explicit_master_address_is_obeyed(tmp_path):
+    path = program(tmp_path, HELLO)
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        busy = mpiexec(2, [path], env={"MASTER_PORT": str(port)})
+    assert busy.rc == 2 and f"cannot listen at MASTER_PORT={port}" in busy.stderr, busy
+    assert busy.stderr.count("error:") == 1, busy
+    free = mpiexec(2, [path], env={"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)})
+    assert hellos(free) == TWO, free
+    nowhere = mpiexec(2, [path], env={"MASTER_ADDR": "192.0.2.255"})
+    assert nowhere.rc == 2 and "cannot reach rank 0 at port" in nowhere.stderr, nowhere
+
+
+@pytest.mark.mpi
+def test_jobs_that_start_at_the_same_time_do_not_mix(tmp_path):
+    path = program(tmp_path, HELLO)
+    with ThreadPoolExecutor(6) as pool:
+        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(6)))
+    assert [hellos(job) for job in jobs] == [TWO] * 6
+
+
+@pytest.mark.mpi
+def test_a_process_group_that_is_already_there_is_used(tmp_path):
+    finished = mpi_program(tmp_path, 2, """
+        import os
+        import torch as th
+        from cm.distributed import setup as dist
+
+        rank = int(os.environ["PMI_RANK"])
+        meeting = os.path.dirname(os.path.abspath(__file__)) + "/meeting"
+        th.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+        assert dist.get_rank() == rank and dist.get_world_size() == 2
+        dist.setup_dist()
+        print(f"{dist.get_local_rank()},{int(dist.all_reduce_sum(th.tensor([1])))}\\n", end="", flush=True)
+        dist.run(dist.barrier)
+    """)
+    assert lines(finished) == ["0,2", "1,2"], finished
+
+
+@pytest.mark.parametrize(
+    "env, why, remedy",
+    [
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "no connection to that mpiexec", "mpiexec that belongs to mpi4py"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "sees one rank only", "mpiexec that belongs to"),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}, "sees one rank only", "mpiexec that belongs to"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "sees one rank only", "srun --mpi=pmi2"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "PMIX_RANK": "0"}, "does not speak PMIx",
+         "srun --mpi=pmi2"),
+        ({"PMIX_RANK": "0"}, "does not speak PMIx", "mpiexec that belongs to mpi4py"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}, "does not speak PMIx",
+         "mpiexec that belongs to"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/nowhere/libmpi.so"},
+         "mpi4py cannot be loaded (cannot load MPI library", "pip install mpi4py mpich"),
+    ],
+)
+def test_a_launcher_that_mpi_does_not_know_is_refused(tmp_path, env, why, remedy):
+    finished = python([program(tmp_path, HELLO)], env=env)
+    assert finished.rc == 2 and why in finished.stderr and remedy in finished.stderr, finished
+    size = "several" if set(env) == {"PMIX_RANK"} else "2"
+    assert "Traceback" not in finished.stderr and f"rank 0 of {size}" in finished.stderr, finished
+
+
+def test_plain_python_without_an_mpi_library(tmp_path):
+    env = {"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}
+    broken = python(["-c", "from mpi4py import MPI"], env=env)
+    assert broken.rc == 1 and "RuntimeError: cannot load MPI library" in broken.stderr, broken
+    assert hellos(python([program(tmp_path, HELLO)], env=env)) == [["0", "1", "0", "1"]]
+
+
+def test_half_of_torchruns_variables_are_refused(tmp_path):
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    finished = python([program(tmp_path, HELLO)], env=env)
+    assert finished.rc == 2 and "MASTER_PORT must be set" in finished.stderr, finished
+
+
+def test_a_batch_script_without_srun_is_a_single_process(tmp_path):
+    finished = python([program(tmp_path, HELLO)], env={"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert hellos(finished) == [["0", "1", "0", "1"]]
+
+
+@pytest.mark.mpi
+def test_launch_after_launch_ends_in_good_order(tmp_path):
+    # A DDP model that outlives main() used to crash the process in torch's static destructors, now and then.
+    path = program(tmp_path, """
+        import atexit, threading, time
+        from concurrent.futures import ThreadPoolExecutor
+        import torch as th
+        from cm.distributed import setup as dist
+
+        kept = []
+
+        def main():
+            dist.setup_dist()
+            kept.append(th.nn.parallel.DistributedDataParallel(th.nn.Linear(4, 4)))
+            kept[0](th.ones(2, 4)).sum().backward()
+            atexit.register(print, "closed", flush=True)
+            threading.Thread(target=lambda: (time.sleep(0.5), print("written", flush=True))).start()
+            ThreadPoolExecutor(1).submit(time.sleep, 0)
+
+        dist.run(main)
+    """)
+    for _ in range(10):
+        finished = mpiexec(2, [path])
+        assert finished.rc == 0 and not finished.stderr, finished
+        assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished
+
+
+def test_ranks_that_have_not_met_know_nothing(monkeypatch):
+    monkeypatch.setattr(dist, "_job", None)
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    for ask in (dist.get_rank, dist.get_world_size, dist.dev, dist.is_main):
+        with pytest.raises(RuntimeError, match="one of 4 ranks: call dist_util.setup_dist"):
+            ask()
+
+
+# --- devices: no GPU is needed to share them out --------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, and nobody set up yet; returns the devices chosen with th.cuda.set_device."""
+    chosen = []
+    monkeypatch.setattr(dist, "_job", None)
+    monkeypatch.setattr(dist, "_wanted_device", "auto")
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(th.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"gpu{index}"))
+    monkeypatch.setattr(th.cuda, "set_device", chosen.append)
+    return chosen
+
+
+def rank_of(rank, nodes_and_gpus):
+    facts = [{"node": node, "gpus": gpus} for node, gpus in nodes_and_gpus]
+    job = dist._Job(rank, len(facts), facts[rank]["node"])
+    job.local_rank = sum(fact["node"] == job.node for fact in facts[:rank])
+    return job, facts
+
+
+def test_a_single_process_takes_the_first_gpu(gpus):
+    assert dist.dev() == th.device("cuda", 0)
+    assert gpus == [th.device("cuda", 0)]
+
+
+def test_the_cpu_can_be_asked_for(gpus):
+    dist.set_device("cpu")
+    assert dist.dev() == th.device("cpu") and gpus == []
+    with pytest.raises(RuntimeError, match="must come before setup_dist"):
+        dist.set_device("cuda")
+
+
+def test_ranks_of_each_machine_count_from_its_first_gpu(gpus):
+    ranks = [("left", ["a", "b"]), ("left", ["a", "b"]), ("right", ["a", "b"]), ("right", ["a", "b"])]
+    assert [dist._choose_device(*rank_of(rank, ranks)).index for rank in range(4)] == [0, 1, 0, 1]
+
+
+def test_a_crowded_machine_is_an_error_on_every_rank(gpus):
+    ranks = [("left", ["a", "b"]), ("right", ["a"]), ("right", ["a"])]
+    for rank in range(3):
+        with pytest.raises(UserError, match="2 ranks on .* but 1 visible GPU"):
+            dist._choose_device(*rank_of(rank, ranks))
+
+
+def test_a_machine_without_gpus_among_others_is_an_error_on_every_rank(gpus):
+    for rank in range(2):
+        with pytest.raises(UserError, match=r"ranks \[1\] see no GPU"):
+            dist._choose_device(*rank_of(rank, [("left", ["a"]), ("right", [])]))
+
+
+def test_devices_that_do_not_exist_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "_job", None)
+    monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="choose one of: auto, cuda, cpu"):
+        dist.set_device("gpu")
+    with pytest.raises(UserError, match="PyTorch sees no GPU"):
+        dist.set_device("cuda")
+    assert dist.dev() == th.device("cpu")
+
+
+def test_importing_is_quick_about_mpi():
+    finished = start([sys.executable, "-c", "import cm.distributed.setup, sys; print('mpi4py' in sys.modules)"])
+    assert finished.stdout.strip() == "False", finished

@@ -1,0 +1,112 @@
+"""Normalisation, scale, shift and SiLU in one operation: against torch's own, in float64 and in lower precisions."""
+
+import copy
+
+import pytest
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+from cm.networks.build import create_model
+from cm.networks.fused_norm import _is_fused, norm_act
+
+
+def by_torch(norm, x, scale, shift, silu):
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if scale is not None:
+        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def problem(dtype, with_embedding, offset=1.0):
+    """A normalisation of 64 channels in 32 groups, and its inputs, channels last."""
+    th.manual_seed(0)
+    norm = nn.GroupNorm(32, 64).to(th.promote_types(dtype, th.float32))
+    nn.init.normal_(norm.weight, 1, 0.5)
+    nn.init.normal_(norm.bias)
+    x = (th.randn(3, 64, 5, 7, dtype=dtype) * 2 + offset).to(memory_format=th.channels_last).requires_grad_()
+    scale, shift = (th.randn(3, 64, dtype=dtype, requires_grad=True) if with_embedding else None for _ in range(2))
+    return norm, x, scale, shift
+
+
+# The input is rounded to its dtype once and the result once more; between them nothing is below float32.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(th.float64, 1e-13), (th.float32, 5e-6), (th.bfloat16, 1e-2)])
+@pytest.mark.parametrize("with_embedding", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_values_and_gradients_are_those_of_the_three_operations(dtype, tolerance, with_embedding, silu):
+    norm, x, scale, shift = problem(dtype, with_embedding)
+    assert _is_fused(x)
+    inputs = [t for t in (x, *norm.parameters(), scale, shift) if t is not None]
+    y = norm_act(norm, x, scale, shift, silu=silu)
+    grad = th.randn_like(y)
+    found = [y, *th.autograd.grad(y, inputs, grad)]
+    assert y.dtype == dtype and y.is_contiguous(memory_format=th.channels_last)
+
+    exact = copy.deepcopy(norm).double()
+    wide = [None if t is None else t.detach().double().contiguous().requires_grad_() for t in (x, scale, shift)]
+    expected = by_torch(exact, *wide, silu)
+    inputs = [t for t in (wide[0], *exact.parameters(), *wide[1:]) if t is not None]
+    for own, right in zip(found, [expected, *th.autograd.grad(expected, inputs, grad.double())], strict=True):
+        assert (own.double() - right).abs().max() <= tolerance * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
+def test_images_in_blocks_are_what_all_together_are(dtype, monkeypatch):
+    norm, x, scale, shift = problem(dtype, True)
+    found = []
+    for block in (x.numel(), 2 * x[0].numel(), 1):
+        monkeypatch.setattr("cm.networks.fused_norm.BLOCK", block)
+        y = norm_act(norm, x, scale, shift)
+        found.append([y, *th.autograd.grad(y.float().square().sum(), [x, *norm.parameters(), scale, shift])])
+    for other in found[1:]:
+        th.testing.assert_close(other, found[0], rtol=2 * th.finfo(dtype).eps, atol=1e-6)
+
+
+def test_gradients_agree_with_finite_differences():
+    norm, x, scale, shift = problem(th.float64, True)
+    x, scale, shift = (t[:1].detach().requires_grad_() for t in (x, scale, shift))
+    x = x[..., :2, :2].contiguous(memory_format=th.channels_last).detach().requires_grad_()
+    assert th.autograd.gradcheck(lambda *args: norm_act(norm, *args), (x, scale, shift), fast_mode=True)
+
+
+def test_a_mean_far_above_the_spread_costs_few_digits():
+    """Sums of squares cancel: with a mean of 50 spreads, float32 has about 4 digits left, bfloat16 data lack them."""
+    norm, x, *_ = problem(th.float32, False, offset=100.0)
+    expected = by_torch(copy.deepcopy(norm).double(), x.detach().double(), None, None, True)
+    assert (norm_act(norm, x) - expected).abs().max() < 3e-3 * expected.abs().max()
+
+
+def test_other_memory_formats_take_torchs_operations():
+    norm, x, scale, shift = problem(th.float32, True)
+    plain = x.detach().contiguous()
+    assert not _is_fused(plain)
+    assert th.equal(norm_act(norm, plain, scale, shift), F.silu(
+        th.addcmul(shift[:, :, None, None], norm(plain), 1 + scale[:, :, None, None])
+    ))
+
+
+def test_forward_mode_derivatives_go_through():
+    norm, x, scale, shift = problem(th.float64, True)
+    x, scale, shift = x.detach(), scale.detach(), shift.detach()
+    direction, step = th.randn_like(x), 1e-6
+    _, along = th.func.jvp(lambda t: norm_act(norm, t, scale, shift), (x,), (direction,))
+    ends = [norm_act(norm, x + sign * step * direction, scale, shift) for sign in (1, -1)]
+    assert (along - (ends[0] - ends[1]) / (2 * step)).abs().max() < 1e-7
+
+
+def test_a_whole_network_is_the_same_in_both_memory_formats():
+    th.manual_seed(0)
+    plain = create_model(16, 32, 1, "1,2", attention_resolutions="8", num_head_channels=16, resblock_updown=True,
+                         use_scale_shift_norm=True).double()
+    for param in plain.parameters():
+        nn.init.normal_(param, std=0.1)
+    last = copy.deepcopy(plain).to(memory_format=th.channels_last)
+    x, time = th.randn(2, 3, 16, 16, dtype=th.float64), th.tensor([3.0, -700.0], dtype=th.float64)
+    outputs, grads = [], []
+    for model, images in ((plain, x), (last, x.to(memory_format=th.channels_last))):
+        out = model(images, time)
+        outputs.append(out)
+        grads.append(th.autograd.grad(out.square().mean(), list(model.parameters())))
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-12 * outputs[0].abs().max()
+    for a, b in zip(*grads):
+        assert (a - b).abs().max() <= 1e-10 * max(a.abs().max(), 1e-3)

@@ -1,0 +1,81 @@
+"""Progressive distillation from end to end: stages, restarts, resuming inside a stage, the commands."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+
+from cm.errors import UserError
+from cm.networks.build import create_model
+from cm.objectives.curricula import ema_and_scales
+from cm.training.loop import as_batch
+from support.mpi import mpiexec
+from support.nets import plain_state_dict
+from support.training import digest, loop, run
+
+ROOT = Path(__file__).resolve().parents[2]
+HALVING = ema_and_scales("fixed", 0.0, "progdist", 8, 8, 12, 2)
+
+
+def test_halves_to_one_step_and_restarts_optimizer_and_averages(images, tmp_path):
+    training = loop(images, tmp_path, 12, mode="progdist", curriculum=HALVING)
+    stages, fresh = [], []
+    for _ in range(12):
+        stages.append(HALVING(training.step)[1])
+        training.run_step(as_batch(next(training.data), training.step, 0, 1))
+        masters = training.trainer.master_params
+        restarted = [all(th.equal(a, b) for a, b in zip(masters, average)) for average in training.ema_params]
+        assert restarted[0] == restarted[1] == (not training.opt.state)
+        fresh.append(restarted[0])
+    assert stages == [8, 8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1]           # the stage of 2 is twice as long, and that of 1
+    assert [step for step, is_fresh in enumerate(fresh) if is_fresh] == [1, 3, 7]
+
+
+@pytest.mark.parametrize("stop", [5, 8])                            # inside the stage of 2, and just after its end
+def test_resuming_is_the_same_run_to_the_last_bit(images, tmp_path, stop):
+    options = {"mode": "progdist", "curriculum": HALVING}
+    run(images, tmp_path / "straight", 9, **options)
+    run(images, tmp_path / "stopped", stop, **options)
+    run(images, tmp_path / "stopped", 9, **options)
+    assert digest(tmp_path / "straight", 9) == digest(tmp_path / "stopped", 9)
+
+
+def test_curricula_that_leave_no_interval_are_refused_at_the_start(images, tmp_path):
+    with pytest.raises(UserError, match="num_scales must be at least 2, got 1"):
+        loop(images, tmp_path, 12, mode="consistency_training", curriculum=HALVING)
+
+
+def script(name, *args):
+    done = mpiexec(2, [str(ROOT / "scripts" / name), *map(str, args)], timeout=120, env={"OPENAI_LOG_FORMAT": "csv"})
+    assert done.rc == 0, done
+    return done
+
+
+@pytest.mark.mpi
+def test_distil_and_sample_on_two_ranks(tmp_path):
+    """From a teacher without a manifest, in half precision, to one step; then exactly the seeds that were asked for."""
+    teacher, run_dir = tmp_path / "edm_imagenet64_ema.pt", tmp_path / "pd"
+    model = create_model(
+        8, 32, 1, "1", class_cond=True, attention_resolutions="8", num_head_channels=32, num_classes=10
+    )
+    th.save(plain_state_dict(model), teacher)
+    script("cm_train.py", "--training_mode", "progdist", "--teacher_model_path", teacher, "--image_size", 8,
+           "--num_head_channels", 32, "--data_dir", "digits", "--scale_mode", "progdist", "--start_scales", 4,
+           "--distill_steps_per_iter", 1, "--total_training_steps", 5, "--lr_anneal_steps", 0, "--loss_norm", "l2-32",
+           "--use_fp16", "True", "--global_batch_size", 8, "--log_interval", 1, "--log_dir", run_dir)
+    with open(run_dir / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["num_scales"] for row in rows] == ["4", "2", "2", "1", "1"]
+    assert all(np.isfinite(float(row["loss"])) and float(row["lr"]) == 1e-4 for row in rows)
+    config = json.loads((run_dir / "checkpoint_000005.json").read_text())["config"]
+    assert (config["class_cond"], config["num_classes"], config["channel_mult"]) == (True, 10, "1")
+    student = th.load(run_dir / "model000005.pt", weights_only=True)
+    assert all(value.dtype == th.float32 for value in student.values())
+    script("image_sample.py", "--model_path", run_dir / "ema_0.9999_000005.pt", "--sampler", "progdist", "--steps", 1,
+           "--seeds", "3,0-2", "--batch_size", 1, "--log_dir", tmp_path / "samples")
+    samples = np.load(tmp_path / "samples" / "samples_4x8x8x3.npz")
+    assert samples["seeds"].tolist() == [3, 0, 1, 2] and samples["arr_0"].shape == (4, 8, 8, 3)
+    assert json.loads((tmp_path / "samples" / "samples_4x8x8x3.json").read_text())["network_evaluations"] == 1

@@ -1,0 +1,207 @@
+"""The report of real runs, looked at in a real browser, and as text."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cm.errors import UserError
+from cm.report.html import run_names
+from cm.report.page import duration, evenly
+from support.browser import chromium, needs_browser, screenshot
+from support.mpi import python
+from support.nets import save_measure
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ["--config", ROOT / "configs/digits/ct.yaml", "--precision", "fp32", "--global_batch_size", 16,
+         "--total_training_steps", 12, "--log_interval", 1, "--save_interval", 6, "--eval_interval", 4,
+         "--eval_samples", 32]
+COLOURS = {"light": ((36, 88, 211), (207, 74, 10)), "dark": ((130, 167, 255), (255, 155, 102))}    # of runs 0 and 1
+
+
+def script(*words, expect=0):
+    done = python([str(word) for word in words], timeout=120, env={"OPENAI_LOG_FORMAT": "csv"})
+    assert done.rc == expect, done
+    return done
+
+
+def report(*words):
+    """scripts/report.py in this process."""
+    runpy.run_path(str(ROOT / "scripts/report.py"))["main"]([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two short trainings that differ in two flags, and their report."""
+    folder = tmp_path_factory.mktemp("report")
+    save_measure(folder)
+    for name, lr, scales in (("slow", 1e-4, 12), ("fast", 3e-3, 20)):
+        script(ROOT / "scripts/cm_train.py", *TRAIN, "--lr", lr, "--end_scales", scales, "--eval_ref",
+               folder / "ref.npz", "--inception", folder / "tiny.ts", "--log_dir", folder / name)
+    (folder / "slow" / "metrics.json").write_text(json.dumps({"metrics": {
+        "frechet_distance": {"label": "FID", "value": 12.3456789, "sample_count": 50000, "available": True},
+    }}))
+    report(folder / "slow", folder / "fast", "--out", folder / "report.html")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def share(picture, colour, tolerance=12):
+    return (np.abs(picture.astype(int) - colour).max(2) <= tolerance).sum()
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_the_curves_and_pictures_without_a_complaint(folder, scheme):
+    flags = ["--force-dark-mode"] if scheme == "dark" else []
+    picture, visit = screenshot(folder / "report.html", folder, 1400, 1900, *flags)
+    assert visit.console == []
+    assert picture.shape == (1900, 1400, 3)
+    assert (picture[5, 5].mean() < 60) == (scheme == "dark")
+    for colour in COLOURS[scheme]:
+        assert share(picture[360:], colour) > 1500, "curves, below the cards"
+    grey = (picture.max(2).astype(int) - picture.min(2) == 0) & (np.abs(picture[..., 0].astype(int) - 128) < 25)
+    assert grey.sum() > 20_000, "pictures of samples of an untrained network"
+
+
+@needs_browser
+def test_values_stand_under_the_pointer(folder, page, tmp_path):
+    """The page's own script on a pointer that the test moves; its policy would forbid the test's script."""
+    move = """<script>
+        const svg = document.querySelector("figure.plot svg"), frame = svg.getBoundingClientRect();
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: frame.right - 8, clientY: frame.top + 50}));
+        document.title = document.getElementById("tip").innerText;</script>"""
+    changed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page).replace("</body>", move + "</body>")
+    (tmp_path / "moved.html").write_text(changed, encoding="utf-8")
+    visit = chromium(tmp_path / "moved.html", tmp_path, "--dump-dom")
+    rows = (folder / "slow" / "progress.csv").read_text().splitlines()
+    loss = float(dict(zip(rows[0].split(","), rows[-1].split(",")))["loss"])
+    title = re.search(r"<title>(.*?)</title>", visit.dom, re.DOTALL)[1]
+    assert "step 12" in title and "slow" in title and "fast" in title and f"{loss:.4g}" in title
+    assert visit.console == []
+
+
+@needs_browser
+def test_hostile_text_is_text(folder, tmp_path, capsys):
+    """Names, cells and flags that are HTML, even without the policy that would stop their scripts."""
+    evil = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
+    run = tmp_path / "a&<b>'\"onload=x"
+    run.mkdir()
+    column = evil.replace('"', '""')
+    (run / "progress.csv").write_text(f'step,loss,"{column}"\n1,2,3\n2,3,4\n3,{evil[:5]},5\n')
+    (run / "config.json").write_text(json.dumps({evil: evil, "total_training_steps": evil, "training_mode": [evil]}))
+    (run / "best.json").write_text(json.dumps({"metric": evil, "value": evil, "settings": {"num_samples": evil}}))
+    (run / "a.json").write_text(json.dumps({"metrics": {evil: {"value": evil}}, "label": [evil], "value": evil}))
+    report(run, folder / "slow")
+    assert "column 'loss': 1 cell(s) are no number" in capsys.readouterr().out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in page and page.count("<script") == page.count("</script>")
+    open_page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    (tmp_path / "open.html").write_text(open_page, encoding="utf-8")
+    visit = chromium(tmp_path / "open.html", tmp_path, "--dump-dom")
+    assert visit.console == []
+    assert re.search(r"<title>(.*?)</title>", visit.dom)[1].startswith("Training runs: a&amp;&lt;b&gt;")
+    assert "&lt;img src=x" in visit.dom
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    bare = page.replace('"http://www.w3.org/2000/svg"', "")                 # the name of a language, never fetched
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?:|fetch\(|<link(?! rel="icon")', bare)
+    assert "default-src 'none'" in page
+
+
+def test_everything_asked_for_is_on_the_page(folder, page):
+    for title in ("Loss", "Noise levels N(k)", "Target decay μ(k)", "Gradient norm", "Fréchet distance", "Throughput"):
+        assert title in page
+    assert page.count("data:image/png;base64,") == 4, "2 runs, 2 saves"
+    best = json.loads((folder / "fast" / "best.json").read_text())
+    assert f"{best['value']:.6g}" in page and best["file"] in page and best["metric"] in page
+    assert "12.3457" in page and ">50000<" in page, "what evaluator.py left"
+    different = re.search(r'<table class="settings different">.*?</table>', page, re.DOTALL)[0]
+    assert re.findall(r"<code>(.*?)</code>", different) == ["end_scales", "lr"]
+    assert page.count("<code>global_batch_size</code>") == 1, "all flags stand below"
+
+
+def test_one_run_and_the_default_place(folder, tmp_path, capsys):
+    run = tmp_path / "alone"
+    shutil.copytree(folder / "slow", run, ignore=shutil.ignore_patterns("*.pt"))
+    (run / "config.json").unlink()
+    report(run, "--max_grids", 1)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "no config.json: the flags are not known" in capsys.readouterr().out and "no config.json" in page
+    assert page.count("data:image/png;base64,") == 1 and "step 12<" in page
+
+
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path, capsys):
+    run = tmp_path / os.fsdecode(b"run\xff")
+    run.mkdir()
+    rows = [{"step": step, "loss": 1 / step, "\ud800": step} for step in (1, 2)]
+    (run / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.json").write_text(json.dumps({"data_dir": "\ud800"}))
+    report(run)
+    assert "run?" in capsys.readouterr().out
+    assert "<h2>run?</h2>" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_distances_of_different_features_are_said_not_to_be_comparable(folder, page, tmp_path):
+    assert "not comparable" not in page
+    run = tmp_path / "other"
+    shutil.copytree(folder / "fast", run, ignore=shutil.ignore_patterns("*.pt"))
+    best = json.loads((run / "best.json").read_text())
+    best["settings"]["features"] = "torchscript-another"
+    (run / "best.json").write_text(json.dumps(best))
+    config = json.loads((run / "config.json").read_text())
+    del config["lr"]
+    (run / "config.json").write_text(json.dumps(config))
+    report(folder / "slow", run, "--out", tmp_path / "report.html")
+    changed = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "measured with different features, references or numbers of samples: not comparable" in changed
+    different = re.search(r'<table class="settings different">.*?</table>', changed, re.DOTALL)[0]
+    assert re.findall(r"<code>(.*?)</code>", different) == ["end_scales"], "a flag that one run lacks"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["{}/nowhere"], "nowhere is no folder"),
+    (["{}/slow", "{}/slow/samples"], "samples has no log"),
+    (["{}/slow", "--out", "{}/tiny.ts/report.html"], "cannot write"),
+])
+def test_bad_input_is_one_clear_error(folder, words, message):
+    with pytest.raises(UserError, match=message):
+        report(*(word.format(folder) for word in words))
+
+
+def test_an_error_ends_the_command(folder):
+    done = script(ROOT / "scripts/report.py", folder / "slow", folder / "nowhere", expect=2)
+    assert "nowhere is no folder" in done.stderr and "Traceback" not in done.stderr, done
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paths, names", [
+    (["runs/a", "runs/b"], ["a", "b"]),
+    (["x/edm", "y/edm", "cd"], ["x/edm", "y/edm", None]),
+    (["a", "a"], ["a (1)", "a (2)"]),
+])
+def test_names_tell_runs_apart(paths, names):
+    found = run_names([Path(path) for path in paths])
+    assert [name if name else each for name, each in zip(names, found)] == found and len(set(found)) == len(found)
+
+
+def test_pictures_are_spread_over_the_run():
+    assert evenly([1, 2, 3], 5) == [1, 2, 3]
+    assert evenly(list(range(1, 101)), 4) == [25, 50, 75, 100]
+    assert evenly([10, 20, 30], 2)[-1] == 30 and evenly([10, 20, 30], 1) == [30]
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (44.4, 600, 36_000, 6e5)] == ["44 s", "10 min", "10.0 h", "6.9 days"]

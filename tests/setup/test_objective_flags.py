@@ -1,0 +1,82 @@
+"""Which flags an objective takes, what it brings along, and what becomes of those of the others."""
+
+import dataclasses
+
+import pytest
+
+from cm.config.flags import parse
+from cm.config.schema import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from cm.errors import UserError
+from cm.objectives import DENOISING
+from cm.setup.data import open_data
+from cm.setup.model import diffusion_from
+from cm.setup.objective import follow_objective, follow_precond, objective_from, options_of
+
+SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig)
+
+
+def settings_of(*argv):
+    settings = parse("", *SECTIONS, argv=argv)
+    follow_objective(settings)
+    follow_precond(settings)
+    return settings
+
+
+def objective_of(*argv):
+    settings = settings_of(*argv)
+    return objective_from(settings, diffusion_from(settings, distillation=False))
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--objective", "cdm"], {"martingale_lambda": 10, "martingale_steps": 6, "martingale_sde": "t"}),
+    (["--objective", "cdm", "--martingale_lambda", "2", "--martingale_steps", "3", "--martingale_sde", "u"],
+     {"martingale_lambda": 2, "martingale_steps": 3, "martingale_sde": "u"}),
+    (["--objective", "stf", "--rbatch", "64"], {"rbatch": 64, "references": 64}),
+    (["--objective", "sadpm"], {"num_consecutive_steps": 2, "lamda": 0.2}),
+    (["--objective", "sadpm", "--num_consecutive_steps", "4", "--sa_lambda", "1"],
+     {"num_consecutive_steps": 4, "lamda": 1.0}),
+    ([], {"references": 0}),
+])
+def test_flags_arrive(argv, expected):
+    objective = objective_of(*argv)
+    assert type(objective) is DENOISING[argv[1] if argv else "edm"]
+    assert {name: getattr(objective, name) for name in expected} == expected
+
+
+def test_every_flag_belongs_to_an_objective():
+    flags = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"objective"}
+    assert set().union(*map(options_of, DENOISING.values())) == flags
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--martingale_lambda", "10"], "--martingale_lambda: .*for --objective cdm.*has --objective edm"),
+    (["--objective", "cdm", "--rbatch", "64"], "--rbatch: .*for --objective stf.*has --objective cdm"),
+    (["--objective", "stf", "--sa_lambda", "1"], "--sa_lambda: lamda=1.0 is for --objective sadpm"),
+])
+def test_flags_of_another_objective_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        settings_of(*argv)
+
+
+def test_a_file_of_all_flags_may_name_those_that_nobody_changed(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(settings_of("--objective", "stf", "--rbatch", "64").as_text())
+    assert objective_of("--config", str(file)).rbatch == 64
+    with pytest.raises(UserError, match="config.json: rbatch=64 is for --objective stf"):
+        settings_of("--config", str(file), "--objective", "edm")
+
+
+def test_the_sequence_aware_loss_brings_ddpm_along():
+    def resolved(*argv):
+        return [settings_of(*argv).values[name] for name in ("precond", "schedule_sampler", "weight_schedule")]
+
+    assert resolved("--objective", "sadpm") == ["ddpm", "ddpm", "snr"]
+    assert resolved("--objective", "sadpm", "--precond", "edm") == ["edm", "lognormal", "karras"]
+    assert resolved("--objective", "stf") == ["edm", "lognormal", "karras"]
+
+
+def test_too_few_references_are_named():
+    settings = settings_of("--objective", "stf", "--rbatch", "8", "--global_batch_size", "16", "--data_dir", "digits",
+                           "--image_size", "8")
+    with pytest.raises(UserError, match="--rbatch 8 is less than the 16 images of a step.*--rbatch 16 or more"):
+        open_data(settings, references=8)

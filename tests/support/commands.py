@@ -1,0 +1,38 @@
+"""The commands on a tiny network, and what they leave."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from support.mpi import ROOT, mpiexec
+
+NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
+           "--attention_resolutions", "8", "--num_head_channels", "32", "--class_cond", "True"]
+TRAIN = ["--data_dir", "digits", "--random_flip", "False", "--lr", "1e-3", "--log_interval", "1"]
+QUIET = {"OPENAI_LOG_FORMAT": "log,csv"}
+
+
+def script(name, *args, ranks=2, expect=0, **options):
+    done = mpiexec(ranks, [str(ROOT / name), *map(str, args)], timeout=120, env=QUIET, **options)
+    assert done.rc == expect, done
+    return done
+
+
+def edm(log_dir, steps, *options, ranks=2, **more):
+    return script("scripts/edm_train.py", *NETWORK, *TRAIN, "--global_batch_size", 16, "--save_interval", 4,
+                  "--total_training_steps", steps, "--log_dir", log_dir, *options, ranks=ranks, **more)
+
+
+def files_of(directory, step):
+    return {p.name: p.read_bytes() for p in Path(directory).glob(f"*{step:06d}.pt")}
+
+
+def losses(directory):
+    with open(Path(directory) / "progress.csv") as file:
+        return np.array([float(row["loss"]) for row in csv.DictReader(file)])
+
+
+def is_rank(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().startswith(sys.executable)
