@@ -32,7 +32,7 @@ from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.generate.engine import draw, labels_of
 from cm.generate.grids import labelled_rows
-from cm.setup.sample import adopt_model, load_model, sampler_options, sampling_diffusion, sampling_plan
+from cm.setup.sample import inherit_model, load_model, sampler_options, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
 
@@ -147,7 +147,7 @@ class Contest:
                  "sampler": WAYS[way].name, **WAYS[way].flags}
         sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
         settings = parse("", *sections, argv=words(flags), seed=42)
-        adopt_model(settings)
+        inherit_model(settings)
         plan, options = sampling_plan(settings), sampler_options(settings)
         model, diffusion = load_model(settings), sampling_diffusion(settings)
         parts, evaluations = [], 0

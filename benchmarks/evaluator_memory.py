@@ -19,9 +19,9 @@ from cm.config.flags import Parser
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from evaluations.defaults import METRIC_NAMES
+from evaluations.engine.npz_writer import new_npz
 from evaluations.evaluator import chosen_metrics, evaluate
 from evaluations.features import Features
-from evaluations.npz_writer import new_npz
 
 LIMIT_GIB = 1.5                                             # for 50,000 images of 64x64
 GRID = 8                                                    # the network sees averages over a grid of this size

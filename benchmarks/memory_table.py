@@ -50,7 +50,7 @@ def table(name: str) -> list[str]:
     for layout in LAYOUTS:
         flags += layout
         plans = [
-            plan(model, planned_run(settings_of(PRESETS[name], *flags, "--plan_ranks", str(ranks)))[0])
+            plan(model, planned_run(settings_of(PRESETS[name], *flags, "--dry_run_ranks", str(ranks)))[0])
             for ranks in RANKS
         ]
         cells = [f"{sum(each.device.values()) / GIB:.2f}" for each in plans]

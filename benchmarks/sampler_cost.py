@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from cm.report.line_plot import line_plot
-from cm.samplers import Churn, Counted, integrate, make_sampler
+from cm.samplers import Churn, CountingDenoiser, integrate, make_sampler
 from support.gaussian import Mixture
 from support.solver_orders import drawn_errors, line_bed, weak_errors
 
@@ -95,7 +95,7 @@ def curve(name: str, bed: Mixture, D: Any) -> list[tuple[int, float]]:
 
 
 def evaluations(sampler: Any, steps: int) -> int:
-    D = Counted(lambda x, sigma: x / 2)
+    D = CountingDenoiser(lambda x, sigma: x / 2)
     integrate(sampler, D, th.ones(1, 1), sampler.grid(steps, 0.002, 80.0, 7.0), th, churn=Churn())
     return D.calls
 

@@ -24,7 +24,7 @@ from cm.objectives.distances import Distance, get_distance
 from cm.objectives.edm import edm_terms
 from cm.registry import lookup
 from cm.samplers.sample import sample
-from cm.types import Batch, Nets, Objective, Terms
+from cm.types import Batch, LossTerms, Networks, Objective
 
 __all__ = ["KarrasDenoiser", "get_sigmas_karras", "get_weightings", "karras_sample"]
 
@@ -122,9 +122,9 @@ class KarrasDenoiser(Diffusion):
         target_model: nn.Module | None,
         teacher_model: nn.Module | None,
         teacher_diffusion: KarrasDenoiser | None,
-    ) -> Nets:
+    ) -> Networks:
         teacher_diffusion = teacher_diffusion or self.as_teacher()
-        return Nets(
+        return Networks(
             online=self.bind(model),
             online_model=model,
             target=None if target_model is None else self.bind(target_model),
@@ -134,7 +134,7 @@ class KarrasDenoiser(Diffusion):
         )
 
     def losses_of(
-        self, mode: str, nets: Nets, x_start: Tensor, num_scales: int, model_kwargs: Cond, noise: Tensor | None,
+        self, mode: str, nets: Networks, x_start: Tensor, num_scales: int, model_kwargs: Cond, noise: Tensor | None,
         indices: Tensor | None,
     ) -> dict[str, Tensor]:
         """The loss of one batch at a fixed num_scales; noise and indices that are not given are drawn."""
@@ -147,7 +147,7 @@ class KarrasDenoiser(Diffusion):
         return as_dict(objective.terms(nets, Batch(x_start, dict(model_kwargs or {})), noise, indices, num_scales))
 
 
-def as_dict(terms: Terms) -> dict[str, Tensor]:
+def as_dict(terms: LossTerms) -> dict[str, Tensor]:
     return {**terms.logs, "loss": terms.loss}
 
 

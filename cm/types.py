@@ -84,7 +84,7 @@ class Batch:
 
 
 @dataclass
-class Nets:
+class Networks:
     """The networks of a run as denoisers; an objective takes those it needs.
 
     The `*_model` fields are the bare modules behind them. The `*_params` are their parameters in float32, for target
@@ -113,7 +113,7 @@ def own_params(model: nn.Module | None) -> list[Tensor]:
 
 
 @dataclass
-class Terms:
+class LossTerms:
     """What an objective returns."""
 
     loss: Tensor                                                    # [N], differentiable
@@ -121,10 +121,10 @@ class Terms:
     logs: Mapping[str, Tensor] = field(default_factory=dict)        # named [N] or scalar values
 
 
-class Memory(Protocol):
+class LossHistory(Protocol):
     """What an objective learns from the losses of all ranks, and a resumed run must know."""
 
-    def remember(self, sigma: Tensor, loss: Tensor) -> None:
+    def update_loss_history(self, sigma: Tensor, loss: Tensor) -> None:
         """Noise levels and losses of a step's samples, [B] each, in the order of their positions in the run."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -135,19 +135,19 @@ class Memory(Protocol):
 class Objective(Protocol):
     """A training method: what to minimise, and what happens to the other networks after a step."""
 
-    memory: Memory | None
+    history: LossHistory | None
 
-    def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms:
+    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         """The loss; changes nothing, for a pass may be thrown away."""
 
-    def after_step(self, nets: Nets, step: int) -> bool:
+    def after_step(self, nets: Networks, step: int) -> bool:
         """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs.
 
         Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
         """
 
 
-class Watcher(Protocol):
+class Callback(Protocol):
     """Looks at a run after its steps and changes nothing of it, neither weights nor random streams."""
 
     name: str                                                       # of its state in a checkpoint

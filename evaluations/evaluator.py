@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cm.config import early_exit
 from cm.config.flags import Parser
-from evaluations.command_line import evaluator_parser
+from evaluations.flags import evaluator_parser
 
 
 def make_parser() -> Parser:
@@ -17,7 +17,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(make_parser().parse_args)
+    early_exit.parse_or_exit(make_parser().parse_args)
 
 import importlib.util
 import json
@@ -35,13 +35,13 @@ import torch as th
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.registry import lookup
-from evaluations.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
 from evaluations.defaults import BATCH_SIZE, EXTRACTOR_VARIABLE, METRIC_NAMES, NEIGHBOURS, SPLIT_SIZE
+from evaluations.engine.comparison import KID_SEED, KID_SUBSETS, METRICS, Comparison, Metric
+from evaluations.engine.image_sets import COMPUTED, ImageSet, Unavailable
+from evaluations.engine.readers import check_same_size
+from evaluations.engine.statistics_cache import StatisticsCache, open_cache
 from evaluations.features import Extractor, load_extractor
-from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
-from evaluations.inception_files import FILES
-from evaluations.readers import check_same_size
-from evaluations.statistics_cache import StatisticsCache, open_cache
+from evaluations.features.inception_files import FILES
 
 DESCRIPTION = ("id", "name", "resize", "is_inception")
 PROBED = 2                                                              # images the extractor is tried on

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cm.config import early_exit
 from cm.config.flags import Parser
-from evaluations.command_line import fid_parser
+from evaluations.flags import fid_parser
 
 
 def make_parser() -> Parser:
@@ -19,7 +19,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(make_parser().parse_args)
+    early_exit.parse_or_exit(make_parser().parse_args)
 
 import os
 import time
@@ -33,17 +33,24 @@ from tqdm.auto import tqdm
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from evaluations.comparison import DAMAGED
 from evaluations.defaults import NUM_IMAGES
+from evaluations.engine.accumulator import (
+    POOLED,
+    FeatureAccumulator,
+    FeatureKind,
+    check_finite,
+    dims_of,
+    moments_over_ranks,
+)
+from evaluations.engine.comparison import DAMAGED
+from evaluations.engine.image_files import CHUNK, Pictures, open_pictures
+from evaluations.engine.image_sets import CACHED, COMPUTED, STORED
+from evaluations.engine.npz_writer import add_array, new_npz
+from evaluations.engine.readers import BatchFile, Statistics, check_same_size
+from evaluations.engine.statistics_cache import StatisticsCache, open_cache
 from evaluations.evaluator import DESCRIPTION, make_folder_of, side, versions, write_json
 from evaluations.features import Extractor, load_extractor
-from evaluations.image_sets import CACHED, COMPUTED, STORED
-from evaluations.metrics import frechet
-from evaluations.npz_writer import add_array, new_npz
-from evaluations.picture_files import CHUNK, Pictures, open_pictures
-from evaluations.readers import BatchFile, Statistics, check_same_size
-from evaluations.statistics_cache import StatisticsCache, open_cache
-from evaluations.tally import POOLED, FeatureKind, Tally, check_finite, dims_of, moments_over_ranks
+from evaluations.metrics.frechet import frechet
 from evaluations.th_evaluator import check_features, label, too_few
 
 JPEG = (".jpg", ".jpeg")
@@ -58,7 +65,7 @@ def choose(num_images: int, num: int, seed: int) -> NDArray[np.int64]:
     return np.sort(np.random.RandomState(seed).permutation(num_images)[:num])
 
 
-def probe(pictures: Pictures, indices: NDArray[np.int64], extractor: Extractor) -> dict[FeatureKind, int]:
+def probe_features(pictures: Pictures, indices: NDArray[np.int64], extractor: Extractor) -> dict[FeatureKind, int]:
     """The kinds of features that the extractor gives, and their dimensions, asked of the first images."""
     return dims_of(extractor.extract(next(pictures.take([indices[:PROBED]]))))
 
@@ -78,16 +85,16 @@ def measure(
     groups = np.split(indices, range(batch_size, len(indices), batch_size))
     rounds = [sum(map(len, groups[first : first + ranks])) for first in range(0, len(groups), ranks)]
     mine = groups[rank::ranks]
-    tally = Tally(dims)
+    accumulator = FeatureAccumulator(dims)
     with tqdm(total=len(indices), desc=f"features of {pictures.path}", unit="img", disable=rank > 0) as bar:
         for group, images, done in zip(mine, pictures.take(mine), rounds):
             features = extractor.extract(images)
             check_finite(features, extractor, pictures.path, lambda row, group=group: pictures.name(group[row]))
-            tally.add(features, int(group[0]))
+            accumulator.add(features, int(group[0]))
             bar.update(done)
     return {
         kind: Statistics(*moments_over_ranks(sums).finalize(), extractor.id, len(indices))
-        for kind, sums in tally.moments.items()
+        for kind, sums in accumulator.moments.items()
     }
 
 
@@ -122,7 +129,7 @@ def calc(
         raise UserError(f"{images} has {len(pictures)} images, and --num asks for {num}: it may be 2 to "
                         f"{len(pictures)}. Distances are comparable only at equal numbers")
     indices = choose(len(pictures), num, seed)
-    dims = {POOLED: probe(pictures, indices, extractor)[POOLED]}
+    dims = {POOLED: probe_features(pictures, indices, extractor)[POOLED]}
     source = STORED
     if reference is None:
         ref_pictures = open_pictures(ref, "--ref")
@@ -198,8 +205,8 @@ def ref(
 ) -> str:
     """Write a reference of all images of a set; one step of all ranks together, the same result on each.
 
-    The keys are those that `evaluations.readers` lists. A file that stood under `dest` stays until the new one is
-    complete.
+    The keys are those that `evaluations.engine.readers` lists. A file that stood under `dest` stays until the new one
+    is complete.
 
     :param data: folder, zip or npz.
     :param num_images: how many of the images, in a seeded choice, the file holds besides (precision, recall and KID
@@ -214,7 +221,7 @@ def ref(
     check_dest(dest, data)
     verb = "replaced" if os.path.exists(dest) else "wrote"
     indices = np.arange(len(pictures))
-    found = measure(pictures, indices, extractor, batch_size, probe(pictures, indices, extractor))
+    found = measure(pictures, indices, extractor, batch_size, probe_features(pictures, indices, extractor))
     arrays = {"extractor": np.array(extractor.id), "num_images": np.array(len(pictures))}
     for kind, statistics in found.items():
         arrays |= {f"mu{kind.suffix}": statistics.mu, f"sigma{kind.suffix}": statistics.sigma}

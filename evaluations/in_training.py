@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm.distributed import setup as dist
+from evaluations.engine.accumulator import POOLED
+from evaluations.engine.statistics_cache import open_cache
 from evaluations.features import load_extractor
-from evaluations.statistics_cache import open_cache
-from evaluations.tally import POOLED
 from evaluations.th_evaluator import FRECHET_KEYS, ThEvaluator
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from cm.config import early_exit
 from cm.config.flags import Parser
-from evaluations.command_line import th_evaluator_parser
+from evaluations.flags import th_evaluator_parser
 
 
 def make_parser() -> Parser:
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(make_parser().parse_args)
+    early_exit.parse_or_exit(make_parser().parse_args)
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,25 +35,25 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
 from cm.registry import lookup
-from evaluations.comparison import DAMAGED, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS, NAMES, OUTPUT_WORDS, Result
 from evaluations.defaults import BATCH_SIZE, NEIGHBOURS, SPLIT_SIZE
-from evaluations.evaluator import DESCRIPTION, make_folder_of, report, versions, write_json
-from evaluations.features import Extractor, Features, load_extractor
-from evaluations.image_sets import CACHED, COMPUTED, STORED, Gaussian
-from evaluations.metrics import frechet
-from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
-from evaluations.readers import BatchFile, Statistics, check_same_size
-from evaluations.statistics_cache import StatisticsCache, open_cache
-from evaluations.tally import (
+from evaluations.engine.accumulator import (
     POOLED,
     SPATIAL,
+    FeatureAccumulator,
     FeatureKind,
-    Tally,
     check_finite,
     dims_of,
     moments_over_ranks,
     score_over_ranks,
 )
+from evaluations.engine.comparison import DAMAGED, KID_SEED, KID_SUBSET_SIZE, KID_SUBSETS, NAMES, OUTPUT_WORDS, Result
+from evaluations.engine.image_sets import CACHED, COMPUTED, STORED, Gaussian
+from evaluations.engine.over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
+from evaluations.engine.readers import BatchFile, Statistics, check_same_size
+from evaluations.engine.statistics_cache import StatisticsCache, open_cache
+from evaluations.evaluator import DESCRIPTION, make_folder_of, report, versions, write_json
+from evaluations.features import Extractor, Features, load_extractor
+from evaluations.metrics.frechet import frechet
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
 
@@ -132,7 +132,7 @@ class ThEvaluator:
         self.reference = self._read(file, tuple(size))
 
     def evaluate(self, batches: Batches, expected: int = 0) -> dict[str, Result]:
-        """The numbers of the images of all ranks; the same on every rank, keys as in `evaluations.comparison.NAMES`.
+        """The numbers of the images of all ranks; the same on every rank, keys as in `comparison.NAMES`.
 
         :param batches: this rank's share, possibly none: pairs of a batch's place in the whole set (the index of its
             first image, which decides the chunk of the Inception Score) and its images, uint8 [B,H,W,3].
@@ -140,18 +140,18 @@ class ThEvaluator:
             kept (precision, recall, KID).
         :raises UserError: if a feature is not finite, or all ranks together have too few images.
         """
-        tally = self._tally("the images", batches, self.dims, self.split_size, expected)
-        count = int(dist.all_reduce_sum(th.tensor(tally.count)))
+        accumulator = self._tally("the images", batches, self.dims, self.split_size, expected)
+        count = int(dist.all_reduce_sum(th.tensor(accumulator.count)))
         least = max([2, *([self.k + 1] if "precision_recall" in self.metrics else [])])
         if count < least:
             raise UserError(f"{count} images are too few: {', '.join(self.metrics)} need at least {least} images")
-        points = self._share_of(tally, count) if self.keeps_points else None
+        points = self._share_of(accumulator, count) if self.keeps_points else None
         results = {}
         for name in self.metrics:
             if METRICS[name].kind:
-                self._distance(results, METRICS[name].kind, tally)
+                self._distance(results, METRICS[name].kind, accumulator)
             elif name == "inception_score":
-                score = score_over_ranks(tally.score, self.classes).finalize()
+                score = score_over_ranks(accumulator.score, self.classes).finalize()
                 results[name] = self._result(name, score, count, of_samples_alone=True)
             elif name == "precision_recall":
                 precision, recall = precision_recall_over_ranks(self.ref_points, points, self.k)
@@ -209,15 +209,15 @@ class ThEvaluator:
             raise UserError(f"the reference {file.path} has 1 image; a covariance needs at least 2")
         if file.has_images:
             check_same_size({file.path: file.image_shape[1:3], "the images to come": size})
-        tally = self._tally(file.path, self._part_of(file), missing, expected=self._expected(file))
+        accumulator = self._tally(file.path, self._part_of(file), missing, expected=self._expected(file))
         for kind in missing:
-            moments = moments_over_ranks(tally.moments[kind])
+            moments = moments_over_ranks(accumulator.moments[kind])
             found[kind] = Gaussian(*moments.finalize(), moments.n, COMPUTED)
             if self.cache is not None:
                 statistics = Statistics(*found[kind][:2], self.extractor.id, moments.n)
                 dist.on_main(self.cache.save, file.path, statistics, kind.suffix)
         if self.keeps_points:
-            self.ref_points = self._share_of(tally, len(file))
+            self.ref_points = self._share_of(accumulator, len(file))
         return found
 
     def _part_of(self, file: BatchFile) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -236,21 +236,22 @@ class ThEvaluator:
 
     def _tally(
         self, what: str, batches: Batches, dims: dict[FeatureKind, int], split_size: int = 0, expected: int = 0
-    ) -> Tally:
+    ) -> FeatureAccumulator:
         """What the extractor sees in batches; `expected` images, if their number is known."""
-        tally = Tally(dims, split_size, np.empty((expected, self.dim), np.float32) if self.keeps_points else None)
+        points = np.empty((expected, self.dim), np.float32) if self.keeps_points else None
+        accumulator = FeatureAccumulator(dims, split_size, points)
         for start, images in batches:
             features = self.extractor.extract(images)
             check_finite(features, self.extractor, what, lambda row, start=start: f"image {start + row}")
-            tally.add(features, start)
-        return tally
+            accumulator.add(features, start)
+        return accumulator
 
-    def _share_of(self, tally: Tally, count: int) -> Share:
-        return Share(tally.points(), tally.places(), count)
+    def _share_of(self, accumulator: FeatureAccumulator, count: int) -> Share:
+        return Share(accumulator.points(), accumulator.places(), count)
 
-    def _distance(self, results: dict[str, Result], kind: FeatureKind, tally: Tally) -> None:
+    def _distance(self, results: dict[str, Result], kind: FeatureKind, accumulator: FeatureAccumulator) -> None:
         key, reference = FRECHET_KEYS[kind], self.reference[kind]
-        moments = moments_over_ranks(tally.moments[kind])
+        moments = moments_over_ranks(accumulator.moments[kind])
         parts = dist.on_main(frechet, reference.mu, reference.sigma, *moments.finalize())
         if parts.clipped > DAMAGED:
             logger.warn("a covariance of the reference has negative eigenvalues: its statistics are damaged")

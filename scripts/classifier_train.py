@@ -39,7 +39,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import json
 import os
@@ -58,8 +58,8 @@ from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
 from cm.networks.unet import attention_factors
 from cm.training.classifier import accuracy_at, train_noisy_classifier
-from evaluations.classifier import accuracy, stratified_split, train_classifier
 from evaluations.features import TorchScriptExtractor, save_torchscript
+from evaluations.features.classifier import accuracy, stratified_split, train_classifier
 
 SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
 

@@ -30,7 +30,7 @@ def read_flags() -> Settings:
 
 if __name__ == "__main__":                                  # the imports below take seconds
     signals.listen()
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import torch as th
 
@@ -39,11 +39,11 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.objectives.curricula import ema_and_scales
 from cm.objectives.lpips import prepare_lpips
-from cm.setup.callbacks import check_flags, open_watchers
+from cm.setup.callbacks import check_flags, open_callbacks
 from cm.setup.data import augment, open_data
-from cm.setup.inherit import adopt_checkpoint
-from cm.setup.model import attend_where_possible, diffusion_from, model_from
-from cm.setup.run import adopt_resumed, describe, loop_arguments, on_device, open_run, resolve_durations
+from cm.setup.inherit import inherit_checkpoint
+from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from
+from cm.setup.run import dry_run, inherit_resumed, loop_arguments, on_device, resolve_durations, start_run
 from cm.training.consistency import CMTrainLoop
 from evaluations.in_training import open_metric
 
@@ -56,12 +56,12 @@ def main() -> None:
     if config.training_mode != "consistency_training" and not config.teacher_model_path:
         raise UserError(f"--training_mode {config.training_mode} needs a teacher: give --teacher_model_path")
     if config.teacher_model_path:
-        adopt_checkpoint(settings, "teacher_model_path")
-    adopt_resumed(settings)
+        inherit_checkpoint(settings, "teacher_model_path")
+    inherit_resumed(settings)
     teacher = settings.sources.get("teacher_model_path")
     if teacher and teacher.training_mode in CONSISTENCY_MODES:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
-    attend_where_possible(settings)
+    drop_unreachable_attention(settings)
     ema_scale_fn = ema_and_scales(
         target_ema_mode=config.target_ema_mode,
         start_ema=config.start_ema,
@@ -73,13 +73,13 @@ def main() -> None:
     )
     check_flags(settings)
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
 
     if config.loss_norm == "lpips":
         dist.on_main(prepare_lpips)
-    open_run(settings)
+    start_run(settings)
     data = open_data(settings)
-    watchers = open_watchers(settings, open_metric)
+    callbacks = open_callbacks(settings, open_metric)
     th.manual_seed(settings.values["seed"])
     model = model_from(settings)
     teacher_model = teacher_diffusion = None
@@ -104,7 +104,7 @@ def main() -> None:
         ema_scale_fn=ema_scale_fn,
         diffusion=diffusion_from(settings, config.training_mode != "progdist", config.loss_norm),
         data=augment(settings, data, model),
-        watchers=watchers,
+        callbacks=callbacks,
         **loop_arguments(settings),
     ).run_loop()
 

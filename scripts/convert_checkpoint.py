@@ -26,7 +26,7 @@ def with_names(words: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,9 +38,9 @@ from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
 from cm.script_util import model_and_diffusion_defaults
-from cm.setup.inherit import adopt_checkpoint
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import model_from
-from cm.setup.run import describe
+from cm.setup.run import dry_run
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
 
@@ -53,9 +53,9 @@ def main() -> None:
         if not settings.values[name]:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
     trained = manifest_of(config.source)
-    source = adopt_checkpoint(settings, "source", also=("training_mode",))
+    source = inherit_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
     model = model_from(settings)
     loading.fit(model, source.take(), config.source)
     if config.format == "diffusers":

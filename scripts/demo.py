@@ -23,7 +23,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(make_parser().parse_args)
+    early_exit.parse_or_exit(make_parser().parse_args)
 
 import json
 import os

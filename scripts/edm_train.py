@@ -27,16 +27,16 @@ def read_flags() -> Settings:
 
 if __name__ == "__main__":                                  # the imports below take seconds
     signals.listen()
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import torch as th
 
 from cm.distributed import setup as dist
-from cm.setup.callbacks import check_flags, open_watchers
+from cm.setup.callbacks import check_flags, open_callbacks
 from cm.setup.data import augment, open_data
-from cm.setup.model import attend_where_possible, diffusion_from, model_from
-from cm.setup.objective import follow_objective, follow_precond, objective_from
-from cm.setup.run import adopt_resumed, describe, loop_arguments, on_device, open_run, resolve_durations
+from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from
+from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_from
+from cm.setup.run import dry_run, inherit_resumed, loop_arguments, on_device, resolve_durations, start_run
 from cm.training.consistency import TrainLoop
 from evaluations.in_training import open_metric
 
@@ -46,19 +46,19 @@ def main() -> None:
     settings.replace(training_mode="edm")
     dist.setup_dist(settings.values["timeout_seconds"])
     resolve_durations(settings)
-    adopt_resumed(settings)
-    attend_where_possible(settings)
-    follow_objective(settings)
-    follow_precond(settings)
+    inherit_resumed(settings)
+    drop_unreachable_attention(settings)
+    apply_objective_defaults(settings)
+    apply_precond_defaults(settings)
     check_flags(settings)
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
 
-    open_run(settings)
+    start_run(settings)
     diffusion = diffusion_from(settings, distillation=False)
     objective = objective_from(settings, diffusion)
     data = open_data(settings, references=objective.references)
-    watchers = open_watchers(settings, open_metric)
+    callbacks = open_callbacks(settings, open_metric)
     th.manual_seed(settings.values["seed"])
     model = on_device(settings, model_from(settings))
     TrainLoop(
@@ -66,7 +66,7 @@ def main() -> None:
         diffusion=diffusion,
         data=augment(settings, data, model),
         objective=objective,
-        watchers=watchers,
+        callbacks=callbacks,
         **loop_arguments(settings),
     ).run_loop()
 

@@ -18,7 +18,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import json
 from functools import partial
@@ -30,8 +30,8 @@ from cm.generate.edit_tasks import EditJob, edit_images, make_job
 from cm.generate.engine import SamplingResult, at_precision, collect_to_npz
 from cm.generate.grids import grid_scale, labelled_rows
 from cm.logging import logger
-from cm.setup.run import describe, open_log, run_precision
-from cm.setup.sample import adopt_model, guided_diffusion, load_classifier, load_model, sampler_of, sampling_plan
+from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
 COLUMNS = 8                                                 # images in the comparison
 
@@ -39,9 +39,9 @@ COLUMNS = 8                                                 # images in the comp
 def main() -> None:
     settings = read_flags()
     dist.setup_dist()
-    adopt_model(settings)
+    inherit_model(settings)
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
 
     classifier = load_classifier(settings)
     job = make_job(settings, sampling_plan(settings, classifier), *sampler_of(settings))

@@ -30,7 +30,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import json
 import os
@@ -44,11 +44,11 @@ from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, s
 from cm.generate.grids import grid_scale, image_grid
 from cm.generate.png import PngFolder
 from cm.logging import logger
-from cm.setup.run import describe, open_log, run_precision
+from cm.setup.run import dry_run, open_log, run_precision
 from cm.setup.sample import (
-    adopt_model,
     choose_seeds,
     guided_diffusion,
+    inherit_model,
     load_classifier,
     load_model,
     png_recipe,
@@ -60,10 +60,10 @@ from cm.setup.sample import (
 def main() -> None:
     settings = read_flags()
     dist.setup_dist()
-    config = adopt_model(settings)
+    config = inherit_model(settings)
     seeds = choose_seeds(settings)
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
 
     pngs, classifier = settings.section(PngConfig), load_classifier(settings)
     plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)

@@ -23,7 +23,7 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(make_parser().parse_args)
+    early_exit.parse_or_exit(make_parser().parse_args)
 
 import os
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     runs = [read_run(directory) for directory in args.runs]
     for run in runs:
-        for gap in run.gaps:
+        for gap in run.problems:
             print(writable(f"{run.path}: {gap}"))
     out = Path(args.out or os.path.join(args.runs[0], "report.html"))
     try:

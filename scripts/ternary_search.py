@@ -28,7 +28,7 @@ def read_flags() -> Settings:
 
 
 if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.answer(read_flags)
+    early_exit.parse_or_exit(read_flags)
 
 import dataclasses
 import os
@@ -46,18 +46,18 @@ from tqdm import tqdm
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate.engine import SamplingPlan, at_precision, draw, labels_of, rounds
-from cm.generate.prefix_cache import SharedStages
+from cm.generate.engine import SamplingPlan, at_precision, draw, labels_of, rank_batches
+from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
-from cm.generate.score_store import Ledger, open_ledger
+from cm.generate.score_store import ScoreStore, open_score_store
 from cm.io import storage
 from cm.io.storage import write_json
 from cm.logging import logger
 from cm.report.line_plot import line_plot
-from cm.setup.run import describe, open_log, run_precision
-from cm.setup.sample import adopt_model, load_model, sampling_diffusion, sampling_plan
+from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
+from evaluations.engine.readers import BatchFile
 from evaluations.features import load_extractor
-from evaluations.readers import BatchFile
 from evaluations.th_evaluator import ThEvaluator
 
 STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "ternary_search.png"
@@ -69,30 +69,30 @@ def main() -> None:
     asked = tuple(settings.given)
     check_flags(settings)
     settings.given.setdefault("training_mode", "a multistep schedule")
-    adopt_model(settings)
+    inherit_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
     plan = sampling_plan(settings)
     if settings.dry_run:
-        return describe(settings)
+        return dry_run(settings)
 
     open_log(settings)
     start = time.monotonic()
     precision = run_precision(settings)
     extractor = load_extractor(config.inception or None, dist.dev())
-    ledger = dist.on_main(start_ledger, settings, precision, extractor.id)
+    store = dist.on_main(start_score_store, settings, precision, extractor.id)
     evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)
-    stages = SharedStages(sampling_diffusion(settings), config.cache_gib * 2**30)
+    stages = PrefixCache(sampling_diffusion(settings), config.cache_gib * 2**30)
     scorer = Scorer(load_model(settings), stages, plan, sampler_options(settings), evaluator)
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
-            lambda ts: ledger.score(text(ts), partial(scorer, ts)), space, config.num_ts, stages.share
+            lambda ts: store.score(text(ts), partial(scorer, ts)), space, config.num_ts, stages.share
         ))
     if stages.turned_away:
         logger.log(f"--cache_gib {config.cache_gib:g} held only a part of the shared evaluations; more saves time")
     naive = naive_evaluations(space, found) * plan.num_samples
-    result = summary(found, ledger, naive) | {
+    result = summary(found, store, naive) | {
         "metric": evaluator.label,
         "command": sampling_command(settings, asked, found[-1].ts),
         "seconds": round(time.monotonic() - start, 3),
@@ -139,7 +139,7 @@ class Scorer:
     """
 
     model: nn.Module
-    stages: SharedStages
+    stages: PrefixCache
     plan: SamplingPlan
     options: dict[str, Any]
     evaluator: ThEvaluator
@@ -153,7 +153,7 @@ class Scorer:
 
     def batches(self, ts: Schedule) -> Iterator[tuple[int, np.ndarray]]:
         """This rank's share of the images: a batch's place in the result, and its [n,H,W,3] uint8."""
-        shares = list(rounds(self.plan, dist.get_rank(), dist.get_world_size()))
+        shares = list(rank_batches(self.plan, dist.get_rank(), dist.get_world_size()))
         main = dist.is_main()
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
@@ -176,28 +176,28 @@ def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict
     }
 
 
-def start_ledger(settings: Settings, precision: str, extractor_id: str) -> Ledger:
-    return open_ledger(os.path.join(logger.get_dir(), STATE), conditions_of(settings, precision, extractor_id))
+def start_score_store(settings: Settings, precision: str, extractor_id: str) -> ScoreStore:
+    return open_score_store(os.path.join(logger.get_dir(), STATE), conditions_of(settings, precision, extractor_id))
 
 
 # --- what is left and said -----------------------------------------------------------------------------------------
 
 
-def summary(found: Sequence[Round], ledger: Ledger, naive: int) -> dict[str, Any]:
+def summary(found: Sequence[Round], store: ScoreStore, naive: int) -> dict[str, Any]:
     best_ts, best_distance = best_schedule(found)
     return {
         "ts": text(found[-1].ts),
         "frechet_distance": found[-1].score,
         "best_ts": text(best_ts),
         "best_frechet_distance": best_distance,
-        "network_evaluations": ledger.network_evaluations,
+        "network_evaluations": store.network_evaluations,
         "naive_network_evaluations": naive,
         "rounds": [
             {"before": text(each.before), "before_frechet_distance": each.before_score, "point": each.point,
              "ts": text(each.ts), "frechet_distance": each.score, "tried": each.tried}
             for each in found
         ],
-        "settings": ledger.conditions,
+        "settings": store.conditions,
     }
 
 

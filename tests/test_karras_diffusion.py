@@ -10,7 +10,7 @@ from cm.diffusion.weightings import WEIGHTINGS
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
 from cm.tensors import update_ema
-from cm.types import Batch, Nets
+from cm.types import Batch, Networks
 from support import golden
 from support.denoisers import Plain, diffusion, net
 
@@ -244,7 +244,7 @@ def test_golden_training_steps(mode):
     averages = {rate: {name: value.clone() for name, value in initial.items()} for rate in (0.5, 0.9)}
     optimizer = th.optim.RAdam(model.parameters(), lr=1e-3)
     objective = diffusion(True).consistency_objective("consistency_training", lambda step: (0.95, 4))
-    nets = Nets(diffusion(True).bind(model), model, diffusion(True).bind(target), target)
+    nets = Networks(diffusion(True).bind(model), model, diffusion(True).bind(target), target)
     curves = {"loss": [], "grad_norm": [], "param_norm": [], "lr_after": []}
     for i in range(8):
         optimizer.zero_grad()

@@ -81,7 +81,7 @@ ALONE = {
 TRAININGS = {
     "EDM": Training("edm_train.py", {}, DIFFUSION),
     "CDM": Training("edm_train.py", {"objective": "cdm"}, DIFFUSION),
-    "STF": Training("edm_train.py", {"objective": "stf", "rbatch": 1024}, DIFFUSION),
+    "STF": Training("edm_train.py", {"objective": "stf", "num_references": 1024}, DIFFUSION),
     "SA-DPM": Training("edm_train.py", {"objective": "sadpm"}, DIFFUSION),
     "CD of EDM": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="EDM"),
     "CD of STF": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="STF"),

@@ -11,9 +11,9 @@ import torch as th
 
 from bench.lines import Line
 from bench.timing import take_turns
-from evaluations.inception_v3 import InceptionV3
-from evaluations.manifold import BLOCK, pairs, precision_recall
-from evaluations.metrics import Moments, frechet
+from evaluations.features.inception_v3 import InceptionV3
+from evaluations.metrics.frechet import Moments, frechet
+from evaluations.metrics.precision_recall import BLOCK, pairs, precision_recall
 
 PUBLISHED = 50_000                                          # images of a published evaluation
 

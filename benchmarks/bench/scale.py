@@ -59,8 +59,8 @@ def consistency(device: th.device, scales: int) -> Job:
     return toolkit_job("consistency_training", SMALL, device, SMALL.images(device), "fp32", scales=scales)
 
 
-def target_field(device: th.device, rbatch: int) -> Job:
-    return objectives.job("stf", {"rbatch": rbatch}, "edm", SMALL, device, SMALL.images(device))
+def target_field(device: th.device, num_references: int) -> Job:
+    return objectives.job("stf", {"num_references": num_references}, "edm", SMALL, device, SMALL.images(device))
 
 
 def constant(value: int) -> tuple[float]:

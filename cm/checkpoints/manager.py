@@ -20,7 +20,7 @@ BEST = "best.json"                                          # {"step": ...}: the
 
 
 @dataclass
-class Shelf:
+class CheckpointManager:
     """Where a run's checkpoints are.
 
     :param directory: a folder, or a URL that blobfile knows.
@@ -44,7 +44,7 @@ class Shelf:
         :param resume: "auto" for the newest of the run, "never" to refuse one, or the path of a checkpoint.
         :raises UserError: on every rank, if there is no such checkpoint, or one that was to be refused.
         """
-        found = dist.on_main(choose, self.directory, resume)
+        found = dist.on_main(resolve_resume, self.directory, resume)
         self.origin = found.origin if found else ""
         return found
 
@@ -73,9 +73,9 @@ class Shelf:
                 logger.warn(f"old checkpoints in {self.directory} stay: {type(error).__name__}: {error}")
 
 
-def choose(directory: str, resume: str) -> manifest.Checkpoint | None:
+def resolve_resume(directory: str, resume: str) -> manifest.Checkpoint | None:
     """What a run in `directory` goes on from; for one rank."""
-    manifest.sweep(directory)
+    manifest.remove_partial(directory)
     own = manifest.newest(directory)
     if own and resume == "never":
         raise UserError(
@@ -98,11 +98,11 @@ def choose(directory: str, resume: str) -> manifest.Checkpoint | None:
             f"--resume {resume}: {directory} holds a run of its own, at step {own.step}, that did not begin there; "
             "choose another --log_dir, or --resume auto to go on with that run"
         )
-    set_aside(directory, asked.step)
+    archive(directory, asked.step)
     return replace(asked, origin=path)
 
 
-def set_aside(directory: str, step: int) -> None:
+def archive(directory: str, step: int) -> None:
     """Later checkpoints belong to a future that will not come; they are renamed, not removed."""
     for later in manifest.steps(directory):
         if later > step:

@@ -217,7 +217,7 @@ def beside(path: str) -> Checkpoint | None:
     return read(manifest) if storage.exists(manifest) else None
 
 
-def sweep(directory: str) -> None:
+def remove_partial(directory: str) -> None:
     """Remove what a killed save left behind: half files, and whole files of a checkpoint that got no manifest."""
     if storage.is_remote(directory):
         return

@@ -24,7 +24,7 @@ SKEW_S = 1.0
 """That ranks may start apart: a launcher ends all when one is gone, and rank 0 shall have spoken before."""
 
 
-def answer(read_flags: Callable[[], object]) -> None:
+def parse_or_exit(read_flags: Callable[[], object]) -> None:
     """Leave if `read_flags` has printed --help, or finds a mistake: one message, status 2 on every rank.
 
     Mistakes in a --config file are left to the reading of the flags that follows, where the ranks know each other:

@@ -58,7 +58,7 @@ class Settings:
         """The part of the settings that a section describes."""
         return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
 
-    def adopt(self, values: Mapping[str, Any], source: str) -> None:
+    def inherit(self, values: Mapping[str, Any], source: str) -> None:
         """Take values that `source` (a checkpoint) knows; what was asked for must agree with them.
 
         :raises UserError: naming the flag, both values and both places.

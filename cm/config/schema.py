@@ -144,19 +144,23 @@ class TrainConfig:
     )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
-    plan_ranks: int = option(
-        0, "--dry_run plans the memory of so many ranks with a GPU each; 0: of the ranks it is started with", minimum=0
+    dry_run_ranks: int = option(
+        0, "--dry_run plans the memory of so many ranks with a GPU each; 0: of the ranks it is started with", minimum=0,
+        aliases=("plan_ranks",),
     )
     log_interval: int = option(10, "steps between two rows of the log", minimum=1)
     save_interval: int = option(10000, "steps between two checkpoints", minimum=1)
-    tick: float = option(
+    tick_kimg: float = option(
         0.0, "thousand images of a tick, instead of log_interval (EDM: 50); each ends with a row of the log, a status "
-        "line and a line of stats.jsonl; 0: rows by steps, without these", minimum=0,
+        "line and a line of stats.jsonl; 0: rows by steps, without these", minimum=0, aliases=("tick",),
     )
-    snap: int = option(0, "ticks between two checkpoints, instead of save_interval (EDM: 50); 0: by steps", minimum=0)
-    dump: int = option(
-        0, "as snap, for EDM's commands: a checkpoint holds averages and training state alike, so the more frequent of "
-        "both counts", minimum=0,
+    snapshot_ticks: int = option(
+        0, "ticks between two checkpoints, instead of save_interval (EDM: 50); 0: by steps", minimum=0,
+        aliases=("snap",),
+    )
+    state_dump_ticks: int = option(
+        0, "as snapshot_ticks, for EDM's commands: a checkpoint holds averages and training state alike, so the more "
+        "frequent of both counts", minimum=0, aliases=("dump",),
     )
     checkpoint_dir: str = option("", "where checkpoints go, a folder or a blobfile URL; empty: log_dir")
     keep_checkpoints: int = option(
@@ -222,9 +226,11 @@ class ObjectiveConfig:
     martingale_sde: str = option(
         "t", "cdm: the walk's steps in the noise level, or in u = t^2, which has less bias", choices=("t", "u")
     )
-    rbatch: int = option(4096, "stf: reference images, the step's own batch included", minimum=1)
+    num_references: int = option(
+        4096, "stf: reference images, the step's own batch included", minimum=1, aliases=("rbatch",)
+    )
     num_consecutive_steps: int = option(2, "sadpm: neighbouring noise levels whose errors are added up", minimum=1)
-    lamda: float = option(0.2, "sadpm: weight of the sum", minimum=0, aliases=("sa_lambda",))
+    sa_lambda: float = option(0.2, "sadpm: weight of the sum", minimum=0, aliases=("lamda",))
 
 
 @dataclass(frozen=True)

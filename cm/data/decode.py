@@ -13,10 +13,10 @@ PICTURE_BYTES = 512 * 2**20                                         # largest fi
 MAX_ASPECT = 100                                                    # a strip would grow beyond all bounds when resized
 
 
-def decode(data: bytes, keep_grey: bool = False) -> Image.Image:
+def decode(data: bytes, keep_gray: bool = False) -> Image.Image:
     """A picture in RGB from the bytes of its file.
 
-    :param keep_grey: leave a grey picture grey (mode L).
+    :param keep_gray: leave a grey picture grey (mode L).
     :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits, or is a strip.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:    # the header alone is read before the checks
@@ -27,7 +27,7 @@ def decode(data: bytes, keep_grey: bool = False) -> Image.Image:
             )
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are not 8 bits deep (mode {image.mode})")
-        return image.convert("L" if keep_grey and image.mode in ("1", "L") else "RGB")
+        return image.convert("L" if keep_gray and image.mode in ("1", "L") else "RGB")
 
 
 def check_aspect(width: int, height: int) -> None:

@@ -85,7 +85,7 @@ class EncodedFiles:
         return self.source.name(i)
 
     def picture(self, i: int) -> Image.Image:
-        return decode(self.source.encoded(i), keep_grey=True)
+        return decode(self.source.encoded(i), keep_gray=True)
 
 
 class Database:
@@ -112,7 +112,7 @@ class Database:
     def picture(self, i: int) -> Image.Image:
         self._handle = self._handle or open_database(self.path)
         with self._handle.begin(buffers=True) as transaction:
-            return decode(bytes(transaction.get(self.keys[i])), keep_grey=True)
+            return decode(bytes(transaction.get(self.keys[i])), keep_gray=True)
 
 
 def open_raw(source: str, limit: int | None = None) -> RawImages:

@@ -157,7 +157,7 @@ class LossSecondMomentResampler(ScheduleSampler):
             self.losses[level, self.counts[level] % self.losses.shape[1]] = loss
             self.counts[level] += 1
 
-    def remember(self, sigma: Tensor, loss: Tensor) -> None:
+    def update_loss_history(self, sigma: Tensor, loss: Tensor) -> None:
         """Remember unweighted losses [N] at noise levels of the grid [N]."""
         self.update_with_losses(self.index_of(sigma), loss)
 

@@ -86,7 +86,7 @@ def long_report(error: BaseException) -> str:
     return "".join([*traceback.format_exception(error), *hints]).rstrip()
 
 
-def end_alone(error: BaseException) -> None:
+def exit_process(error: BaseException) -> None:
     """End a program of one process, if `error` has a short report; for any other, Python does it best."""
     report = short_report(error)
     if report is not None:
@@ -94,7 +94,7 @@ def end_alone(error: BaseException) -> None:
         raise SystemExit(status_of(error)) from None
 
 
-def end_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
+def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     """Report `error` if no other rank has reported one, and take every rank down.
 
     :param thread: the name of the thread that failed, if it is not the main one.

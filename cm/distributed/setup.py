@@ -160,9 +160,9 @@ def run(main: Callable[[], None]) -> None:
             _leave()
     except BaseException as error:
         if _is_alone():
-            failure.end_alone(error)
+            failure.exit_process(error)
             raise
-        failure.end_job(error, _ranks())
+        failure.abort_job(error, _ranks())
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
@@ -171,7 +171,7 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)           # a worker process, forked with this hook, speaks for itself only
     elif failed.exc_type is not SystemExit:
         name = failed.thread.name if failed.thread else "?"
-        failure.end_job(failed.exc_value or failed.exc_type(), _ranks(), name)
+        failure.abort_job(failed.exc_value or failed.exc_type(), _ranks(), name)
 
 
 def _is_alone() -> bool:

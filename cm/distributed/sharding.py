@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Shares:
+class Sharding:
     """The shares of all ranks, seen from one of them.
 
     :param owners: for each tensor the rank that keeps it.
@@ -32,7 +32,7 @@ class Shares:
         return self.of(self.rank, items)
 
 
-def share_out(sizes: Sequence[int], rank: int, ranks: int) -> Shares:
+def partition(sizes: Sequence[int], rank: int, ranks: int) -> Sharding:
     """Largest first, each to the rank that has least: the largest share exceeds the mean by less than one tensor.
 
     It is at most 4/3 - 1/(3 ranks) of the best that whole tensors allow (Graham 1969, doi 10.1137/0117039).
@@ -44,4 +44,4 @@ def share_out(sizes: Sequence[int], rank: int, ranks: int) -> Shares:
         owner = loads.index(min(loads))
         owners[index] = owner
         loads[owner] += sizes[index]
-    return Shares(tuple(owners), rank, ranks)
+    return Sharding(tuple(owners), rank, ranks)

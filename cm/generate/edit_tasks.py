@@ -34,13 +34,13 @@ from cm.generate.editing import (
     check_factor,
     run_edit,
 )
-from cm.generate.engine import Drawn, SamplingPlan, condition, labels_of, no_images, noise_of
+from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, no_images, noise_of
 from cm.generate.npz import to_uint8
 from cm.io import untrusted
 from cm.io.storage import open_file
 from cm.karras_diffusion import KarrasDenoiser
 from cm.registry import lookup
-from cm.samplers import Churn, Counted
+from cm.samplers import Churn, CountingDenoiser
 from cm.types import NoiseSource, Sampler
 
 EditMaker = Callable[[Tensor, NoiseSource], Edit]           # from images [N,3,S,S] and the noise of their samples
@@ -128,19 +128,19 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
 
 
 @th.inference_mode()
-def edit_images(job: EditJob, model: nn.Module, diffusion: KarrasDenoiser, indices: np.ndarray) -> Drawn:
+def edit_images(job: EditJob, model: nn.Module, diffusion: KarrasDenoiser, indices: np.ndarray) -> RankSamples:
     """The results of these indices, and what was known."""
     labels = job.labels(indices)
     if len(indices) == 0:
-        return Drawn(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0)
-    rng, D = job.noise(indices), Counted(diffusion.bind(model))
+        return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0)
+    rng, D = job.noise(indices), CountingDenoiser(diffusion.bind(model))
     edit = job.make_edit(job.images(indices), rng)
     images = run_edit(
         partial(D, **condition(labels)), edit, job.sampler, job.sigmas, rng, churn=job.churn,
         clip_denoised=job.clip_denoised,
     )
     pictures = {"samples": images, "inputs": edit.known}
-    return Drawn({kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}, labels, D.calls)
+    return RankSamples({kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}, labels, D.calls)
 
 
 # --- one maker a task: from its flags to edits -----------------------------------------------------------------------

@@ -47,7 +47,7 @@ class SamplingPlan:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RankSamples:
     """What one rank made of n sample indices."""
 
     images: dict[str, np.ndarray]               # by kind, [n,H,W,3] uint8
@@ -71,7 +71,7 @@ class PngResult:
     seconds: float
 
 
-def rounds(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
+def rank_batches(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
     """The rows of the result that this rank makes, round by round; every rank has as many rounds, some of them empty.
     """
     per_round = plan.batch_size * world_size
@@ -149,17 +149,17 @@ def sample_to_npz(
 ) -> SamplingResult:
     """Draw the plan on all ranks."""
 
-    def make(indices: np.ndarray) -> Drawn:
+    def make(indices: np.ndarray) -> RankSamples:
         labels = labels_of(indices, plan)
         images, evaluations = draw(model, diffusion, plan, indices, labels, **sampler_options)
-        return Drawn({"samples": images}, labels, evaluations)
+        return RankSamples({"samples": images}, labels, evaluations)
 
     with at_precision(model, precision):
         return collect_to_npz(make, plan, directory)
 
 
 def collect_to_npz(
-    make: Callable[[np.ndarray], Drawn], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
+    make: Callable[[np.ndarray], RankSamples], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
 ) -> SamplingResult:
     """Make the plan's images on all ranks; rank 0 writes each round as it comes, the others hold only their own.
 
@@ -169,11 +169,11 @@ def collect_to_npz(
     writers = open_writers(plan, directory, kinds) if main else {}
     bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
     with bar:
-        for own in rounds(plan, dist.get_rank(), dist.get_world_size()):
+        for own in rank_batches(plan, dist.get_rank(), dist.get_world_size()):
             drawn = make(plan.indices(own))
             evaluations = max(evaluations, drawn.evaluations)
             whose, labels, *images = (
-                together(rows) for rows in (own, drawn.labels, *(drawn.images[kind] for kind in kinds))
+                gather_rows(rows) for rows in (own, drawn.labels, *(drawn.images[kind] for kind in kinds))
             )
             for kind, rows in zip(writers, images):
                 writers[kind].put(whose, rows, labels)
@@ -203,7 +203,7 @@ def sample_to_pngs(
         dynamic_ncols=True,
     )
     with at_precision(model, precision), PngWriter(folder) as writer, bar:
-        for done, rows in enumerate(rounds(rest, dist.get_rank(), dist.get_world_size())):
+        for done, rows in enumerate(rank_batches(rest, dist.get_rank(), dist.get_world_size())):
             own = rest.indices(rows)
             if len(own):
                 filled = np.pad(own, (0, plan.batch_size - len(own)), mode="edge")
@@ -219,7 +219,7 @@ def open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> di
     return {kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind) for kind in kinds}
 
 
-def together(rows: np.ndarray | None) -> np.ndarray | None:
+def gather_rows(rows: np.ndarray | None) -> np.ndarray | None:
     """The rows of all ranks on rank 0, None elsewhere and where there are none."""
     parts = None if rows is None else dist.gather_to_main(rows)
     return None if parts is None else np.concatenate(parts)

@@ -1,7 +1,7 @@
 """Multistep sampling of many schedules that begin alike: the stages they share are evaluated once.
 
 The noise of a sample's k-th stage does not depend on the schedule, so schedules with the same beginning see the same
-images up to its end. `StagedDenoiser` stands in for the diffusion in `cm.generate.engine.draw` and answers from memory
+images up to its end. `CachedDiffusion` stands in for the diffusion in `cm.generate.engine.draw` and answers from memory
 there; noise and arithmetic are those of any other sampling, so the images are too.
 
 Shapes: N samples of a batch, C channels, H and W height and width.
@@ -20,10 +20,10 @@ from cm.diffusion.preconditioning import Precond
 from cm.karras_diffusion import KarrasDenoiser
 from cm.types import Denoiser
 
-Beginning = tuple[int, ...]
+Prefix = tuple[int, ...]
 
 
-class SharedStages:
+class PrefixCache:
     """The last denoised images of shared beginnings, [N,C,H,W] a batch, on the CPU and in the type they came in.
 
     :param limit_bytes: memory for them on this rank; what does not fit is evaluated again.
@@ -34,23 +34,23 @@ class SharedStages:
         self.free_bytes = limit_bytes
         self.evaluations = 0                                        # images that went through the network
         self.turned_away = 0                                        # images that found no room
-        self._shared: set[Beginning] = set()
-        self._held: dict[tuple[Beginning, int], Tensor] = {}
+        self._shared: set[Prefix] = set()
+        self._held: dict[tuple[Prefix, int], Tensor] = {}
 
-    def share(self, beginnings: Iterable[Beginning]) -> None:
+    def share(self, beginnings: Iterable[Prefix]) -> None:
         """Remember these beginnings of schedules from now on, and forget others."""
         self._shared = set(beginnings)
         for key in [key for key in self._held if key[0] not in self._shared]:
             self.free_bytes += self._held.pop(key).nbytes
 
-    def denoiser(self, ts: Beginning, batch: int) -> StagedDenoiser:
+    def denoiser(self, ts: Prefix, batch: int) -> CachedDiffusion:
         """For one sampling along `ts` of the batch with that number, always of the same samples."""
-        return StagedDenoiser(self, ts, batch)
+        return CachedDiffusion(self, ts, batch)
 
-    def recall(self, beginning: Beginning, batch: int) -> Tensor | None:
+    def recall(self, beginning: Prefix, batch: int) -> Tensor | None:
         return self._held.get((beginning, batch))
 
-    def offer(self, beginning: Beginning, batch: int, denoised: Tensor) -> None:
+    def offer(self, beginning: Prefix, batch: int, denoised: Tensor) -> None:
         if beginning not in self._shared:
             return
         if denoised.nbytes > self.free_bytes:
@@ -61,11 +61,11 @@ class SharedStages:
 
 
 @dataclass(frozen=True)
-class StagedDenoiser:
+class CachedDiffusion:
     """A `KarrasDenoiser` as far as sampling needs one, whose network is asked only for what is not held."""
 
-    stages: SharedStages
-    ts: Beginning
+    stages: PrefixCache
+    ts: Prefix
     batch: int
 
     @property

@@ -53,7 +53,7 @@ def ternary_search(score: Callable[[int], float], low: int, high: int) -> int:
 
 
 @dataclass(frozen=True)
-class Gap:
+class Interval:
     """Where a point may go: into ts[:place] + (p,) + ts[place:], with low <= p <= high."""
 
     ts: Schedule
@@ -82,10 +82,10 @@ class SearchRange:
     low: int
     high: int
 
-    def gaps(self, ts: Schedule) -> list[Gap]:
+    def gaps(self, ts: Schedule) -> list[Interval]:
         """The places of `ts` with room for a point."""
         gaps = [
-            Gap(ts, place, max(left + 1, self.low), min(right - 1, self.high))
+            Interval(ts, place, max(left + 1, self.low), min(right - 1, self.high))
             for place, (left, right) in enumerate(pairwise(ts), start=1)
         ]
         return [gap for gap in gaps if gap.size > 0]
@@ -167,7 +167,7 @@ def search_schedule(
         ts = found
 
 
-def search_gap(score: Callable[[Schedule], float], gap: Gap) -> dict[int, float]:
+def search_gap(score: Callable[[Schedule], float], gap: Interval) -> dict[int, float]:
     """The scores of the points that the search tried in one gap, its best among them."""
     tried = {}
 

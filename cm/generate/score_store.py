@@ -18,7 +18,7 @@ STATE_BYTES = 64 * 2**20                                            # the larges
 
 
 @dataclass
-class Ledger:
+class ScoreStore:
     """Every score so far, and on what they depend; written after each. Use it on all ranks together."""
 
     path: str
@@ -40,19 +40,19 @@ class Ledger:
         write_json(self.path, content)
 
 
-def open_ledger(path: str, conditions: Mapping[str, Any]) -> Ledger:
-    """The ledger of that path, or a new one; call it on rank 0.
+def open_score_store(path: str, conditions: Mapping[str, Any]) -> ScoreStore:
+    """The scores at that path, or a new one; call it on rank 0.
 
     :param conditions: all that the scores depend on, as JSON can hold it.
     :raises UserError: if the one there is damaged, or its conditions differ.
     """
     if not os.path.exists(path):
-        return Ledger(path, dict(conditions))
+        return ScoreStore(path, dict(conditions))
     try:
         with open(path, "rb") as file:
             content = untrusted.parse_json(untrusted.read_file(file, STATE_BYTES))
         there, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
-        ledger = Ledger(path, there, scores, int(content["network_evaluations"]))
+        store = ScoreStore(path, there, scores, int(content["network_evaluations"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start anew"
@@ -68,4 +68,4 @@ def open_ledger(path: str, conditions: Mapping[str, Any]) -> Ledger:
             "the same settings to go on"
         )
     logger.log(f"going on with {len(scores)} scores of {path}")
-    return ledger
+    return store

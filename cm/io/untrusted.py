@@ -85,13 +85,13 @@ def open_zip(file: BinaryIO) -> zipfile.ZipFile:
     except Exception as error:                              # broken directories raise many kinds
         raise zipfile.BadZipFile(str(error) or repr(error)) from None
     for info in archive.infolist():
-        problem = why_refused(info, size)
+        problem = rejection_reason(info, size)
         if problem:
             raise zipfile.BadZipFile(f"its member {shown(info.filename)} {problem}")
     return archive
 
 
-def why_refused(info: zipfile.ZipInfo, archive_bytes: int) -> str:
+def rejection_reason(info: zipfile.ZipInfo, archive_bytes: int) -> str:
     """What is wrong with a member, or nothing."""
     if escapes(info.filename):
         return "leads out of the archive's own folder"

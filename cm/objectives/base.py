@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cm.objectives.curricula import Curriculum
 from cm.objectives.distances import Distance
-from cm.types import Batch, Nets, NoiseSource, Terms
+from cm.types import Batch, LossTerms, Networks, NoiseSource
 
 
 @dataclass
@@ -24,7 +24,7 @@ class GridObjective(ABC):
     :param distance: two batches of images -> [N].
     """
 
-    memory: ClassVar[None] = None
+    history: ClassVar[None] = None
 
     curriculum: Curriculum
     levels: Callable[..., Tensor]
@@ -36,10 +36,10 @@ class GridObjective(ABC):
         """How many intervals the loss is over; ValueError if num_scales leaves none."""
 
     @abstractmethod
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
         """The loss of given noise [N,C,H,W] over the intervals `index` [N]; 0 is the noisiest."""
 
-    def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms:
+    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         _, num_scales = self.curriculum(step)
         noise = rng.randn_like(batch.images)
         index = rng.randint(0, self.intervals(num_scales), (len(batch),), device=noise.device)

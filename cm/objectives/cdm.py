@@ -19,7 +19,7 @@ from cm.diffusion.schedules import karras_between
 from cm.objectives.edm import EDM, error_terms
 from cm.registry import lookup
 from cm.tensors import append_dims, mean_flat
-from cm.types import Batch, Denoiser, Nets, NoiseSource, Terms
+from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 
 LONGEST = 0.05                                                      # s - s' is uniform in 0..LONGEST
 LOWEST = 0.002                                                      # of s'
@@ -41,14 +41,14 @@ class CDM(EDM):
     martingale_steps: int = 6
     martingale_sde: str = "t"
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         x0, D = batch.images, partial(nets.online, **batch.cond)
         x = x0 + noise * append_dims(sigma, x0.ndim)
         denoised = D(x, sigma)
         terms = error_terms(denoised, x0, sigma, self.weight)
         martingale = self.violation(D, x, sigma, denoised, rng)
         terms.loss = terms.loss + self.martingale_lambda * martingale
-        return Terms(terms.loss, sigma, {**terms.logs, "martingale": martingale})
+        return LossTerms(terms.loss, sigma, {**terms.logs, "martingale": martingale})
 
     def violation(self, D: Denoiser, x: Tensor, sigma: Tensor, denoised: Tensor, rng: NoiseSource) -> Tensor:
         """An unbiased estimate of mean(E[D(x', s')] - D(x, s))^2: [N], where denoised is D(x, s)."""

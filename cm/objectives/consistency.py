@@ -16,7 +16,7 @@ from cm.objectives.base import GridObjective
 from cm.random_util import SharedDropout
 from cm.samplers.heun import Heun
 from cm.tensors import append_dims, update_ema
-from cm.types import Batch, Nets, Terms
+from cm.types import Batch, LossTerms, Networks
 
 
 class Consistency(GridObjective):
@@ -26,7 +26,7 @@ class Consistency(GridObjective):
     """
 
     @abstractmethod
-    def follow(self, nets: Nets, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
         """x_t2, one step from t down to t2: [N,C,H,W]."""
 
     def intervals(self, num_scales: int) -> int:
@@ -36,7 +36,7 @@ class Consistency(GridObjective):
             )
         return num_scales - 1
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
         if nets.target is None:
             raise UserError("consistency losses compare with a target network: give a target_model")
         x0, cond = batch.images, batch.cond
@@ -52,9 +52,9 @@ class Consistency(GridObjective):
         with masks:
             denoised = nets.online(x_t, t, **cond)
         loss = self.weight(t) * self.distance(denoised, target)
-        return Terms(loss, t)
+        return LossTerms(loss, t)
 
-    def after_step(self, nets: Nets, step: int) -> bool:
+    def after_step(self, nets: Networks, step: int) -> bool:
         """Move the target a little toward the online network."""
         target_ema, _ = self.curriculum(step)
         update_ema(nets.target_params, nets.online_params, target_ema)
@@ -64,7 +64,7 @@ class Consistency(GridObjective):
 class ConsistencyDistillation(Consistency):
     """x_t2 by one Heun step along the teacher's ODE."""
 
-    def follow(self, nets: Nets, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
         if nets.teacher is None:
             raise UserError("consistency distillation needs a teacher: give a teacher_model")
         return Heun().step(partial(nets.teacher, **batch.cond), x_t, t, t2, None)
@@ -73,5 +73,5 @@ class ConsistencyDistillation(Consistency):
 class ConsistencyTraining(Consistency):
     """x_t2 = x0 + t2 z: an Euler step along (x_t - x0) / t, an unbiased estimate of the ODE's slope."""
 
-    def follow(self, nets: Nets, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
         return batch.images + noise * append_dims(t2, noise.ndim)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cm.diffusion.noise_sampling import LogNormalSampler, LossSecondMomentResampler, ScheduleSampler
 from cm.tensors import append_dims, mean_flat
-from cm.types import Batch, Denoiser, Nets, NoiseSource, Terms
+from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 
 
 @dataclass
@@ -37,14 +37,14 @@ class EDM:
         """The objective for a KarrasDenoiser, a law of its noise levels, and values for the other fields by name."""
         return cls(diffusion.weight, law, **options)
 
-    def __call__(self, nets: Nets, batch: Batch, step: int, rng: NoiseSource) -> Terms:
+    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         x0 = batch.images
         sigma, importance, _ = self.schedule_sampler.draw(rng, len(x0), x0.device)
         terms = self.terms(nets, batch, rng.randn_like(x0), sigma.to(x0.dtype), rng)
         terms.loss = terms.loss * importance
         return terms
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         """The loss of given noise [N,C,H,W] at given levels [N]; whatever else is random comes from rng."""
         return edm_terms(nets.online, batch.images, noise, sigma, self.weight, batch.cond)
 
@@ -54,24 +54,24 @@ class EDM:
         return 0
 
     @property
-    def memory(self) -> LossSecondMomentResampler | None:
+    def history(self) -> LossSecondMomentResampler | None:
         """The law, if it learns from the losses of all ranks, which the loop hands to it."""
         return self.schedule_sampler if isinstance(self.schedule_sampler, LossSecondMomentResampler) else None
 
-    def after_step(self, nets: Nets, step: int) -> bool:
+    def after_step(self, nets: Networks, step: int) -> bool:
         return False
 
 
 def edm_terms(
     D: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor], cond: dict[str, Any]
-) -> Terms:
+) -> LossTerms:
     """The loss of given noise at given levels; logs as `error_terms`."""
     x = x0 + noise * append_dims(sigma, x0.ndim)
     return error_terms(D(x, sigma, **cond), x0, sigma, weight)
 
 
-def error_terms(denoised: Tensor, target: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor]) -> Terms:
+def error_terms(denoised: Tensor, target: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor]) -> LossTerms:
     """The loss of denoised images [N,C,H,W]; logs the unweighted `xs_mse` and the weighted `mse`, [N] each."""
     xs_mse = mean_flat((denoised - target).square())
     mse = weight(sigma) * xs_mse
-    return Terms(mse, sigma, {"xs_mse": xs_mse, "mse": mse})
+    return LossTerms(mse, sigma, {"xs_mse": xs_mse, "mse": mse})

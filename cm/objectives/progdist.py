@@ -16,7 +16,7 @@ from cm.errors import UserError
 from cm.objectives.base import GridObjective
 from cm.samplers.euler import Euler
 from cm.tensors import append_dims
-from cm.types import Batch, Nets, Terms
+from cm.types import Batch, LossTerms, Networks
 
 
 class ProgressiveDistillation(GridObjective):
@@ -30,7 +30,7 @@ class ProgressiveDistillation(GridObjective):
             raise UserError(f"num_scales is the student's number of sampling steps, at least 1, got {num_scales}")
         return num_scales
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
         if nets.teacher is None:
             raise UserError("progressive distillation needs a teacher: give a teacher_model")
         x0, cond = batch.images, batch.cond
@@ -44,9 +44,9 @@ class ProgressiveDistillation(GridObjective):
             # One Euler step toward `target` leads from x_t to x_end.
             target = x_t - append_dims(t / (t_end - t), x0.ndim) * (x_end - x_t)
         loss = self.weight(t) * self.distance(nets.online(x_t, t, **cond), target)
-        return Terms(loss, t)
+        return LossTerms(loss, t)
 
-    def after_step(self, nets: Nets, step: int) -> bool:
+    def after_step(self, nets: Networks, step: int) -> bool:
         """Where the next step has fewer sampling steps, the student becomes the teacher: a new stage begins."""
         (_, scales), (_, next_scales) = self.curriculum(step), self.curriculum(step + 1)
         if next_scales == scales:

@@ -20,17 +20,17 @@ from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import karras_earlier
 from cm.objectives.edm import EDM
 from cm.tensors import append_dims, mean_flat
-from cm.types import Batch, Nets, NoiseSource, Terms
+from cm.types import Batch, LossTerms, Networks, NoiseSource
 
 Earlier = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass
 class SADPM(EDM):
-    """mean(r_0)^2 + lamda / K^2 mean(sum_k r_k)^2, where r_k = sqrt(weight(s_k)) (D(x0 + s_k z_k, s_k) - x0).
+    """mean(r_0)^2 + sa_lambda / K^2 mean(sum_k r_k)^2, where r_k = sqrt(weight(s_k)) (D(x0 + s_k z_k, s_k) - x0).
 
     s_0 is drawn, s_1 .. s_K-1 are the levels before it, as far as there are any, and each z_k is new. With the weight
-    1 / sigma^2 r_k is the error of the predicted noise, and on DDPM's levels lamda 0 is DDPM's loss.
+    1 / sigma^2 r_k is the error of the predicted noise, and on DDPM's levels sa_lambda 0 is DDPM's loss.
 
     :param num_consecutive_steps: K.
     :param earlier: (levels [N], k) -> the levels k steps nearer to the image [N], and whether there are any [N].
@@ -39,7 +39,7 @@ class SADPM(EDM):
     defaults: ClassVar[Mapping[str, Any]] = {"precond": "ddpm"}
 
     num_consecutive_steps: int = 2
-    lamda: float = 0.2
+    sa_lambda: float = 0.2
     earlier: Earlier = ddpm_schedule.earlier
 
     @classmethod
@@ -50,7 +50,7 @@ class SADPM(EDM):
         earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid
         return cls(diffusion.weight, law, earlier=earlier, **options)
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         x0, K = batch.images, self.num_consecutive_steps
         levels, total = [self.earlier(sigma, k) for k in range(K)], 0
         for k, (s, is_there) in enumerate(levels):
@@ -61,5 +61,5 @@ class SADPM(EDM):
                 xs_mse, mse = mean_flat(error.square()), mean_flat(residual.square())
             total = th.where(append_dims(is_there, x0.ndim), total + residual, total)
         sequence = mean_flat(total.square()) / K**2
-        loss = mse + self.lamda * sequence
-        return Terms(loss, levels[0][0], {"xs_mse": xs_mse, "mse": mse, "sequence": sequence})
+        loss = mse + self.sa_lambda * sequence
+        return LossTerms(loss, levels[0][0], {"xs_mse": xs_mse, "mse": mse, "sequence": sequence})

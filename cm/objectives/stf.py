@@ -15,7 +15,7 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.objectives.edm import EDM, error_terms
 from cm.tensors import append_dims
-from cm.types import Batch, Nets, NoiseSource, Terms
+from cm.types import Batch, LossTerms, Networks, NoiseSource
 
 CHUNK = 512                                                         # references that are float64 at a time
 
@@ -28,16 +28,16 @@ class STF(EDM):
     x the target is the expectation of the sample's own image: EDM's loss has the same gradient on average, and more
     variance.
 
-    :param rbatch: how many images a sample's target is made of; the data source puts them into `Batch.references`.
+    :param num_references: how many images a sample's target is made of; they come as `Batch.references`.
     """
 
-    rbatch: int = 4096
+    num_references: int = 4096
 
     @property
     def references(self) -> int:
-        return self.rbatch
+        return self.num_references
 
-    def terms(self, nets: Nets, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> Terms:
+    def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         if batch.references is None:
             raise UserError("the stable target field needs reference images, but this data source gives none: "
                             "open it with references (cm.data.reference_batches), or train with --objective edm")
@@ -45,7 +45,7 @@ class STF(EDM):
         x = x0 + noise * append_dims(sigma, x0.ndim)
         target, effective = stable_target(x, x0, sigma, batch.references, peers(batch))
         terms = error_terms(nets.online(x, sigma, **batch.cond), target, sigma, self.weight)
-        return Terms(terms.loss, sigma, {**terms.logs, "effective_references": effective})
+        return LossTerms(terms.loss, sigma, {**terms.logs, "effective_references": effective})
 
 
 def peers(batch: Batch) -> Tensor:

@@ -31,8 +31,8 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return [f"{each[-1]} ({number})" for number, each in enumerate(parts, start=1)]
 
 
-def chip(number: int) -> str:
-    return f'<i class="chip run-{number % 8}"></i>'
+def badge(number: int) -> str:
+    return f'<i class="badge run-{number % 8}"></i>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cm.report.html import MISSING, cell, chip, run_names, table, text, value_cell, writable
+from cm.report.html import MISSING, badge, cell, run_names, table, text, value_cell, writable
 from cm.report.run_records import Grid, RunRecord
 from cm.report.svg import Curve, is_constant, plot, short
 
@@ -89,12 +89,12 @@ def part(name: str) -> str:
 
 def card(number: int, run: RunRecord, name: str) -> str:
     kind = [run.config.get("training_mode"), run.config.get("data_dir"), side(run.config)]
-    facts = "".join(f"<div><dt>{text(what)}</dt><dd>{value}</dd></div>" for what, value in glance(run))
-    gaps = "".join(f"<li>{text(gap)}</li>" for gap in run.gaps)
+    facts = "".join(f"<div><dt>{text(what)}</dt><dd>{value}</dd></div>" for what, value in summary_items(run))
+    problems = "".join(f"<li>{text(gap)}</li>" for gap in run.problems)
     return (
         f'<article class="card run-{number % 8}"><h2>{text(name)}</h2>'
         f'<p class="kind">{text(" · ".join(str(word) for word in kind if word) or run.path)}</p><dl>{facts}</dl>'
-        f'{f"<ul class=gaps>{gaps}</ul>" if gaps else ""}</article>'
+        f'{f"<ul class=problems>{problems}</ul>" if problems else ""}</article>'
     )
 
 
@@ -103,7 +103,7 @@ def side(config: Mapping[str, Any]) -> str:
     return f"{size}×{size}" if size else ""
 
 
-def glance(run: RunRecord) -> Iterator[tuple[str, str]]:
+def summary_items(run: RunRecord) -> Iterator[tuple[str, str]]:
     """Names and values, as text of a page, of what one wants to know first."""
     step, samples, loss = run.last("step"), run.last("samples"), run.last("loss")
     if step:
@@ -163,7 +163,7 @@ def curves_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
 def legend(names: Sequence[str]) -> str:
     if len(names) == 1:
         return ""
-    return f'<p class="legend">{"".join(f"<span>{chip(n)}{text(name)}</span>" for n, name in enumerate(names))}</p>'
+    return f'<p class="legend">{"".join(f"<span>{badge(n)}{text(name)}</span>" for n, name in enumerate(names))}</p>'
 
 
 def figures(charts: Iterable[Chart], runs: Sequence[RunRecord], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -178,7 +178,7 @@ def figures(charts: Iterable[Chart], runs: Sequence[RunRecord], names: Sequence[
         if not having:
             continue
         if all(is_constant(points) for _, points in having) and chart.column not in METRICS:
-            values = " ".join(f"{chip(n) if len(runs) > 1 else ''}{points[0].value:.4g}" for n, points in having)
+            values = " ".join(f"{badge(n) if len(runs) > 1 else ''}{points[0].value:.4g}" for n, points in having)
             constant.append(f"{text(chart.title)} {values}")
             continue
         is_metric = chart.column in METRICS
@@ -229,7 +229,7 @@ def grids_section(runs: Sequence[RunRecord], names: Sequence[str], max_grids: in
     for number, (run, name) in enumerate(zip(runs, names)):
         held = {grid.step: grid for grid in run.grids}
         cells = "".join(f"<td>{picture(held[step], name) if step in held else MISSING}</td>" for step in steps)
-        rows.append(f'<tr><th scope="row">{chip(number) if len(runs) > 1 else ""}{text(name)}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{badge(number) if len(runs) > 1 else ""}{text(name)}</th>{cells}</tr>')
     return (
         f'<section><h2>Samples</h2><p class="hint">The same noise in each picture. A click enlarges one.</p>'
         f'<div class="wide"><table class="grids"><thead><tr><th></th>{head}</tr></thead>'
@@ -270,7 +270,7 @@ def settings_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         values = [setting(run.config[flag]) if flag in run.config else MISSING for run in runs]
         return [f"<code>{text(flag)}</code>", *values]
 
-    head = ["flag", *(f"{chip(n) if len(runs) > 1 else ''}{text(name)}" for n, name in enumerate(names))]
+    head = ["flag", *(f"{badge(n) if len(runs) > 1 else ''}{text(name)}" for n, name in enumerate(names))]
     different = [flag for flag in flags if differs(flag)]
     parts = ["<section><h2>Configuration</h2>"]
     if len(known) > 1:
@@ -289,7 +289,7 @@ def values_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """What was measured: the best of each run, and the results of evaluator.py and fid.py that lie in its folder."""
     rows = []
     for number, (run, name) in enumerate(zip(runs, names)):
-        first = f"{chip(number) if len(runs) > 1 else ''}{text(name)}"
+        first = f"{badge(number) if len(runs) > 1 else ''}{text(name)}"
         if run.best:
             count = best_settings(run).get("num_samples")
             value, place = value_cell(run.best.get("value")), f"best of training, {run.best.get('file')}"
@@ -316,7 +316,7 @@ def measured(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
 def summaries_section(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """Other JSON files of the folders, as they are."""
     parts = [
-        f"<details><summary>{chip(number) if len(runs) > 1 else ''}{text(name)}/{text(file)}</summary>"
+        f"<details><summary>{badge(number) if len(runs) > 1 else ''}{text(name)}/{text(file)}</summary>"
         f"<pre>{text(json.dumps(content, indent=2, ensure_ascii=False))}</pre></details>"
         for number, (run, name) in enumerate(zip(runs, names)) for file, content in run.summaries.items() if content
     ]

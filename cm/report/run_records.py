@@ -1,7 +1,7 @@
 """What a run has left in its folder, read back: the log, the flags, pictures of samples, the best, summaries.
 
-Files are only read. What cannot be read is left out and named in `gaps`, so that a report of a run that crashed, or is
-still going on, says what it lacks.
+Files are only read. What cannot be read is left out and named in `problems`, so that a report of a run that crashed, or
+is still running, says what it lacks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RunRecord:
     grids: list[Grid] = field(default_factory=list)                 # steps rise
     best: dict[str, Any] = field(default_factory=dict)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)      # by file name
-    gaps: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def last(self, column: str) -> Point | None:
         points = self.curves.get(column)
@@ -64,22 +64,22 @@ def read_run(directory: str) -> RunRecord:
     path = Path(directory)
     if not path.is_dir():
         raise UserError(f"{directory} is no folder; give the --log_dir of a training run")
-    gaps: list[str] = []
-    run = RunRecord(path, curves_of(read_log(path, gaps), gaps), gaps=gaps)
-    run.config = read_json(path / "config.json", gaps, "the flags are not known")
+    problems: list[str] = []
+    run = RunRecord(path, curves_of(read_log(path, problems), problems), problems=problems)
+    run.config = read_json(path / "config.json", problems, "the flags are not known")
     if (path / "best.json").exists():
-        run.best = read_json(path / "best.json", gaps, "the best checkpoint is not known")
-    run.grids = read_grids(path / "samples", gaps)
+        run.best = read_json(path / "best.json", problems, "the best checkpoint is not known")
+    run.grids = read_grids(path / "samples", problems)
     for file in sorted(path.glob("*.json")):
         if not OWN_FILES.fullmatch(file.name) and file.stat().st_size <= SUMMARY_BYTES:
-            run.summaries[file.name] = read_json(file, gaps, "its content is not shown")
+            run.summaries[file.name] = read_json(file, problems, "its content is not shown")
     return run
 
 
 # --- the log -------------------------------------------------------------------------------------------------------
 
 
-def read_log(path: Path, gaps: list[str]) -> list[Mapping[str, Any]]:
+def read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     """The rows of progress.csv, or of progress.json where there is no CSV.
 
     :raises UserError: if there is neither, or no row in it.
@@ -90,7 +90,7 @@ def read_log(path: Path, gaps: list[str]) -> list[Mapping[str, Any]]:
                 text = (path / name).read_text(encoding="utf-8", errors="replace")
             except OSError as error:
                 raise UserError(f"cannot read {path / name}: {error.strerror}") from None
-            rows = list(read(text, name, gaps))
+            rows = list(read(text, name, problems))
             if not rows:
                 raise UserError(f"{path / name} has no row yet: the run has not logged a step")
             return rows
@@ -100,7 +100,7 @@ def read_log(path: Path, gaps: list[str]) -> list[Mapping[str, Any]]:
     )
 
 
-def csv_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, str]]:
+def csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, str]]:
     """The rows; one with too few or too many cells is passed over."""
     reader = csv.reader(io.StringIO(text.replace("\0", "\ufffd"), newline=""))
     header, bad = next(reader, []), []
@@ -116,10 +116,10 @@ def csv_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, str]]:
         else:
             bad.append(reader.line_num)
     if bad:
-        gaps.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
 
 
-def json_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, Any]]:
+def json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, Any]]:
     bad = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -131,13 +131,13 @@ def json_rows(text: str, name: str, gaps: list[str]) -> Iterator[dict[str, Any]]
         else:
             bad.append(number)
     if bad:
-        gaps.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
 
 
-def curves_of(rows: list[Mapping[str, Any]], gaps: list[str]) -> dict[str, list[Point]]:
+def curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, list[Point]]:
     """Points of each column; of rows of one step the last counts. Empty cells and nan are no points."""
     if not any(STEP in row for row in rows):
-        gaps.append("the log has no column 'step': rows are numbered instead")
+        problems.append("the log has no column 'step': rows are numbered instead")
         rows = [{**row, STEP: number} for number, row in enumerate(rows, start=1)]
     values: dict[str, dict[float, float]] = {}
     words: dict[str, int] = {}
@@ -155,8 +155,8 @@ def curves_of(rows: list[Mapping[str, Any]], gaps: list[str]) -> dict[str, list[
                 values.setdefault(column, {})[step] = value
             elif column in ("loss", "grad_norm"):
                 endless.setdefault(column, []).append(step)
-    gaps += [f"column {column!r}: {count} cell(s) are no number" for column, count in words.items() if count]
-    gaps += [f"{column} is not finite at {listed('step', steps)}" for column, steps in endless.items()]
+    problems += [f"column {column!r}: {count} cell(s) are no number" for column, count in words.items() if count]
+    problems += [f"{column} is not finite at {listed('step', steps)}" for column, steps in endless.items()]
     return {column: [Point(*point) for point in sorted(points.items())] for column, points in values.items()}
 
 
@@ -177,29 +177,29 @@ def listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
 # --- the other files -----------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, gaps: list[str], consequence: str) -> dict[str, Any]:
+def read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
     """The object in a JSON file; an empty one and a gap if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        gaps.append(f"no {path.name}: {consequence}")
+        problems.append(f"no {path.name}: {consequence}")
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        gaps.append(f"{path.name} cannot be read ({type(error).__name__}): {consequence}")
+        problems.append(f"{path.name} cannot be read ({type(error).__name__}): {consequence}")
         return {}
     if not isinstance(content, dict):
-        gaps.append(f"{path.name} holds a {type(content).__name__}, not an object: {consequence}")
+        problems.append(f"{path.name} holds a {type(content).__name__}, not an object: {consequence}")
         return {}
     return content
 
 
-def read_grids(folder: Path, gaps: list[str]) -> list[Grid]:
+def read_grids(folder: Path, problems: list[str]) -> list[Grid]:
     """The pictures, by the step that ends their names: samples_000100.png."""
     grids = {}
     for path in sorted(folder.glob("*.png")):
         number = re.search(r"(\d+)$", path.stem)
         if not number:
-            gaps.append(f"samples/{path.name} names no step, left out")
+            problems.append(f"samples/{path.name} names no step, left out")
             continue
         try:
             png = path.read_bytes()
@@ -207,9 +207,9 @@ def read_grids(folder: Path, gaps: list[str]) -> list[Grid]:
                 size = image.size
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            gaps.append(f"samples/{path.name} is no whole PNG ({type(error).__name__}), left out")
+            problems.append(f"samples/{path.name} is no whole PNG ({type(error).__name__}), left out")
             continue
         grids[int(number[1])] = Grid(int(number[1]), png, *size)
     if not grids:
-        gaps.append("no pictures of samples: training with --sample_interval -1 leaves one at each save")
+        problems.append("no pictures of samples: training with --sample_interval -1 leaves one at each save")
     return [grids[step] for step in sorted(grids)]

@@ -18,14 +18,14 @@ from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
 from cm.samplers.euler_maruyama import EulerMaruyama
 from cm.samplers.heun import Heun
-from cm.samplers.integrate import Churn, Counted, integrate
+from cm.samplers.integrate import Churn, CountingDenoiser, integrate
 from cm.samplers.ito_taylor import ItoTaylor
 from cm.samplers.multistep import Multistep
 from cm.samplers.onestep import OneStep
 from cm.samplers.predictor_corrector import PredictorCorrector
 from cm.samplers.progdist import ProgDist
 
-__all__ = ["SAMPLERS", "Churn", "Counted", "integrate", "make_sampler"]
+__all__ = ["SAMPLERS", "Churn", "CountingDenoiser", "integrate", "make_sampler"]
 
 SAMPLERS = {
     "heun": Heun,

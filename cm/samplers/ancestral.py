@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cm.samplers.euler import Euler, toward
+from cm.samplers.euler import Euler, lerp_to
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
@@ -25,5 +25,5 @@ class Ancestral(Euler):
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
         ratio = sigma_next / sigma
         noise_up = sigma_next * (1 - ratio**2).sqrt()
-        mean = toward(D(x, sigma), x, ratio**2)
+        mean = lerp_to(D(x, sigma), x, ratio**2)
         return mean + rng.randn_like(x) * append_dims(noise_up, x.ndim)

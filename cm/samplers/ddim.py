@@ -16,7 +16,7 @@ from torch import Tensor
 from cm.diffusion import ddpm_schedule
 from cm.diffusion.schedules import append_zero
 from cm.errors import UserError
-from cm.samplers.euler import Euler, toward
+from cm.samplers.euler import Euler, lerp_to
 from cm.samplers.euler_maruyama import check_eta
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
@@ -43,7 +43,7 @@ class DDIM(Euler):
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
         noise_up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
-        mean = toward(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
+        mean = lerp_to(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
         return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch as th
 from torch import Tensor
 
-from cm.samplers.euler import Euler, toward
+from cm.samplers.euler import Euler, lerp_to
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
@@ -21,7 +21,7 @@ class DPM(Euler):
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
         sigma_mid = ((sigma ** (1 / 3) + sigma_next ** (1 / 3)) / 2) ** 3
-        x_mid = toward(D(x, sigma), x, sigma_mid / sigma)
+        x_mid = lerp_to(D(x, sigma), x, sigma_mid / sigma)
         slope = (x_mid - D(x_mid, sigma_mid)) / append_dims(sigma_mid, x.ndim)
         return x + append_dims(sigma_next - sigma, x.ndim) * slope
 

@@ -27,13 +27,13 @@ class Euler:
         return append_zero(karras_grid(steps, sigma_min, sigma_max, rho))
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
-        return toward(D(x, sigma), x, sigma_next / sigma)
+        return lerp_to(D(x, sigma), x, sigma_next / sigma)
 
     def last_step(self, D: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
         """All the way along the slope at sigma is the denoised image itself."""
         return D(x, sigma)
 
 
-def toward(denoised: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+def lerp_to(denoised: Tensor, x: Tensor, keep: Tensor) -> Tensor:
     """The point that keeps a share [N] of the way from `denoised` to x: Euler's step when keep = sigma_next / sigma."""
     return th.lerp(denoised, x, append_dims(keep, x.ndim))

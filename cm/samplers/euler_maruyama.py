@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.samplers.euler import Euler, toward
+from cm.samplers.euler import Euler, lerp_to
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
@@ -38,7 +38,7 @@ class EulerMaruyama(Euler):
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
         eta = eta_at(sigma, self.eta, self.s_tmin, self.s_tmax)     # [N]
         fall = sigma - sigma_next
-        x_next = toward(D(x, sigma), x, 1 - (1 + eta**2) * fall / sigma)
+        x_next = lerp_to(D(x, sigma), x, 1 - (1 + eta**2) * fall / sigma)
         if not eta.any():
             return x_next
         return x_next + append_dims(eta * (2 * sigma * fall).sqrt(), x.ndim) * rng.randn_like(x)

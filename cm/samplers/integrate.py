@@ -40,7 +40,7 @@ class Churn:
         return min(self.s_churn / steps, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
 
 
-class Counted:
+class CountingDenoiser:
     """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed.
 
     A forward-mode pass counts as JVP_COST evaluations, one inside another as JVP_COST^2.
@@ -55,7 +55,7 @@ class Counted:
         return self.D(x, sigma, **cond)
 
 
-class Watched:
+class RecordingDenoiser:
     """The denoiser that a solver sees: clipped if asked, remembering its first value in each step."""
 
     def __init__(self, D: Denoiser, clip: bool):
@@ -76,7 +76,7 @@ class Watched:
             self.first = denoised
 
 
-def denoise_along(
+def denoise_jvp(
     D: Denoiser, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """D(x, sigma), and how it changes along (dx [N,C,H,W], dsigma [N]) to first order, in one forward-mode pass."""
@@ -84,7 +84,7 @@ def denoise_along(
         denoised, change = jvp(lambda z: D(z, sigma), (x,), (dx,))
     else:
         denoised, change = jvp(lambda z, level: D(z, level), (x, sigma), (dx, dsigma))
-    if isinstance(D, Watched):
+    if isinstance(D, RecordingDenoiser):
         D.saw(denoised)
     return denoised, change
 
@@ -122,7 +122,7 @@ def integrate(
     def level(sigma: float) -> Tensor:
         return x.new_full((len(x),), sigma)                         # [N]
 
-    D = Watched(D, clip_denoised)
+    D = RecordingDenoiser(D, clip_denoised)
     for i in progress_bar(range(steps), progress):
         sigma, sigma_next = levels[i], levels[i + 1]
         gamma = churn.gamma(sigma, steps) if churn is not None else 0.0

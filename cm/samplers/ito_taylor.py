@@ -20,9 +20,9 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.networks.jvp import second_derivative
 from cm.registry import lookup
-from cm.samplers.euler import Euler, toward
+from cm.samplers.euler import Euler, lerp_to
 from cm.samplers.euler_maruyama import check_eta, eta_at
-from cm.samplers.integrate import denoise_along
+from cm.samplers.integrate import denoise_jvp
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
@@ -83,12 +83,12 @@ def exponential_step(
         z1, z2 = rng.randn_like(x), rng.randn_like(x)
         A, K = broad(c.A_z1) * z1, broad(c.K_z1) * z1 + broad(c.K_z2) * z2
     if (eta == 1).all():                                            # D and its change by the noise at once
-        denoised, change = denoise_along(D, x, sigma, K)
+        denoised, change = denoise_jvp(D, x, sigma, K)
     else:
         along_ode = D(x, sigma) - x                                 # dx per unit of -ln(sigma)
         tangent = K + broad(c.drift) * along_ode
-        denoised, change = denoise_along(D, x, sigma, tangent, -c.drift.to(sigma.dtype) * sigma)
-    return toward(denoised, x, c.keep.to(x.dtype)) + A + change
+        denoised, change = denoise_jvp(D, x, sigma, tangent, -c.drift.to(sigma.dtype) * sigma)
+    return lerp_to(denoised, x, c.keep.to(x.dtype)) + A + change
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def taylor_step(
 
     a = 2 * (D(x, sigma) - x) / t
     dx, dt = k**2 / 2 * a + b * dZ, -k**2 / 2
-    _, dD = denoise_along(D, x, sigma, dx, dt.flatten())
+    _, dD = denoise_jvp(D, x, sigma, dx, dt.flatten())
     change = 2 * (dD - dx) / t - a / t * dt                         # of a = 2 (D - x) / t
     if with_laplacian:
         probe = rng.randn_like(x).sign()

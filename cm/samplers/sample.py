@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cm.diffusion.preconditioning import Precond
 from cm.random_util import DummyGenerator
-from cm.samplers import Churn, Counted, integrate, make_sampler
+from cm.samplers import Churn, CountingDenoiser, integrate, make_sampler
 from cm.types import Denoiser, NoiseSource, Sampler
 
 
@@ -71,7 +71,7 @@ def sample(
     lowest, highest = diffusion.scaling.levels
     sigmas = diffusion.scaling.grid(sampler.grid(steps, max(sigma_min, lowest), min(sigma_max, highest), rho))
     generator = DummyGenerator() if generator is None else generator
-    D = Counted(diffusion.bind(model))
+    D = CountingDenoiser(diffusion.bind(model))
     x = integrate(
         sampler,
         partial(D, **(model_kwargs or {})),

@@ -16,7 +16,7 @@ from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampl
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
 from cm.training.loop import parse_rates
 from cm.training.profiler import Profile
-from cm.types import Watcher
+from cm.types import Callback
 
 
 def sampling_settings(settings: Settings) -> Settings:
@@ -57,22 +57,22 @@ def check_flags(settings: Settings) -> None:
         raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
 
 
-def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> list[Watcher]:
-    """The watchers that the flags ask for.
+def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> list[Callback]:
+    """The callbacks that the flags ask for.
 
     :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples).
     """
     config, drawing = settings.section(EvalConfig), sampling_settings(settings)
-    watchers: list[Watcher] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
+    callbacks: list[Callback] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
     if not (config.eval_interval or config.sample_interval):
-        return watchers
+        return callbacks
     sampler = AverageSampler(
         partial(model_from, settings), sampling_diffusion(drawing),
         sampling_plan(drawing), run_precision(settings),
         config.eval_ema_rate or str(parse_rates(settings.values["ema_rate"])[0]), sampler_options(drawing),
     )
     if config.sample_interval:
-        watchers.append(SampleGrids(sampler, config.sample_interval))
+        callbacks.append(SampleGrids(sampler, config.sample_interval))
     if config.eval_interval:
         metric = open_metric(
             config.eval_ref, config.inception, settings.values["image_size"], config.eval_batch_size,
@@ -82,8 +82,8 @@ def open_watchers(settings: Settings, open_metric: Callable[..., Metric]) -> lis
         about = {name: drawing.values[name] for name in names} | {
             "ema_rate": sampler.rate, "features": metric.id, "reference": dist.on_main(content_of, config.eval_ref)
         }
-        watchers.append(Evaluation(sampler, config.eval_interval, config.eval_samples, metric, about))
-    return watchers
+        callbacks.append(Evaluation(sampler, config.eval_interval, config.eval_samples, metric, about))
+    return callbacks
 
 
 def content_of(path: str) -> str:

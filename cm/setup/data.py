@@ -63,8 +63,8 @@ def open_data(settings: Settings, references: int = 0) -> Any:
     batch_size, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
     if 0 < references < global_batch:
         raise UserError(
-            f"--rbatch {references} is less than the {global_batch} images of a step, which are among the reference "
-            f"images: give --rbatch {global_batch} or more"
+            f"--num_references {references} is less than the {global_batch} images of a step, which are among the "
+            f"reference images: give --num_references {global_batch} or more"
         )
     return partial(
         open_stream,

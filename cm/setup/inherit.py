@@ -31,7 +31,7 @@ FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag 
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 
 
-def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
+def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
     They stand in the manifest beside it; without one (the published files) they are read off the weights, or stand in
@@ -48,19 +48,19 @@ def adopt_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = (
             return source
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
-        adopt(settings, checkpoint.config, also, path)
+        inherit_flags(settings, checkpoint.config, also, path)
         source.training_mode = checkpoint.config.get("training_mode")
         return source
     if kind in FOREIGN:
         known, source.weights = FOREIGN[kind](path)
-        adopt(settings, known, also, path)
+        inherit_flags(settings, known, also, path)
         source.training_mode = known["training_mode"]
         return source
     weights = dist.load_state_dict(path)
     side = settings.values["image_size"] if "image_size" in settings.given else None
     known = openai.model_flags(weights, path, side) | openai.published_mode(path)
-    demand_the_unsaid(settings, known, also, path)
-    adopt(settings, known, also, path)
+    require_unknown_flags(settings, known, also, path)
+    inherit_flags(settings, known, also, path)
     heads = {name: settings.values[name] for name in HEADS}
     source.training_mode = known.get("training_mode")
     source.weights = guided_diffusion.to_published_layout(weights, **heads)
@@ -78,7 +78,7 @@ def read_edm_pickle(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 FOREIGN = {"EDM pickle": read_edm_pickle, "diffusers folder": diffusers.read}
 
 
-def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
+def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
     """Take over what a manifest, or the weights themselves, say about the network."""
     # Dropout and recomputation change no weights: they are the run's choice.
     own = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
@@ -96,7 +96,7 @@ def adopt(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], p
         taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
         if "channel_mult" in settings.given:
             settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
-    settings.adopt(taken, f"the checkpoint {path}")
+    settings.inherit(taken, f"the checkpoint {path}")
 
 
 def plain_value(name: str, value: Any, path: str) -> Any:
@@ -114,7 +114,7 @@ def spell_channel_mult(channel_mult: str, image_size: int) -> str:
     return ",".join(f"{width:g}" for width in parse_channel_mult(channel_mult, image_size))
 
 
-def demand_the_unsaid(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
+def require_unknown_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
     """Weights alone do not tell everything, and a wrong guess would load without a word."""
     given = {*known, *settings.given}
     unsaid = {

@@ -46,7 +46,7 @@ def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2"
     return create_diffusion(**config, distillation=distillation, loss_norm=loss_norm, arch=settings.values["arch"])
 
 
-def attend_where_possible(settings: Settings) -> None:
+def drop_unreachable_attention(settings: Settings) -> None:
     """The default attention resolutions, without those that halving an image of this size does not reach."""
     if "attention_resolutions" not in settings.given:
         sides = parse_resolutions(settings.values["attention_resolutions"])

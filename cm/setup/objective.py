@@ -22,7 +22,7 @@ def options_of(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(ObjectiveConfig) if field.name in fields]
 
 
-def follow_objective(settings: Settings) -> None:
+def apply_objective_defaults(settings: Settings) -> None:
     """The settings that the objective was published with, where nobody asks for others.
 
     :raises UserError: for a flag that only another objective uses.
@@ -51,7 +51,7 @@ def objective_from(settings: Settings, diffusion: KarrasDenoiser) -> Objective:
 PUBLISHED_LAW = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm", "ddpm")}
 
 
-def follow_precond(settings: Settings) -> None:
+def apply_precond_defaults(settings: Settings) -> None:
     """The noise levels and weights that the precond was published with, where no flag asks for others."""
     published = PUBLISHED_LAW.get(settings.values["precond"], {})
     settings.replace(**{name: value for name, value in published.items() if name not in settings.given})

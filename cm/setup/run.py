@@ -20,13 +20,13 @@ from cm.logging import logger
 from cm.networks.build import to_device
 from cm.networks.compile import compile_network
 from cm.setup.data import share_of_batch
-from cm.setup.inherit import adopt, adopt_checkpoint
+from cm.setup.inherit import inherit_checkpoint, inherit_flags
 from cm.setup.model import choose_precision, model_from
 from cm.training import durations
 from cm.training.memory_estimate import PlannedRun, activations, line, plan
 
 
-def open_run(settings: Settings) -> None:
+def start_run(settings: Settings) -> None:
     """Lock the folder of a training run against a second job, and start its log.
 
     :raises UserError: on every rank, if another job has it.
@@ -38,16 +38,16 @@ def open_run(settings: Settings) -> None:
     open_log(settings)
 
 
-def adopt_resumed(settings: Settings) -> None:
+def inherit_resumed(settings: Settings) -> None:
     """Take the architecture from the checkpoint that --resume or --resume_checkpoint names.
 
     :raises UserError: if there is no such checkpoint, or another flag contradicts it.
     """
     resume = settings.values["resume"]
     if resume not in ("auto", "never"):
-        adopt(settings, dist.on_main(manifest.find, resume).config, (), resume)
+        inherit_flags(settings, dist.on_main(manifest.find, resume).config, (), resume)
     elif settings.values["resume_checkpoint"]:
-        adopt_checkpoint(settings, "resume_checkpoint")
+        inherit_checkpoint(settings, "resume_checkpoint")
 
 
 def resolve_durations(settings: Settings) -> None:
@@ -59,7 +59,7 @@ def resolve_durations(settings: Settings) -> None:
 
 def open_log(settings: Settings) -> None:
     """Start the log in --log_dir and leave the resolved flags there."""
-    also = ("stats",) if settings.values.get("tick") else ()
+    also = ("stats",) if settings.values.get("tick_kimg") else ()
     logger.configure(settings.values["log_dir"] or None, rank=dist.get_rank(), also=also)
     dist.on_main(save_config, settings)
     logger.log(f"logging to {logger.get_dir()} on {dist.get_world_size()} rank(s), device {dist.dev()}")
@@ -83,7 +83,7 @@ def loop_arguments(settings: Settings) -> dict[str, Any]:
         train.global_batch_size, train.batch_size, dist.get_rank(), dist.get_world_size()
     )
     return {name: getattr(train, name) for name in same_names} | {
-        "with_ticks": train.tick > 0,
+        "with_ticks": train.tick_kimg > 0,
         "batch_size": batch_size,
         "global_batch_size": global_batch,
         "precision": run_precision(settings),
@@ -105,7 +105,7 @@ def run_precision(settings: Settings) -> str:
     return choose_precision(settings.values["precision"], settings.values["use_fp16"], dist.dev())
 
 
-def describe(settings: Settings) -> None:
+def dry_run(settings: Settings) -> None:
     """--dry_run: print the resolved run as JSON, with the network's size, and do nothing.
 
     Of a training run also the memory that it takes on the fullest rank, in bytes, and on stderr as a table.
@@ -134,7 +134,7 @@ def describe(settings: Settings) -> None:
 def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
     """What the flags of a training run say about its memory, and the images of a forward pass."""
     train, values = settings.section(TrainConfig), settings.values
-    ranks = train.plan_ranks or dist.get_world_size()
+    ranks = train.dry_run_ranks or dist.get_world_size()
     images, _ = share_of_batch(train.global_batch_size, train.batch_size, 0, ranks)
     mode = values["training_mode"]
     run = PlannedRun(
@@ -147,6 +147,6 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         shard_optimizer=train.shard_optimizer,
         has_target=mode in CONSISTENCY_MODES,
         teacher={"consistency_distillation": "still", "progdist": "moving"}.get(mode, "none"),
-        on_gpu=train.plan_ranks > 0 or dist.dev().type == "cuda",
+        on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )
     return run, min(images, train.microbatch) if train.microbatch > 0 else images

@@ -30,15 +30,15 @@ from cm.networks.noisy_classifier import NoisyClassifier, from_content
 from cm.samplers import SAMPLERS, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
-from cm.setup.inherit import adopt_checkpoint
-from cm.setup.model import attend_where_possible, diffusion_from, model_from, parse_ts
+from cm.setup.inherit import inherit_checkpoint
+from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
 from cm.setup.run import on_device, run_precision
 from cm.types import Sampler
 
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
-def adopt_model(settings: Settings) -> SampleConfig:
+def inherit_model(settings: Settings) -> SampleConfig:
     """Take from the checkpoint at --model_path what it knows of its network and how it was trained.
 
     :raises UserError: if there is no such checkpoint, or a flag contradicts it.
@@ -46,8 +46,8 @@ def adopt_model(settings: Settings) -> SampleConfig:
     if not settings.values["model_path"]:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
     choose_ablation(settings)
-    adopt_checkpoint(settings, "model_path", also=("training_mode",))
-    attend_where_possible(settings)
+    inherit_checkpoint(settings, "model_path", also=("training_mode",))
+    drop_unreachable_attention(settings)
     reach_all_levels(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
     settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)

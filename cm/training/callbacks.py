@@ -1,6 +1,6 @@
 """What looks at a run while it trains: pictures of its samples, and their distance from real images.
 
-A watcher draws with a network of its own and leaves the random streams as it found them, so training is the same, bit
+A callback draws with a network of its own and leaves the random streams as it found them, so training is the same, bit
 for bit, with and without it. The images are those that image_sample.py draws from the checkpoint of the same step.
 Every method is one step of all ranks together.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cm.checkpoints import loading, manifest
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, labels_of, rounds, together
+from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_rows, labels_of, rank_batches
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
 from cm.io.storage import write_json
@@ -67,7 +67,7 @@ class AverageSampler:
 
     def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
         """The whole average, on every rank; one step of all ranks together."""
-        return loop.trainer.master_params_to_state_dict(loop.averages.whole(self.rate))
+        return loop.trainer.master_params_to_state_dict(loop.averages.gather(self.rate))
 
     def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank."""
@@ -75,7 +75,7 @@ class AverageSampler:
         model = self.make_model()
         loading.fit(model, self.weights(loop), f"the average {self.rate}")
         model = to_device(model, loop.device).eval()
-        shares = list(rounds(plan, loop.rank, loop.world_size))
+        shares = list(rank_batches(plan, loop.rank, loop.world_size))
         for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
             with at_precision(model, self.precision):       # left before others compute with the images
                 images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), **self.options)
@@ -97,7 +97,7 @@ class SampleGrids:
     def after_step(self, loop: TrainLoop) -> dict[str, float]:
         if is_due(loop, loop.save_interval if self.interval < 0 else self.interval):
             with undisturbed(loop.device):
-                drawn = [tuple(map(together, pair)) for pair in self.sampler.draw(loop, self.num_samples, "samples")]
+                drawn = [tuple(map(gather_rows, pair)) for pair in self.sampler.draw(loop, self.num_samples, "samples")]
             dist.on_main(self.write, loop.step, drawn if dist.is_main() else [])
         return {}
 
@@ -146,7 +146,7 @@ class Evaluation:
             try:
                 dist.on_main(self.keep, loop, self.sampler.weights(loop))
             except (UserError, OSError) as error:
-                if loop.shelf.on_save_error == "stop":
+                if loop.checkpoints.on_save_error == "stop":
                     raise
                 self.best = before                          # it still lies where best.json says
                 logger.warn(f"training goes on without the weights of step {loop.step}, the best so far: {error}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from cm.training.loop import TrainLoop
 from cm.training.mixed_precision import MasterWeights
-from cm.types import Nets
+from cm.types import Networks
 
 __all__ = ["CMTrainLoop", "TrainLoop"]
 
@@ -50,7 +50,7 @@ class CMTrainLoop(TrainLoop):
         for step in (0, self.total_training_steps - 1):         # not hours later, where the curriculum has gone too far
             self.objective.intervals(ema_scale_fn(step)[1])
 
-    def moving_networks(self) -> dict[str, MasterWeights]:
+    def companions(self) -> dict[str, MasterWeights]:
         moving = {"target_model": self.target_model}
         if self.training_mode == "progdist":                    # each stage's teacher is the student of the one before
             moving["teacher_model"] = self.teacher_model
@@ -61,7 +61,7 @@ class CMTrainLoop(TrainLoop):
             for name, network in moving.items() if network is not None
         }
 
-    def make_nets(self) -> Nets:
+    def make_nets(self) -> Networks:
         nets = super().make_nets()
         if self.target_model is not None:
             nets.target, nets.target_model = self.diffusion.bind(self.target_model), self.target_model

@@ -20,22 +20,24 @@ def steps_of(kimg: float, batch: int) -> int:
 
 
 def resolve_durations(settings: Settings, batch: int) -> None:
-    """Turn --total_kimg, --tick, --snap, --dump and --ema_halflife_kimg into the flags of the loop.
+    """Turn the flags in images and in ticks (--total_kimg, --tick_kimg and the rest) into those of the loop, in steps.
 
     :param batch: images per step over all ranks.
-    :raises UserError: if a duration is asked for in steps and in images, or --snap and --dump without --tick.
+    :raises UserError: if a duration is asked for in steps and in images, or in ticks without
+        --tick_kimg.
     """
     values = settings.values
-    ticks = [values[flag] for flag in ("snap", "dump") if values[flag]]
-    if ticks and not values["tick"]:
-        raise UserError("--snap and --dump count ticks: give --tick, the kimg of one, such as --tick 50")
+    ticks = [values[flag] for flag in ("snapshot_ticks", "state_dump_ticks") if values[flag]]
+    if ticks and not values["tick_kimg"]:
+        raise UserError("--snapshot_ticks and --state_dump_ticks count ticks: give --tick_kimg, the kimg of one, "
+                        "such as --tick_kimg 50")
     if values["total_kimg"]:
         set_steps(settings, "total_training_steps", "total_kimg", steps_of(values["total_kimg"], batch), batch)
-    if values["tick"]:
-        tick = steps_of(values["tick"], batch)
-        set_steps(settings, "log_interval", "tick", tick, batch)
+    if values["tick_kimg"]:
+        tick = steps_of(values["tick_kimg"], batch)
+        set_steps(settings, "log_interval", "tick_kimg", tick, batch)
         if ticks:                               # a checkpoint is a snapshot and a dump: the more frequent of both
-            flag = min(("snap", "dump"), key=lambda name: values[name] or math.inf)
+            flag = min(("snapshot_ticks", "state_dump_ticks"), key=lambda name: values[name] or math.inf)
             set_steps(settings, "save_interval", flag, tick * values[flag], batch)
     if values["ema_halflife_kimg"]:
         word = f"{values['ema_halflife_kimg']:g}{HALF_LIFE}"

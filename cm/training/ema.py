@@ -14,14 +14,14 @@ import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
-from cm.distributed.sharding import Shares, share_out
+from cm.distributed.sharding import Sharding, partition
 from cm.errors import UserError
 from cm.tensors import update_emas
 
 CPU = th.device("cpu")
 
 
-class WeightAverages:
+class EMA:
     """Averages that start from the present values of some parameters.
 
     :param params: what is averaged: float32, all on one device.
@@ -34,28 +34,28 @@ class WeightAverages:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], rates: Sequence[str], device: str = "same", shares: Shares | None = None
+        self, params: Sequence[Tensor], rates: Sequence[str], device: str = "same", shares: Sharding | None = None
     ):
         self.rates, self.all = list(rates), list(params)
-        self.shares = shares or share_out([param.numel() for param in self.all], 0, 1)
+        self.shares = shares or partition([param.numel() for param in self.all], 0, 1)
         self.sources = self.shares.mine(self.all)
         at = self.all[0].device
         if device == "cuda" and at.type != "cuda":
             raise UserError(f"--ema_device cuda, but this run is on the {at.type}: choose same, or cpu")
         self.device = CPU if device == "cpu" else at
         self.background = Background(self.sources) if self.device != at and self.rates else None
-        self._held = [[self.copy_of(param) for param in self.sources] for _ in self.rates]
+        self._local = [[self.copy_of(param) for param in self.sources] for _ in self.rates]
 
     def copy_of(self, param: Tensor) -> Tensor:
         """float32 whatever the parameter: at 0.9999 a half-precision average would never move."""
         return param.detach().to(self.device, th.float32, copy=True)
 
     @property
-    def held(self) -> list[list[Tensor]]:
+    def local(self) -> list[list[Tensor]]:
         """For each rate the tensors that this rank keeps, up to date: themselves, no copies."""
         if self.background:
             self.background.wait()
-        return self._held
+        return self._local
 
     def update(self, decays: Sequence[float]) -> None:
         """Follow the parameters, after a step.
@@ -63,12 +63,12 @@ class WeightAverages:
         :param decays: for each average its r, in [0, 1].
         """
         if self.background:
-            self.background.submit(partial(self.follow, decays))
+            self.background.submit(partial(self._update, decays))
         else:
-            self.follow(decays, self.sources)
+            self._update(decays, self.sources)
 
-    def follow(self, decays: Sequence[float], values: Sequence[Tensor]) -> None:
-        update_emas(self._held, values, decays)
+    def _update(self, decays: Sequence[float], values: Sequence[Tensor]) -> None:
+        update_emas(self._local, values, decays)
 
     def restart(self) -> None:
         """Begin anew from the present values."""
@@ -78,15 +78,15 @@ class WeightAverages:
     @th.no_grad()
     def load(self, rate: str, params: Sequence[Tensor]) -> None:
         """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them."""
-        for average, param in zip(self.held[self.rates.index(rate)], self.shares.mine(params), strict=True):
+        for average, param in zip(self.local[self.rates.index(rate)], self.shares.mine(params), strict=True):
             average.copy_(param)
 
-    def whole(self, rate: str) -> list[Tensor]:
+    def gather(self, rate: str) -> list[Tensor]:
         """The average of every parameter, on every rank; on the CPU where it is kept in shares."""
-        held = self.held[self.rates.index(rate)]
+        local = self.local[self.rates.index(rate)]
         if self.shares.ranks == 1:
-            return held
-        ours = iter(held)
+            return local
+        ours = iter(local)
         params = [
             next(ours).to(CPU) if owner == self.shares.rank else th.empty_like(param, dtype=th.float32, device=CPU)
             for param, owner in zip(self.all, self.shares.owners)
@@ -95,12 +95,12 @@ class WeightAverages:
             dist.sync_params(self.shares.of(rank, params), rank)
         return params
 
-    def whole_on_main(self, rate: str) -> list[Tensor]:
-        """As `whole`, on rank 0 only and without memory on the others, which get an empty list."""
-        held = self.held[self.rates.index(rate)]
+    def gather_to_main(self, rate: str) -> list[Tensor]:
+        """As `gather`, on rank 0 only and without memory on the others, which get an empty list."""
+        local = self.local[self.rates.index(rate)]
         if self.shares.ranks == 1:
-            return held
-        gathered = dist.gather_tensors(held)
+            return local
+        gathered = dist.gather_tensors(local)
         if gathered is None:
             return []
         parts = [iter(part) for part in gathered]

@@ -19,21 +19,21 @@ from tqdm import tqdm
 
 from cm.checkpoints import manifest
 from cm.checkpoints.loading import WeightsFile
-from cm.checkpoints.manager import Shelf
+from cm.checkpoints.manager import CheckpointManager
 from cm.distributed import setup as dist
 from cm.distributed import signals
-from cm.distributed.sharding import share_out
+from cm.distributed.sharding import partition
 from cm.logging import logger
 from cm.random_util import SampleStreams, stream_seed
 from cm.training import non_finite, state
 from cm.training.durations import parse_rates, rampup
-from cm.training.ema import WeightAverages
+from cm.training.ema import EMA
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer
 from cm.training.non_finite import NonFiniteError
 from cm.training.optimizer import OPTIMIZERS, make_optimizer
 from cm.training.throughput import Ticks, status_line
-from cm.types import Batch, Nets, Objective, Terms, Watcher
+from cm.types import Batch, Callback, LossTerms, Networks, Objective
 
 ENDLESS = 600_000
 
@@ -64,9 +64,9 @@ class TrainLoop:
     :param global_batch_size: B, where the ranks' shares differ; None for `batch_size` on each.
     :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
     :param keep_checkpoints, milestone_interval, on_save_error: see `Shelf`.
-    :param ema_device: where the averages live; see `WeightAverages`.
+    :param ema_device: where the averages live; see `EMA`.
     :param shard_ema, shard_optimizer: keep averages, and the state of the optimizer, in shares over the ranks.
-    :param watchers: what looks at the run after each step; their state is part of a checkpoint.
+    :param callbacks: what looks at the run after each step; their state is part of a checkpoint.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TrainLoop:
         ema_device: str = "same",
         shard_ema: bool = False,
         shard_optimizer: bool = False,
-        watchers: Sequence[Watcher] = (),
+        callbacks: Sequence[Callback] = (),
         lr_rampup_kimg: float = 0.0,
         ema_rampup_ratio: float = 0.0,
         with_ticks: bool = False,
@@ -117,33 +117,35 @@ class TrainLoop:
         self.total_training_steps = last_step(total_training_steps, lr_anneal_steps)
         self.log_interval, self.save_interval, self.with_ticks = log_interval, save_interval, with_ticks
         self.seed, self.config = seed, dict(config or {})
-        self.shelf = Shelf(checkpoint_dir or logger.get_dir(), keep_checkpoints, milestone_interval, on_save_error)
+        self.checkpoints = CheckpointManager(
+            checkpoint_dir or logger.get_dir(), keep_checkpoints, milestone_interval, on_save_error
+        )
         self.start = start or WeightsFile(resume_checkpoint)
-        self.watchers = watchers
+        self.callbacks = callbacks
         self.device = next(model.parameters()).device
 
         self.trainer = MixedPrecisionTrainer(
             model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, precision=precision
         )
         masters = self.trainer.master_params
-        shares = share_out([param.numel() for param in masters], self.rank, self.world_size)
+        shares = partition([param.numel() for param in masters], self.rank, self.world_size)
         self.make_optimizer = lambda: make_optimizer(
             optimizer, masters, lr, weight_decay, shares if shard_optimizer else None
         )
         self.opt = self.make_optimizer()
         self.ema_rate = parse_rates(ema_rate, ema_rampup_ratio)
-        self.averages = WeightAverages(masters, self.ema_rate, ema_device, shares if shard_ema else None)
+        self.averages = EMA(masters, self.ema_rate, ema_device, shares if shard_ema else None)
 
-        self.moving = self.moving_networks()
+        self.moving = self.companions()
         self.objective = objective or diffusion.training_objective(schedule_sampler)
-        self.parts: list[tuple[Batch, Terms]] = []              # the microbatches of the latest step
+        self.parts: list[tuple[Batch, LossTerms]] = []              # the microbatches of the latest step
         self.step = self.images_seen = 0
         self.seconds_before = 0.0                               # trained before this start
         self.stop_signal = 0                                    # on which all ranks have agreed to stop
         self.resume(resume, resume_checkpoint)
         self.start.weights = None                               # not needed where a newer checkpoint was found
         self.ddp_model = self.distribute(model)
-        self.is_warm = self.world_size <= 2
+        self.ddp_warmed_up = self.world_size <= 2
         self.nets = self.make_nets()
         self.meter = LossMeter(diffusion.sigma_min, diffusion.sigma_max, dist.all_reduce_sum)
         self.data = data(self.images_seen) if callable(data) else data
@@ -152,14 +154,14 @@ class TrainLoop:
 
     # --- what the networks are -------------------------------------------------------------------------------------
 
-    def make_nets(self) -> Nets:
-        return Nets(
+    def make_nets(self) -> Networks:
+        return Networks(
             online=self.diffusion.bind(self.ddp_model),
             online_model=self.model,
             online_params=self.trainer.master_params,
         )
 
-    def moving_networks(self) -> dict[str, MasterWeights]:
+    def companions(self) -> dict[str, MasterWeights]:
         """The other networks that change during training, and so belong into a checkpoint."""
         return {}
 
@@ -179,7 +181,7 @@ class TrainLoop:
     @property
     def ema_params(self) -> list[list[Tensor]]:
         """For each rate the averages that this rank keeps: all, unless they are in shares."""
-        return self.averages.held
+        return self.averages.local
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class TrainLoop:
                 ends = self.step == self.total_training_steps or bool(self.stop_signal)
                 saves = self.step % self.save_interval == 0 or ends
                 with self.ticks.maintenance():
-                    found = self.ask_watchers()
+                    found = self.run_callbacks()
                 # A resumed run cannot log what came before its start, so each save has a row.
                 if self.step % self.log_interval == 0 or saves or found:
                     bar.clear()                                 # the table gets lines of its own
@@ -216,22 +218,22 @@ class TrainLoop:
 
     def run_step(self, batch: Batch) -> None:
         """One optimizer step. Raises NonFiniteError on every rank before a bad update."""
-        if not self.is_warm:
+        if not self.ddp_warmed_up:
             self.warm_up(batch)
         self.set_learning_rate()
         th.manual_seed(stream_seed(self.seed, f"dropout of rank {self.rank}", self.step))
         self.trainer.zero_grad()
         self.forward_backward(batch)
-        self.report = self.trainer.step(self.opt, self.confer())
+        self.report = self.trainer.step(self.opt, self.agree_on_finite_and_stop())
         if self.report.fatal:
             raise self.non_finite_error()
         if self.report.stepped:                                 # a step that overflowed has nothing to teach
-            self.remember()
+            self.update_loss_history()
             self.averages.update([rate.decay(self.images_seen, self.global_batch) for rate in self.ema_rate])
         if self.objective.after_step(self.nets, self.step):
-            self.start_afresh()
+            self.reset_optimizer_and_ema()
         for network in self.moving.values():
-            network.publish_masters()
+            network.master_params_to_model_params()
         self.step += 1
         self.images_seen += self.global_batch
 
@@ -243,13 +245,13 @@ class TrainLoop:
             is_last = start + self.microbatch >= len(batch)
             wait = contextlib.nullcontext() if is_last or self.world_size == 1 else self.ddp_model.no_sync()
             with wait:
-                terms = self.pass_over(part)
+                terms = self.forward_backward_micro(part)
             self.meter.add(terms)
-            self.parts.append((part, Terms(terms.loss.detach(), terms.sigma.detach(), {
+            self.parts.append((part, LossTerms(terms.loss.detach(), terms.sigma.detach(), {
                 name: value.detach() for name, value in terms.logs.items()
             })))
 
-    def pass_over(self, part: Batch) -> Terms:
+    def forward_backward_micro(self, part: Batch) -> LossTerms:
         """Add the gradient of a microbatch's share of the mean loss."""
         rng = SampleStreams(self.seed, part.positions, stream="train")
         with self.trainer.autocast():
@@ -263,11 +265,11 @@ class TrainLoop:
         which three or more ranks add up their gradients. So a resumed run adds in the same order from its first step.
         """
         for _ in range(2):
-            self.pass_over(batch.rows(0, self.microbatch))
+            self.forward_backward_micro(batch.rows(0, self.microbatch))
             self.trainer.zero_grad()
-        self.is_warm = True
+        self.ddp_warmed_up = True
 
-    def confer(self) -> bool:
+    def agree_on_finite_and_stop(self) -> bool:
         """Whether every loss on every rank and every gradient is finite; hears of requests to stop, too.
 
         One message a step between the ranks, and the only time that a step waits for its device.
@@ -279,22 +281,22 @@ class TrainLoop:
             signals.agreed()
         return gradients and not bad                        # the ranks' gradients are averages, so the same
 
-    def remember(self) -> None:
+    def update_loss_history(self) -> None:
         """Hand the losses of all ranks to the objective's memory, in the order of the samples."""
-        if self.objective.memory is None:
+        if self.objective.history is None:
             return
         rows = [(part.positions, terms.sigma.cpu(), terms.logs["mse"].cpu()) for part, terms in self.parts]
         mine = [th.cat(column) for column in zip(*rows)]
         positions, sigma, loss = (th.cat(column) for column in zip(*dist.all_gather_object(mine)))
         order = positions.argsort()
-        self.objective.memory.remember(sigma[order], loss[order])
+        self.objective.history.update_loss_history(sigma[order], loss[order])
 
     def set_learning_rate(self) -> None:
         done = self.step / self.lr_anneal_steps if self.lr_anneal_steps else 0.0
         for group in self.opt.param_groups:
             group["lr"] = self.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, self.lr_rampup_kimg)
 
-    def start_afresh(self) -> None:
+    def reset_optimizer_and_ema(self) -> None:
         """A new stage: a fresh optimizer, averages that start from the present weights."""
         self.opt = self.make_optimizer()
         self.averages.restart()
@@ -303,22 +305,22 @@ class TrainLoop:
         skips = f" after {self.trainer.skipped_steps} steps skipped in fp16" if self.trainer.use_fp16 else ""
         return non_finite.explain(
             self.step, self.parts, skips,
-            f"Lower --lr, or look at these images; the newest checkpoint in {self.shelf.directory} is good.",
+            f"Lower --lr, or look at these images; the newest checkpoint in {self.checkpoints.directory} is good.",
         )
 
     # --- the log ---------------------------------------------------------------------------------------------------
 
-    def ask_watchers(self) -> dict[str, float]:
+    def run_callbacks(self) -> dict[str, float]:
         """What they have found after this step, for the log; their time is not the training's."""
         begun, found = time.monotonic(), {}
         with signals.unhurried():                              # a measurement may take longer than any step
-            for watcher in self.watchers:
-                found |= watcher.after_step(self)
+            for callback in self.callbacks:
+                found |= callback.after_step(self)
         self.clock += time.monotonic() - begun
         return found
 
     def log_row(self, found: Mapping[str, float]) -> dict[str, float]:
-        """Write a row of the log, with what watchers have found; returns the averages of the losses."""
+        """Write a row of the log, with what callbacks have found; returns the averages of the losses."""
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         images, self.logged_step = (self.step - self.logged_step) * self.global_batch, self.step
@@ -331,7 +333,7 @@ class TrainLoop:
             **({"skipped_steps": self.trainer.skipped_steps} if self.trainer.use_fp16 else {}),
             "lr": self.opt.param_groups[0]["lr"],
             "images_per_second": images / max(seconds, 1e-9),
-            "elapsed_seconds": self.seconds(),
+            "elapsed_seconds": self.elapsed_seconds(),
             **self.extra_logs(),
             **found,
             **tick,
@@ -341,7 +343,7 @@ class TrainLoop:
             logger.log(status_line(tick))
         return means
 
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """That the run has trained, over all its starts."""
         return self.seconds_before + time.monotonic() - self.begun
 
@@ -353,13 +355,15 @@ class TrainLoop:
     def save(self, is_last: bool = True) -> None:
         """Write a checkpoint of this step; see `Shelf.save` for what happens if that fails."""
         with signals.unhurried():
-            self.shelf.save(self.step, state.content(self), self.config, self.images_seen, self.seconds(), is_last)
+            self.checkpoints.save(
+                self.step, state.state_dict(self), self.config, self.images_seen, self.elapsed_seconds(), is_last
+            )
 
     def resume(self, resume: str, resume_checkpoint: str) -> None:
         """Go on from the newest checkpoint of the run or the one asked for, else start from `resume_checkpoint`."""
-        found = self.shelf.find(resume)
+        found = self.checkpoints.find(resume)
         if found:
-            state.go_on(self, found)
+            state.load_state_dict(self, found)
         elif resume_checkpoint:
             self.start_from(resume_checkpoint)
         logger.drop_after(self.step)                            # rows of steps that are about to be done again
@@ -368,7 +372,7 @@ class TrainLoop:
         """Weights of a file of another run; optimizer, averages and step where they lie beside it."""
         beside = dist.on_main(manifest.beside, path)
         if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
-            state.go_on(self, beside)
+            state.load_state_dict(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
         self.trainer.load_master_params(state.read_params(self.trainer, self.start.take(), path))

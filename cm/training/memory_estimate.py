@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from cm.distributed.sharding import share_out
+from cm.distributed.sharding import partition
 from cm.training.mixed_precision import MasterWeights
 from cm.training.optimizer import make_optimizer
 
@@ -82,7 +82,7 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     masters = trainer.master_params
     sizes = [param.numel() for param in masters]
     rank = fullest(sizes, run.ranks) if rank is None else rank
-    shared, alone = share_out(sizes, rank, run.ranks), share_out(sizes, 0, 1)
+    shared, alone = partition(sizes, rank, run.ranks), partition(sizes, 0, 1)
     states = state_bytes(run.optimizer, masters)
 
     network, half = nbytes([*trainer.model_params, *model.buffers()]), trainer.use_fp16
@@ -110,7 +110,7 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
 
 def fullest(sizes: Sequence[int], ranks: int) -> int:
     """The rank with the largest share."""
-    shares = share_out(sizes, 0, ranks)
+    shares = partition(sizes, 0, ranks)
     return max(range(ranks), key=lambda rank: sum(shares.of(rank, sizes)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch as th
 from torch import Tensor
 
-from cm.types import Terms
+from cm.types import LossTerms
 
 QUARTERS = 4
 
@@ -31,7 +31,7 @@ class LossMeter:
         return (place * QUARTERS).long().clamp_(0, QUARTERS - 1)
 
     @th.no_grad()
-    def add(self, terms: Terms) -> None:
+    def add(self, terms: LossTerms) -> None:
         quarter = self.quarter(terms.sigma.detach())
         for name, value in {"loss": terms.loss, **terms.logs}.items():
             value = value.detach().double().expand(len(quarter))

@@ -66,8 +66,8 @@ class Steps(Protocol):
 class MasterWeights:
     """The float32 parameters of a network, which itself may compute in half precision.
 
-    Averages are made of `master_params` and files are written from them; `publish_masters` then tells the network.
-    For fp32 and bf16 they are the network's own parameters.
+    Averages are made of `master_params` and files are written from them; `master_params_to_model_params`
+    copies them into the network. For fp32 and bf16 they are the network's own parameters.
 
     :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here.
     :param precision: "fp32", "bf16" or "fp16".
@@ -95,7 +95,7 @@ class MasterWeights:
         return self.precision == "fp16"
 
     @th.no_grad()
-    def publish_masters(self) -> None:
+    def master_params_to_model_params(self) -> None:
         """Give the model the values of the master parameters, after something changed them."""
         if self.use_fp16:
             th._foreach_copy_(self.model_params, self.master_params)
@@ -108,7 +108,7 @@ class MasterWeights:
         """
         for master, param in zip(self.master_params, params, strict=True):      # from any device
             master.copy_(param)
-        self.publish_masters()
+        self.master_params_to_model_params()
 
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
         """A state dict of the model with these parameters (the masters, or an average of them).
@@ -235,7 +235,7 @@ class MixedPrecisionTrainer(MasterWeights):
         self.report = StepReport(finite, fatal, self.grad_norm(), _global_norm(self.master_params), lg_loss_scale)
         if finite:
             opt.step()
-            self.publish_masters()
+            self.master_params_to_model_params()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth if finite else -1
             self.skipped_steps += not finite

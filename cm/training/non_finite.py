@@ -8,7 +8,7 @@ import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
-from cm.types import Batch, Terms
+from cm.types import Batch, LossTerms
 
 SHOWN = 16
 
@@ -17,12 +17,12 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient is not finite; raised on every rank before the weights are touched."""
 
 
-def all_finite(parts: Sequence[tuple[Batch, Terms]]) -> Tensor:
+def all_finite(parts: Sequence[tuple[Batch, LossTerms]]) -> Tensor:
     """Whether every loss of this rank's step is finite: a boolean scalar that is not waited for."""
     return th.stack([terms.loss.detach().isfinite().all() for _, terms in parts]).all()
 
 
-def explain(step: int, parts: Sequence[tuple[Batch, Terms]], why: str, remedy: str) -> NonFiniteError:
+def explain(step: int, parts: Sequence[tuple[Batch, LossTerms]], why: str, remedy: str) -> NonFiniteError:
     """The error of a step, the same on every rank, all of which must call this.
 
     :param parts: the microbatches of this rank's step and what the objective said of them.
@@ -44,7 +44,7 @@ def explain(step: int, parts: Sequence[tuple[Batch, Terms]], why: str, remedy: s
     )
 
 
-def describe(parts: Sequence[tuple[Batch, Terms]]) -> list[dict]:
+def describe(parts: Sequence[tuple[Batch, LossTerms]]) -> list[dict]:
     """Plain facts about the samples of this rank."""
     rank, facts = dist.get_rank(), []
     for batch, terms in parts:

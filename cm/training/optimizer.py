@@ -11,7 +11,7 @@ import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
-from cm.distributed.sharding import Shares
+from cm.distributed.sharding import Sharding
 from cm.registry import lookup
 
 OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
@@ -19,7 +19,7 @@ FUSED = ("adam", "adamw")                                   # whose step torch h
 FUSED_ON = ("cpu", "cuda")
 
 
-class SharedOptimizer:
+class ZeroOptimizer:
     """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
 
     This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
@@ -28,7 +28,7 @@ class SharedOptimizer:
     """
 
     def __init__(
-        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Shares, **options: float
+        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Sharding, **options: float
     ):
         self.params, self.shares = list(params), shares
         self.own = shares.mine(self.params)
@@ -83,8 +83,8 @@ class SharedOptimizer:
 
 
 def make_optimizer(
-    name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Shares | None = None
-) -> th.optim.Optimizer | SharedOptimizer:
+    name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None
+) -> th.optim.Optimizer | ZeroOptimizer:
     """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares.
 
     :raises UserError: for a name that is none.
@@ -94,4 +94,4 @@ def make_optimizer(
         kind = partial(kind, fused=True)
     if shares is None or shares.ranks == 1:
         return kind(params, lr=lr, weight_decay=weight_decay)
-    return SharedOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)
+    return ZeroOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)

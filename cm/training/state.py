@@ -19,29 +19,29 @@ from cm.training.mixed_precision import MasterWeights
 STATUS = "status.json"
 
 
-def content(loop: Any) -> dict[str, Any]:
+def state_dict(loop: Any) -> dict[str, Any]:
     """name -> state dict, on rank 0; empty on the others, who give their shares. All ranks call it together.
 
     The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
     draw is a function of the seed and of the position, or the step, it belongs to.
     """
     trainer = loop.trainer
-    averages = {f"ema_{rate}": loop.averages.whole_on_main(rate) for rate in loop.ema_rate}
+    averages = {f"ema_{rate}": loop.averages.gather_to_main(rate) for rate in loop.ema_rate}
     optimizer = loop.opt.state_dict()
     if not dist.is_main():
         return {}
-    memory = {} if loop.objective.memory is None else {"memory": loop.objective.memory.state_dict()}
-    watchers = {"watchers": {each.name: each.state_dict() for each in loop.watchers}} if loop.watchers else {}
+    memory = {} if loop.objective.history is None else {"memory": loop.objective.history.state_dict()}
+    callbacks = {"watchers": {each.name: each.state_dict() for each in loop.callbacks}} if loop.callbacks else {}
     return {
         "model": trainer.master_params_to_state_dict(trainer.master_params),
         **{name: own.master_params_to_state_dict(own.master_params) for name, own in loop.moving.items()},
         **{name: trainer.master_params_to_state_dict(params) for name, params in averages.items()},
         "opt": optimizer,
-        "trainer": trainer.state_dict() | memory | watchers,
+        "trainer": trainer.state_dict() | memory | callbacks,
     }
 
 
-def go_on(loop: Any, checkpoint: manifest.Checkpoint) -> None:
+def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     """Take over the state of a checkpoint, on every rank.
 
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
@@ -59,11 +59,11 @@ def go_on(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     loop.opt.load_state_dict(load_part("opt", checkpoint))
     trainer = load_part("trainer", checkpoint)
     loop.trainer.load_state_dict(trainer)
-    if loop.objective.memory is not None:
-        loop.objective.memory.load_state_dict(trainer["memory"])
-    for watcher in loop.watchers:
-        if watcher.name in trainer.get("watchers", {}):
-            watcher.load_state_dict(trainer["watchers"][watcher.name])
+    if loop.objective.history is not None:
+        loop.objective.history.load_state_dict(trainer["memory"])
+    for callback in loop.callbacks:
+        if callback.name in trainer.get("watchers", {}):
+            callback.load_state_dict(trainer["watchers"][callback.name])
 
 
 def write_status(loop: Any) -> None:

@@ -32,7 +32,7 @@ def steps_of(directory, name):
 
 
 def save_all(directory, steps, **options):
-    keeper = manager.Shelf(str(directory), **options)
+    keeper = manager.CheckpointManager(str(directory), **options)
     with logger.scoped_configure(str(directory), format_strs=["log"]):
         for step in steps:
             keeper.save(step, CONTENT, {}, step, 0.0, is_last=False)
@@ -263,7 +263,7 @@ def test_two_hundred_kills_while_saving(tmp_path):
         os.waitpid(child, 0)
         os.close(heard), os.close(said)
         with logger.scoped_configure(str(tmp_path / "log"), format_strs=["log"]):
-            found = manager.choose(str(tmp_path), "auto")
+            found = manager.resolve_resume(str(tmp_path), "auto")
         assert found.step > steps
         steps = found.step
         for name in content:

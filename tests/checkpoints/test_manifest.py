@@ -116,7 +116,7 @@ def test_killed_while_saving_never_leaves_a_broken_newest(tmp_path):
         found = manifest.newest(str(tmp_path))
         assert (th.load(found.path("model"), weights_only=True)["w"] == found.step).all()
     (tmp_path / "model000001.pt.partial").write_bytes(b"left behind")
-    manifest.sweep(str(tmp_path))
+    manifest.remove_partial(str(tmp_path))
     assert not list(tmp_path.glob("*.partial"))
 
 

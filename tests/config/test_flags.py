@@ -188,20 +188,20 @@ def test_help_says_a_sentence_for_every_flag(capsys):
 
 def test_a_checkpoint_fills_what_was_not_asked_for_and_contradictions_name_both():
     settings = parse("", *SAMPLE, argv=["--num_channels", "32"], seed=42)
-    settings.adopt({"num_channels": 32, "image_size": 8, "unknown": 1}, "ema.pt")
+    settings.inherit({"num_channels": 32, "image_size": 8, "unknown": 1}, "ema.pt")
     assert settings.values["image_size"] == 8
     with pytest.raises(UserError, match="--num_channels asks for num_channels=32, but ema.pt was made with .*=64"):
-        settings.adopt({"num_channels": 64}, "ema.pt")
+        settings.inherit({"num_channels": 64}, "ema.pt")
 
 
 def test_a_flag_by_its_other_name(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("sa_lambda: 0.5\n")
-    by_flag = parse("", *EDM, argv=["--config", str(file), "--sa_lambda", "0.7"])
-    assert by_flag.values["lamda"] == 0.7 and by_flag.given["lamda"] == "--sa_lambda"
-    assert "sa_lambda" not in by_flag.values
-    assert parse("", *EDM, argv=["--config", str(file)]).values["lamda"] == 0.5
-    assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["lamda"] == 0.3
+    file.write_text("lamda: 0.5\n")
+    by_flag = parse("", *EDM, argv=["--config", str(file), "--lamda", "0.7"])
+    assert by_flag.values["sa_lambda"] == 0.7 and by_flag.given["sa_lambda"] == "--lamda"
+    assert "lamda" not in by_flag.values
+    assert parse("", *EDM, argv=["--config", str(file)]).values["sa_lambda"] == 0.5
+    assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["sa_lambda"] == 0.3
     with pytest.raises(UserError, match="--lamda and --sa_lambda are one flag.*0.3 and 0.4"):
         parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.4"])
     file.write_text("sa_lambda: 0.5\nlamda: 0.6\n")

@@ -14,7 +14,7 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
 from cm.samplers.sample import sample
-from cm.setup.objective import follow_precond
+from cm.setup.objective import apply_precond_defaults
 from support import golden
 from support.gaussian import Gaussian
 
@@ -184,7 +184,7 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
 def test_the_published_law_and_weight_come_with_the_precond():
     def resolved(*argv):
         settings = parse("", ModelConfig, DiffusionConfig, TrainConfig, argv=argv)
-        follow_precond(settings)
+        apply_precond_defaults(settings)
         return settings.values["schedule_sampler"], settings.values["weight_schedule"]
 
     assert resolved() == ("lognormal", "karras")

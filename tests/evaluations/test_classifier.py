@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from evaluations.classifier import FEATURES, Classifier, accuracy, stratified_split, train_classifier
 from evaluations.features import load_extractor, save_torchscript
+from evaluations.features.classifier import FEATURES, Classifier, accuracy, stratified_split, train_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
 

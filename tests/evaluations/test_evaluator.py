@@ -15,13 +15,15 @@ from torch import nn
 
 from cm.errors import UserError
 from evaluations.defaults import METRIC_NAMES
+from evaluations.engine.readers import Statistics
+from evaluations.engine.statistics_cache import KEPT, StatisticsCache
 from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
-from evaluations.manifold import precision_recall
-from evaluations.metrics import frechet_distance, inception_score, kid
-from evaluations.readers import Statistics
-from evaluations.statistics_cache import KEPT, StatisticsCache
-from evaluations.torchscript import quiet_torchscript
+from evaluations.features.torchscript import quiet_torchscript
+from evaluations.metrics.frechet import frechet_distance
+from evaluations.metrics.inception_score import inception_score
+from evaluations.metrics.kid import kid
+from evaluations.metrics.precision_recall import precision_recall
 from support.mpi import python
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import nn
 
 from cm.errors import UserError
+from evaluations.engine.image_files import open_pictures
+from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.fid import calc, choose, main, ref, report
-from evaluations.picture_files import open_pictures
-from evaluations.statistics_cache import StatisticsCache
 from support.mpi import mpiexec, program, python
 
 N = 70

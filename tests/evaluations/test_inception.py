@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from cm.errors import UserError
 from cm.io.torchvision_shim import import_torchvision
 from evaluations.features import InceptionExtractor, load_extractor
-from evaluations.inception_v3 import InceptionV3, tf1_bilinear
-from evaluations.inception_weights import canonical_weights, conv_names, read_inception
-from evaluations.torchscript import quiet_torchscript
+from evaluations.features.inception_v3 import InceptionV3, tf1_bilinear
+from evaluations.features.inception_weights import canonical_weights, conv_names, read_inception
+from evaluations.features.torchscript import quiet_torchscript
 from support.golden import DATA
 from support.inception_stand_in import as_pytorch_fid, random_tensors
 

@@ -10,18 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluations.manifold import manifold_hits, manifold_radii
-from evaluations.metrics import (
-    InceptionScore,
-    Moments,
-    frechet,
-    frechet_distance,
-    inception_score,
-    kid,
-    precision_recall,
-    squared_mmd,
-)
-from evaluations.points_over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
+from evaluations.engine.over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
+from evaluations.metrics.frechet import Moments, frechet, frechet_distance
+from evaluations.metrics.inception_score import InceptionScore, inception_score
+from evaluations.metrics.kid import kid, squared_mmd
+from evaluations.metrics.precision_recall import manifold_hits, manifold_radii, precision_recall
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden_metrics.npz", allow_pickle=False)
 

@@ -8,7 +8,7 @@ import pytest
 
 from cm.errors import UserError
 from cm.generate.npz import NpzWriter
-from evaluations.readers import BatchFile
+from evaluations.engine.readers import BatchFile
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 5, 4, 3), dtype=np.uint8)
 

@@ -9,10 +9,12 @@ from cm.errors import UserError
 from evaluations.defaults import METRIC_NAMES
 from evaluations.evaluator import evaluate, report
 from evaluations.features import load_extractor
+from evaluations.features.graph_constants import read_constants
 from evaluations.fid import calc, ref
-from evaluations.graph_constants import read_constants
-from evaluations.manifold import precision_recall
-from evaluations.metrics import frechet_distance, inception_score, kid
+from evaluations.metrics.frechet import frechet_distance
+from evaluations.metrics.inception_score import inception_score
+from evaluations.metrics.kid import kid
+from evaluations.metrics.precision_recall import precision_recall
 from support.inception_graph import write_inception, write_tiny
 from support.inception_stand_in import random_tensors
 

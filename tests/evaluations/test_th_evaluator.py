@@ -7,11 +7,11 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
+from evaluations.engine.accumulator import moments_over_ranks
+from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.evaluator import evaluate, report
 from evaluations.features import load_extractor, save_torchscript
-from evaluations.metrics import Moments
-from evaluations.statistics_cache import StatisticsCache
-from evaluations.tally import moments_over_ranks
+from evaluations.metrics.frechet import Moments
 from evaluations.th_evaluator import METRICS, ThEvaluator
 from support.mpi import mpi_program, mpiexec
 

@@ -7,7 +7,7 @@ import torch as th
 from cm.config.flags import parse
 from cm.config.schema import SampleConfig, SeedsConfig
 from cm.errors import UserError
-from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rounds, sample_to_npz
+from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rank_batches, sample_to_npz
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import create_model
 from cm.setup.sample import choose_seeds
@@ -48,7 +48,7 @@ def test_seeds_say_how_many_images(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_row_is_made_once(ranks):
     plan = SamplingPlan(7, 2, 8, seed=0, num_classes=None, seeds=(9, 2, 3, 4, 0, 100, 1))
-    shares = [list(rounds(plan, rank, ranks)) for rank in range(ranks)]
+    shares = [list(rank_batches(plan, rank, ranks)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     rows = np.concatenate([np.concatenate(parts) for parts in zip(*shares)])
     assert plan.indices(rows).tolist() == list(plan.seeds)

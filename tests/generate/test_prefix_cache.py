@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.generate.engine import SamplingPlan, draw, labels_of, rounds
-from cm.generate.prefix_cache import SharedStages
+from cm.generate.engine import SamplingPlan, draw, labels_of, rank_batches
+from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import naive_evaluations, read_range, search_schedule
 from cm.karras_diffusion import KarrasDenoiser
 from support.naive import naive_search
@@ -33,7 +33,7 @@ def images(network, denoiser_of, ts):
     """All images of a schedule: [7,4,4,3]."""
     batches = [
         draw(network, denoiser_of(batch), PLAN, indices, labels_of(indices, PLAN), ts=ts, **OPTIONS)[0]
-        for batch, indices in enumerate(rounds(PLAN, 0, 1))
+        for batch, indices in enumerate(rank_batches(PLAN, 0, 1))
     ]
     return np.concatenate(batches)
 
@@ -49,7 +49,7 @@ def diffusion():
 
 
 def test_images_are_those_of_plain_sampling_bit_for_bit(network, diffusion):
-    stages = SharedStages(diffusion, 10 * STAGE_BYTES)
+    stages = PrefixCache(diffusion, 10 * STAGE_BYTES)
     for shared in ([(0,)], [(0,), (0, 9)], [(0, 9), (0, 9, 20)], [(0, 5)]):
         stages.share(shared)
         for ts in [(0, 39), (0, 9, 39), (0, 5, 9, 39), (0, 9, 20, 39), (0, 9, 20, 30, 39), (0, 9, 25, 39)]:
@@ -59,7 +59,7 @@ def test_images_are_those_of_plain_sampling_bit_for_bit(network, diffusion):
 
 
 def test_a_shared_stage_is_evaluated_once(network, diffusion):
-    stages = SharedStages(diffusion, 10 * STAGE_BYTES)
+    stages = PrefixCache(diffusion, 10 * STAGE_BYTES)
     stages.share([(0,), (0, 9)])
     taken = []
     for ts in [(0, 39), (0, 9, 39), (0, 9, 20, 39), (0, 9, 25, 39), (0, 5, 9, 39), (0, 5, 9, 39)]:
@@ -72,7 +72,7 @@ def test_a_shared_stage_is_evaluated_once(network, diffusion):
 
 @pytest.mark.parametrize("room, held", [(0, 0), (STAGE_BYTES - 1, 6), (STAGE_BYTES, 7), (STAGE_BYTES // 2, 3)])
 def test_memory_is_bounded_and_what_does_not_fit_is_evaluated_again(network, diffusion, room, held):
-    stages = SharedStages(diffusion, room)
+    stages = PrefixCache(diffusion, room)
     stages.share([(0,)])
     ts = (0, 9, 39)
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_memory_is_bounded_and_what_does_not_fit_is_evaluated_again(network, dif
 
 
 def test_forgotten_stages_give_their_memory_back(network, diffusion):
-    stages = SharedStages(diffusion, 2 * STAGE_BYTES)
+    stages = PrefixCache(diffusion, 2 * STAGE_BYTES)
     for shared in ([(0,), (0, 9)], [(0,), (0, 11)], [(0,), (0, 11)]):
         stages.share(shared)
         images(network, lambda batch: stages.denoiser((*shared[1], 39), batch), (*shared[1], 39))  # noqa: B023 (used now)
@@ -108,7 +108,7 @@ def test_a_search_takes_half_of_the_evaluations_of_a_naive_one(network, diffusio
         images(network, lambda batch: diffusion, (0, point, 39))
         return score((0, point, 39))
 
-    stages, seen, space = SharedStages(diffusion, 10 * STAGE_BYTES), {}, read_range("0", "39", 40, 1)
+    stages, seen, space = PrefixCache(diffusion, 10 * STAGE_BYTES), {}, read_range("0", "39", 40, 1)
     found = list(search_schedule(shared_score, space, 1, stages.share))
     ours, network.seen = network.seen, 0
     assert found[0].point == naive_search(naive_score, 1, 38) == 13

@@ -17,10 +17,10 @@ from torch import nn
 
 from cm.errors import UserError
 from cm.io.downloads import WeightFile, path_of
-from evaluations import inception_files
 from evaluations.evaluator import evaluate
+from evaluations.features import inception_files as inception_files
 from evaluations.features import load_extractor, save_torchscript
-from evaluations.inception_files import FILES, GRAPH, PYTORCH_FID, find_weights
+from evaluations.features.inception_files import FILES, GRAPH, PYTORCH_FID, find_weights
 from support.mpi import mpi_program
 
 CONTENT = b"weights" * 1000
@@ -157,7 +157,7 @@ def test_two_ranks_download_once(tmp_path, cache, server):
     done = mpi_program(tmp_path, 2, f"""
         from cm.distributed import setup as dist
         from cm.io.downloads import WeightFile
-        from evaluations.inception_files import FILES, find_weights
+        from evaluations.features.inception_files import FILES, find_weights
 
         def main():
             dist.setup_dist()

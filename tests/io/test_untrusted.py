@@ -26,11 +26,11 @@ from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate import edit_tasks
-from cm.generate.score_store import open_ledger
+from cm.generate.score_store import open_score_store
 from cm.io import untrusted
 from cm.logging.writers import CSVOutput, JSONOutput
-from cm.setup.inherit import adopt_checkpoint
-from evaluations.readers import BatchFile
+from cm.setup.inherit import inherit_checkpoint
+from evaluations.engine.readers import BatchFile
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 HUGE = 10**15
@@ -123,7 +123,7 @@ READERS = {
     "mask picture": ("x.png", lambda path: edit_tasks.read_mask(path, 8)),
     "config": ("x.yaml", config),
     "manifest": ("checkpoint_000010.json", manifest.read),
-    "search state": ("x.json", lambda path: open_ledger(path, {})),
+    "search state": ("x.json", lambda path: open_score_store(path, {})),
 }
 
 
@@ -437,9 +437,9 @@ def test_manifests_that_are_none(tmp_path, name):
 
 def test_a_search_state_or_labels_nested_without_end(tmp_path):
     (tmp_path / "x.json").write_text('{"conditions": ' + DEEP)
-    refused(lambda path: open_ledger(path, {}), tmp_path / "x.json", "is not the state of a search")
+    refused(lambda path: open_score_store(path, {}), tmp_path / "x.json", "is not the state of a search")
     (tmp_path / "x.json").write_text('{"conditions": {}, "scores": {"0": 1}, "network_evaluations": Infinity}')
-    refused(lambda path: open_ledger(path, {}), tmp_path / "x.json", "is not the state of a search")
+    refused(lambda path: open_score_store(path, {}), tmp_path / "x.json", "is not the state of a search")
     (tmp_path / "a_0.png").write_bytes(png())
     (tmp_path / "dataset.json").write_text('{"labels": ' + DEEP)
     assert "nested too deeply" in open_source(str(tmp_path), 8).no_labels
@@ -483,7 +483,7 @@ def test_a_small_file_cannot_ask_for_a_huge_network(tmp_path, little_memory):
     th.save({name: th.zeros(shape, dtype=th.uint8) for name, shape in shapes.items()}, tmp_path / "x.pt")
     settings = parse("test", ModelConfig, argv=["--image_size", "8", "--num_heads", "1"])
     settings.replace(resume_checkpoint=str(tmp_path / "x.pt"))
-    refused(lambda path: adopt_checkpoint(settings, "resume_checkpoint"), tmp_path, "does not fit this network")
+    refused(lambda path: inherit_checkpoint(settings, "resume_checkpoint"), tmp_path, "does not fit this network")
 
 
 def test_attention_of_odd_shape_is_refused():
@@ -502,5 +502,5 @@ def test_flags_in_a_manifest_are_checked_as_flags(tmp_path, value):
     (tmp_path / "checkpoint_000010.json").write_text(json.dumps(GOOD | {"config": {"num_channels": value}}))
     settings = parse("test", ModelConfig, argv=[])
     settings.replace(resume_checkpoint=str(tmp_path / "model000010.pt"))
-    refused(lambda path: adopt_checkpoint(settings, "resume_checkpoint"), tmp_path,
+    refused(lambda path: inherit_checkpoint(settings, "resume_checkpoint"), tmp_path,
             re.escape(f"the manifest beside {tmp_path}") + ".*num_channels=.*(is not a int|too small)")

@@ -8,7 +8,7 @@ import torch as th
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.jvp import JVP_COST, depth, evaluations_of_a_call, inside_jvp, jvp, second_derivative
 from cm.networks.layers import normalization
-from cm.samplers.integrate import denoise_along
+from cm.samplers.integrate import denoise_jvp
 from support import golden
 
 
@@ -49,7 +49,7 @@ def test_along_the_noise_level_too(denoiser, point):
         return D(x + step * v, sigma + step * dsigma, y=y)
 
     with th.inference_mode():
-        _, change = denoise_along(lambda z, level: D(z, level, y=y), x, sigma, v, dsigma)
+        _, change = denoise_jvp(lambda z, level: D(z, level, y=y), x, sigma, v, dsigma)
         assert relative(change, (at(h) - at(-h)) / (2 * h)) < 5e-3
 
 

@@ -12,8 +12,8 @@ from cm.diffusion.schedules import karras_grid
 from cm.objectives.cdm import CDM, LONGEST, LOWEST
 from cm.objectives.edm import EDM
 from cm.random_util import SampleStreams
-from cm.samplers import Counted
-from cm.types import Batch, Nets
+from cm.samplers import CountingDenoiser
+from cm.types import Batch, Networks
 from support.gaussian import Gaussian, column
 
 F64 = th.float64
@@ -147,7 +147,7 @@ def test_conditioning_reaches_every_call_and_the_first_is_shared():
 
 
 def nets_of(D):
-    return Nets(D, nn.Module())
+    return Networks(D, nn.Module())
 
 
 def test_it_is_edms_loss_plus_the_weighted_regulariser():
@@ -166,6 +166,6 @@ def test_it_is_edms_loss_plus_the_weighted_regulariser():
 def test_levels_at_the_bottom_are_finite(sigma, dtype):
     """Below the lowest level there is nowhere to walk to, and nothing to penalise."""
     x = th.ones(2, 3, dtype=dtype)
-    D, levels = Counted(linear(0.9)), th.full((2,), sigma, dtype=dtype)
+    D, levels = CountingDenoiser(linear(0.9)), th.full((2,), sigma, dtype=dtype)
     value = CDM(plain).violation(D, x, levels, D(x, levels), SampleStreams(0, [0, 1]))
     assert value.isfinite().all() and (sigma > LOWEST or (value == 0).all())

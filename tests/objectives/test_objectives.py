@@ -17,9 +17,9 @@ from cm.objectives.curricula import ema_and_scales
 from cm.objectives.distances import l1, l2
 from cm.objectives.edm import EDM
 from cm.objectives.progdist import ProgressiveDistillation
-from cm.samplers import Counted
+from cm.samplers import CountingDenoiser
 from cm.samplers.euler import Euler
-from cm.types import Batch, Nets
+from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted, stored
 
 F64 = th.float64
@@ -40,9 +40,9 @@ def orthonormal(bed: Gaussian, n: int) -> tuple[Batch, th.Tensor]:
     return Batch(bed.mu + bed.s * pattern), th.tensor([[[1.0, -1.0], [1.0, 1.0]]], dtype=F64).expand(n, 2, 2).clone()
 
 
-def nets_of(online, target=None, teacher=None) -> Nets:
+def nets_of(online, target=None, teacher=None) -> Networks:
     empty = nn.Module()
-    return Nets(online, empty, target or online, empty, teacher, empty)
+    return Networks(online, empty, target or online, empty, teacher, empty)
 
 
 # --- denoising -------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_training_ends_where_the_formula_says(kind, name, i, n):
         gradients = []
         for trial in (0.0, 1.0):
             online.alpha.data[index] = trial
-            nets = Nets(online, online, online, online, bed.D)
+            nets = Networks(online, online, online, online, bed.D)
             loss = objective(nets, batch, 0, Scripted(noise, th.tensor([index]))).loss
             gradients.append(th.autograd.grad(loss.sum(), online.alpha)[0][index].item())
         online.alpha.data[index] = -gradients[0] / (gradients[1] - gradients[0])
@@ -179,7 +179,7 @@ def test_online_and_target_network_share_their_dropout_mask(kind):
         return masks[-1]
 
     objective = kind(lambda step: (0.0, 5), levels, plain, l1)
-    nets = Nets(watched, online, Dropper(), online, Dropper())
+    nets = Networks(watched, online, Dropper(), online, Dropper())
     for _ in range(2):
         terms = objective(nets, Batch(th.zeros(4, 3, 8, 8)), 0, th)
         assert (terms.loss == 0).all()
@@ -192,8 +192,8 @@ def test_online_and_target_network_share_their_dropout_mask(kind):
 )
 def test_no_network_is_asked_more_often_than_needed_and_only_one_learns(kind, expected):
     modules = [Linear(5, 0.0) for _ in range(3)]
-    counted = [Counted(module) for module in modules]
-    nets = Nets(counted[0], modules[0], counted[1], modules[1], counted[2], modules[2])
+    counted = [CountingDenoiser(module) for module in modules]
+    nets = Networks(counted[0], modules[0], counted[1], modules[1], counted[2], modules[2])
     objective = kind(lambda step: (0.0, 5), levels, plain, l2)
     objective(nets, Batch(th.ones(4, 2, 2, dtype=F64)), 0, th).loss.sum().backward()
     assert tuple(network.calls for network in counted) == expected
@@ -241,7 +241,7 @@ def test_after_a_step_the_target_follows():
     online, target = nn.Linear(2, 2), nn.Linear(2, 2)
     before, rates = target.weight.detach().clone(), {0: 0.75, 1: 0.0, 2: 1.0}
     objective = ConsistencyTraining(lambda step: (rates[step], 5), levels, plain, l2)
-    nets = Nets(online, online, target, target)
+    nets = Networks(online, online, target, target)
     assert objective.after_step(nets, 0) is False
     th.testing.assert_close(target.weight, 0.75 * before + 0.25 * online.weight)
     objective.after_step(nets, 1)
@@ -277,7 +277,7 @@ def test_stages_end_in_one_step_that_does_all_the_steps_of_the_first_teacher():
     fine = levels(9)                                                # every level that any stage asks about
     exact = 0.25 / (0.25 + fine**2)
     student, teacher = (Table(fine, exact.clone(), bed.mu) for _ in range(2))
-    nets = Nets(student, student, None, None, teacher, teacher)
+    nets = Networks(student, student, None, None, teacher, teacher)
     stages = []
     for step in range(60):
         n = curriculum(step)[1]
@@ -320,13 +320,13 @@ def test_stages_end_in_one_step_that_does_all_the_steps_of_the_first_teacher():
     ],
 )
 def test_missing_networks_and_levels(kind, num_scales, message):
-    nets = Nets(lambda x, sigma: x, nn.Module())
+    nets = Networks(lambda x, sigma: x, nn.Module())
     with pytest.raises(ValueError, match=message):
         kind(lambda step: (0.0, num_scales), levels, plain, l2)(nets, Batch(th.zeros(2, 1, 1)), 0, th)
 
 
 def test_distillation_without_a_teacher():
-    nets = Nets(lambda x, sigma: x, nn.Module(), target=lambda x, sigma: x)
+    nets = Networks(lambda x, sigma: x, nn.Module(), target=lambda x, sigma: x)
     with pytest.raises(ValueError, match="consistency distillation needs a teacher: give a teacher_model"):
         ConsistencyDistillation(lambda step: (0.0, 5), levels, plain, l2)(nets, Batch(th.zeros(2, 1, 1)), 0, th)
 

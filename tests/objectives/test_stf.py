@@ -16,7 +16,7 @@ from cm.errors import UserError
 from cm.objectives.edm import EDM
 from cm.objectives.stf import CHUNK, STF, peers, stable_target
 from cm.random_util import SampleStreams
-from cm.types import Batch, Nets
+from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Mixture
 
 F64 = th.float64
@@ -44,7 +44,7 @@ def draw_batch(n=6, references=10, seed=0, dtype=th.float32, cond=None, referenc
 
 
 def loss(objective, batch):
-    return objective(Nets(shrink, nn.Module()), batch, 0, SampleStreams(5, batch.positions))
+    return objective(Networks(shrink, nn.Module()), batch, 0, SampleStreams(5, batch.positions))
 
 
 def all_of(x, references):
@@ -217,7 +217,7 @@ def test_the_network_is_told_its_own_conditioning():
         return x
 
     batch = draw_batch(4, 10, cond={"y": th.tensor([0, 1, 0, 1])}, reference_cond={"y": th.arange(10) % 2})
-    STF(plain)(Nets(D, nn.Module()), batch, 0, SampleStreams(0, batch.positions))
+    STF(plain)(Networks(D, nn.Module()), batch, 0, SampleStreams(0, batch.positions))
     assert seen["y"] is batch.cond["y"]
 
 

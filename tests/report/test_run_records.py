@@ -38,7 +38,7 @@ def test_everything_that_training_left(run):
     assert record.config["lr"] == 1e-3 and record.best["value"] == 2.0
     assert [(grid.step, grid.width, grid.height) for grid in record.grids] == [(30, 6, 4), (100, 6, 4)]
     assert list(record.summaries) == ["metrics.json"]
-    assert record.gaps == []
+    assert record.problems == []
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "files are only read"
 
 
@@ -98,21 +98,21 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_there(run, name):
     record = read_run(str(run))
     assert len(record.curves[column]) == count
     if gap is None:
-        assert record.gaps == [] and record.curves[column][-1] == (2, 3), "the last row of a step counts"
+        assert record.problems == [] and record.curves[column][-1] == (2, 3), "the last row of a step counts"
     else:
-        assert len(record.gaps) == 1 and gap in record.gaps[0], record.gaps
+        assert len(record.problems) == 1 and gap in record.problems[0], record.problems
 
 
 def test_a_cut_off_picture_is_left_out(run):
     path = run / "samples" / "samples_000030.png"
     path.write_bytes(path.read_bytes()[:50])
     record = read_run(str(run))
-    assert [grid.step for grid in record.grids] == [100] and "samples_000030.png" in record.gaps[0]
+    assert [grid.step for grid in record.grids] == [100] and "samples_000030.png" in record.problems[0]
 
 
 def test_a_log_alone_says_what_is_missing(run):
     (run / "config.json").unlink()
     for path in (run / "samples").iterdir():
         path.unlink()
-    gaps = read_run(str(run)).gaps
-    assert ["no config.json" in gaps[0], "--sample_interval -1" in gaps[1], len(gaps)] == [True, True, 2]
+    problems = read_run(str(run)).problems
+    assert ["no config.json" in problems[0], "--sample_interval -1" in problems[1], len(problems)] == [True, True, 2]

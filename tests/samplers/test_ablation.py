@@ -197,7 +197,7 @@ def sampler_of(*argv):
     sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
     settings = parse("", *sections, argv=["--model_path", "nowhere.pt", *argv])
     settings.dry_run = True                                         # no checkpoint is needed to find out
-    sample_util.adopt_model(settings)
+    sample_util.inherit_model(settings)
     sampler, grid = sample_util.sampler_of(settings)
     return sampler, grid[0].item(), grid[-2].item()
 

@@ -9,7 +9,7 @@ from cm.diffusion import ddpm_schedule
 from cm.diffusion.schedules import append_zero
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
-from cm.samplers import Counted, integrate, make_sampler
+from cm.samplers import CountingDenoiser, integrate, make_sampler
 from cm.samplers.ddim import DDIM, timestep_grid
 from cm.samplers.predictor_corrector import PredictorCorrector, norm
 from cm.samplers.sample import sample
@@ -159,7 +159,7 @@ def test_every_sample_has_its_own_step_size():
 
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])
 def test_evaluations_of_pc(corrector_steps):
-    D, sampler = Counted(BED.D), PredictorCorrector(corrector_steps=corrector_steps)
+    D, sampler = CountingDenoiser(BED.D), PredictorCorrector(corrector_steps=corrector_steps)
     integrate(sampler, D, th.randn(2, 4, dtype=th.float64), sampler.grid(6, 0.01, 80.0, 7.0), th)
     assert D.calls == 5 * (1 + corrector_steps) + 1
 

@@ -30,7 +30,7 @@ from cm.networks.jvp import jvp
 from cm.networks.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, from_content, to_content
 from cm.samplers import SAMPLERS, integrate, make_sampler
 from cm.samplers.guidance import guided
-from cm.setup.sample import adopt_model, png_recipe
+from cm.setup.sample import inherit_model, png_recipe
 from cm.training.classifier import to_images
 from support.gaussian import Gaussian, Mixture, stored
 from support.mpi import clean_environment, mpiexec
@@ -249,7 +249,7 @@ def test_an_image_does_not_depend_on_its_batch(command, name):
 def test_no_timestep_is_left_out_of_a_diffusion_network_that_knows_them_all(room, options, lowest, highest):
     argv = flags(room, "image_sample.py", "--sampler", "ddim", "--precond", "ddpm", *options)
     settings = parse("", SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
-    adopt_model(settings)
+    inherit_model(settings)
     assert settings.values["sigma_min"] == pytest.approx(lowest, rel=1e-3)
     assert settings.values["sigma_max"] == pytest.approx(highest, rel=1e-3)
 
@@ -258,7 +258,7 @@ def test_a_folder_of_pngs_remembers_solver_and_guide(room, guide):
     def recipe(*options):
         settings = parse("", SampleConfig, SolverConfig, GuidanceConfig, PngConfig, ModelConfig, DiffusionConfig,
                          RunConfig, argv=flags(room, "image_sample.py", "--sampler", "ito", *options))
-        adopt_model(settings)
+        inherit_model(settings)
         return png_recipe(settings)
 
     plain, guided_by = recipe(), ("--classifier_path", guide)

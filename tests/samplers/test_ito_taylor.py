@@ -11,7 +11,7 @@ import torch as th
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.errors import UserError
 from cm.networks.jvp import JVP_COST
-from cm.samplers import Counted, integrate, make_sampler
+from cm.samplers import CountingDenoiser, integrate, make_sampler
 from cm.samplers.euler_maruyama import EulerMaruyama
 from cm.samplers.ito_taylor import Coefficients, ItoTaylor
 from support.gaussian import Gaussian, Mixture, Scripted, stored
@@ -114,7 +114,7 @@ def test_outside_of_its_levels_there_is_no_fresh_noise(kind, ode):
     ({"ito_form": "taylor"}, 1 + JVP_COST + JVP_COST**2), ({"eta": 0.0}, 1 + JVP_COST),
 ])
 def test_passes_are_counted_as_evaluations(options, per_step):
-    D = Counted(Gaussian(0.0, 0.5).D)
+    D = CountingDenoiser(Gaussian(0.0, 0.5).D)
     integrate(make_sampler("ito", options), D, th.ones(1, 2), append_zero(karras_grid(6)), th)
     assert D.calls == 5 * per_step + 1
 

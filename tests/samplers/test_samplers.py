@@ -8,7 +8,7 @@ import torch as th
 from cm.config.schema import SAMPLER_NAMES
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.errors import UserError
-from cm.samplers import SAMPLERS, Churn, Counted, integrate, make_sampler
+from cm.samplers import SAMPLERS, Churn, CountingDenoiser, integrate, make_sampler
 from cm.samplers.ancestral import Ancestral
 from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
@@ -223,7 +223,7 @@ def test_every_sampler_runs_from_noise_to_the_data(name):
     "solver, per_step, last", [(Euler(), 1, 1), (Heun(), 2, 1), (DPM(), 2, 2), (Ancestral(), 1, 1)]
 )
 def test_evaluations_are_counted(solver, per_step, last):
-    D = Counted(Gaussian(0.0, 0.5).D)
+    D = CountingDenoiser(Gaussian(0.0, 0.5).D)
     integrate(solver, D, th.ones(1, 2), append_zero(karras_grid(6)), th)
     assert D.calls == 5 * per_step + last
 

@@ -20,7 +20,7 @@ from cm.io.torchvision_shim import import_torchvision
 from cm.karras_diffusion import karras_sample
 from cm.networks.build import create_model
 from cm.script_util import model_and_diffusion_defaults
-from cm.setup.inherit import adopt_checkpoint
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import create_diffusion, model_from
 from support.edm_pickles import KWARGS, creates, dump, net_of, network
 from support.nets import plain_state_dict
@@ -37,7 +37,7 @@ def convert(monkeypatch, *words):
 def loaded(path):
     """The network and denoiser that image_sample.py makes of a path without any other flag."""
     settings = parse("", SampleConfig, ModelConfig, DiffusionConfig, RunConfig, argv=["--model_path", str(path)])
-    source = adopt_checkpoint(settings, "model_path", also=("training_mode",))
+    source = inherit_checkpoint(settings, "model_path", also=("training_mode",))
     model = model_from(settings)
     loading.fit(model, source.take(), source.path)
     return settings, model.eval()
@@ -268,12 +268,12 @@ def test_noise_levels_are_the_samplers_for_diffusion_models_and_the_models_for_c
     for mode in ("edm", "consistency_distillation"):
         path, _ = checkpoint(tmp_path / mode, COMMON, mode, sigma_max=60.0)
         settings = parse("", *sections, argv=["--model_path", str(path)])
-        adopt_checkpoint(settings, "model_path", also=("training_mode",))
+        inherit_checkpoint(settings, "model_path", also=("training_mode",))
         assert settings.values["sigma_max"] == 60
         settings = parse("", *sections, argv=["--model_path", str(path), "--sigma_max", "40"])
         if mode == "edm":
-            adopt_checkpoint(settings, "model_path", also=("training_mode",))
+            inherit_checkpoint(settings, "model_path", also=("training_mode",))
             assert settings.values["sigma_max"] == 40
         else:
             with pytest.raises(UserError, match="--sigma_max asks for sigma_max=40.0, but .*sigma_max=60.0"):
-                adopt_checkpoint(settings, "model_path", also=("training_mode",))
+                inherit_checkpoint(settings, "model_path", also=("training_mode",))

@@ -35,9 +35,9 @@ EDM_RUN = {"objective": "", "precond": "edm", "optimizer": "adam", "lr": 1e-3, "
            "dropout": 0.13, "augment": 0.12, "total_kimg": 200_000, "ema_halflife_kimg": 500}
 DENOISERS = {
     "cdm_cifar10": EDM_RUN | {"objective": "cdm", "arch": "ddpmpp", "martingale_lambda": 10, "martingale_steps": 6},
-    "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "rbatch": 4096},
+    "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "num_references": 4096},
     "sadpm_cifar10": {"objective": "sadpm", "precond": "ddpm", "arch": "unet", "optimizer": "adam", "lr": 2e-4,
-                      "global_batch_size": 128, "num_consecutive_steps": 2, "lamda": 0.2},
+                      "global_batch_size": 128, "num_consecutive_steps": 2, "sa_lambda": 0.2},
 }
 TABLE_3 = {
     "cd_cifar10": CD | {"lr": 4e-4, "global_batch_size": 512, "start_ema": 0.0, "start_scales": 18, "use_fp16": False,
@@ -112,7 +112,7 @@ def dry_run(monkeypatch, tmp_path):
         script, *flags = command_of(name, "--dry_run", REFS=str(tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *flags])
         main = script_main(script)
-        monkeypatch.setitem(main.__globals__, "describe", found.append)
+        monkeypatch.setitem(main.__globals__, "dry_run", found.append)
         main()
         return found.pop().values
 

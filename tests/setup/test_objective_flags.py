@@ -10,15 +10,15 @@ from cm.errors import UserError
 from cm.objectives import DENOISING
 from cm.setup.data import open_data
 from cm.setup.model import diffusion_from
-from cm.setup.objective import follow_objective, follow_precond, objective_from, options_of
+from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_from, options_of
 
 SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig)
 
 
 def settings_of(*argv):
     settings = parse("", *SECTIONS, argv=argv)
-    follow_objective(settings)
-    follow_precond(settings)
+    apply_objective_defaults(settings)
+    apply_precond_defaults(settings)
     return settings
 
 
@@ -31,10 +31,10 @@ def objective_of(*argv):
     (["--objective", "cdm"], {"martingale_lambda": 10, "martingale_steps": 6, "martingale_sde": "t"}),
     (["--objective", "cdm", "--martingale_lambda", "2", "--martingale_steps", "3", "--martingale_sde", "u"],
      {"martingale_lambda": 2, "martingale_steps": 3, "martingale_sde": "u"}),
-    (["--objective", "stf", "--rbatch", "64"], {"rbatch": 64, "references": 64}),
-    (["--objective", "sadpm"], {"num_consecutive_steps": 2, "lamda": 0.2}),
+    (["--objective", "stf", "--num_references", "64"], {"num_references": 64, "references": 64}),
+    (["--objective", "sadpm"], {"num_consecutive_steps": 2, "sa_lambda": 0.2}),
     (["--objective", "sadpm", "--num_consecutive_steps", "4", "--sa_lambda", "1"],
-     {"num_consecutive_steps": 4, "lamda": 1.0}),
+     {"num_consecutive_steps": 4, "sa_lambda": 1.0}),
     ([], {"references": 0}),
 ])
 def test_flags_arrive(argv, expected):
@@ -50,8 +50,8 @@ def test_every_flag_belongs_to_an_objective():
 
 @pytest.mark.parametrize("argv, message", [
     (["--martingale_lambda", "10"], "--martingale_lambda: .*for --objective cdm.*has --objective edm"),
-    (["--objective", "cdm", "--rbatch", "64"], "--rbatch: .*for --objective stf.*has --objective cdm"),
-    (["--objective", "stf", "--sa_lambda", "1"], "--sa_lambda: lamda=1.0 is for --objective sadpm"),
+    (["--objective", "cdm", "--num_references", "64"], "--num_references: .*for --objective stf.*has --objective cdm"),
+    (["--objective", "stf", "--sa_lambda", "1"], "--sa_lambda: sa_lambda=1.0 is for --objective sadpm"),
 ])
 def test_flags_of_another_objective_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
@@ -60,9 +60,9 @@ def test_flags_of_another_objective_are_refused(argv, message):
 
 def test_a_file_of_all_flags_may_name_those_that_nobody_changed(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(settings_of("--objective", "stf", "--rbatch", "64").as_text())
-    assert objective_of("--config", str(file)).rbatch == 64
-    with pytest.raises(UserError, match="config.json: rbatch=64 is for --objective stf"):
+    file.write_text(settings_of("--objective", "stf", "--num_references", "64").as_text())
+    assert objective_of("--config", str(file)).num_references == 64
+    with pytest.raises(UserError, match="config.json: num_references=64 is for --objective stf"):
         settings_of("--config", str(file), "--objective", "edm")
 
 
@@ -76,7 +76,7 @@ def test_the_sequence_aware_loss_brings_ddpm_along():
 
 
 def test_too_few_references_are_named():
-    settings = settings_of("--objective", "stf", "--rbatch", "8", "--global_batch_size", "16", "--data_dir", "digits",
-                           "--image_size", "8")
-    with pytest.raises(UserError, match="--rbatch 8 is less than the 16 images of a step.*--rbatch 16 or more"):
+    settings = settings_of("--objective", "stf", "--num_references", "8", "--global_batch_size", "16",
+                           "--data_dir", "digits", "--image_size", "8")
+    with pytest.raises(UserError, match="--num_references 8 is less than the 16 images.*--num_references 16 or more"):
         open_data(settings, references=8)

@@ -3,8 +3,8 @@
 import numpy as np
 import torch as th
 
-from evaluations.inception_v3 import InceptionV3
-from evaluations.inception_weights import conv_names
+from evaluations.features.inception_v3 import InceptionV3
+from evaluations.features.inception_weights import conv_names
 
 
 def random_tensors(seed=0):

@@ -57,7 +57,7 @@ def stream(start, images, num_workers, references):
 
 def denoising(name):
     """The objective of `--objective`, with little work for each step."""
-    diffusion, options = KarrasDenoiser(loss_norm="l2"), {"stf": {"rbatch": 12}}
+    diffusion, options = KarrasDenoiser(loss_norm="l2"), {"stf": {"num_references": 12}}
     return DENOISING[name].of(diffusion, create_named_schedule_sampler("lognormal", diffusion), options.get(name, {}))
 
 

@@ -31,12 +31,12 @@ from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate import edit_tasks
-from cm.generate.score_store import open_ledger
+from cm.generate.score_store import open_score_store
 from cm.logging.writers import CSVOutput, JSONOutput
 from cm.networks.build import create_model
 from cm.report.run_records import read_run
-from cm.setup.inherit import adopt_checkpoint
-from evaluations.readers import BatchFile
+from cm.setup.inherit import inherit_checkpoint
+from evaluations.engine.readers import BatchFile
 from support.nets import plain_state_dict
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 150))
@@ -227,7 +227,7 @@ def read_manifest(path):
     assert manifest.newest(os.path.dirname(path)) is None              # its model has another size
     options = parse("fuzz", ModelConfig, argv=[])
     options.replace(resume_checkpoint=path.replace("checkpoint_", "model").replace(".json", ".pt"))
-    adopt_checkpoint(options, "resume_checkpoint")
+    inherit_checkpoint(options, "resume_checkpoint")
 
 
 def read_config(path):
@@ -285,7 +285,7 @@ READERS = {
     "weights of guided-diffusion": Reader("x.pt", read_guided_weights, damaged([torch_file(GUIDED)]) | damaged_inside(
         members_of(torch_file(GUIDED)), zipfile.ZIP_STORED), torch_file(GUIDED)),
     "manifest": Reader("checkpoint_000010.json", read_manifest, *damaged_json(MANIFEST)),
-    "search state": Reader("x.json", lambda path: open_ledger(path, {"steps": 40}), *damaged_json(LEDGER)),
+    "search state": Reader("x.json", lambda path: open_score_store(path, {"steps": 40}), *damaged_json(LEDGER)),
     "config": Reader("x.yaml", read_config, damaged([CONFIG]) | YAML | other_values(yaml.safe_load(CONFIG)), CONFIG),
     "report of a csv": Reader("progress.csv", lambda path: read_run(os.path.dirname(path)), damaged([CSV]), CSV),
     "report of json": Reader("progress.json", lambda path: read_run(os.path.dirname(path)),

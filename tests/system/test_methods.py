@@ -14,7 +14,7 @@ pytestmark = pytest.mark.mpi
 
 RUNS = {
     "cdm": ["--objective", "cdm", "--martingale_lambda", "3", "--martingale_steps", "3"],
-    "stf": ["--objective", "stf", "--rbatch", "90"],
+    "stf": ["--objective", "stf", "--num_references", "90"],
     "sadpm": ["--objective", "sadpm", "--sa_lambda", "0.5"],
     "sadpm_karras": ["--objective", "sadpm", "--precond", "edm", "--num_consecutive_steps", "3"],
 }

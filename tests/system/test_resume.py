@@ -116,8 +116,9 @@ def test_a_run_that_forgets_something_is_another_run(images, tmp_path, monkeypat
     prepare(images, tmp_path / "kept", STEPS, mode, **options).run_loop()
     monkeypatch.setattr(state, "load_part", forgetful)
     if item == "images_seen":
-        find = manager.Shelf.find
-        monkeypatch.setattr(manager.Shelf, "find", lambda *args: dataclasses.replace(find(*args), images_seen=0))
+        kind = manager.CheckpointManager
+        find = kind.find
+        monkeypatch.setattr(kind, "find", lambda *args: dataclasses.replace(find(*args), images_seen=0))
     prepare(images, tmp_path / "forgotten", STEPS, mode, **options).run_loop()
     assert digest(tmp_path / "kept", STEPS) != digest(tmp_path / "forgotten", STEPS)
 

@@ -12,7 +12,9 @@ from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, collect_to_npz
 from cm.networks.build import create_model
 from cm.training.throughput import resident_bytes
-from evaluations import comparison, defaults, features, inception_files, th_evaluator
+from evaluations import defaults, features, th_evaluator
+from evaluations.engine import comparison
+from evaluations.features import inception_files
 from support.mpi import mpi_program, mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]

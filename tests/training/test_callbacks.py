@@ -143,12 +143,12 @@ def evaluation(values, **settings):
     return Evaluation(sampler(), interval=2, num_samples=7, metric=Listed(values), settings=settings)
 
 
-def loop(directory, steps, *watchers, **options):
+def loop(directory, steps, *callbacks, **options):
     logger.configure(str(directory), format_strs=["csv", "log"])
     th.manual_seed(0)
     return TrainLoop(
         model=network(), diffusion=KarrasDenoiser(loss_norm="l2"), batch_size=4, lr=1e-3, ema_rate="0.5",
-        log_interval=1, save_interval=100, total_training_steps=steps, watchers=watchers,
+        log_interval=1, save_interval=100, total_training_steps=steps, callbacks=callbacks,
         data=partial(stream), config={"image_size": 8}, **options,
     )
 
@@ -181,14 +181,14 @@ def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_
         return real(path, write)
 
     monkeypatch.setattr(storage, "write_whole", write_whole)
-    watcher = evaluation([5.0, 3.0, 4.0])
-    training = loop(tmp_path, 6, watcher, on_save_error=on_save_error)
+    callback = evaluation([5.0, 3.0, 4.0])
+    training = loop(tmp_path, 6, callback, on_save_error=on_save_error)
     if on_save_error == "stop":
         with pytest.raises(UserError, match="No space left"):
             training.run_loop()
     else:
         training.run_loop()
-        assert watcher.best == {"step": 6, "value": 4.0} and kept(tmp_path) == (6, 4.0)
+        assert callback.best == {"step": 6, "value": 4.0} and kept(tmp_path) == (6, 4.0)
     assert full
 
 
@@ -237,7 +237,7 @@ def test_random_streams_stand_where_they_stood(tmp_path):
     training.step = 2
     before = th.get_rng_state()
     training.clock = 0.0
-    training.ask_watchers()
+    training.run_callbacks()
     SampleGrids(sampler(), interval=1, num_samples=3).after_step(training)
     assert th.equal(th.get_rng_state(), before)
     assert measured.metric.images[0].shape == (7, 8, 8, 3) and measured.metric.images[0].dtype == np.uint8
@@ -247,7 +247,7 @@ def test_random_streams_stand_where_they_stood(tmp_path):
 def test_the_time_of_watchers_is_not_the_trainings(tmp_path):
     training = loop(tmp_path, 2, evaluation([1.0]))
     training.step, training.clock = 2, 100.0
-    training.ask_watchers()
+    training.run_callbacks()
     assert training.clock > 100.0
 
 

@@ -51,8 +51,8 @@ def test_flags_of_edm_become_steps():
      "--total_training_steps asks for total_training_steps=7, and --total_kimg for total_kimg=100.0, which at 512 "
      "images a step is total_training_steps=196: give one"),
     (["--tick", 1, "--log_interval", 10], "log_interval=10, and --tick"),
-    (["--tick", 1, "--snap", 2, "--save_interval", 10], "save_interval=10, and --snap for snap=2"),
-    (["--snap", 2], "--snap and --dump count ticks: give --tick"),
+    (["--tick", 1, "--snap", 2, "--save_interval", 10], "save_interval=10, and --snap for snapshot_ticks=2"),
+    (["--snap", 2], "--snapshot_ticks and --state_dump_ticks count ticks: give --tick_kimg"),
 ])
 def test_steps_and_images_at_once_are_an_error(argv, message):
     with pytest.raises(UserError, match=message):

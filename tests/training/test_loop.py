@@ -68,7 +68,7 @@ def test_only_steps_that_were_taken_are_remembered(images, tmp_path, monkeypatch
         training.trainer, "step", lambda opt, finite: dataclasses.replace(take(opt, finite), stepped=stepped)
     )
     training.run_step(next(training.data))
-    assert training.objective.memory.counts.sum() == (BATCH if stepped else 0)
+    assert training.objective.history.counts.sum() == (BATCH if stepped else 0)
 
 
 def test_another_seed_is_another_run(images, tmp_path):

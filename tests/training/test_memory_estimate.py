@@ -12,15 +12,15 @@ import torch as th
 import torch.nn.functional as F
 
 from cm.checkpoints import manifest
-from cm.distributed.sharding import share_out
+from cm.distributed.sharding import partition
 from cm.errors import UserError
 from cm.logging import logger
 from cm.networks.layers import GroupNorm32
-from cm.setup.run import describe, loop_arguments
+from cm.setup.run import dry_run, loop_arguments
 from cm.training import state
-from cm.training.ema import Background, WeightAverages
+from cm.training.ema import EMA, Background
 from cm.training.memory_estimate import PlannedRun, activations, plan
-from cm.training.optimizer import SharedOptimizer, make_optimizer
+from cm.training.optimizer import ZeroOptimizer, make_optimizer
 from support.mpi import ROOT, mpi_program
 from support.training import loop, network, run
 
@@ -38,7 +38,7 @@ from support.memory_cases import CASES, meta_network
 ])
 def test_shares_are_whole_complete_and_balanced(sizes, ranks):
     """Against the best of all ways to share out, tried one by one: within Graham's bound."""
-    shares = share_out(sizes, 0, ranks)
+    shares = partition(sizes, 0, ranks)
     assert sorted(sum((shares.of(rank, range(len(sizes))) for rank in range(ranks)), [])) == list(range(len(sizes)))
     largest = max(sum(shares.of(rank, sizes)) for rank in range(ranks))
     best = min(
@@ -69,7 +69,7 @@ def beside(averages):
 
 def test_averages_folded_in_beside_the_device_are_the_same_to_the_last_bit():
     ours, plain = params(), params()
-    far, near = beside(WeightAverages(ours, ["0.9", "0.5"])), WeightAverages(plain, ["0.9", "0.5"])
+    far, near = beside(EMA(ours, ["0.9", "0.5"])), EMA(plain, ["0.9", "0.5"])
     for step in range(5):
         for own in (*ours, *plain):
             own.data.mul_(1.3).add_(step)
@@ -78,23 +78,23 @@ def test_averages_folded_in_beside_the_device_are_the_same_to_the_last_bit():
         if step == 2:
             far.restart()
             near.restart()
-    for a, b in zip(far.held, near.held, strict=True):
+    for a, b in zip(far.local, near.local, strict=True):
         assert all(th.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
-    assert not any(average.requires_grad for average in far.held[0])
+    assert not any(average.requires_grad for average in far.local[0])
 
 
 def test_training_goes_on_while_an_average_is_folded_in():
     """The average is that of the moment of the update, whatever has become of the parameters since."""
     ours = params()
-    averages = beside(WeightAverages(ours, ["0.5"]))
+    averages = beside(EMA(ours, ["0.5"]))
     expected = [0.5 * p.detach() + 0.5 * (p.detach() + 1) for p in ours]
-    may_begin, follow = threading.Event(), averages.follow
+    may_begin, follow = threading.Event(), averages._update
 
     def slow(decays, values):
         assert may_begin.wait(20)
         follow(decays, values)
 
-    averages.follow = slow
+    averages._update = slow
     for own in ours:
         own.data.add_(1)
     averages.update([0.5])
@@ -102,31 +102,31 @@ def test_training_goes_on_while_an_average_is_folded_in():
         own.data.fill_(100)
     assert not averages.background.task.done()
     may_begin.set()
-    for average, right in zip(averages.held[0], expected):
+    for average, right in zip(averages.local[0], expected):
         th.testing.assert_close(average, right)
 
 
 def test_a_failure_beside_the_device_is_heard_of():
-    averages = beside(WeightAverages(params(), ["0.5"]))
-    averages.follow = lambda decays, values: 1 / 0
+    averages = beside(EMA(params(), ["0.5"]))
+    averages._update = lambda decays, values: 1 / 0
     averages.update([0.5])
     with pytest.raises(ZeroDivisionError):
         averages.update([0.5])
 
 
 def test_averages_are_float32_whatever_the_parameters():
-    averages = WeightAverages(params(th.bfloat16), ["0.9999"], device="cpu")
-    before = averages.held[0][1].clone()
+    averages = EMA(params(th.bfloat16), ["0.9999"], device="cpu")
+    before = averages.local[0][1].clone()
     averages.sources[1].data.add_(1)
     averages.update([0.9999])
-    assert averages.held[0][1].dtype == th.float32
+    assert averages.local[0][1].dtype == th.float32
     # Half of an ulp of bfloat16 is 2^-9 of a value; this step is smaller.
-    assert ((averages.held[0][1] - before) - 1e-4).abs().max() < 2e-6
+    assert ((averages.local[0][1] - before) - 1e-4).abs().max() < 2e-6
 
 
 def test_a_gpu_for_averages_that_is_not_there():
     with pytest.raises(UserError, match="--ema_device cuda, but this run is on the cpu: choose same, or cpu"):
-        WeightAverages(params(), ["0.9"], device="cuda")
+        EMA(params(), ["0.9"], device="cuda")
 
 
 # --- shares over ranks -----------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ PROGRAM = """
             self.value -= 1
             return self.value
 
-    def watcher():
+    def callback():
         make = partial(create_model, 8, 32, 1, "1", class_cond=True, num_classes=3, attention_resolutions="8",
                        num_head_channels=32)
         sampler = AverageSampler(make, KarrasDenoiser(loss_norm="l2"), SamplingPlan(4, 2, 8, 0, 3, -1, "determ"),
@@ -180,7 +180,7 @@ PROGRAM = """
     def train(name, folder, steps, **options):
         case = dict(CASES[name])
         if name == "edm":
-            case["watchers"] = [watcher()]
+            case["callbacks"] = [callback()]
         training = loop({images!r}, folder, steps, **{{"data": stream, "batch_size": 4, **case, **options}})
         training.run_loop()
         return training
@@ -204,7 +204,7 @@ PROGRAM = """
                 planned = plan(meta_network(), run, dist.get_rank()).device
                 said[f"{{name}} {{bool(flags)}}"] = [planned, held_bytes(training)]
         # a run of one process goes on here with shares
-        train("edm", root / "alone", 4, watchers=(), **SHARED)
+        train("edm", root / "alone", 4, callbacks=(), **SHARED)
         everybody = dist.all_gather_object(said)
         if dist.is_main():
             (root / "memory.json").write_text(json.dumps(everybody))
@@ -248,7 +248,7 @@ def test_shares_change_no_bit_of_any_file(on_two_ranks, case, way):
     plain = files(on_two_ranks / case / "plain")
     assert files(on_two_ranks / case / way) == plain
     assert {"model000004.pt", "opt000004.pt", "ema_0.5_000004.pt", "ema_0.9_000004.pt"} <= plain.keys()
-    assert ("best/ema_0.9_000004.pt" in plain) == (case == "edm"), "what a watcher keeps of an average in shares"
+    assert ("best/ema_0.9_000004.pt" in plain) == (case == "edm"), "what a callback keeps of an average in shares"
 
 
 @pytest.mark.mpi
@@ -282,9 +282,9 @@ def test_the_planned_memory_is_what_each_rank_holds(on_two_ranks, case):
 
 
 def test_a_rank_without_a_share_and_a_saved_optimizer_that_does_not_fit():
-    owners = share_out([3, 2], 2, 3)
+    owners = partition([3, 2], 2, 3)
     opt = make_optimizer("radam", [th.zeros(3), th.zeros(2)], 0.1, 0.0, owners)
-    assert isinstance(opt, SharedOptimizer) and opt.own == []
+    assert isinstance(opt, ZeroOptimizer) and opt.own == []
     opt.inner.step()
     with pytest.raises(ValueError, match="not one of 2 parameters"):
         opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
@@ -353,11 +353,11 @@ def test_averages_on_the_host_leave_the_device():
 
 
 def test_a_dry_run_says_what_a_rank_will_hold(capsys):
-    settings = settings_of("configs/digits/cd.yaml", "--plan_ranks", "4", "--shard_ema", "True", "--microbatch", "3",
+    settings = settings_of("configs/digits/cd.yaml", "--dry_run_ranks", "4", "--shard_ema", "True", "--microbatch", "3",
                            "--ema_rate", "0.9,0.99", "--precision", "fp16")
     asked = {"shard_ema": True, "shard_optimizer": False, "ema_device": "same"}
     assert loop_arguments(settings).items() >= asked.items(), "what a run itself would be told"
-    describe(settings)
+    dry_run(settings)
     said = capsys.readouterr()
     memory, parameters = json.loads(said.out)["memory"], json.loads(said.out)["parameters"]
     assert memory["ranks"] == 4 and memory["images_per_pass"] == 3 and memory["activations_estimate"] > 0
@@ -379,11 +379,11 @@ def test_the_table_of_the_docs_is_what_the_command_prints():
 def test_going_on_makes_no_second_copy(images, tmp_path):
     """Averages are filled where they are, from the tensors of the file."""
     first = run(images, tmp_path, 1)
-    content = state.content(first)
+    content = state.state_dict(first)
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(
         first.trainer.params_in(content["model"]), first.trainer.master_params))
     again = loop(images, tmp_path / "new", 2)
     places = [average.data_ptr() for average in again.ema_params[1]]
-    state.go_on(again, manifest.newest(str(tmp_path)))
+    state.load_state_dict(again, manifest.newest(str(tmp_path)))
     assert [average.data_ptr() for average in again.ema_params[1]] == places
     assert all(th.equal(a, b) for a, b in zip(again.ema_params[1], first.ema_params[1]))

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from cm.training.meters import LossMeter
-from cm.types import Terms
+from cm.types import LossTerms
 
 
 def meter():
@@ -21,8 +21,8 @@ def test_quarters_split_the_logarithm_of_the_noise_range():
 
 def test_means_over_several_batches():
     ours = meter()
-    ours.add(Terms(th.tensor([1.0, 3.0]), th.tensor([0.003, 70.0]), {"mse": th.tensor([2.0, 4.0])}))
-    ours.add(Terms(th.tensor([5.0]), th.tensor([0.003])))
+    ours.add(LossTerms(th.tensor([1.0, 3.0]), th.tensor([0.003, 70.0]), {"mse": th.tensor([2.0, 4.0])}))
+    ours.add(LossTerms(th.tensor([5.0]), th.tensor([0.003])))
     means = ours.means()
     assert means["loss"] == 3 and means["loss_q0"] == 3 and means["loss_q3"] == 3 and math.isnan(means["loss_q1"])
     assert means["mse"] == 3 and means["mse_q0"] == 2
@@ -31,5 +31,5 @@ def test_means_over_several_batches():
 
 def test_sums_of_ranks_add_up():
     ours = LossMeter(0.002, 80.0, lambda tensor: tensor * 2)        # two ranks with the same batch
-    ours.add(Terms(th.tensor([1.0, 3.0]), th.tensor([0.003, 70.0])))
+    ours.add(LossTerms(th.tensor([1.0, 3.0]), th.tensor([0.003, 70.0])))
     assert ours.means()["loss"] == pytest.approx(2)

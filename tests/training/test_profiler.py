@@ -44,13 +44,13 @@ def test_two_ranks_are_traced_for_as_many_steps_as_asked(tmp_path):
     assert all(row in done.stdout + done.stderr for row in rows), "the log has the table, too"
 
 
-def train(folder, steps, *watchers):
+def train(folder, steps, *callbacks):
     logger.configure(str(folder), format_strs=["log"])
     th.manual_seed(0)
     TrainLoop(
         model=create_model(8, 32, 1, "1", attention_resolutions="8", num_head_channels=32), batch_size=4, lr=1e-3,
         diffusion=KarrasDenoiser(loss_norm="l2"), ema_rate="0.5", log_interval=10, save_interval=100, resume="never",
-        total_training_steps=steps, watchers=watchers,
+        total_training_steps=steps, callbacks=callbacks,
         data=load_data(data_dir="digits", batch_size=4, image_size=8, num_workers=0),
     ).run_loop()
     logger.reset()

@@ -19,10 +19,10 @@ function nearest(places, x) {
 }
 
 function line(curve, index) {
-  const row = document.createElement("div"), chip = document.createElement("i"), value = document.createElement("b");
-  chip.className = `chip run-${curve.run}`;
+  const row = document.createElement("div"), badge = document.createElement("i"), value = document.createElement("b");
+  badge.className = `badge run-${curve.run}`;
   value.textContent = curve.value[index];
-  row.append(chip, curve.name, value);
+  row.append(badge, curve.name, value);
   return row;
 }
 

@@ -15,7 +15,7 @@ from cm.checkpoints.formats import edm_pickle
 from cm.config.flags import parse
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
 from cm.errors import UserError
-from cm.setup.inherit import adopt_checkpoint
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, model_from
 from support import edm_pickles
 from support.edm_pickles import KWARGS, network
@@ -47,7 +47,7 @@ def read(path):
 def test_every_tensor_arrives_and_no_flag_is_needed(tmp_path, arch, precond, name):
     path = pickled(tmp_path / "net.pkl", arch, precond)
     settings = sampling("--model_path", path)
-    source = adopt_checkpoint(settings, "model_path", also=("training_mode",))
+    source = inherit_checkpoint(settings, "model_path", also=("training_mode",))
     assert (settings.values["arch"], settings.values["precond"]) == (arch, name)
     assert settings.values["training_mode"] == source.training_mode == "edm"
     model = model_from(settings)
@@ -114,10 +114,10 @@ def test_it_serves_as_a_teacher_and_as_a_start(tmp_path):
     path = pickled(tmp_path / "net.pkl", "ncsnpp")
     sections = (ModelConfig, DiffusionConfig, TrainConfig, ConsistencyConfig, RunConfig)
     settings = parse("", *sections, argv=["--teacher_model_path", str(path)])
-    adopt_checkpoint(settings, "teacher_model_path")
+    inherit_checkpoint(settings, "teacher_model_path")
     assert (settings.values["arch"], settings.values["augment_dim"], settings.values["num_classes"]) == ("ncsnpp", 9, 4)
     with pytest.raises(UserError, match="--arch asks for arch='ddpmpp', but the checkpoint .*net.pkl was made with"):
-        adopt_checkpoint(
+        inherit_checkpoint(
             parse("", *sections, argv=["--resume_checkpoint", str(path), "--arch", "ddpmpp"]), "resume_checkpoint"
         )
 

@@ -16,7 +16,7 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.networks.attention import qkv_attention
 from cm.networks.build import create_model
-from cm.setup.inherit import adopt_checkpoint
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import model_from
 from support.nets import plain_state_dict
 
@@ -41,7 +41,7 @@ def sampling(*argv):
 
 def adopt(path, *argv):
     settings = sampling("--model_path", path, *argv)
-    return settings, adopt_checkpoint(settings, "model_path", also=("training_mode",))
+    return settings, inherit_checkpoint(settings, "model_path", also=("training_mode",))
 
 
 def tiny(**changes):
@@ -162,11 +162,11 @@ def training(*argv):
 def test_a_teacher_gives_its_student_the_architecture(bare, tmp_path):
     th.save(plain_state_dict(tiny(num_channels=64)), tmp_path / "wide.pt")
     settings = training(*TOLD, "--teacher_model_path", bare, "--resume_checkpoint", tmp_path / "wide.pt")
-    adopt_checkpoint(settings, "teacher_model_path")
+    inherit_checkpoint(settings, "teacher_model_path")
     assert {name: settings.values[name] for name in TINY} == TINY
     assert set(settings.sources) == {"teacher_model_path"}
     with pytest.raises(UserError, match="the checkpoint .*l2.pt asks for num_channels=32, but .*wide.pt was made with"):
-        adopt_checkpoint(settings, "resume_checkpoint")
+        inherit_checkpoint(settings, "resume_checkpoint")
 
 
 def test_weights_are_read_once(bare, monkeypatch):

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from evaluations.features import Extractor, Features
-from evaluations.metrics import InceptionScore, Moments
+from evaluations.metrics.frechet import Moments
+from evaluations.metrics.inception_score import InceptionScore
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ POOLED = FeatureKind("pool", "")
 SPATIAL = FeatureKind("spatial", "_s")
 
 
-class Tally:
+class FeatureAccumulator:
     """Running float64 sums of the features of images, their score, and where asked for the pooled features themselves.
 
     :param dims: the kinds of features whose mean and covariance are wanted, and their dimensions.

@@ -15,9 +15,9 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
-from evaluations.graph_constants import read_constants
-from evaluations.inception_v3 import Conv, InceptionV3
-from evaluations.torchscript import is_torchscript, load_torchscript
+from evaluations.features.graph_constants import read_constants
+from evaluations.features.inception_v3 import Conv, InceptionV3
+from evaluations.features.torchscript import is_torchscript, load_torchscript
 
 
 def read_inception(path: str) -> InceptionV3:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cm.data.sources import ImageSource, open_source
 from cm.errors import UserError
-from evaluations.readers import BatchFile
+from evaluations.engine.readers import BatchFile
 
 CHUNK = 64                                                  # images read at once from an npz
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from cm.errors import UserError
 from evaluations.defaults import NEIGHBOURS, SPLIT_SIZE
+from evaluations.engine.accumulator import POOLED, SPATIAL, FeatureKind
+from evaluations.engine.image_sets import COMPUTED, ImageSet, Unavailable
 from evaluations.features import Extractor, Features
-from evaluations.image_sets import COMPUTED, ImageSet, Unavailable
-from evaluations.manifold import precision_recall
-from evaluations.metrics import frechet, kid
-from evaluations.tally import POOLED, SPATIAL, FeatureKind
+from evaluations.metrics.frechet import frechet
+from evaluations.metrics.kid import kid
+from evaluations.metrics.precision_recall import precision_recall
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 DAMAGED = 1e-4                                              # share of negative eigenvalues that no rounding explains
@@ -129,7 +130,7 @@ class Score(Metric):
         run.check_output("logits")
 
     def measure(self, run: Comparison) -> None:
-        run.record("inception_score", run.sample.tally.score.finalize(), of_samples_alone=True)
+        run.record("inception_score", run.sample.accumulator.score.finalize(), of_samples_alone=True)
 
 
 class ClassAccuracy(Metric):

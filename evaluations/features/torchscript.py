@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.io import untrusted
 from cm.io.downloads import sha256
-from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
+from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
 
 DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote
 OUTPUT_NAMES = ("features", "logits", "spatial")

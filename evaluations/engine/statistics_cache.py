@@ -13,8 +13,8 @@ from cm.errors import UserError
 from cm.io.downloads import sha256
 from cm.logging import logger
 from evaluations.defaults import NO_CACHE, cache_folder
-from evaluations.npz_writer import add_array, new_npz
-from evaluations.readers import BatchFile, Statistics
+from evaluations.engine.npz_writer import add_array, new_npz
+from evaluations.engine.readers import BatchFile, Statistics
 
 KEPT = 40                                                   # entries; 34 MB each in Inception's features
 HASH_DIGITS = 24

@@ -9,12 +9,12 @@ import torch as th
 from cm.errors import UserError
 from cm.registry import lookup
 from evaluations.defaults import EXTRACTOR_CHOICES, EXTRACTOR_VARIABLE
-from evaluations.extractor import Extractor, Features
-from evaluations.inception_files import FILES, find_weights
-from evaluations.inception_weights import holds_inception
-from evaluations.tf_graph import FrozenGraphExtractor
-from evaluations.torch_inception import InceptionExtractor
-from evaluations.torchscript import TorchScriptExtractor, is_torchscript, load_torchscript, save_torchscript
+from evaluations.features.base import Extractor, Features
+from evaluations.features.inception import InceptionExtractor
+from evaluations.features.inception_files import FILES, find_weights
+from evaluations.features.inception_weights import holds_inception
+from evaluations.features.tf_graph import FrozenGraphExtractor
+from evaluations.features.torchscript import TorchScriptExtractor, is_torchscript, load_torchscript, save_torchscript
 
 __all__ = [
     "EXTRACTORS", "Extractor", "Features", "InceptionExtractor", "TorchScriptExtractor", "load_extractor",
@@ -30,7 +30,7 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     One step of all ranks together. Without `spec`, $CM_INCEPTION; without that either, the kind `default`. Published
     weights are looked for in torch.hub's cache, then downloaded to it.
 
-    :param default: a kind in `evaluations.inception_files.FILES`.
+    :param default: a kind in `evaluations.features.inception_files.FILES`.
     :raises UserError: if the file is missing or of another kind, or the weights cannot be had.
     """
     spec = spec or os.environ.get(EXTRACTOR_VARIABLE) or default

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tqdm.auto import tqdm
 
-from evaluations.arrays import Array, as_pair, as_points
 from evaluations.defaults import NEIGHBOURS
+from evaluations.metrics.arrays import Array, as_pair, as_points
 
 BLOCK = 2048                                                # rows and columns of distances held at a time
 

@@ -6,16 +6,16 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from evaluations.extractor import Features, as_rows, full_float32, hash_weights
-from evaluations.inception_v3 import SIDE
-from evaluations.inception_weights import read_inception
+from evaluations.features.base import Features, as_rows, full_float32, hash_weights
+from evaluations.features.inception_v3 import SIDE
+from evaluations.features.inception_weights import read_inception
 
 
 class InceptionExtractor:
     """The FID Inception-v3: 2048 pooled features, 2023 spatial ones, 1008 logits without bias.
 
-    :param path: weights as `evaluations.inception_weights` lists them; the same weights have the same `id` whatever
-        file they come from.
+    :param path: weights as `inception_weights` lists them; the same weights have the same `id` whatever file they come
+        from.
     :raises UserError: if the file is missing or does not hold them.
     """
 

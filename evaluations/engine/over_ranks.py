@@ -17,10 +17,17 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from cm.distributed import setup as dist
-from evaluations.arrays import Array
 from evaluations.defaults import NEIGHBOURS
-from evaluations.manifold import BLOCK, PrecisionRecall, blocks, keep_nearest, shifted, squared_distances
-from evaluations.metrics import KernelDistance, kid_draws, squared_mmd
+from evaluations.metrics.arrays import Array
+from evaluations.metrics.kid import KernelDistance, kid_draws, squared_mmd
+from evaluations.metrics.precision_recall import (
+    BLOCK,
+    PrecisionRecall,
+    blocks,
+    keep_nearest,
+    shifted,
+    squared_distances,
+)
 
 DTYPE = np.float32
 
@@ -50,7 +57,7 @@ class Share:
 
 
 def precision_recall_over_ranks(ref: Share, sample: Share, k: int = NEIGHBOURS, block: int = BLOCK) -> PrecisionRecall:
-    """The numbers of `evaluations.manifold.precision_recall`, in float32.
+    """The numbers of `evaluations.metrics.precision_recall.precision_recall`, in float32.
 
     :raises ValueError: if k does not lie between 1 and the smaller set's size - 1.
     """
@@ -71,7 +78,7 @@ def precision_recall_over_ranks(ref: Share, sample: Share, k: int = NEIGHBOURS, 
 def radii(points: Array, k: int, block: int) -> Array:
     """Squared distance [n] of this rank's points to their k-th nearest neighbours in the whole set."""
     nearest = np.full((len(points), k), np.inf, DTYPE)
-    for owner, columns, others in circulate(points, block):
+    for owner, columns, others in broadcast_blocks(points, block):
         for rows in blocks(len(points), block):
             distance = squared_distances(points[rows], others)
             if owner == dist.get_rank():
@@ -85,14 +92,14 @@ def hits(points: Array, centres: Array, centre_radii: Array, block: int) -> NDAr
     """Which of this rank's points [n] lie in the manifold of another set, of which `centres` are this rank's part."""
     found = np.zeros(len(points), bool)
     with_radii = np.concatenate([centres, centre_radii[:, None]], 1)
-    for _, _, others in circulate(with_radii, block):
+    for _, _, others in broadcast_blocks(with_radii, block):
         for rows in blocks(len(points), block):
             distance = squared_distances(points[rows], others[:, :-1])
             found[rows] |= (distance <= others[:, -1]).any(1)
     return found
 
 
-def circulate(points: Array, block: int) -> Iterator[tuple[int, slice, Array]]:
+def broadcast_blocks(points: Array, block: int) -> Iterator[tuple[int, slice, Array]]:
     """Every rank's points in turn, on all ranks: their owner, their rows on it, and the points."""
     rank = dist.get_rank()
     counts = dist.all_gather_object(len(points))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cm.errors import UserError
 from cm.io.downloads import sha256
-from evaluations.extractor import ID_DIGITS, INCEPTION_HEAD, Features
+from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features
 
 INPUT, POOL, SPATIAL, LAST_LAYER = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
 SPATIAL_CHANNELS = 7                                        # of the 192 of `SPATIAL`

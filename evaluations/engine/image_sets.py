@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from evaluations.engine.accumulator import POOLED, SPATIAL, FeatureAccumulator, FeatureKind, check_finite, dims_of
+from evaluations.engine.readers import BatchFile, Statistics
+from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.features import Extractor, Features
-from evaluations.readers import BatchFile, Statistics
-from evaluations.statistics_cache import StatisticsCache
-from evaluations.tally import POOLED, SPATIAL, FeatureKind, Tally, check_finite, dims_of
 
 STORED, COMPUTED, CACHED = "stored statistics", "images", "cached statistics"
 
@@ -42,7 +42,7 @@ class ImageSet:
         self.path, self.role = self.file.path, role
         self.stored = {kind: self.file.statistics(kind.suffix) for kind in (POOLED, SPATIAL)}
         self.cached: dict[FeatureKind, Statistics] = {}
-        self.tally: Tally | None = None
+        self.accumulator: FeatureAccumulator | None = None
         self.labels: NDArray[np.int64] | None = None
         self.correct = 0
         self.points: NDArray[np.float32] | None = None      # pooled features [N,D]
@@ -105,24 +105,24 @@ class ImageSet:
         :raises UserError: if a feature is not finite.
         """
         given = dims_of(probe)
-        self.tally = Tally(
+        self.accumulator = FeatureAccumulator(
             {kind: given[kind] for kind in self._wants_moments if kind in given},
             self._split_size if probe.logits is not None else 0,
             np.empty((len(self), given[POOLED]), np.float32) if self._wants_points else None,
         )
         with tqdm(total=len(self), desc=f"features of the {self.role}", unit="img", disable=not progress) as bar:
             for images in self.file.batches(batch_size):
-                start = self.tally.count
+                start = self.accumulator.count
                 features = extractor.extract(images)
                 check_finite(features, extractor, self.path, lambda row, start=start: f"image {start + row}")
-                self.tally.add(features, start)
+                self.accumulator.add(features, start)
                 if self.labels is not None and features.logits is not None:
                     labels = self.labels[start : start + len(images)]
                     self.correct += int((features.logits.argmax(1) == labels).sum())
                 bar.update(len(images))
-        self.points = self.tally.points()
+        self.points = self.accumulator.points()
         if cache is not None and len(self) > 1:
-            for kind, moments in self.tally.moments.items():
+            for kind, moments in self.accumulator.moments.items():
                 cache.save(self.path, Statistics(*moments.finalize(), extractor.id, moments.n), kind.suffix)
 
     # --- what the metrics read -------------------------------------------------------------------------------------
@@ -135,5 +135,5 @@ class ImageSet:
         if kind in self.cached:
             cached = self.cached[kind]
             return Gaussian(cached.mu, cached.sigma, cached.num_images, CACHED)
-        moments = self.tally.moments[kind]
+        moments = self.accumulator.moments[kind]
         return Gaussian(*moments.finalize(), moments.n, COMPUTED)

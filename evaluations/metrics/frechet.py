@@ -1,0 +1,120 @@
+"""The Frechet distance of two Gaussians, and running moments of features, in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluations.metrics.arrays import Array, as_gaussian, as_points
+
+WAITING = 512                                               # points whose products are taken at once, which is quicker
+
+
+class Moments:
+    """Mean and covariance of features in one pass: keeps n, s = sum x and Q = sum x x^T, which add up over parts."""
+
+    def __init__(self, dim: int):
+        self.n = 0
+        self.s = np.zeros(dim)                              # [D]
+        self._Q = np.zeros((dim, dim))                      # [D,D], without the points that wait
+        self._waiting: list[Array] = []
+        self._count = 0                                     # of points that wait
+
+    @property
+    def Q(self) -> Array:
+        """[D,D]."""
+        self._take_in()
+        return self._Q
+
+    def _take_in(self) -> None:
+        if self._waiting:
+            x = np.concatenate(self._waiting)
+            self._Q += x.T @ x
+            self._waiting, self._count = [], 0
+
+    def update(self, features: Array) -> None:
+        """Take in features [B,D].
+
+        :raises ValueError: if the shape does not fit or a feature is not finite.
+        """
+        x = as_points(features, "features", np.float64)
+        if x.shape[1] != len(self.s):
+            raise ValueError(f"features have {x.shape[1]} dimensions; these moments were begun with {len(self.s)}")
+        self.n += len(x)
+        self.s += x.sum(0)
+        self._waiting.append(x.copy() if x is features else x)                  # the caller may use its array again
+        self._count += len(x)
+        if self._count >= WAITING:
+            self._take_in()
+
+    def merge(self, other: Moments) -> None:
+        """Take in what another part of the set has gathered.
+
+        :raises ValueError: if its dimension differs.
+        """
+        if len(other.s) != len(self.s):
+            raise ValueError(f"cannot merge moments of {len(other.s)} and {len(self.s)} dimensions")
+        self.add_sums(other.n, other.s, other.Q)
+
+    def add_sums(self, n: int, s: Array, Q: Array) -> None:
+        """Take in the sums of another part of the set."""
+        self.n += n
+        self.s += s
+        self._Q += Q
+
+    def finalize(self) -> tuple[Array, Array]:
+        """mu [D] and sigma [D,D], normalised by n - 1 like np.cov.
+
+        :raises ValueError: for fewer than two points.
+        """
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 points, not {self.n}")
+        mu = self.s / self.n
+        return mu, (self.Q - self.n * np.outer(mu, mu)) / (self.n - 1)
+
+
+class Frechet(NamedTuple):
+    """The distance, its two terms, and the rounding noise (or damage) that was cut away."""
+
+    distance: float
+    mean_term: float
+    covariance_term: float
+    clipped: float                                          # negative eigenvalues set to 0, as a share of the trace
+
+
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
+    """Squared Frechet distance of two Gaussians, mu [D] and sigma [D,D]: FID on Inception's pooled features.
+
+    Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6; terms: `frechet`.
+    """
+    return frechet(mu1, sigma1, mu2, sigma2).distance
+
+
+def frechet(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> Frechet:
+    """|mu1 - mu2|^2 + Tr sigma1 + Tr sigma2 - 2 Tr (sigma1 sigma2)^(1/2), with its parts.
+
+    The root is taken through R = sigma1^(1/2): sigma1 sigma2 has the eigenvalues of the symmetric R sigma2 R, so there
+    are no complex numbers, and singular covariances (fewer points than dimensions) need no epsilon.
+    `clipped` beyond about 1e-6 means that a covariance is damaged.
+
+    :raises ValueError: if shapes differ or values are not finite.
+    """
+    mu1, sigma1 = as_gaussian(mu1, sigma1, "first")
+    mu2, sigma2 = as_gaussian(mu2, sigma2, "second")
+    if len(mu1) != len(mu2):
+        raise ValueError(f"the two Gaussians have {len(mu1)} and {len(mu2)} dimensions: not the same features")
+    eigenvalues, vectors = np.linalg.eigh(sigma1)
+    root1 = (vectors * np.sqrt(eigenvalues.clip(min=0))) @ vectors.T
+    product = root1 @ sigma2 @ root1
+    product_eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
+
+    mean_term = float(np.square(mu1 - mu2).sum())
+    covariance_term = float(np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(product_eigenvalues.clip(min=0)).sum())
+    clipped = max(negative_share(eigenvalues), negative_share(product_eigenvalues))
+    return Frechet(max(mean_term + covariance_term, 0.0), mean_term, covariance_term, clipped)
+
+
+def negative_share(eigenvalues: Array) -> float:
+    size = np.abs(eigenvalues).sum()
+    return float(np.abs(eigenvalues.clip(max=0)).sum() / size) if size else 0.0
