@@ -16,6 +16,7 @@ import torch as th
 from torch import Tensor
 
 from cm.diffusion import ddpm_schedule
+from cm.diffusion.denoiser import Diffusion
 from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import karras_earlier
 from cm.objectives.edm import EDM
@@ -37,18 +38,19 @@ class SADPM(EDM):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"precond": "ddpm"}
+    options: ClassVar[tuple[str, ...]] = ("num_consecutive_steps", "sa_lambda")
 
     num_consecutive_steps: int = 2
     sa_lambda: float = 0.2
     earlier: Earlier = ddpm_schedule.earlier
 
     @classmethod
-    def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
-        """On DDPM's timesteps for a network that is told them; else on a Karras grid as fine as these."""
+    def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
+        """On DDPM's timesteps for a network conditioned on them; else on a Karras grid as fine as these."""
         ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
         on_grid = partial(karras_earlier, n=ddpm_schedule.TIMESTEPS, **ends)
         earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid
-        return cls(diffusion.weight, law, earlier=earlier, **options)
+        return cls(diffusion.weight, noise_distribution, earlier=earlier, **options)
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         x0, K = batch.images, self.num_consecutive_steps

@@ -8,6 +8,7 @@ Shapes: N batch, n references, C channels, H and W height and width, d = C H W.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch as th
 from torch import Tensor
@@ -30,6 +31,8 @@ class STF(EDM):
 
     :param num_references: how many images a sample's target is made of; they come as `Batch.references`.
     """
+
+    options: ClassVar[tuple[str, ...]] = ("num_references",)
 
     num_references: int = 4096
 

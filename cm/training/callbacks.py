@@ -164,7 +164,7 @@ class Evaluation:
         folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = manifest.list_files(folder)
-        kept = manifest.save(folder, loop.step, {name: average}, loop.config, loop.images_seen)
+        kept = manifest.save(folder, loop.step, {name: average}, loop.flags, loop.images_seen)
         file = manifest.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)
