@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,10 +79,20 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     if loop.objective.history is not None:
         loop.objective.history.load_state_dict(rest["memory"])
     if "objective" in rest:
-        loop.objective.load_state_dict(rest["objective"])
+        loop.objective.load_state_dict(_interned(rest["objective"]))
     for callback in loop.callbacks:
         if callback.name in rest.get("watchers", {}):
             callback.load_state_dict(rest["watchers"][callback.name])
+
+
+def _interned(value: Any) -> Any:
+    """The same dicts with the words of their keys as the code has them.
+
+    A file spells a word out once per string object that holds it, and a resumed run shall write the same bytes.
+    """
+    if not isinstance(value, dict):
+        return value
+    return {sys.intern(key) if isinstance(key, str) else key: _interned(each) for key, each in value.items()}
 
 
 def write_status(loop: Any) -> None:
