@@ -18,13 +18,14 @@ from cm.checkpoints import manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.io import storage
 from cm.logging import logger
-from cm.objectives.base import ONLINE, Objective
+from cm.objectives.base import Objective
 from cm.objectives.curricula import Curriculum
 from cm.objectives.edm import EDM
 from cm.training.config import CompanionNetwork, DataSource, LoopConfig, RunParts
 from cm.training.loop import TrainLoop as Loop
 from cm.training.loop import as_batch
 from cm.training.mixed_precision import INITIAL_LOG_LOSS_SCALE
+from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, Callback
 
 __all__ = [
@@ -75,13 +76,11 @@ class TrainLoop(Loop):
         item = batch if isinstance(batch, Batch) else (batch, dict(cond or {}))
         super().run_step(as_batch(item, self.images_seen, self.rank, self.world_size))
 
-    def forward_backward(self, batch: Any, cond: Any = None) -> None:
+    def forward_backward(self, batch: Any, cond: Any = None, network: TrainedNetwork | None = None) -> None:
         """Gradients of the mean loss over a batch, or over images and their conditioning."""
-        if isinstance(batch, Batch):
-            network = cond if cond is not None else self.trained[self.objective.trains(self.step)]
-            return super().forward_backward(batch, network)
-        ready = as_batch((batch, dict(cond or {})), self.images_seen, self.rank, self.world_size)
-        super().forward_backward(ready, self.trained[ONLINE])
+        item = batch if isinstance(batch, Batch) else (batch, dict(cond or {}))
+        ready = as_batch(item, self.images_seen, self.rank, self.world_size)
+        super().forward_backward(ready, network=network or self.trained[self.objective.trains(self.step)])
 
     def log_step(self) -> None:
         """Put the step and the number of samples into the next row of the log."""
@@ -127,7 +126,8 @@ class CMTrainLoop(TrainLoop):
     def _companions(self) -> dict[str, CompanionNetwork]:
         given = {"target_model": (self.target_model, self._diffusion),
                  "teacher_model": (self.teacher_model, self.teacher_diffusion)}
-        return {name: CompanionNetwork(*pair) for name, pair in given.items() if pair[0] is not None}
+        return {name: CompanionNetwork(model, scalings)
+                for name, (model, scalings) in given.items() if model is not None}
 
     def reset_training_for_progdist(self) -> None:
         """Begin a new stage: a fresh optimizer, averages that start from the present weights."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
@@ -85,7 +85,7 @@ class Settings:
 
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
-        return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
+        return kind(**{name: self.values[name] for name in defaults_of(kind)})
 
     def inherit(self, values: Mapping[str, Any], source: str) -> None:
         """Take values that a checkpoint knows; what was asked for must agree with them.
@@ -124,7 +124,7 @@ def same(a: Any, b: Any) -> bool:
 class Parser(argparse.ArgumentParser):
     """Says each thing once for the whole job, and suggests the flag that was meant."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         if launcher_rank() == 0:
             print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
@@ -156,7 +156,7 @@ def positive(word: str) -> int:
     return value
 
 
-def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+def parse(description: str | None, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
     """Read the flags of a script.
 
     :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
@@ -185,7 +185,7 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
     return Settings(values, given, dry_run)
 
 
-def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+def make_parser(description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
     parser = Parser(
         description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -54,14 +54,16 @@ class SADPM(EDM):
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         x0, K = batch.images, self.num_consecutive_steps
-        levels, total = [self.earlier(sigma, k) for k in range(K)], 0
+        levels = [self.earlier(sigma, k) for k in range(K)]
+        errors, residuals, total = [], [], th.zeros_like(x0)
         for k, (s, is_there) in enumerate(levels):
             z = noise if k == 0 else rng.randn_like(x0)
             error = nets.online(x0 + z * append_dims(s, x0.ndim), s, **batch.cond) - x0
             residual = error * append_dims(self.weight(s).sqrt(), x0.ndim)
-            if k == 0:
-                xs_mse, mse = mean_flat(error.square()), mean_flat(residual.square())
             total = th.where(append_dims(is_there, x0.ndim), total + residual, total)
+            errors.append(error)
+            residuals.append(residual)
+        xs_mse, mse = mean_flat(errors[0].square()), mean_flat(residuals[0].square())
         sequence = mean_flat(total.square()) / K**2
         loss = mse + self.sa_lambda * sequence
         return LossTerms(loss, levels[0][0], {"xs_mse": xs_mse, "mse": mse, "sequence": sequence})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch as th
 
@@ -25,7 +26,7 @@ def dry_run(settings: Settings) -> None:
     """
     with th.device("meta"):
         model = model_from(settings)
-    facts = {
+    facts: dict[str, Any] = {
         "parameters": sum(param.numel() for param in model.parameters()), "ranks": dist.get_world_size()
     }
     if not dist.is_main():

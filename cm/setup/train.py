@@ -63,7 +63,7 @@ def make_networks(settings: Settings, objective: Objective) -> tuple[nn.Module, 
         model.load_state_dict(teacher.state_dict())
     companions = {}
     for each in objective.companions:
-        network = teacher if each.origin == "teacher" else model_from(settings)
+        network = model_from(settings) if each.origin != "teacher" or teacher is None else teacher
         if each.origin == "online":
             network.load_state_dict(model.state_dict())
         companions[each.name] = placed(settings, each, network)

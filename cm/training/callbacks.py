@@ -38,15 +38,27 @@ COLUMNS = 8                                                 # of a grid
 class Metric(Protocol):
     """How far images are from a reference."""
 
-    key: str                                                # column of the log
-    label: str                                              # for people
-    id: str                                                 # of the features that it compares
+    @property
+    def key(self) -> str:
+        """The column of the log."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """Of the features that it compares."""
+        ...
 
     def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
         """The distance of the images of all ranks; the same number on every rank.
 
         :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
         """
+        ...
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cm.training.config import LoopConfig, RunParts
 from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
 from cm.training.meters import LossMeter
-from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport
+from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve
 from cm.training.non_finite import NonFiniteError
 from cm.training.optimizer import make_optimizer, rampup
 from cm.training.throughput import Ticks, status_line
@@ -74,7 +74,8 @@ class TrainLoop:
         self.step = self.images_seen = 0
         self.seconds_before = 0.0                           # trained before this start
         self.stop_signal = 0                                # on which all ranks have agreed to stop
-        self.data: Iterator[Any] | None = None              # opened by `resume`
+        self.data: Iterator[Any] = iter(())                 # opened by `resume`
+        self.is_open = False
         self.begun = time.monotonic()
 
     # --- what the networks are -------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class TrainLoop:
                        for name in roles(declared, "by_objective")}
         if self.trainer.use_fp16:
             for name in roles(declared, "never"):           # nobody needs the masters of a network that stands still
-                convert_to_fp16(models[name])
+                halve(models[name])
         masters = self.trainer.master_params
         self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
         self.averages = EMA(
@@ -150,7 +151,7 @@ class TrainLoop:
 
     def run_loop(self) -> None:
         """Train until `total_training_steps`, or until a signal asks to stop; the last state is always saved, once."""
-        if self.data is None:
+        if not self.is_open:
             self.resume()
         self.clock, self.logged_step = time.monotonic(), self.step
         self.ticks = Ticks(self.step, self.config.log_interval, self.device, self.seconds_before)
@@ -197,7 +198,7 @@ class TrainLoop:
         self.set_learning_rate(network)
         th.manual_seed(stream_seed(self.seed, f"dropout of rank {self.rank}", self.step))
         network.trainer.zero_grad()
-        self.forward_backward(batch, network)
+        self.forward_backward(batch, network=network)
         report = network.trainer.step(network.opt, self.agree_on_finite_and_stop(network))
         if report.fatal:
             raise self.non_finite_error(network)
@@ -218,7 +219,7 @@ class TrainLoop:
     def seed(self) -> int:
         return self.config.seed
 
-    def forward_backward(self, batch: Batch, network: TrainedNetwork) -> None:
+    def forward_backward(self, batch: Batch, *, network: TrainedNetwork) -> None:
         """Gradients of the mean loss over the global batch, whatever the microbatch and the number of ranks."""
         self.microbatches.clear()
         for start in range(0, len(batch), self.microbatch):
@@ -362,7 +363,7 @@ class TrainLoop:
             network.distribute()
         self._networks.clear()
         data = self.parts.data
-        self.data = data(self.images_seen) if callable(data) else data
+        self.data, self.is_open = data(self.images_seen) if callable(data) else data, True
         self.close_data = getattr(self.data, "close", None) if callable(data) else None
         self.begun = time.monotonic()
 
@@ -378,12 +379,6 @@ class TrainLoop:
         for each in self.objective.companions:
             if each.origin == ONLINE and each.name in self.moving:
                 self.moving[each.name].load_master_params(self.trainer.master_params)
-
-
-def convert_to_fp16(model: nn.Module) -> None:
-    """Halve a network that stands still, unless it is half precision already."""
-    if all(param.dtype != th.float16 for param in model.parameters()):
-        model.convert_to_fp16()
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:

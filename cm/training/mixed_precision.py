@@ -63,6 +63,18 @@ class Steps(Protocol):
     def step(self) -> Any: ...
 
 
+def halve(model: nn.Module) -> None:
+    """Convert the trunk of a network to float16, unless that has been done.
+
+    :raises UserError: if it is no network that can be converted.
+    """
+    convert = getattr(model, "convert_to_fp16", None)
+    if convert is None:
+        raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
+    if all(param.dtype not in HALF for param in model.parameters()):
+        convert()
+
+
 class MasterWeights:
     """The float32 parameters of a network, which itself may compute in half precision.
 
@@ -86,13 +98,10 @@ class MasterWeights:
             raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
                              "master parameters would be rounded: pass the float32 model, it is converted here")
         if self.use_fp16:
-            if not hasattr(model, "convert_to_fp16"):
-                raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
             self.master_params = [
                 p.detach().to(th.float32, copy=True).requires_grad_(p.requires_grad) for p in self.model_params
             ]
-            if not rounded:
-                model.convert_to_fp16()
+            halve(model)
 
     @property
     def use_fp16(self) -> bool:
@@ -122,7 +131,7 @@ class MasterWeights:
         network is made for them. They may share memory with `master_params`.
         """
         by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
-        state = self.model.state_dict(keep_vars=True)
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {key: by_param.get(id(value), value).detach().cpu().contiguous() for key, value in state.items()}
 
     def params_in(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:

@@ -60,7 +60,7 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
     """
     def params(name: str, owner: MasterWeights) -> list[Tensor]:
-        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name))
+        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name) or name)
 
     changed = changes(checkpoint.config, loop.flags)
     logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")

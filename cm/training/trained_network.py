@@ -54,5 +54,5 @@ class TrainedNetwork:
 
     def no_sync(self) -> AbstractContextManager:
         """While this is open, gradients of a microbatch stay on their rank."""
-        is_shared = isinstance(self.ddp_model, DistributedDataParallel)
-        return self.ddp_model.no_sync() if is_shared else contextlib.nullcontext()
+        ddp = self.ddp_model
+        return ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else contextlib.nullcontext()
