@@ -1,4 +1,4 @@
-"""Edit images with a consistency model: fill in, colour, sharpen, redraw, denoise; or interpolate between two.
+"""Edit images with a trained model: inpaint, colorize, superres, stroke, denoise; or interpolate between two samples.
 
 python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,32 \\
     --model_path runs/cd/ema_0.9999_600000.pt --ts 0,22,39 --steps 40 --log_dir runs/inpainted

@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint: an npz for the evaluator, and a grid to look at; or a PNG for each seed.
+"""Generate images from a checkpoint: one npz for the evaluator and an image grid, or one PNG per seed.
 
 mpiexec -n 8 python scripts/image_sample.py --model_path runs/cd/ema_0.9999_600000.pt --sampler onestep \\
     --num_samples 50000 --log_dir runs/cd_samples

@@ -1,10 +1,10 @@
-"""Find the noise levels of a multistep consistency sampler: points are added one at a time where the FID is lowest.
+"""Search for the schedule of a multistep consistency sampler, adding one noise level at a time where the FID is lowest.
 
 mpiexec -n 8 python scripts/ternary_search.py --model_path runs/cd/ema_0.9999_600000.pt --steps 40 --num_ts 1 \\
     --ref_batch VIRTUAL_imagenet64_labeled.npz --inception inception-2015-12-05.pt --log_dir runs/cd_search
 
-Leaves ternary_search.json and a plot, ternary_search.png, in --log_dir, and prints the image_sample.py command of the
-schedule it found. Killed and started again, it goes on; so does a search for more points in the same --log_dir.
+Writes ternary_search.json and a plot, ternary_search.png, to --log_dir, and prints the image_sample.py command for the
+schedule it found. Run the same command again to resume an interrupted search, or with a larger --num_ts to extend it.
 """
 
 from __future__ import annotations
