@@ -22,8 +22,8 @@ FLOORS = [
     ["setup"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "logger", "losses", "nn", "resample", "script_util",
-              "train_util", "unet"}
+COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "image_sources", "logger", "losses", "nn", "resample",
+              "script_util", "train_util", "unet"}
 """Modules of openai/consistency_models: nothing of the toolkit imports them, and they may import all of it."""
 
 SOURCES = sorted([*(ROOT / "cm").rglob("*.py"), *(ROOT / "evaluations").rglob("*.py")])

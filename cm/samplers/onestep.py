@@ -17,6 +17,7 @@ class OneStep(Euler):
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
+    uses_steps: ClassVar[bool] = False
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         return th.tensor([sigma_max, 0.0], dtype=th.float64)
