@@ -67,7 +67,7 @@ def open_log(settings: Settings) -> None:
 
 def save_config(settings: Settings) -> None:
     text = settings.as_text().encode()
-    storage.write_whole(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
+    storage.write_atomically(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
 
 
 def loop_arguments(settings: Settings) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Profile:
         ], steps)
         trace, listing = (os.path.join(logger.get_dir(), name) for name in (TRACE, TABLE))
         self.profiler.export_chrome_trace(trace)
-        storage.write_whole(listing, lambda file: file.write(text.encode()))
+        storage.write_atomically(listing, lambda file: file.write(text.encode()))
         self.profiler = None
         logger.log(f"where the time of {steps} steps went, on the {'GPU' if on_device else 'CPU'}:\n{text}"
                    f"trace: {trace} (for chrome://tracing or ui.perfetto.dev)")

@@ -134,14 +134,9 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
     for sub in ("unet", "scheduler"):
         storage.make_folder(os.path.join(folder, sub))
     tensor_file.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
-    write_json(os.path.join(folder, "unet", "config.json"), config)
-    write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
-    write_json(os.path.join(folder, "model_index.json"), index)
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2).encode()
-    storage.write_whole(path, lambda file: file.write(text))
+    storage.write_json(os.path.join(folder, "unet", "config.json"), config)
+    storage.write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
+    storage.write_json(os.path.join(folder, "model_index.json"), index)
 
 
 def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:

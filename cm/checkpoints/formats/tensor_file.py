@@ -38,7 +38,7 @@ def write(path: str, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy())
 
-    storage.write_whole(path, fill)
+    storage.write_atomically(path, fill)
 
 
 def read(content: Any, source: str) -> dict[str, Tensor]:
