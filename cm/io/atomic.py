@@ -12,7 +12,9 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
+import time
 from types import TracebackType
 from typing import BinaryIO, cast
 
@@ -22,14 +24,17 @@ PARTIAL = ".partial"
 """What the name of a file ends in that is being written."""
 TEMPORARY = re.compile(rf"\.(.+)\.cm-[0-9a-f]{{12}}{re.escape(PARTIAL)}", re.DOTALL)
 LONGEST_NAME = 200                                          # bytes of a name in its temporary one; 255 are the limit
+ABANDONED_S = 3600
 FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+FREE_SPACE = "Free some space, or choose another folder"
+WRITABLE = "Make the folder writable, or choose another one"
 REMEDIES = {
-    errno.ENOSPC: "Free some space, or choose another folder",
-    errno.EDQUOT: "Free some space, or choose another folder",
-    errno.EACCES: "Make the folder writable, or choose another one",
-    errno.EPERM: "Make the folder writable, or choose another one",
-    errno.EROFS: "Make the folder writable, or choose another one",
+    errno.ENOSPC: FREE_SPACE,
+    errno.EDQUOT: FREE_SPACE,
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EROFS: WRITABLE,
     errno.ENOENT: "Create the folder, or choose another one",
 }
 OTHER_REMEDY = "If the disk is full, free some space; if not, look at the folder, or choose another one"
@@ -49,8 +54,8 @@ class AtomicFile:
         self.path, self.durable = os.fspath(path), durable
         self.temporary = None if is_stream(self.path) else temporary_path(self.path)
         try:
-            handle = os.open(self.path, os.O_WRONLY) if self.temporary is None else os.open(self.temporary, FLAGS, 0o666)
-            self.file = cast(BinaryIO, os.fdopen(handle, "wb" if self.temporary is None else "w+b"))
+            handle = os.open(self.temporary, FLAGS, 0o666) if self.temporary else os.open(self.path, os.O_WRONLY)
+            self.file = cast(BinaryIO, os.fdopen(handle, "w+b" if self.temporary else "wb"))
         except OSError as error:
             raise write_failure(self.path, error) from error
 
@@ -109,18 +114,37 @@ def temporary_path(path: str) -> str:
 
 
 def written_for(name: str) -> str | None:
-    """'.model000010.pt.cm-0123456789ab.partial' -> 'model000010.pt'; None for a name that `temporary_path` never gives."""
+    """'.model000010.pt.cm-0123456789ab.partial' -> 'model000010.pt'; None for a name of another form."""
     match = TEMPORARY.fullmatch(name)
     return match[1] if match else None
 
 
 def remove_temporaries(path: str | os.PathLike[str]) -> None:
-    """Remove what killed writers of `path` have left; call it only where no other process can be writing it."""
+    """Remove the files and folders that killed writers of `path` have left; no other process may be writing it now."""
     folder, name = os.path.split(os.path.abspath(path))
+    for found in os.listdir(folder) if os.path.isdir(folder) else []:
+        if written_for(found) == name:
+            remove_tree(os.path.join(folder, found))
+
+
+def remove_old_temporaries(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed writers have left in a folder into which other processes may be writing.
+
+    What was changed within the last `ABANDONED_S` seconds stays.
+    """
+    for found in os.listdir(folder) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, found)
+        with contextlib.suppress(OSError):
+            if written_for(found) and time.time() - os.lstat(path).st_mtime > ABANDONED_S:
+                remove_tree(path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as that is possible."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        return shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        for found in os.listdir(folder):
-            if written_for(found) == name:
-                os.remove(os.path.join(folder, found))
+        os.remove(path)
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:
@@ -130,6 +154,15 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Wait until all files and folders in a folder, and itself, are on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(parent)
 
 
 def free_bytes(directory: str) -> int | None:

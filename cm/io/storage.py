@@ -147,7 +147,7 @@ def list_names(directory: str) -> list[str]:
         return [name.rstrip("/") for name in blobfile.listdir(directory)] if blobfile.exists(directory) else []
 
 
-def make_folder(path: str) -> None:
+def make_folder(path: str | os.PathLike[str]) -> None:
     """Create a folder, with those above it, unless it is there; object stores need none.
 
     :raises UserError: if that cannot be done.

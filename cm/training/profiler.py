@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 class Profile:
     """Traces `steps` training steps after a short warm-up, once per start of a run, and leaves two files of them.
 
-    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do meanwhile is in the trace, too.
+    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do meanwhile is in the trace.
 
     :param steps: at least 1.
     """
