@@ -42,7 +42,7 @@ lint: install $(if $(filter yes,$(LINT_TYPES)),types)
 	$(BIN)/python -m ruff check .
 
 types: install
-	$(BIN)/pyright cm evaluations scripts datasets
+	$(BIN)/pyright --pythonpath $(BIN)/python cm evaluations scripts datasets
 
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

@@ -21,6 +21,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -82,9 +83,9 @@ def centre_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
 
 
 def transform(image: Image.Image, kind: str, size: Shape | None) -> Image.Image | None:
-    if kind == "center-crop":
-        return centre_crop(image, size)
-    return centre_crop_wide(image, size) if kind == "center-crop-wide" else resize(image, size)
+    if size is None or kind == "none":
+        return resize(image, size)
+    return centre_crop(image, size) if kind == "center-crop" else centre_crop_wide(image, size)
 
 
 class Made(NamedTuple):
@@ -113,7 +114,7 @@ def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     return Made(i, file.getvalue(), image.mode, image.size)
 
 
-_make = None                                    # in a process of the pool: `make` with all but the number
+_make: Callable[[int], Made] | None = None      # in a process of the pool: `make` with all but the number
 
 
 def begin(source: RawImages, kind: str, size: Shape | None) -> None:
@@ -122,6 +123,7 @@ def begin(source: RawImages, kind: str, size: Shape | None) -> None:
 
 
 def make_here(i: int) -> Made:
+    assert _make is not None, "begin() starts every process of the pool"
     return _make(i)
 
 

@@ -55,7 +55,7 @@ class NpzWriter:
     def put(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray | None) -> None:
         """Rows `indices` [n] of the result: images [n,H,W,3] uint8, labels [n]."""
         self.images[indices] = images
-        if self.labels is not None:
+        if self.labels is not None and labels is not None:
             self.labels[indices] = labels
 
     def close(self, **extra: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from cm.errors import UserError
 from cm.io import atomic
@@ -27,7 +27,7 @@ def _blobfile() -> ModuleType:
     from cm.io import store_pool
 
     pool = store_pool.StorePool()
-    blobfile.configure(retry_limit=RETRIES, connect_timeout=store_pool.CONNECT_TIMEOUT_S, get_http_pool=lambda: pool,
+    blobfile.configure(retry_limit=RETRIES, connect_timeout=store_pool.CONNECT_TIMEOUT_S, get_http_pool=lambda: cast(Any, pool),
                        log_callback=lambda line: None)
     return blobfile
 
