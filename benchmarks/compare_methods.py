@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch as th
 from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
-from bench.dot_plot import dot_plot
 from tqdm import tqdm
 
 from cm.config.flags import parse
@@ -31,7 +30,9 @@ from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConf
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.generate.engine import draw, labels_of
-from cm.generate.grids import labelled_rows
+from cm.generate.grids import labelled_rows, save_picture
+from cm.io.storage import write_bytes
+from cm.report.plots import dot_plot
 from cm.setup.sample import inherit_model, load_model, sampler_options, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
@@ -166,10 +167,12 @@ class Contest:
         (self.out / "table.md").write_text(text + "\n")
         ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
-        dot_plot(dots, "Frechet distance in classifier features; a dot is a seed").save(self.out / "distances.png")
+        picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
+        write_bytes(self.out / "distances.png", picture)
         pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
                     for name, training in TRAININGS.items()]
-        labelled_rows(pictures, scale=max(1, 48 // self.stage.network["image_size"])).save(self.out / "samples.png")
+        scale = max(1, 48 // self.stage.network["image_size"])
+        save_picture(self.out / "samples.png", labelled_rows(pictures, scale))
         print(text)
 
     def table(self, rows: dict[tuple[str, str], list[Score]]) -> str:

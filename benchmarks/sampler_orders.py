@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cm.report.line_plot import line_plot
+from cm.io.storage import write_bytes
+from cm.report.plots import line_plot
 from support.gaussian import Gaussian, Mixture
 from support.solver_orders import EXPECTED, SAMPLERS, Paths, line_bed, order, weak_errors
 
@@ -55,7 +56,7 @@ def main() -> None:
             f"{name}: order {row['orders'][1]:.2f}": list(row["strong_errors"].items()) for name, row in rows.items()
         }
         picture = line_plot(curves, "steps", "RMS distance from the path, overlapping mixture", log=True)
-        picture.save(folder / "orders.png")
+        write_bytes(folder / "orders.png", picture)
 
 
 def table(rows: dict) -> str:

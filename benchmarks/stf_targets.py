@@ -26,8 +26,9 @@ from cm.config.flags import option, parse
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io.storage import write_bytes
 from cm.objectives.stf import as_points, stable_target
-from cm.report.line_plot import line_plot
+from cm.report.plots import line_plot
 from cm.types import Batch
 
 EXACT = "donot_use_mm_for_euclid_dist"                              # differences first: no cancellation
@@ -114,7 +115,8 @@ def write(rows: Sequence[dict], counts: Sequence[int], folder: Path) -> None:
         for n in counts
     }
     path = folder / "stf_targets.png"
-    line_plot(curves, "log10 sigma", "variance of targets given x, as a share of the variance of the images").save(path)
+    label = "variance of targets given x, as a share of the variance of the images"
+    write_bytes(path, line_plot(curves, "log10 sigma", label))
     print(path)
 
 

@@ -26,8 +26,8 @@ def _blobfile() -> ModuleType:
 
     from cm.io import store_pool
 
-    pool = store_pool.StorePool()
-    blobfile.configure(retry_limit=RETRIES, connect_timeout=store_pool.CONNECT_TIMEOUT_S, get_http_pool=lambda: cast(Any, pool),
+    pool = cast(Any, store_pool.StorePool())
+    blobfile.configure(retry_limit=RETRIES, connect_timeout=store_pool.CONNECT_TIMEOUT_S, get_http_pool=lambda: pool,
                        log_callback=lambda line: None)
     return blobfile
 
