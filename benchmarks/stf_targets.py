@@ -12,7 +12,6 @@ Shapes: N images of the set, M noisy images, d numbers of an image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from cm.config.flags import option, parse
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io.storage import write_bytes
+from cm.io.storage import write_bytes, write_json
 from cm.objectives.stf import as_points, stable_target
 from cm.report.plots import line_plot
 from cm.types import Batch
@@ -107,7 +106,7 @@ def scatter(
 def write(rows: Sequence[dict], counts: Sequence[int], folder: Path) -> None:
     """Numbers, and a picture of the covariance."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stf_targets.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "stf_targets.json", rows)
     curves = {
         f"{n} references" if n > 1 else "1: the image itself (EDM)": [
             (float(np.log10(row["sigma"])), row["trace"]) for row in rows if row["references"] == n

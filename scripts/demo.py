@@ -37,7 +37,7 @@ import numpy as np
 
 from cm.data.sources import open_source
 from cm.generate.grids import labelled_rows, save_picture
-from cm.io.storage import write_atomically
+from cm.io.atomic import AtomicFile
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "digits"
@@ -93,8 +93,8 @@ class Demo:
         path = self.out / "real.npz"
         if not path.exists():
             source = open_source("digits", 8)
-            images = source.images(np.arange(len(source)))
-            write_atomically(path, lambda file: np.savez(file, arr_0=images, arr_1=source.labels))
+            with AtomicFile(path) as file:
+                np.savez(file, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
 
     def classifier(self) -> None:
         """The feature extractor: a small classifier that never sees a generated image."""

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from cm.distributed import setup as dist
 from cm.io import storage
-from cm.report.html import writable
+from cm.report.names import writable
 from cm.report.page import page
 from cm.report.run_records import read_run
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cm.report.plots import Points
@@ -54,7 +55,7 @@ class Axis:
 def plot(
     curves: Sequence[Curve], title: str, x_label: str, x_range: tuple[float, float], *,
     log: bool, smooth: bool, stairs: bool,
-) -> str:
+) -> Markup:
     """An SVG element and its data.
 
     :param x_range: lowest and highest x, that several plots may share.
@@ -87,7 +88,7 @@ def plot(
         })
     parts.append('<g class="pointer"></g>')
     spoken = "; ".join(f"{curve.name} from {curve.points[0][1]:.4g} to {curve.points[-1][1]:.4g}" for curve in curves)
-    return (
+    return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(f"{title}: {spoken}")}">'
         f'{"".join(parts)}</svg><script type="application/json">{as_script(data)}</script>'
     )
