@@ -51,10 +51,10 @@ from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
 from cm.generate.score_store import ScoreStore, open_score_store
 from cm.io import storage
-from cm.io.storage import write_json
+from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 from cm.objectives import OBJECTIVES
-from cm.report.line_plot import line_plot
+from cm.report.plots import line_plot
 from cm.setup.dry_run import dry_run
 from cm.setup.objective import kind_of_result
 from cm.setup.run import open_log, run_precision
@@ -208,8 +208,8 @@ def report(result: dict[str, Any], found: Sequence[Round]) -> None:
     """Leave the result and its plot in the log's folder, and say what was found; on rank 0."""
     directory = logger.get_dir()
     write_json(os.path.join(directory, RESULT), result)
-    curves = {f"point {i} beside {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
-    line_plot(curves, "index of the new point", result["metric"]).save(os.path.join(directory, PLOT))
+    curves = {f"point {i} added to {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
+    write_bytes(os.path.join(directory, PLOT), line_plot(curves, "index of the new point", result["metric"]))
     logger.log(table(found, result["metric"]))
     naive = result["naive_network_evaluations"]
     logger.log(f"images through the network: {result['network_evaluations']}; a search at thirds that shares and "

@@ -41,7 +41,7 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
 def save_config(settings: Settings) -> None:
     """Write config.json into the log's folder; on one rank."""
     text = settings.as_text().encode()
-    storage.write_whole(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
+    storage.write_atomically(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
 
 
 def on_device(settings: Settings, model: nn.Module) -> nn.Module:
