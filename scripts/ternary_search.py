@@ -35,7 +35,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ from cm.io import storage
 from cm.io.storage import write_json
 from cm.logging import logger
 from cm.report.line_plot import line_plot
+from cm.samplers.sample import SampleOptions
 from cm.setup.run import dry_run, open_log, run_precision
 from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
 from evaluations.engine.readers import BatchFile
@@ -126,9 +127,9 @@ def check_flags(settings: Settings) -> None:
         settings.replace(end=str(values["steps"] - 1))
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
+def sampler_options(settings: Settings) -> SampleOptions:
     names = ("steps", "clip_denoised", "sigma_min", "sigma_max")
-    return {"sampler": "multistep", **{name: settings.values[name] for name in names}}
+    return SampleOptions(sampler="multistep", **{name: settings.values[name] for name in names})
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Scorer:
     model: nn.Module
     stages: PrefixCache
     plan: SamplingPlan
-    options: dict[str, Any]
+    options: SampleOptions
     evaluator: ThEvaluator
 
     def __call__(self, ts: Schedule) -> tuple[float, int]:
@@ -158,7 +159,8 @@ class Scorer:
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
                 denoiser, labels = self.stages.denoiser(ts, batch), labels_of(indices, self.plan)
-                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
+                options = replace(self.options, ts=ts)
+                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, options)[0]
 
 
 def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:

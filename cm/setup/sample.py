@@ -27,9 +27,10 @@ from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.networks.noisy_classifier import NoisyClassifier, from_content
-from cm.samplers import SAMPLERS, make_sampler
+from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
+from cm.samplers.sample import SampleOptions
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
 from cm.setup.run import on_device, run_precision
@@ -155,10 +156,12 @@ def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
                             "drop one of them")
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
-    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig` and `SolverConfig`."""
-    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
-    return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+def sampler_options(settings: Settings) -> SampleOptions:
+    """How the flags of `SampleConfig` and `SolverConfig` ask for the images to be sampled."""
+    values = settings.values
+    churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
+    own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}
+    return SampleOptions(sampler=sampler_of(settings)[0], churn=churn, **own)
 
 
 def load_model(settings: Settings) -> nn.Module:
@@ -207,8 +210,8 @@ def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> 
     diffusion = sampling_diffusion(settings)
     if classifier is None:
         return diffusion
-    scale, tell_class = settings.values["classifier_scale"], settings.values["class_cond"]
-    return GuidedDiffusion(diffusion, classifier, scale, tell_class)
+    scale, class_cond = settings.values["classifier_scale"], settings.values["class_cond"]
+    return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 
 
 def png_recipe(settings: Settings) -> dict[str, Any]:
