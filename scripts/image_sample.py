@@ -44,7 +44,8 @@ from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, s
 from cm.generate.grids import grid_scale, image_grid
 from cm.generate.png import PngFolder
 from cm.logging import logger
-from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.dry_run import dry_run
+from cm.setup.run import open_log, run_precision
 from cm.setup.sample import (
     choose_seeds,
     guided_diffusion,

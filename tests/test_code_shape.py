@@ -25,7 +25,6 @@ PUBLISHED = {
 """Functions that keep a published list of arguments, and whose it is. They may have many arguments, not many lines."""
 
 KNOWN = {
-    "cm/training/loop.py:TrainLoop.__init__": (82, 35),
     "evaluations/evaluator.py:evaluate": (66, 11),
 }
 """Functions that are too large today: lines, arguments. They may only shrink; an entry goes once it is not needed."""

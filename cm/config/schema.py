@@ -14,7 +14,6 @@ SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "p
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
-CONSISTENCY_MODES = ("consistency_distillation", "consistency_training")    # D(x, sigma_min) = x
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ class ConsistencyConfig:
     """consistency models"""
 
     training_mode: str = option(
-        "consistency_distillation", "what to train", choices=tuple(mode for mode in TRAINING_MODES if mode != "edm")
+        "consistency_distillation", "what to train; edm: a diffusion model, as objective says", choices=TRAINING_MODES
     )
     teacher_model_path: str = option("", "EDM checkpoint to distil and to start from")
     teacher_dropout: float = option(0.1, "dropout of the teacher", minimum=0)
@@ -421,3 +420,9 @@ class TernarySearchConfig:
     cache_gib: float = option(
         4.0, "memory per rank for shared evaluations, in GiB; what does not fit is evaluated again", minimum=0
     )
+
+
+TRAINING_SECTIONS = (
+    ModelConfig, DiffusionConfig, ObjectiveConfig, ConsistencyConfig, DataConfig, TrainConfig, EvalConfig, RunConfig,
+)
+"""The flags of every training command."""

@@ -37,7 +37,7 @@ def create_diffusion(
 
 def model_from(settings: Settings, **changes: Any) -> Network:
     """The network of resolved settings, in float32; `changes` override single flags."""
-    config = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
+    config: dict[str, Any] = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
     return build_network(NetworkConfig(**config))
 
 

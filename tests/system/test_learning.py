@@ -12,7 +12,7 @@ from cm.logging import logger
 from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
 from cm.samplers.sample import SampleOptions
-from cm.training.consistency import CMTrainLoop, TrainLoop
+from cm.train_util import CMTrainLoop, TrainLoop
 from evaluations.metrics.frechet import Moments, frechet_distance
 
 BATCH = 64
