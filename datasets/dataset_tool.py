@@ -101,7 +101,7 @@ class Made(NamedTuple):
 def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     """Read, transform and encode image i."""
     try:
-        image = source.picture(i)
+        image = source.image(i)
     except MemoryError:
         raise
     except Exception as error:                                      # decoders raise many kinds

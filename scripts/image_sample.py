@@ -74,7 +74,7 @@ def main() -> None:
     if folder:
         result = sample_to_pngs(
             load_model(settings), guided_diffusion(settings, classifier), plan, folder,
-            run_precision(settings), **options,
+            run_precision(settings), options,
         )
         return dist.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
@@ -83,7 +83,7 @@ def main() -> None:
         plan,
         logger.get_dir(),
         run_precision(settings),
-        **options,
+        options,
     )
     dist.on_main(report, config, plan, result)
 

@@ -34,7 +34,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 from cm.objectives import OBJECTIVES
 from cm.report.plots import line_plot
+from cm.samplers.sample import SampleOptions
 from cm.setup.dry_run import dry_run
 from cm.setup.objective import kind_of_result
 from cm.setup.run import open_log, run_precision
@@ -129,9 +130,9 @@ def check_flags(settings: Settings) -> None:
         settings.replace(end=str(values["steps"] - 1))
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
+def sampler_options(settings: Settings) -> SampleOptions:
     names = ("steps", "clip_denoised", "sigma_min", "sigma_max")
-    return {"sampler": "multistep", **{name: settings.values[name] for name in names}}
+    return SampleOptions(sampler="multistep", **{name: settings.values[name] for name in names})
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Scorer:
     model: nn.Module
     stages: PrefixCache
     plan: SamplingPlan
-    options: dict[str, Any]
+    options: SampleOptions
     evaluator: ThEvaluator
 
     def __call__(self, ts: Schedule) -> tuple[float, int]:
@@ -161,7 +162,8 @@ class Scorer:
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
                 denoiser, labels = self.stages.denoiser(ts, batch), labels_of(indices, self.plan)
-                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
+                options = replace(self.options, ts=ts)
+                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, options)[0]
 
 
 def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.networks.noisy_classifier import NoisyClassifier, from_content
-from cm.samplers import SAMPLERS, make_sampler
+from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
+from cm.samplers.sample import SampleOptions
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
 from cm.setup.objective import kind_of_result
@@ -173,7 +174,7 @@ def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
         "s_noise": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
         "s_tmin": "" if kind.accepts_churn or "s_tmin" in options else "samplers that add noise (heun, dpm, sde, ito)",
         "s_tmax": "" if kind.accepts_churn or "s_tmax" in options else "samplers that add noise (heun, dpm, sde, ito)",
-        "steps": "" if getattr(kind, "uses_steps", True) else "samplers of several steps",
+        "steps": "" if kind.uses_steps else "samplers of several steps",
     }
     for name, owner in unused.items():
         typed = settings.provenance(name) == Provenance.COMMAND_LINE
@@ -182,10 +183,12 @@ def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
                             "does not use it; drop it")
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
-    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig` and `SolverConfig`."""
-    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
-    return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+def sampler_options(settings: Settings) -> SampleOptions:
+    """How the flags of `SampleConfig` and `SolverConfig` ask for the images to be sampled."""
+    values = settings.values
+    churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
+    own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}
+    return SampleOptions(sampler=sampler_of(settings)[0], churn=churn, **own)
 
 
 def load_model(settings: Settings) -> nn.Module:
@@ -234,8 +237,8 @@ def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> 
     diffusion = sampling_diffusion(settings)
     if classifier is None:
         return diffusion
-    scale, tell_class = settings.values["classifier_scale"], settings.values["class_cond"]
-    return GuidedDiffusion(diffusion, classifier, scale, tell_class)
+    scale, class_cond = settings.values["classifier_scale"], settings.values["class_cond"]
+    return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 
 
 def png_recipe(settings: Settings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm.data.raw import PlainUnpickler, open_raw
+from cm.data.raw import _PlainUnpickler, open_raw
 from cm.data.sources import open_source
 from cm.errors import UserError
 from support.as_module import as_module
@@ -91,7 +91,7 @@ def test_a_malicious_pickle_runs_nothing(tool, tmp_path):
             run(tool, source, tmp_path / "out.zip")
     hidden = pickle.dumps({"labels": [0], "data": Evil(tmp_path / "bad")}, protocol=2)
     with pytest.raises(pickle.UnpicklingError, match="posix.system"):
-        PlainUnpickler(io.BytesIO(hidden), encoding="latin1").load()
+        _PlainUnpickler(io.BytesIO(hidden), encoding="latin1").load()
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
 
 
@@ -136,7 +136,7 @@ def test_lmdb_with_corrupt_entries_named_and_counted(tool, tmp_path, capsys):
     told = capsys.readouterr()
     assert status == 3
     assert "4 images written, 0 too small and left out, 2 unreadable and left out" in told.out
-    assert "entry 2 (key2) cannot be read: it is no picture" in told.err and "entry 4 (key4)" in told.err
+    assert "entry 2 (key2) cannot be read: it is not an image" in told.err and "entry 4 (key4)" in told.err
     names = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
     assert names == [f"img{i:08d}.png" for i in (0, 1, 3, 5)]               # numbers are those of the source
     expected = Image.fromarray(pictures[5]).crop((5, 0, 25, 20)).resize((16, 16), Image.Resampling.LANCZOS)

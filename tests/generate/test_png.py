@@ -19,6 +19,7 @@ from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, sample_to_pngs
 from cm.generate.png import RECIPE, PngFolder, PngWriter
 from cm.karras_diffusion import KarrasDenoiser
+from cm.samplers.sample import SampleOptions
 from cm.setup.model import model_from
 from support.mpi import clean_environment, descendants, find_mpiexec, mpiexec
 
@@ -153,7 +154,7 @@ def test_seeds_do_not_depend_on_the_batch(model_path, tmp_path):
         folder = PngFolder(str(tmp_path / str(size)), False)
         folder.claim(MADE)
         plan = SamplingPlan(6, size, 8, seed=0, num_classes=5, rounding="nearest")
-        result = sample_to_pngs(model, KarrasDenoiser(loss_norm="l2"), plan, folder, "fp32", sampler="euler", steps=3)
+        result = sample_to_pngs(model, KarrasDenoiser(loss_norm="l2"), plan, folder, "fp32", SampleOptions(3, "euler"))
         assert (result.drawn, result.there, result.evaluations) == (6, 0, 3)
         images[size] = folder.read(range(6)).astype(int)
     assert np.abs(images[1] - images[5]).max() <= 1 and (images[1] != images[5]).mean() < 0.01

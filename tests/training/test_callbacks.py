@@ -19,6 +19,7 @@ from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
+from cm.samplers.sample import SampleOptions
 from cm.setup.callbacks import check_flags, sampling_settings
 from cm.train_util import TrainLoop
 from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
@@ -135,8 +136,7 @@ def network():
 
 def sampler():
     plan = SamplingPlan(num_samples=1, batch_size=5, image_size=8, seed=42, num_classes=None)
-    options = {"sampler": "euler", "steps": 2}
-    return AverageSampler(network, KarrasDenoiser(loss_norm="l2"), plan, "fp32", "0.5", options)
+    return AverageSampler(network, KarrasDenoiser(loss_norm="l2"), plan, "fp32", "0.5", SampleOptions(2, "euler"))
 
 
 def evaluation(values, **settings):
