@@ -69,6 +69,7 @@ class InceptionV3(nn.Module):
 
     def forward(self, images: Tensor) -> InceptionOutput:
         x = (tf1_bilinear(images.float(), SIDE, SIDE) - 128) / 128
+        spatial = x
         for name, layer in self.layers.named_children():
             x = layer(x)
             if name == SPATIAL_BLOCK:
@@ -112,6 +113,9 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(th.zeros(channels, channels_in, *shape))
         for name in ("beta", "mean", "var"):
             self.register_buffer(name, th.zeros(channels))
+        self.beta: Tensor
+        self.mean: Tensor
+        self.var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
