@@ -155,9 +155,9 @@ class BatchFile:
             raise UserError(f"{self.path}: the images (arr_0) are damaged ({error}); write the file again") from None
 
     def _check_images(self) -> tuple[int, int, int, int]:
-        with self._open_images() as (header, _):
-            pass
-        check_images(header, self.path)                     # outside: its UserError is no damage of the archive
+        with self._open_images() as (header, member):
+            sample = first_values(header, member)
+        check_images(header, self.path, sample)             # outside: its UserError is no damage of the archive
         self._fortran_order = header.fortran_order
         count, height, width, channels = header.shape
         return count, height, width, channels
@@ -209,9 +209,36 @@ def read_header(member: BinaryIO, size: int, path: str) -> Header:
         raise UserError(f"{path}: arr_0 has no readable npy header ({error}); write it with np.savez") from None
 
 
-def check_images(header: Header, path: str) -> None:
+def first_values(header: Header, member: BinaryIO) -> NDArray[Any] | None:
+    """The values of the first image of a float array, behind its header; None for another type or an empty array.
+
+    :raises DAMAGE: if they cannot be read.
+    """
+    if header.dtype.kind != "f" or 0 in header.shape or len(header.shape) < 2:
+        return None
+    values = np.empty(header.shape[1:], header.dtype)
+    untrusted.read_into(member, values)
+    return values
+
+
+def float_remedy(sample: NDArray[Any] | None) -> str:
+    """How to convert float images, by the range of the first one."""
+    ways = {
+        "from [-1, 1] with": "((x + 1) * 127.5).clip(0, 255).astype(np.uint8)",
+        "from [0, 1] with": "(x * 255).round().clip(0, 255).astype(np.uint8)",
+        "from [0, 255] with": "x.round().clip(0, 255).astype(np.uint8)",
+    }
+    if sample is None or not np.isfinite(sample).all():
+        return ", ".join(f"{start} {way}" for start, way in ways.items())
+    kind = 0 if sample.min() < 0 else 1 if sample.max() <= 1 else 2
+    start, way = list(ways.items())[kind]
+    return f"{start} {way} (the first image lies between {sample.min():.3g} and {sample.max():.3g})"
+
+
+def check_images(header: Header, path: str, sample: NDArray[Any] | None = None) -> None:
     """Say what is wrong with an image array, and how to mend it.
 
+    :param sample: values of the first image of a float array.
     :raises UserError: unless it is uint8 [N,H,W,3] with N at least 1.
     """
     shape, dtype = header.shape, header.dtype
@@ -220,8 +247,7 @@ def check_images(header: Header, path: str) -> None:
             f"{path}: arr_0 holds pickled Python objects, which are never loaded; save one uint8 array [N,H,W,3]"
         )
     if dtype != np.uint8:
-        remedy = ("from [-1, 1] with ((x + 1) * 127.5).clip(0, 255).astype(np.uint8), from [0, 1] with "
-                  "(x * 255).round().clip(0, 255).astype(np.uint8)") if dtype.kind == "f" else "with x.astype(np.uint8)"
+        remedy = float_remedy(sample) if dtype.kind == "f" else "with x.astype(np.uint8)"
         raise UserError(f"{path}: images (arr_0) are {dtype}, but must be uint8 from 0 to 255; convert them {remedy}")
     if len(shape) == 4 and shape[3] != 3 and shape[1] in (1, 3):
         raise UserError(f"{path}: images (arr_0) of shape {shape} are NCHW, but must be NHWC: x.transpose(0, 2, 3, 1)")

@@ -161,18 +161,19 @@ class FrechetMetric(Metric):
 def _distance_and_warnings(ref: Side, sample: Side, kind: FeatureKind) -> tuple[Frechet, tuple[str, ...]]:
     a, b = ref.gaussian(kind), sample.gaussian(kind)
     parts = frechet(a.mu, a.sigma, b.mu, b.sigma)
-    if parts.clipped <= CLIPPED:
-        return parts, ()
     reasons = []
     for side, each in ((ref, a), (sample, b)):
-        if each.source == STORED and negative_share(np.linalg.eigvalsh(each.sigma)) > CLIPPED:
+        if np.trace(each.sigma) <= NO_SPREAD * float(each.mu @ each.mu):
+            reasons.append(f"the {side.role} ({side.path}) are all but identical: their features have no spread, so "
+                           "the number says only how far that one image is from the other set")
+        elif parts.clipped > CLIPPED and each.source == STORED and (
+            negative_share(np.linalg.eigvalsh(each.sigma)) > CLIPPED
+        ):
             reasons.append(f"the covariance stored in {side.path} has negative eigenvalues, so its statistics are "
                            "damaged; make them again")
-        elif np.trace(each.sigma) <= NO_SPREAD * max(float(each.mu @ each.mu), np.finfo(float).tiny):
-            reasons.append(f"the {side.role} ({side.path}) are all but identical: their features have no spread, so "
-                           "the number says little more than how far that one image is from the other set's mean")
-    share = f"negative eigenvalues beyond rounding, {parts.clipped:.1g} of the whole, were set to 0"
-    return parts, tuple(reasons) or (share,)
+    if parts.clipped > CLIPPED and not reasons:
+        reasons.append(f"negative eigenvalues beyond rounding, {parts.clipped:.1g} of all, were set to 0")
+    return parts, tuple(reasons)
 
 
 FRECHET_KEY = "frechet_distance"
