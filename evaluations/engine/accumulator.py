@@ -98,7 +98,8 @@ def pass_over(
     """
     accumulator, error = FeatureAccumulator(wanted, images.expected(batch_size, ranks)), None
     try:
-        with bar(f"features of {images.path}", len(images), "img", progress and ranks.rank == 0) as shown:
+        visible = progress and ranks.rank == 0 and len(images) > 0             # what makes images has bars of its own
+        with bar(f"features of {images.path}", len(images), "img", visible) as shown:
             for start, batch, done in images.batches(batch_size, ranks):
                 if error is None:                           # after one, go on: others may wait for what makes images
                     error = _take_in(accumulator, images, extractor, start, batch)

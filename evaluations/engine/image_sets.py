@@ -45,7 +45,7 @@ def distance(
         )
     choice = f"{num}-of-{len(pictures)}-seed{seed}" if num < len(pictures) else ""
     chosen = FileImages(pictures, choose(len(pictures), num, seed))
-    given = extractor.extract(chosen.probe)
+    given = extractor.extract(chosen.first_images)
     if reference is None:
         ref_pictures = open_pictures(ref, "--ref")
         check_two(ref_pictures)

@@ -17,7 +17,7 @@ from evaluations.engine.image_files import Pictures
 from evaluations.metrics.points import Ranks
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
-PROBED = 2                                                  # images that an extractor is tried on
+FIRST = 2                                                   # images that an extractor is tried on
 
 
 class Images(Protocol):
@@ -46,8 +46,8 @@ class Images(Protocol):
         ...
 
     def batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
-        """This rank's batches: the place of the first image in the set, [B,H,W,3], and by how many images all ranks
-        together have got on.
+        """This rank's batches: the place of the first image in the set, [B,H,W,3], and the number of images that all
+        ranks together have shown since the last.
 
         :raises UserError: if an image cannot be read.
         """
@@ -68,9 +68,9 @@ class FileImages:
         return len(self.indices)
 
     @cached_property
-    def probe(self) -> NDArray[np.uint8]:
-        """The first images, to try an extractor on: [PROBED,H,W,3] or fewer."""
-        return next(iter(self.pictures.take([self.indices[:PROBED]])))
+    def first_images(self) -> NDArray[np.uint8]:
+        """The first images, to try an extractor on: [FIRST,H,W,3] or fewer."""
+        return next(iter(self.pictures.take([self.indices[:FIRST]])))
 
     @property
     def size(self) -> tuple[int, int]:

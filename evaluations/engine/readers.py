@@ -8,7 +8,7 @@ num_images      how many images mu, sigma come from (published files have none)
 image_size      height and width in pixels of the images that mu, sigma come from (published files have none)
 resize          the extractor's resize rule at that time (published files have none)
 
-A file holds images, statistics, or both. Images are streamed out of the zip member, never loaded whole.
+A file holds images, statistics, or both. Images are streamed out of the zip member, never loaded all at once.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def float_remedy(sample: NDArray[Any] | None) -> str:
 
 
 def check_images(header: Header, path: str, sample: NDArray[Any] | None = None) -> None:
-    """Say what is wrong with an image array, and how to mend it.
+    """Say what is wrong with an image array, and how to convert it.
 
     :param sample: values of the first image of a float array.
     :raises UserError: unless it is uint8 [N,H,W,3] with N at least 1.

@@ -39,7 +39,7 @@ def write_reference(
     dist.on_main(_check_dest, dest, data)
     verb = "replaced" if dist.on_main(os.path.exists, dest) else "wrote"
     images = FileImages(pictures)
-    wanted = Wanted(dims_of(extractor.extract(images.probe)))
+    wanted = Wanted(dims_of(extractor.extract(images.first_images)))
     gathered = pass_over(images, extractor, wanted, batch_size, JobRanks(), progress=True)
     arrays: dict[str, NDArray[Any]] = {}
     for kind, moments in gathered.moments.items():

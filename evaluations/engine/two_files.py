@@ -50,7 +50,7 @@ def compare_files(
     given: Features | None = None
     if seen:
         extractor = extractor or load_extractor(None, device, _default_kind(sides))
-        given = extractor.extract(_probe(seen[0]))
+        given = extractor.extract(_first_images(seen[0]))
         engine = leave_out(engine.reasons_from_extractor(extractor, given, *sides))
     engine.check_agreement(ref, sample, extractor, given)
     if extractor is not None and given is not None:
@@ -67,9 +67,9 @@ def compare_files(
                    time.monotonic() - begun)
 
 
-def _probe(side: Side) -> Any:
+def _first_images(side: Side) -> Any:
     assert isinstance(side.images, FileImages)
-    return side.images.probe
+    return side.images.first_images
 
 
 def _default_kind(sides: Sequence[Side]) -> str:

@@ -33,8 +33,8 @@ class InceptionExtractor:
 
     @staticmethod
     def recognizes(path: str) -> bool:
-        """Whether a file that is no graph is to hold these weights: TorchScript only with their names in it, and
-        without a description of its own way to treat images; any other file, as nothing else takes it.
+        """Whether a file is read as these weights: TorchScript if it has their names and no description of another way
+        to treat images; any other file always, since its reader says best what is wrong with it.
         """
         if not is_torchscript(path):
             return True

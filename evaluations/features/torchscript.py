@@ -162,7 +162,7 @@ def description_in(text: bytes | str, path: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{path}: its {DESCRIPTION_FILE} is not JSON: {error}") from None
     if not isinstance(description, dict) or not all(isinstance(value, str) for value in description.values()):
-        raise UserError(f"{path}: its {DESCRIPTION_FILE} is to hold names and texts: {untrusted.shown(description)}")
+        raise UserError(f"{path}: its {DESCRIPTION_FILE} must hold names and texts: {untrusted.shown(description)}")
     return description
 
 
