@@ -151,6 +151,18 @@ def test_what_cannot_be_had_is_left_out_or_refused(folder, extractor, samples, t
     assert evaluator.evaluate([(0, samples)])["frechet_distance"].value == pytest.approx(0, abs=1e-6)
 
 
+def test_labels_come_from_files_alone(folder, extractor, samples, tmp_path):
+    labels = np.random.default_rng(1).integers(0, 3, N)
+    np.savez(tmp_path / "labelled.npz", samples, labels)
+    evaluator = make(folder, extractor, metrics=["class_accuracy"])
+    found = evaluator.evaluate_file(str(tmp_path / "labelled.npz"))["class_accuracy"]
+    assert found.value == (extractor.extract(samples).logits.argmax(1) == labels).mean()
+    with pytest.raises(UserError, match="class_accuracy needs class labels, and images in memory have none"):
+        evaluator.evaluate([(0, samples)])
+    with pytest.raises(UserError, match=r"needs class labels \(arr_1\), and .*samples.npz has none"):
+        evaluator.evaluate_file(str(folder / "samples.npz"))
+
+
 def test_the_reference_is_measured_once(folder, extractor, samples, tmp_path):
     cache = StatisticsCache(tmp_path)
     first, second = (make(folder, extractor, metrics=["fid", "sfid"], cache=cache) for _ in range(2))
