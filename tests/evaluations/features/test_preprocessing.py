@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cm.errors import UserError
-from evaluations.features import load_extractor
+from evaluations.features import EXTRACTORS, Features, load_extractor
 from evaluations.features.torchscript import quiet_torchscript
 
 DESCRIPTION = {"name": "small net", "resize": {"side": 12, "mode": "bicubic", "antialias": True}, "range": [0, 1],
@@ -112,3 +112,23 @@ def test_what_is_no_description_is_refused(path, text, message):
     path.with_name("net.ts.json").write_text(text)
     with pytest.raises(UserError, match=message):
         load_extractor(str(path))
+
+
+def test_a_kind_of_extractor_is_a_line_in_the_table(path, images, monkeypatch):
+    class Mean:
+        id, name, resize, is_inception = "mean-0", "mean", "none", False
+
+        def __init__(self, path, device):
+            self.path = path
+
+        @staticmethod
+        def recognizes(path):
+            return path.endswith(".mean")
+
+        def extract(self, images):
+            return Features(images.astype(np.float32).mean((1, 2)), None, None)
+
+    monkeypatch.setitem(EXTRACTORS, "mean", Mean)
+    assert load_extractor(f"mean:{path}").extract(images).pool.shape == (4, 3)
+    with pytest.raises(UserError, match="kinds: tf, torch, torchscript, mean"):
+        load_extractor("meen")
