@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from torch import Tensor
 
 from cm.registry import lookup
@@ -94,9 +95,9 @@ class SampleStreams:
         dtype = dtype or th.get_default_dtype()
         return self._draw(shape, _drawn_as(dtype), device, lambda row, own: row.normal_(generator=own)).to(dtype)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
-        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
+        return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
@@ -142,7 +143,9 @@ class DummyGenerator:
     It takes the arguments of its peer so that one table builds both, and uses none of them.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
         pass
 
     def set_done_samples(self, done_samples: int) -> None:
@@ -155,8 +158,8 @@ class DummyGenerator:
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         return th.randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        return th.randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        return th.randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         return th.rand(*shape, dtype=dtype, device=device)
@@ -175,19 +178,32 @@ class DeterministicGenerator:
     and disturb nobody.
 
     :param num_samples: kept for its place in the signature; neither a number drawn nor the memory used depends on it.
+    :param rank, world_size: by default those of torch.distributed, or 0 and 1 where it is not initialised.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
+        own_rank, own_world_size = _place_of_this_process()
         self.num_samples = num_samples
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.rank = own_rank if rank is None else rank
+        self.world_size = own_world_size if world_size is None else world_size
         self.set_done_samples(0)
 
     def set_done_samples(self, done_samples: int) -> None:
         """Start the next batch: `done_samples` samples of the run are finished, over all ranks."""
         self.done_samples = done_samples
         self._batch: SampleStreams | None = None                    # its size is known at its first draw
+
+    def get_seed(self) -> int:
+        """The seed of all streams."""
+        return self.seed
+
+    def set_seed(self, seed: int) -> None:
+        """Another seed; the streams of the present batch begin again."""
+        self.seed = seed
+        self.set_done_samples(self.done_samples)
 
     def for_samples(self, indices: Any) -> NoiseSource:
         """Fresh streams of the samples with these indices, integers [N]."""
@@ -196,8 +212,8 @@ class DeterministicGenerator:
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         return self._streams(_flat_shape(shape)).randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        return self._streams(x.shape).randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        return self._streams(tensor.shape).randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         return self._streams(_flat_shape(shape)).rand(*shape, dtype=dtype, device=device)
@@ -220,6 +236,13 @@ class DeterministicGenerator:
         return self._batch
 
 
+def _place_of_this_process() -> tuple[int, int]:
+    """Rank and world size."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 # One stream a sample serves both names: it has the independence promised by the one and the small memory of the other.
 DeterministicIndividualGenerator = DeterministicGenerator
 
@@ -231,7 +254,7 @@ GENERATORS = {
 
 
 def get_generator(
-    generator: str, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1
+    generator: str, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
 ) -> DummyGenerator | DeterministicGenerator:
     """The source of noise that a name of `GENERATORS` stands for.
 

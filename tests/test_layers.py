@@ -16,8 +16,8 @@ FLOORS = [
     ["networks", "data", "config", "logging"],
     ["samplers", "checkpoints"],
     ["objectives", "evaluations"],
-    ["karras_diffusion"],
     ["generate"],
+    ["karras_diffusion"],
     ["training"],
     ["setup"],
 ]
