@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch as th
 from torch import Tensor, nn
 
-from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
+from cm.networks import precision
 from cm.training.mixed_precision import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 
 __all__ = [
@@ -26,6 +26,16 @@ __all__ = [
 
 NamedParams = Sequence[tuple[str, Tensor]]
 Group = tuple[NamedParams, Sequence[int]]
+
+
+def convert_module_to_f16(l: nn.Module) -> None:            # noqa: E741 (the original's name)
+    """Make a convolution half precision; for `nn.Module.apply`."""
+    precision.convert_module_to_f16(l)
+
+
+def convert_module_to_f32(l: nn.Module) -> None:            # noqa: E741
+    """Make a convolution single precision; for `nn.Module.apply`."""
+    precision.convert_module_to_f32(l)
 
 
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, Tensor]]) -> list[Group]:

@@ -38,7 +38,8 @@ def count_flops_attn(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, 
     :param y: the layer's outputs, of which the first is [N,C,...]; two products of T x T x C each are counted.
     """
     n, channels, *positions = y[0].shape
-    model.total_ops += th.tensor([2.0 * n * math.prod(positions) ** 2 * channels], dtype=th.float64)
+    counted = 2.0 * n * math.prod(positions) ** 2 * channels
+    model.total_ops = th.as_tensor(model.total_ops) + th.tensor([counted], dtype=th.float64)
 
 
 class QKVAttention(nn.Module):

@@ -43,6 +43,14 @@ from evaluations.engine.statistics_cache import StatisticsCache, open_cache
 from evaluations.features import Extractor, load_extractor
 from evaluations.features.inception_files import FILES
 
+
+def __getattr__(name: str) -> Any:
+    """guided-diffusion's classes, from `evaluations.compat` when they are asked for."""
+    from evaluations import compat
+
+    return getattr(compat, name)
+
+
 DESCRIPTION = ("id", "name", "resize", "is_inception")
 PROBED = 2                                                              # images the extractor is tried on
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":                                  # the imports below 
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -54,6 +55,14 @@ from evaluations.engine.statistics_cache import StatisticsCache, open_cache
 from evaluations.evaluator import DESCRIPTION, make_folder_of, report, versions, write_json
 from evaluations.features import Extractor, Features, load_extractor
 from evaluations.metrics.frechet import frechet
+
+
+def __getattr__(name: str) -> Any:
+    """openai/consistency_models' classes, from `evaluations.compat` when they are asked for."""
+    from evaluations import compat
+
+    return getattr(compat, name)
+
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
 
