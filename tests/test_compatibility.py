@@ -1,5 +1,5 @@
-"""Every public name of openai/consistency_models is here and takes the original's arguments, or docs/drop-in.md says why
-not and what to use instead.
+"""Every public name of openai/consistency_models is here and takes its arguments, or docs/drop-in.md says why not and
+what to use instead.
 """
 
 from __future__ import annotations
@@ -82,11 +82,8 @@ def test_a_name_of_the_original_is_here_or_explained(module: str, name: str) -> 
         for method, its_spec in spec["methods"].items():
             if not is_absent(module, f"{name}.{method}"):
                 attribute = inspect.getattr_static(found, method)
-                is_bound = isinstance(attribute, classmethod)
-                function = attribute.__func__ if isinstance(attribute, (classmethod, staticmethod)) else attribute
-                args = its_spec["args"]
-                if is_bound and args[:1] != ["cls"]:
-                    its_spec = {**its_spec, "args": ["cls", *args]}
+                is_wrapped = isinstance(attribute, (classmethod, staticmethod))
+                function = attribute.__func__ if is_wrapped else attribute
                 accepts(function, its_spec, f"{module}.{name}.{method}")
 
 
