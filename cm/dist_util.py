@@ -8,6 +8,7 @@ of torch.distributed for a single process too, so that code may call `dist.get_w
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from datetime import timedelta
 
@@ -49,9 +50,12 @@ def setup_dist(timeout_s: float = TIMEOUT_S) -> None:
     :param timeout_s: how long a collective waits for a missing rank before it fails.
     :raises UserError: as `cm.distributed.setup.setup_dist`.
     """
+    was_open = dist.is_initialized()
     ranks.setup_dist(timeout_s)
     if not dist.is_initialized():
         _open_group_of_one(timeout_s)
+    if not was_open:
+        atexit.register(_close_group)
 
 
 def _open_group_of_one(timeout_s: float) -> None:
@@ -63,9 +67,10 @@ def _open_group_of_one(timeout_s: float) -> None:
         "cpu:gloo,cuda:nccl" if dev().type == "cuda" else "gloo",
         store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s),
     )
-    atexit.register(_close_group)
 
 
 def _close_group() -> None:
+    """Before the interpreter ends, whose order of destruction aborts a process now and then; `run` does it, too."""
+    gc.collect()                                            # DDP holds the process group in a cycle
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 INCEPTION_V3_PATH, INCEPTION_V3_URL = GRAPH.name, GRAPH.url
+TOLERANCE = 1e-4                                            # of a grey level, for the rounding of float32
 SUFFIXES = ("", "_s", "_clip")                              # of mu and sigma: pooled, spatial, CLIP's features
 
 Activations = NDArray[np.floating]                          # [N,D]
@@ -199,8 +200,12 @@ class NpzArrayReader(ABC):
 
     def read_batches(self, batch_size: int) -> BatchIterator:
         """All that is left, in batches."""
-        length = -(-self.remaining() // batch_size)
-        return BatchIterator(lambda: iter(lambda: self.read_batch(batch_size), None), length)
+
+        def batches() -> Iterator[NDArray[Any]]:
+            while (batch := self.read_batch(batch_size)) is not None:
+                yield batch
+
+        return BatchIterator(batches, -(-self.remaining() // batch_size))
 
 
 class StreamingNpzArrayReader(NpzArrayReader):
@@ -285,7 +290,8 @@ class FIDAndIS:
     """FID and Inception Score of images from a model, on all ranks; the constructor is one step of all ranks together.
 
     What the original returns for CLIP's features is None here, or an array without columns. Images are rounded down to
-    uint8 first, as the scripts save them, so that a number is the one that evaluator.py gives for the saved file.
+    uint8 first, as the scripts save them; a value within TOLERANCE of the next level counts as that level, so that the
+    images of a data set stay what they are.
 
     :param softmax_batch_size: features per pass of the Inception Score.
     :param clip_score_batch_size: without effect.
@@ -313,7 +319,7 @@ class FIDAndIS:
         """
         if captions is not None:
             raise UserError("captions are compared by CLIP, which this toolkit does not have: leave captions out")
-        images = ((batch + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        images = ((batch + 1) * 127.5 + TOLERANCE).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         features = self.extractor.extract(images)
         pooled, spatial = (
             None if part is None else th.from_numpy(part).to(batch.device) for part in (features.pool, features.spatial)
