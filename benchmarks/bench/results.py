@@ -20,7 +20,6 @@ import torch as th
 
 from bench.ceiling import Ceiling
 from bench.lines import Line, table
-
 from cm.io.storage import write_bytes
 
 PAGE = "RESULTS.md"
