@@ -1,4 +1,4 @@
-"""Train a consistency model (arXiv 2303.01469): by distillation from a teacher, alone, or by progressive distillation.
+"""Train a consistency model (arXiv 2303.01469) by distillation or without a teacher, or run progressive distillation.
 
 mpiexec -n 8 python scripts/cm_train.py --training_mode consistency_distillation --data_dir IMAGES \\
     --teacher_model_path runs/edm/ema_0.9999_600000.pt --log_dir runs/cd

@@ -1,4 +1,4 @@
-"""Convert weights: of NVlabs/edm, guided-diffusion and diffusers to this toolkit, and consistency models to diffusers.
+"""Convert weights of NVlabs/edm, guided-diffusion and diffusers to this toolkit, or consistency models to diffusers.
 
 python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
 python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --format diffusers

@@ -1,10 +1,10 @@
-"""Find the noise levels of a multistep consistency sampler: points are added one at a time where the FID is lowest.
+"""Search for the schedule of a multistep consistency sampler, adding one noise level at a time where the FID is lowest.
 
 mpiexec -n 8 python scripts/ternary_search.py --model_path runs/cd/ema_0.9999_600000.pt --steps 40 --num_ts 1 \\
     --ref_batch VIRTUAL_imagenet64_labeled.npz --inception inception-2015-12-05.pt --log_dir runs/cd_search
 
-Leaves ternary_search.json and a plot, ternary_search.png, in --log_dir, and prints the image_sample.py command of the
-schedule it found. Killed and started again, it goes on; so does a search for more points in the same --log_dir.
+Writes ternary_search.json and a plot, ternary_search.png, to --log_dir, and prints the image_sample.py command for the
+schedule it found. Run the same command again to resume an interrupted search, or with a larger --num_ts to extend it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
 from cm.generate.score_store import ScoreStore, open_score_store
 from cm.io import storage
-from cm.io.storage import write_json
+from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 from cm.objectives import OBJECTIVES
-from cm.report.line_plot import line_plot
+from cm.report.plots import line_plot
 from cm.samplers.sample import SampleOptions
 from cm.setup.dry_run import dry_run
 from cm.setup.objective import kind_of_result
@@ -210,8 +210,8 @@ def report(result: dict[str, Any], found: Sequence[Round]) -> None:
     """Leave the result and its plot in the log's folder, and say what was found; on rank 0."""
     directory = logger.get_dir()
     write_json(os.path.join(directory, RESULT), result)
-    curves = {f"point {i} beside {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
-    line_plot(curves, "index of the new point", result["metric"]).save(os.path.join(directory, PLOT))
+    curves = {f"point {i} added to {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
+    write_bytes(os.path.join(directory, PLOT), line_plot(curves, "index of the new point", result["metric"]))
     logger.log(table(found, result["metric"]))
     naive = result["naive_network_evaluations"]
     logger.log(f"images through the network: {result['network_evaluations']}; a search at thirds that shares and "

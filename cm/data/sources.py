@@ -341,9 +341,8 @@ def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> Ima
 
 def _check_exists(path: str, is_folder: bool, flag: str) -> None:
     """:raises UserError: if there is nothing, or a file instead of a folder, or a folder instead of a file."""
-    files = storage.blobs() if storage.is_remote(path) else os.path
-    if not files.exists(path):
+    if not storage.exists(path):
         raise UserError(f"{flag} {path} does not exist (looked for from {os.getcwd()})")
-    if files.isdir(path) != is_folder:
+    if storage.is_directory(path) != is_folder:
         found, wanted = ("file", "a folder of images, a .zip or a .npz") if is_folder else ("folder", "a file")
         raise UserError(f"{flag} {path} is a {found}; expected {wanted}")

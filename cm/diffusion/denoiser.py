@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cm.diffusion.preconditioning import PRECONDS, BoundaryPrecond, ConsistencyPrecond, Precond
 from cm.diffusion.schedules import karras_grid
 from cm.diffusion.weightings import WEIGHTINGS, get_weightings
+from cm.errors import UserError
 from cm.registry import lookup
 from cm.tensors import append_dims
 from cm.types import Denoiser, Scalings
@@ -37,8 +38,7 @@ class Diffusion:
         networks. With a precond that counts steps it is the number of the step.
     :param precond: name of the scalings around the network, see PRECONDS. sigma_min and sigma_max
         are clipped to the noise levels that its networks were trained on.
-    :raises UserError: for an unknown weight_schedule or precond.
-    :raises ValueError: unless 0 < sigma_min < sigma_max.
+    :raises UserError: for an unknown weight_schedule or precond, and unless 0 < sigma_min < sigma_max.
     """
 
     num_timesteps: ClassVar[int] = 40                               # levels of the schedule samplers that use a grid
@@ -55,7 +55,7 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+            raise UserError(f"noise levels need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         lookup(WEIGHTINGS, self.weight_schedule, "weight_schedule")
         self.plain: Precond = lookup(PRECONDS, self.precond, "precond")(self.sigma_data, self.sigma_min)
         lowest, highest = self.plain.levels

@@ -1,4 +1,4 @@
-"""Sequence-aware loss: Duan et al. 2023 (SA-DPM, arXiv 2312.12431), equation 11.
+"""Sequence-aware loss: Nguyen, Vu, Nguyen Thanh, Than and Tran, AAAI 2024 (SA-DPM, arXiv 2312.12431), equation 11.
 
 What matters to a sampler is the sum of the errors along its way, so the sum over neighbouring levels is penalised too.
 

@@ -29,6 +29,7 @@ class Sampler(ABC):
     accepts_churn: ClassVar[bool] = True
     uses_rho: ClassVar[bool] = True                                 # whether the grid is a Karras grid
     uses_jvp: ClassVar[bool] = False                                # whether the denoiser is differentiated, forward
+    uses_steps: ClassVar[bool] = True                               # whether the number of steps changes anything
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The noise levels of `steps` steps, float64 [steps+1]: a Karras grid, then 0.

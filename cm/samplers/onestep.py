@@ -18,6 +18,7 @@ class OneStep(Sampler):
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
+    uses_steps: ClassVar[bool] = False
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """sigma_max, then 0: float64 [2]."""

@@ -121,7 +121,7 @@ class SampleGrids:
         sheet = image_grid(images[rows.argsort()], COLUMNS, grid_scale(images.shape[1]))
         sheet.save(content, "png")
         path = os.path.join(folder, f"samples_{step:06d}.png")
-        storage.write_whole(path, lambda file: file.write(content.getvalue()))
+        storage.write_atomically(path, lambda file: file.write(content.getvalue()))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

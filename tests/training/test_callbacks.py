@@ -172,15 +172,15 @@ def kept(directory):
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_save_error):
-    real, full = storage.write_whole, []
+    real, full = storage.write_atomically, []
 
-    def write_whole(path, write):
+    def write_atomically(path, write):
         if "/best/" in path and "000004" in path:
             full.append(path)
             raise OSError(28, "No space left on device")
         return real(path, write)
 
-    monkeypatch.setattr(storage, "write_whole", write_whole)
+    monkeypatch.setattr(storage, "write_atomically", write_atomically)
     callback = evaluation([5.0, 3.0, 4.0])
     training = loop(tmp_path, 6, callback, on_save_error=on_save_error)
     if on_save_error == "stop":
