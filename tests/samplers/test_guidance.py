@@ -195,9 +195,19 @@ def room(tmp_path_factory):
 def flags(room, script, *options):
     network = [word for name, value in NETWORK.items() for word in (f"--{name}", value)]
     mode = "edm" if script == "image_sample.py" else "consistency_distillation"
-    return [str(word) for word in (
-        "--model_path", room / "model.pt", *network, "--training_mode", mode, *options
-    )]
+    return overridden(["--model_path", room / "model.pt", *network, "--training_mode", mode, *options])
+
+
+def overridden(words):
+    """The words of a command line, where a later --flag VALUE takes the place of an earlier one."""
+    pairs = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            pairs[word] = []
+            last = pairs[word]
+        else:
+            last.append(word)
+    return [word for name, values in pairs.items() for word in (name, *values)]
 
 
 @pytest.fixture
@@ -300,7 +310,7 @@ def test_edits_take_the_new_samplers_and_a_guide(command, guide, options):
     (("--sampler", "ddim", "--rho", 3), "--rho 3.0 belongs to --sampler .*, not to ddim"),
     (("--sampler", "sde", "--snr", 0.2), "--snr 0.2 belongs to --sampler pc, not to sde"),
     (("--sampler", "sde", "--ito_form", "taylor"), "--ito_form taylor belongs to --sampler ito, not to sde"),
-    (("--sampler", "ito", "--s_churn", 1), "takes no churn"),
+    (("--sampler", "ito", "--s_churn", 1), "--s_churn 1.0 is for samplers with churn"),
     (("--sampler", "ddim", "--eta", 1.5), "eta=1.5 must lie between 0"),
     (("--classifier_scale", 2), "--classifier_scale 2 needs a classifier: give --classifier_path"),
     (("--classifier_path", "nowhere.pt"), "--classifier_path nowhere.pt: no such file"),
