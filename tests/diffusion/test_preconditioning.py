@@ -7,7 +7,7 @@ import torch as th
 from torch import nn
 
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, TrainConfig
+from cm.config.schema import TRAINING_SECTIONS
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond
 from cm.errors import UserError
@@ -181,9 +181,9 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     assert images.std().item() == pytest.approx(0.2, abs=0.015)
 
 
-def test_the_published_law_and_weight_come_with_the_precond():
+def test_the_published_noise_distribution_and_weight_come_with_the_precond():
     def resolved(*argv):
-        settings = parse("", ModelConfig, DiffusionConfig, TrainConfig, argv=argv)
+        settings = parse("", *TRAINING_SECTIONS, argv=argv, training_mode="edm")
         apply_precond_defaults(settings)
         return settings.values["schedule_sampler"], settings.values["weight_schedule"]
 
