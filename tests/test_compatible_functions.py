@@ -103,7 +103,10 @@ def test_progdist_leaves_out_the_zero():
 
 def test_multistep_by_function():
     expected = by_karras_sample("multistep", ts=(0, 2, 5))
-    calls: tuple[dict[str, Any], ...] = ({"sigmas": None, "ts": (0, 2, 5)}, {"sigmas": (0, 2, 5)})   # as ternary_search.py does
+    calls: tuple[dict[str, Any], ...] = (
+        {"sigmas": None, "ts": (0, 2, 5)},
+        {"sigmas": (0, 2, 5)},                              # as ternary_search.py does
+    )
     for call in calls:
         generator = get_generator("determ", 3, 1)
         x = generator.randn(*SHAPE) * 80.0

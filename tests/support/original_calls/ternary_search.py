@@ -59,8 +59,8 @@ def main() -> None:
             if args.class_cond:
                 model_kwargs["y"] = th.randint(0, NUM_CLASSES, (args.batch_size,), device=dist_util.dev())
 
-            def denoiser(x_t: th.Tensor, sigma: th.Tensor, **cond: Any) -> th.Tensor:
-                _, denoised = diffusion.denoise(model, x_t, sigma, **model_kwargs)      # noqa: B023
+            def denoiser(x: th.Tensor, sigma: th.Tensor, **cond: Any) -> th.Tensor:
+                _, denoised = diffusion.denoise(model, x, sigma, **model_kwargs)      # noqa: B023
                 return denoised.clamp(-1, 1) if args.clip_denoised else denoised
 
             shape = (args.batch_size, 3, args.image_size, args.image_size)
