@@ -322,11 +322,8 @@ class FIDAndIS:
         levels = ((batch + 1) * 127.5 + TOLERANCE).clamp(0, 255).to(th.uint8)
         images = levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         features = self.extractor.extract(images)
-        pooled, spatial = (
-            None if part is None else th.from_numpy(part).to(batch.device) for part in (features.pool, features.spatial)
-        )
-        assert pooled is not None
-        return pooled, spatial, None, None, images
+        spatial = None if features.spatial is None else th.from_numpy(features.spatial).to(batch.device)
+        return th.from_numpy(features.pool).to(batch.device), spatial, None, None, images
 
     def get_inception_score(self, activations: Activations, split_size: int = SPLIT_SIZE) -> float:
         """The Inception Score of pooled features [N,2048], a mean over chunks of `split_size`."""

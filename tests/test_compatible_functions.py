@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,17 @@ def rng() -> DeterministicGenerator:
     return DeterministicGenerator(len(th.empty(SHAPE)), seed=1)
 
 
-# --- samplers: bit for bit those of karras_sample -------------------------------------------------------------------
+# --- samplers: those of karras_sample --------------------------------------------------------------------------------
+
+
+def black(x: th.Tensor, sigma: th.Tensor, **cond: Any) -> th.Tensor:
+    """A denoiser to zero."""
+    return 0 * x
+
+
+def doubled_time(x: th.Tensor, t: th.Tensor) -> th.Tensor:
+    """A slope 2 t."""
+    return 2 * t[:, None, None, None].expand_as(x)
 
 
 class Half(th.nn.Module):
@@ -59,7 +70,7 @@ def by_function(function, grid_steps: int = 6, **options) -> th.Tensor:
     return function(D, x, sigmas, generator=generator, **options).clamp(-1, 1)
 
 
-CHURN = {"s_churn": 3.0, "s_tmin": 0.01, "s_tmax": 50.0, "s_noise": 1.01}
+CHURN: dict[str, Any] = {"s_churn": 3.0, "s_tmin": 0.01, "s_tmax": 50.0, "s_noise": 1.01}
 
 
 @pytest.mark.parametrize("name, function, options", [
@@ -92,7 +103,11 @@ def test_progdist_leaves_out_the_zero():
 
 def test_multistep_by_function():
     expected = by_karras_sample("multistep", ts=(0, 2, 5))
-    for call in ({"sigmas": None, "ts": (0, 2, 5)}, {"sigmas": (0, 2, 5)}):         # as ternary_search.py calls it
+    calls: tuple[dict[str, Any], ...] = (
+        {"sigmas": None, "ts": (0, 2, 5)},
+        {"sigmas": (0, 2, 5)},                              # as ternary_search.py does
+    )
+    for call in calls:
         generator = get_generator("determ", 3, 1)
         x = generator.randn(*SHAPE) * 80.0
         D = karras_diffusion.KarrasDenoiser().bind(Half())
@@ -104,10 +119,10 @@ def test_multistep_may_repeat_levels_and_end_with_noise(rng):
     """Of a denoiser to zero, the noise of the last level is left, and nothing else."""
     sampler = karras_diffusion.stochastic_iterative_sampler
     many = DeterministicGenerator(4000, seed=0)
-    x = sampler(lambda x, sigma: 0 * x, th.zeros(4000, 1, 1, 1), None, many, (0, 0, 2), t_max=2.0, steps=3)
+    x = sampler(black, th.zeros(4000, 1, 1, 1), None, many, (0, 0, 2), t_max=2.0, steps=3)
     assert not x.any()
     level = float(karras_diffusion.get_sigmas_karras(3, 0.002, 2.0)[1])
-    x = sampler(lambda x, sigma: 0 * x, th.zeros(4000, 1, 1, 1), None, many, (0, 1), t_max=2.0, steps=3)
+    x = sampler(black, th.zeros(4000, 1, 1, 1), None, many, (0, 1), t_max=2.0, steps=3)
     assert float(x.std()) == pytest.approx(level, rel=0.05)
 
 
@@ -131,20 +146,18 @@ def test_slopes_and_ancestral_steps():
 def test_the_midpoint_method_solves_a_quadrature_exactly():
     """dx/dt = 2 t from 0 to 1 is a straight slope, for which the midpoint is exact: x(1) = x(0) + 1."""
     x = th.zeros(2, 1, 1, 1, dtype=th.float64)
-    found = karras_diffusion.sample_midpoint_ancestral(
-        lambda x, t: 2 * t[:, None, None, None], x, th.arange(5) / 5, generator=None
-    )
+    found = karras_diffusion.sample_midpoint_ancestral(doubled_time, x, th.arange(5) / 5, generator=None)
     assert th.allclose(found, th.ones_like(x))
 
 
 def test_inpainting_without_a_mask_fills_in_a_letter():
     images = th.rand(2, 3, 32, 32) * 2 - 1
-    x, known = karras_diffusion.iterative_inpainting(lambda x, sigma: 0 * x, images, 80 * images, (0, 5), steps=6)
+    x, known = karras_diffusion.iterative_inpainting(black, images, 80 * images, (0, 5), steps=6)
     mask = karras_diffusion.letter_mask(32, 32).bool()
     assert 0.03 < 1 - mask.float().mean() < 0.6
     assert th.equal(x[:, :, mask], images[:, :, mask]) and (x[:, :, ~mask] == 0).all()
     assert (known[:, :, ~mask] == -1).all()
-    same = editing.iterative_inpainting(lambda x, sigma: 0 * x, images, 80 * images, (0, 5), steps=6, mask=mask)[0]
+    same = editing.iterative_inpainting(black, images, 80 * images, (0, 5), steps=6, mask=mask)[0]
     assert th.equal(x, same)
 
 
@@ -171,8 +184,7 @@ def test_loss_norm_may_be_set_after_construction():
 def test_normal_kl():
     """Against the integral of p ln(p / q)."""
     grid = th.linspace(-30, 30, 200_001, dtype=th.float64)
-    p, q = stats.norm(0.3, math.exp(0.2)), stats.norm(-1.0, math.exp(0.5))
-    log_p, log_q = p.logpdf(grid.numpy()), q.logpdf(grid.numpy())
+    log_p, log_q = (stats.norm.logpdf(grid.numpy(), *law) for law in ((0.3, math.exp(0.2)), (-1.0, math.exp(0.5))))
     expected = np.trapezoid(np.exp(log_p) * (log_p - log_q), grid.numpy())
     found = losses.normal_kl(th.tensor(0.3, dtype=th.float64), 0.4, -1.0, 1.0)
     assert float(found) == pytest.approx(expected, rel=1e-6)
@@ -312,7 +324,7 @@ def test_laws_from_a_diffusion():
     kinds = {"uniform": resample.UniformSampler, "loss-second-moment": resample.LossSecondMomentResampler}
     for name, kind in kinds.items():
         law = resample.create_named_schedule_sampler(name, diffusion)
-        assert type(law) is kind and law.weights().tolist() == [1.0] * 40
+        assert type(law) is kind and isinstance(law, resample.ScheduleSampler) and law.weights().tolist() == [1.0] * 40
         sigma, weight = law.sample(500, "cpu")
         assert set(sigma.tolist()) <= set(diffusion.noise_levels(40).tolist()) and (weight == 1).all()
     assert isinstance(resample.create_named_schedule_sampler("lognormal", diffusion), resample.LogNormalSampler)
@@ -411,7 +423,7 @@ def test_an_image_dataset(folder):
         expected = centre_crop(picture.convert("RGB"), 16)
         assert (image_datasets.center_crop_arr(picture, 16) == expected).all()
     assert image.dtype == np.float32 and (image == expected.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1).all()
-    assert cond["y"] == 6 and cond["y"].dtype == np.int64
+    assert cond["y"] == 6 and np.asarray(cond["y"]).dtype == np.int64
     with pytest.raises(UserError, match="note.txt cannot be read: it is no picture"):
         image_datasets.ImageDataset(16, [str(folder / "note.txt")])[0]
 

@@ -96,8 +96,8 @@ def sample_euler_ancestral(
 
 @th.no_grad()
 def sample_midpoint_ancestral(
-    model: Denoiser, x: Tensor, ts: Sequence[float] | Tensor, generator: NoiseSource | None = None,
-    progress: bool = False, callback: Callback | None = None,
+    model: Callable[[Tensor, Tensor], Tensor], x: Tensor, ts: Sequence[float] | Tensor,
+    generator: NoiseSource | None = None, progress: bool = False, callback: Callback | None = None,
 ) -> Tensor:
     """The midpoint method for dx/dt = model(x, t) with steps of 1 / len(ts) from each of the times `ts`.
 

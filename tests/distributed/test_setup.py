@@ -66,7 +66,7 @@ def test_a_process_group_of_one_costs_little(tmp_path):
 
 @pytest.mark.mpi
 def test_the_original_setup_dist_with_several_ranks(tmp_path):
-    # It ends by itself, without dist_util.run; more than half of such programs used to be aborted at their end.
+    # It ends by itself, without dist_util.run: more than half of such programs used to be aborted at their end.
     path = program(tmp_path, GROUP)
     for _ in range(4):
         finished = mpiexec(2, [path])

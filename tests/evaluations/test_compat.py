@@ -212,7 +212,7 @@ def test_inception_by_the_originals_calls(inception: str) -> None:
 def test_layers_of_inception() -> None:
     layer = Conv2dLayer(3, 4, kh=1, kw=7, padding=[0, 3])
     layer.weight.data.fill_(1)
-    layer.var.fill_(1)
+    layer.get_buffer("var").fill_(1)
     assert layer(th.ones(1, 3, 5, 9)).shape == (1, 4, 5, 9)
     assert SoftmaxModel(th.zeros(4, 3))(th.ones(2, 3)).tolist() == [[0.25] * 4] * 2
     assert all_gather(th.ones(2, 3)).shape == (2, 3)

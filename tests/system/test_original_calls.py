@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ from support.mpi import ROOT, Finished, mpiexec, python
 SCRIPTS = ROOT / "tests/support/original_calls"
 NETWORK = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8",
            "num_head_channels": 32}
-TRAINING = {"data_dir": "digits", "global_batch_size": 4, "log_interval": 1, "save_interval": 2}
+TRAINING: dict[str, Any] = {"data_dir": "digits", "global_batch_size": 4, "log_interval": 1, "save_interval": 2}
 RANKS = [pytest.param(1, id="alone"), pytest.param(2, id="two ranks", marks=pytest.mark.mpi)]
 
 pytestmark = pytest.mark.parametrize("ranks", RANKS)
 
 
-def run(name: str, ranks: int, log_dir: Path, env: dict[str, str] | None = None, **flags: object) -> Finished:
+def run(name: str, ranks: int, log_dir: Path, env: dict[str, str] | None = None, **flags: Any) -> Finished:
     words = [word for flag, value in {**NETWORK, **flags}.items() for word in (f"--{flag}", str(value))]
     command = [str(SCRIPTS / f"{name}.py"), *words]
     env = {"OPENAI_LOGDIR": str(log_dir), **(env or {})}
@@ -31,7 +32,7 @@ def run(name: str, ranks: int, log_dir: Path, env: dict[str, str] | None = None,
     return finished
 
 
-def save_network(path: Path, distillation: bool = False, **flags: object) -> str:
+def save_network(path: Path, distillation: bool = False, **flags: Any) -> str:
     th.manual_seed(0)
     model, _ = create_model_and_diffusion(
         **{**model_and_diffusion_defaults(), **NETWORK, **flags}, distillation=distillation
@@ -55,7 +56,7 @@ def test_edm_train(tmp_path: Path, ranks: int, schedule_sampler: str) -> None:
 
 @pytest.mark.parametrize("training_mode", ["consistency_training", "consistency_distillation", "progdist"])
 def test_cm_train(tmp_path: Path, ranks: int, training_mode: str) -> None:
-    options: dict[str, object] = {"start_scales": 8}
+    options: dict[str, Any] = {"start_scales": 8}
     if training_mode == "progdist":
         options = {"start_scales": 4, "scale_mode": "progdist", "distill_steps_per_iter": 2}
     if training_mode != "consistency_training":

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -58,8 +59,8 @@ def main() -> None:
             if args.class_cond:
                 model_kwargs["y"] = th.randint(0, NUM_CLASSES, (args.batch_size,), device=dist_util.dev())
 
-            def denoiser(x_t: th.Tensor, sigma: th.Tensor, conditioning: dict = model_kwargs) -> th.Tensor:
-                _, denoised = diffusion.denoise(model, x_t, sigma, **conditioning)
+            def denoiser(x: th.Tensor, sigma: th.Tensor, **cond: Any) -> th.Tensor:
+                _, denoised = diffusion.denoise(model, x, sigma, **model_kwargs)      # noqa: B023
                 return denoised.clamp(-1, 1) if args.clip_denoised else denoised
 
             shape = (args.batch_size, 3, args.image_size, args.image_size)
@@ -75,7 +76,8 @@ def main() -> None:
 
     @cache
     def fid_and_score(p: int, begin: tuple[int, ...], end: tuple[int, ...]) -> tuple[float, float]:
-        preds, found = samples((*begin, p, *end)), [None]
+        preds = samples((*begin, p, *end))
+        found = [(0.0, 0.0)]
         if dist.get_rank() == 0:
             fid = ref_fid_stats.frechet_distance(fid_is.get_statistics(preds, -1))
             found = [(fid, fid_is.get_inception_score(preds))]
