@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -51,6 +52,26 @@ def test_a_saved_checkpoint_is_found_with_everything_it_holds(tmp_path):
 
 
 
+
+
+def test_a_power_cut_after_a_save_finds_all_of_it(tmp_path, monkeypatch):
+    """Each file is on disk before it has its name, each name before the manifest, and the manifest's before the end."""
+    real, synced = os.fsync, []                             # (is a folder, inode, names in the folder at that moment)
+
+    def fsync(handle):
+        about = os.fstat(handle)
+        synced.append((stat.S_ISDIR(about.st_mode), about.st_ino, set(os.listdir(tmp_path))))
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved = save(tmp_path, 10)
+    order = [*saved.files, "checkpoint_000010.json"]
+    inodes = {name: (tmp_path / name).stat().st_ino for name in order}
+    names_of_folder = [names for is_folder, inode, names in synced if is_folder and inode == tmp_path.stat().st_ino]
+    for name, later in zip(order, [*order[1:], None]):
+        at_sync = [names for is_folder, inode, names in synced if not is_folder and inode == inodes[name]]
+        assert len(at_sync) == 1 and name not in at_sync[0], f"{name} had its name before its content was on disk"
+        assert any(name in names and later not in names for names in names_of_folder), f"the name {name} may be lost"
 
 
 DAMAGES = {

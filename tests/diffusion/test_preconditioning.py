@@ -9,7 +9,7 @@ from torch import nn
 from cm.config.flags import parse
 from cm.config.schema import DiffusionConfig, ModelConfig, TrainConfig
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
-from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond
+from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond, IDDPMPrecond
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
@@ -165,6 +165,20 @@ def test_iddpm_tells_the_nearest_step_and_its_grids_hold_known_levels():
     assert th.equal(precond.c_noise(between), slow.double())
     grid = precond.grid(th.tensor([80.0, 3.0, 2.9999999, 0.0], dtype=th.float64))
     assert len(grid) == 3 and grid[-1] == 0 and set(grid[:2].tolist()) < set(table.tolist())
+
+
+def test_of_two_steps_as_near_iddpm_tells_the_noisier():
+    """As EDM's published rounding does, which looks for the least distance in a table that falls."""
+    class Short(IDDPMPrecond):
+        def make_table(self):
+            return th.tensor([1.0, 2.0, 4.0, 8.0], dtype=th.float64)
+
+    between = th.tensor([1.5, 3.0, 6.0, 1.0, 2.0, 8.0, 5.9, 6.1], dtype=th.float64)
+    falling = Short().table.flip(0)
+    published = 3 - (between[:, None] - falling).abs().argmin(1)
+    assert Short().nearest(between).tolist() == published.tolist() == [1, 2, 3, 0, 1, 3, 2, 3]
+    grid = Short().grid(th.tensor([6.0, 3.0, 1.5, 0.0], dtype=th.float64))
+    assert grid.tolist() == [8.0, 4.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])

@@ -149,6 +149,22 @@ def test_one_predictor_step_is_reverse_diffusion():
     th.testing.assert_close(moved, y * math.sqrt(1 + r**2))
 
 
+@pytest.mark.parametrize("process", ["ve", "vp"])
+def test_one_corrector_step_is_langevins_with_the_papers_step_size(process):
+    """Song et al., algorithms 4 and 5: y + epsilon score_y + sqrt(2 epsilon) z, where epsilon is
+    2 alpha (snr |z| / |score_y|)^2. VE: y = x, alpha = 1. VP: y = x / sqrt(1 + u'), alpha = 1 - beta of the step."""
+    x, z, t, r, snr = stored("st_x")[1], stored("st_z1"), 2.0, 1.7, 0.3
+    D = Mixture.stored().D
+    scale, alpha = (1.0, 1.0) if process == "ve" else (math.sqrt(1 + r**2), (1 + r**2) / (1 + t**2))
+    y, score_y = x / scale, (D(x, r) - x) / r**2 * scale
+    expected = []
+    for own, s, noise in zip(y, score_y, z):
+        epsilon = 2 * alpha * (snr * noise.square().sum().sqrt() / s.square().sum().sqrt()) ** 2
+        expected.append(scale * (own + epsilon * s + (2 * epsilon).sqrt() * noise))
+    moved = PredictorCorrector(process, snr).correct(D, x, *levels_of(x, t, r), Scripted(z))
+    th.testing.assert_close(moved, th.stack(expected), rtol=1e-12, atol=1e-12)
+
+
 def test_every_sample_has_its_own_step_size():
     x, z = stored("st_x")[1], stored("st_z1")
     whole = PredictorCorrector().step(Mixture.stored().D, x, *levels_of(x, 2.0, 1.7), Scripted(z, z))

@@ -216,6 +216,13 @@ def test_a_worse_one_leaves_the_kept_weights_alone(tmp_path):
     assert weights.keys() == last.keys() and not th.equal(weights["out.2.weight"], last["out.2.weight"])
 
 
+def test_of_equal_values_the_first_stays_the_best(tmp_path):
+    equal = evaluation([3.0, 3.0, 3.0])
+    loop(tmp_path, 6, equal).run_loop()
+    assert equal.best == {"step": 2, "value": 3.0} and kept(tmp_path) == (2, 3.0)
+    assert (tmp_path / "log.txt").read_text().count("best so far 3 at step 2") == 3
+
+
 def test_values_of_another_measurement_are_not_compared(tmp_path):
     loop(tmp_path, 2, evaluation([3.0], seed=1)).run_loop()
     other = evaluation([8.0], seed=2)
