@@ -103,3 +103,7 @@ class Scripted:
         draw = self.randn(*size)
         assert draw.min() >= low and draw.max() < high
         return draw
+
+
+def levels_of(x, *levels):
+    return (th.full((len(x),), level, dtype=x.dtype) for level in levels)
