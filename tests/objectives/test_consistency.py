@@ -10,9 +10,7 @@ from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraini
 from cm.objectives.distances import l1, l2
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted, stored
-from support.objectives import F64, levels, nets_of, orthonormal, plain
-
-# --- consistency -----------------------------------------------------------------------------------------------------
+from support.objectives import F64, Linear, levels, nets_of, orthonormal, plain
 
 
 @pytest.mark.parametrize(
@@ -41,19 +39,6 @@ def test_the_loss_of_the_exact_function_falls_with_the_step(kind, order):
         nets = nets_of(bed.f, teacher=bed.D)
         roots.append(objective(nets, batch, 0, Scripted(noise, th.tensor([0]))).loss.sqrt().item())
     assert math.log2(roots[0] / roots[1]) == pytest.approx(order, abs=0.1)
-
-
-class Linear(nn.Module):
-    """f(x, t_i) = mu + alpha_i (x - mu): one number for each level of a grid."""
-
-    def __init__(self, n: int, mu: float):
-        super().__init__()
-        self.mu, self.grid = mu, levels(n)
-        self.alpha = nn.Parameter(th.ones(n, dtype=F64))
-
-    def forward(self, x, sigma):
-        index = (self.grid - sigma[:, None]).abs().argmin(1)
-        return self.mu + self.alpha[index][:, None, None] * (x - self.mu)
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,9 @@ from cm.objectives.progdist import ProgressiveDistillation
 from cm.samplers import CountingDenoiser
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted
-from support.objectives import F64, GRIDS, levels, nets_of, orthonormal, plain
+from support.objectives import F64, GRIDS, Linear, levels, nets_of, orthonormal, plain
 
 # --- consistency -----------------------------------------------------------------------------------------------------
-
-
-class Linear(nn.Module):
-    """f(x, t_i) = mu + alpha_i (x - mu): one number for each level of a grid."""
-
-    def __init__(self, n: int, mu: float):
-        super().__init__()
-        self.mu, self.grid = mu, levels(n)
-        self.alpha = nn.Parameter(th.ones(n, dtype=F64))
-
-    def forward(self, x, sigma):
-        index = (self.grid - sigma[:, None]).abs().argmin(1)
-        return self.mu + self.alpha[index][:, None, None] * (x - self.mu)
 
 
 @pytest.mark.parametrize(

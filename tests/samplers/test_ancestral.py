@@ -8,12 +8,7 @@ import torch as th
 from cm.diffusion.schedules import karras_grid
 from cm.samplers import integrate
 from cm.samplers.ancestral import Ancestral
-from support.gaussian import Mixture, Scripted, stored
-
-
-def level(t: th.Tensor | float, x: th.Tensor) -> th.Tensor:
-    return th.full((len(x),), float(t), dtype=x.dtype)
-
+from support.gaussian import Mixture, Scripted, level, stored
 
 # --- one step --------------------------------------------------------------------------------------------------------
 

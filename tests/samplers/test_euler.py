@@ -11,14 +11,10 @@ from cm.samplers.ancestral import Ancestral
 from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
 from cm.samplers.heun import Heun
-from support.gaussian import Gaussian, Mixture, Scripted, stored
+from support.gaussian import Gaussian, Mixture, Scripted, level, stored
 
 ODE_SOLVERS = [Euler(), Heun(), DPM()]
 SILENT = Scripted()                                                 # any draw is an error
-
-
-def level(t: th.Tensor | float, x: th.Tensor) -> th.Tensor:
-    return th.full((len(x),), float(t), dtype=x.dtype)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------

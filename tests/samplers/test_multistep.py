@@ -8,12 +8,7 @@ import torch as th
 from cm.errors import UserError
 from cm.samplers import integrate
 from cm.samplers.multistep import Multistep
-from support.gaussian import Gaussian, Scripted
-
-
-def level(t: th.Tensor | float, x: th.Tensor) -> th.Tensor:
-    return th.full((len(x),), float(t), dtype=x.dtype)
-
+from support.gaussian import Gaussian, Scripted, level
 
 # --- whole paths -----------------------------------------------------------------------------------------------------
 

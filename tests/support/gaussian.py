@@ -105,5 +105,11 @@ class Scripted:
         return draw
 
 
-def levels_of(x, *levels):
-    return (th.full((len(x),), level, dtype=x.dtype) for level in levels)
+def level(t: Tensor | float, x: Tensor) -> Tensor:
+    """The same noise level for every sample of x: [N]."""
+    return th.full((len(x),), float(t), dtype=x.dtype)
+
+
+def levels_of(x: Tensor, *levels: float) -> list[Tensor]:
+    """Noise levels, each as an [N] for x."""
+    return [level(t, x) for t in levels]

@@ -30,3 +30,16 @@ def orthonormal(bed: Gaussian, n: int) -> tuple[Batch, th.Tensor]:
 def nets_of(online, target=None, teacher=None) -> Networks:
     empty = nn.Module()
     return Networks(online, empty, target or online, empty, teacher, empty)
+
+
+class Linear(nn.Module):
+    """f(x, t_i) = mu + alpha_i (x - mu): one number for each level of a grid."""
+
+    def __init__(self, n: int, mu: float):
+        super().__init__()
+        self.mu, self.grid = mu, levels(n)
+        self.alpha = nn.Parameter(th.ones(n, dtype=F64))
+
+    def forward(self, x, sigma):
+        index = (self.grid - sigma[:, None]).abs().argmin(1)
+        return self.mu + self.alpha[index][:, None, None] * (x - self.mu)
