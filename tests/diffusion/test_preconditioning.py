@@ -6,15 +6,12 @@ import pytest
 import torch as th
 from torch import nn
 
-from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, TrainConfig
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond, IDDPMPrecond
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
 from cm.samplers.sample import sample
-from cm.setup.objective import apply_precond_defaults
 from support import golden
 from support.gaussian import Gaussian
 
@@ -58,6 +55,7 @@ def test_edm_keeps_unit_variance(sigma_data):
 
 
 # --- every preconditioning on Gaussian data, where its own paper says what the best network answers ------------------
+
 
 BED = Gaussian(0.1, 0.2)                                            # narrow: clamping images to [-1, 1] changes nothing
 
@@ -193,19 +191,6 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     ).images
     assert images.mean().item() == pytest.approx(0.1, abs=0.02)     # standard error 0.2 / sqrt(2000) = 0.0045
     assert images.std().item() == pytest.approx(0.2, abs=0.015)
-
-
-def test_the_published_law_and_weight_come_with_the_precond():
-    def resolved(*argv):
-        settings = parse("", ModelConfig, DiffusionConfig, TrainConfig, argv=argv)
-        apply_precond_defaults(settings)
-        return settings.values["schedule_sampler"], settings.values["weight_schedule"]
-
-    assert resolved() == ("lognormal", "karras")
-    assert [resolved("--precond", name) for name in ("vp", "ve", "iddpm")] == [
-        ("vp", "snr"), ("ve", "snr"), ("iddpm", "snr")
-    ]
-    assert resolved("--precond", "vp", "--schedule_sampler", "lognormal") == ("lognormal", "snr")
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "iddpm", "ddpm"])

@@ -4,8 +4,6 @@ Both compute in float64 from the same rows, so they differ by the rounding of su
 some thousand terms: 1e-11 relative. Where more than that is allowed, the test says why.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch as th
@@ -15,6 +13,7 @@ from evaluations.metrics.frechet import Moments, frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid, squared_mmd
 from evaluations.metrics.precision_recall import precision_recall
+from support.golden_metrics import GOLDEN
 
 import_torchvision()                                        # torch-fidelity wants it, whatever it is to compute
 
@@ -23,9 +22,6 @@ metric_fid = pytest.importorskip("torch_fidelity.metric_fid", reason=MISSING)
 metric_isc = pytest.importorskip("torch_fidelity.metric_isc", reason=MISSING)
 metric_kid = pytest.importorskip("torch_fidelity.metric_kid", reason=MISSING)
 metric_prc = pytest.importorskip("torch_fidelity.metric_prc", reason=MISSING)
-
-GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden_metrics.npz", allow_pickle=False)
-
 
 def golden_sets():
     """[500,64] float64 each."""
