@@ -19,12 +19,13 @@ from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import get_sigmas_karras
 from cm.diffusion.weightings import get_weightings
 from cm.objectives import OBJECTIVES
+from cm.objectives.base import GridObjective
 from cm.objectives.curricula import Curriculum
 from cm.objectives.distances import Distance, get_distance
-from cm.objectives.edm import edm_terms
+from cm.objectives.edm import EDM, edm_terms
 from cm.registry import lookup
 from cm.samplers.sample import sample
-from cm.types import Batch, LossTerms, Networks, Objective
+from cm.types import Batch, LossTerms, Networks
 
 __all__ = ["KarrasDenoiser", "get_sigmas_karras", "get_weightings", "karras_sample"]
 
@@ -48,20 +49,18 @@ class KarrasDenoiser(Diffusion):
 
     # --- objectives ------------------------------------------------------------------------------------------------
 
-    def training_objective(self, schedule_sampler: ScheduleSampler | None = None) -> Objective:
-        """Denoising, with noise levels from that law (by default EDM's lognormal)."""
-        laws = {} if schedule_sampler is None else {"schedule_sampler": schedule_sampler}
-        return OBJECTIVES["edm"](self.weight, **laws)
+    def training_objective(self, schedule_sampler: ScheduleSampler | None = None) -> EDM:
+        """Denoising, with noise levels from that distribution (by default EDM's lognormal)."""
+        return EDM(self.weight) if schedule_sampler is None else EDM(self.weight, schedule_sampler)
 
-    def consistency_objective(self, training_mode: str, ema_scale_fn: Curriculum) -> Objective:
+    def consistency_objective(self, training_mode: str, ema_scale_fn: Curriculum) -> GridObjective:
         """Consistency distillation, consistency training or progressive distillation.
 
         :param ema_scale_fn: step -> (target decay rate, num_scales), from `cm.objectives.curricula`.
         :raises ValueError: for any other training_mode.
         """
-        modes = {name: kind for name, kind in OBJECTIVES.items() if name != "edm"}
-        kind = lookup(modes, training_mode, "training_mode")
-        return kind(ema_scale_fn, self.noise_levels, self.weight, self.distance)
+        modes = {name: kind for name, kind in OBJECTIVES.items() if issubclass(kind, GridObjective)}
+        return lookup(modes, training_mode, "training_mode").on_grid(self, ema_scale_fn)
 
     # --- losses of given batches ------------------------------------------------------------------------------------
 

@@ -84,12 +84,28 @@ class Batch:
 
 
 @dataclass
-class Networks:
-    """The networks of a run as denoisers; an objective takes those it needs.
+class BoundNetwork:
+    """A network in its role: the denoiser made of it, the bare module, and its parameters in float32.
 
-    The `*_model` fields are the bare modules behind them. The `*_params` are their parameters in float32, for target
-    averaging and teacher swaps: by default the module's own, which a half-precision network has rounded. Whoever gives
-    others tells the modules when they have changed.
+    The parameters are the module's own unless the module computes in half precision: then they are the values that
+    `after_step` changes, and the loop copies them into the module.
+    """
+
+    denoise: Denoiser
+    model: nn.Module
+    params: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        self.params = self.params or own_params(self.model)
+
+
+@dataclass
+class Networks:
+    """The networks of a step as denoisers; an objective takes those it needs.
+
+    The `*_model` fields are the bare modules behind them, and the `*_params` their parameters in float32, see
+    `BoundNetwork`. `companions` holds every network besides the online one by its role, and target and teacher are
+    two of them: "target_model" and "teacher_model".
     """
 
     online: Denoiser
@@ -101,6 +117,17 @@ class Networks:
     online_params: Sequence[Tensor] = ()
     target_params: Sequence[Tensor] = ()
     teacher_params: Sequence[Tensor] = ()
+    companions: Mapping[str, BoundNetwork] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, online: BoundNetwork, companions: Mapping[str, BoundNetwork]) -> Networks:
+        """From the online network and its companions by role."""
+        nets = cls(online.denoise, online.model, online_params=online.params, companions=dict(companions))
+        if target := companions.get("target_model"):
+            nets.target, nets.target_model, nets.target_params = target.denoise, target.model, target.params
+        if teacher := companions.get("teacher_model"):
+            nets.teacher, nets.teacher_model, nets.teacher_params = teacher.denoise, teacher.model, teacher.params
+        return nets
 
     def __post_init__(self) -> None:
         self.online_params = self.online_params or own_params(self.online_model)
@@ -130,21 +157,6 @@ class LossHistory(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-class Objective(Protocol):
-    """A training method: what to minimise, and what happens to the other networks after a step."""
-
-    history: LossHistory | None
-
-    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
-        """The loss; changes nothing, for a pass may be thrown away."""
-
-    def after_step(self, nets: Networks, step: int) -> bool:
-        """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs.
-
-        Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
-        """
 
 
 class Callback(Protocol):

@@ -1,12 +1,12 @@
-"""Turn a data set into a StyleGAN zip or folder: PNG images of one size, and their classes in dataset.json.
+"""Convert a data set to a StyleGAN zip or folder: PNG images of one size, with their classes in dataset.json.
 
 python datasets/dataset_tool.py --source cifar-10-python.tar.gz --dest cifar10-32x32.zip
 python datasets/dataset_tool.py --source imagenet/train --dest imagenet-64x64.zip --resolution 64x64 \\
     --transform center-crop
 
 Flags, names and files are those of NVlabs/edm's tool; the same source gives the same bytes. The destination appears
-when it is complete. Exit status: 0, all images are there; 3, the destination is complete but for images that could not
-be read, each named above; 1, nothing was written; 2, wrong flags.
+only when it is complete. Exit status: 0, all images were converted; 3, some images could not be read, each named on
+stderr; 1, nothing was written; 2, wrong flags.
 """
 
 from __future__ import annotations
@@ -299,11 +299,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="cifar-10-python.tar.gz, train-images-idx3-ubyte.gz, an lmdb folder, a folder or a .zip")
     parser.add_argument("--dest", required=True, metavar="PATH", help="a .zip, or a new or empty folder")
     parser.add_argument("--resolution", type=parse_resolution, metavar="WxH",
-                        help="size of the images [default: theirs]")
+                        help="size of the images written [default: unchanged]")
     parser.add_argument("--transform", choices=TRANSFORMS, default="none",
-                        help="how they are cropped; none: only resized [default: none]")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N [default: all]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one a core]")
+                        help="how images are cropped; none: only resized [default: none]")
+    parser.add_argument("--max-images", type=int, metavar="N", help="convert only the first N images [default: all]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one per core]")
     return parser.parse_args(argv)
 
 

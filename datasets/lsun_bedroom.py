@@ -1,8 +1,9 @@
-"""Turn an LSUN database (a folder such as bedroom_train_lmdb) into a folder of square PNG images for --data_dir.
+"""Convert an LSUN database (a folder such as bedroom_train_lmdb) to a folder of square PNG images for --data_dir.
 
 python datasets/lsun_bedroom.py bedroom_train_lmdb data/lsun_bedroom --image-size 256
 
-Image i of the database becomes PREFIX_iiiiiii.png, so the prefix is its class. Started again, it goes on where it was.
+Image i of the database becomes PREFIX_iiiiiii.png, so the prefix is its class. Run the same command again to resume an
+interrupted conversion.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lmdb", type=Path, help="folder of the database, with its data.mdb")
-    parser.add_argument("out", type=Path, help="folder of the images; made if it is not there")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the square images [default: 256]")
-    parser.add_argument("--prefix", default="bedroom", help="start of the files' names, their class [default: bedroom]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images at a time [default: one a core]")
+    parser.add_argument("lmdb", type=Path, help="folder of the database, containing data.mdb")
+    parser.add_argument("out", type=Path, help="output folder; created if missing")
+    parser.add_argument("--image-size", type=int, default=256, help="width and height in pixels [default: 256]")
+    parser.add_argument("--prefix", default="bedroom", help="class; file names start with it [default: bedroom]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel threads [default: one per core]")
     return parser.parse_args(argv)
 
 

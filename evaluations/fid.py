@@ -1,4 +1,4 @@
-"""The Frechet distance of images from a reference, and references for one's own data; FID in Inception's features.
+"""Compute the Frechet distance of images from a reference (FID in Inception's features), or write a reference file.
 
 python evaluations/fid.py ref --data IMAGES --dest ref.npz --inception inception.pt
 mpiexec -n 8 python evaluations/fid.py calc --images SAMPLES --ref ref.npz --inception inception.pt

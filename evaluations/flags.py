@@ -1,4 +1,4 @@
-"""The flags of the evaluating commands, which are read before anything that takes seconds to import."""
+"""The flags of the evaluation commands, parsed before the imports that take seconds."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def evaluator_parser(description: str) -> Parser:
     parser = Parser(description=description, allow_abbrev=False)
     add_comparison(parser, (*METRIC_NAMES, "class_accuracy"), "tf where TensorFlow is installed and torch elsewhere")
     parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
-                        help="distances of precision and recall; float16 as guided-diffusion's "
+                        help="precision of the distances for precision and recall; float16: as in guided-diffusion "
                              f"[default: {PR_DTYPES[0]}]")
     parser.add_argument("--class_accuracy", action="store_true",
-                        help="also the share of samples that the extractor takes for their label (arr_1)")
+                        help="also compute the share of samples that the extractor classifies as their label (arr_1)")
     return parser
 
 
@@ -42,23 +42,25 @@ def fid_parser(description: str) -> Parser:
     """The flags of fid.py, of its two commands calc and ref."""
     parser = Parser(description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
-    calc = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
+    calc = commands.add_parser("calc", help="compute the distance of images from a reference", allow_abbrev=False)
     calc.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
     calc.add_argument("--ref", required=True, metavar="PATH",
                       help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
     calc.add_argument("--num", type=positive, default=NUM_IMAGES,
-                      help=f"images to use: fewer is an error, of more a random choice [default: {NUM_IMAGES}]")
-    calc.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
+                      help="number of images to use: fewer is an error; of more, a random choice is used "
+                           f"[default: {NUM_IMAGES}]")
+    calc.add_argument("--json", metavar="FILE", help="write the result here as JSON, with extractor and sources")
     add_cache(calc)
-    ref = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
-    ref.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
+    ref = commands.add_parser("ref", help="write a reference file for a set of images", allow_abbrev=False)
+    ref.add_argument("--data", required=True, metavar="PATH",
+                     help="folder, zip or npz of images of one size; all are used")
     ref.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
     ref.add_argument("--images", type=seed, default=0, metavar="N",
-                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+                     help="also store N randomly chosen images, for precision, recall and KID [default: 0]")
     for command in (calc, ref):
-        command.add_argument("--seed", type=seed, default=0, help="of the random choice [default: 0]")
+        command.add_argument("--seed", type=seed, default=0, help="seed of the random choice of images [default: 0]")
         command.add_argument("--batch", type=positive, default=BATCH_SIZE,
-                             help=f"images per pass [default: {BATCH_SIZE}]")
+                             help=f"images per forward pass [default: {BATCH_SIZE}]")
         add_extractor(command, "torch")
     return parser
 
@@ -68,30 +70,30 @@ def fid_parser(description: str) -> Parser:
 
 def add_comparison(parser: Parser, metrics: tuple[str, ...], extractor_default: str) -> None:
     """The flags of commands that compare two npz files."""
-    parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
+    parser.add_argument("ref_batch", help="npz of reference images, statistics, or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
     add_extractor(parser, extractor_default)
-    parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
+    parser.add_argument("--json", metavar="FILE", help="write the results here as JSON, with extractor and sources")
     parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE,
-                        help=f"images per pass [default: {BATCH_SIZE}]")
+                        help=f"images per forward pass [default: {BATCH_SIZE}]")
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
-                        help=f"images per chunk of the Inception Score [default: {SPLIT_SIZE}]")
+                        help=f"images per split for the Inception Score [default: {SPLIT_SIZE}]")
     parser.add_argument("--k", type=positive, default=NEIGHBOURS,
-                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
+                        help=f"number of nearest neighbours for precision and recall [default: {NEIGHBOURS}]")
     parser.add_argument("--metrics", default="all",
-                        help=f"comma-separated choice of {', '.join(metrics)}; all: {', '.join(METRIC_NAMES)} "
+                        help=f"comma-separated list from {', '.join(metrics)}; all means {', '.join(METRIC_NAMES)} "
                              "[default: all]")
     add_cache(parser)
 
 
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--inception", metavar="PATH",
-                        help=f"extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
+                        help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="DIR",
-                        help=f"folder that keeps means and covariances; {NO_CACHE}: none [default: {cache_folder()}]")
+                        help=f"cache for means and covariances; {NO_CACHE}: no cache [default: {cache_folder()}]")
 
 
 def seed(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The evaluator's numbers on all ranks: images in memory or in an npz against one reference, asked as often as wanted.
+"""Compare samples with a reference on all ranks: the numbers of evaluator.py, for images in an npz or in memory.
 
 mpiexec -n 8 python evaluations/th_evaluator.py VIRTUAL_imagenet64_labeled.npz samples.npz
 

@@ -1,7 +1,7 @@
-"""The whole job on handwritten digits: train, distil, sample, evaluate; a table and a picture at the end.
+"""Run the complete workflow on handwritten digits: train, distil, sample, evaluate; print a table and draw a picture.
 
-Every stage is one of the toolkit's own commands, printed before it runs. A stage that is complete is reused, a stage
-that was interrupted goes on where it was; `make demo-clean` forgets everything.
+Every stage is one of the toolkit's own commands, printed before it runs. Running the demo again reuses completed stages
+and resumes an interrupted one; `make demo-clean` deletes all results.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cm.config.flags import Parser
 def make_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"),
-                        help="folder of everything the demo makes [default: runs/demo]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of every training and sampling stage [default: 2]")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per method [default: 1000]")
-    parser.add_argument("--train_options", default="", help="flags added to every training stage, in one word")
+                        help="folder for all files of the demo [default: runs/demo]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks for training and sampling [default: 2]")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
+    parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
     return parser
 
 

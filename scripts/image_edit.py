@@ -1,4 +1,4 @@
-"""Edit images with a consistency model: fill in, colour, sharpen, redraw, denoise; or interpolate between two.
+"""Edit images with a trained model: inpaint, colorize, superres, stroke, denoise; or interpolate between two samples.
 
 python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,32 \\
     --model_path runs/cd/ema_0.9999_600000.pt --ts 0,22,39 --steps 40 --log_dir runs/inpainted
@@ -30,7 +30,8 @@ from cm.generate.edit_tasks import EditJob, edit_images, make_job
 from cm.generate.engine import SamplingResult, at_precision, collect_to_npz
 from cm.generate.grids import grid_scale, labelled_rows
 from cm.logging import logger
-from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.dry_run import dry_run
+from cm.setup.run import open_log, run_precision
 from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
 COLUMNS = 8                                                 # images in the comparison

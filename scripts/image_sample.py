@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint: an npz for the evaluator, and a grid to look at; or a PNG for each seed.
+"""Generate images from a checkpoint: one npz for the evaluator and an image grid, or one PNG per seed.
 
 mpiexec -n 8 python scripts/image_sample.py --model_path runs/cd/ema_0.9999_600000.pt --sampler onestep \\
     --num_samples 50000 --log_dir runs/cd_samples
@@ -44,7 +44,8 @@ from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, s
 from cm.generate.grids import grid_scale, image_grid
 from cm.generate.png import PngFolder
 from cm.logging import logger
-from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.dry_run import dry_run
+from cm.setup.run import open_log, run_precision
 from cm.setup.sample import (
     choose_seeds,
     guided_diffusion,

@@ -1,8 +1,8 @@
-"""Report training runs on one self-contained web page: curves, samples, flags and measurements, runs side by side.
+"""Write one self-contained web page that compares training runs: curves, samples, flags and evaluations.
 
 python scripts/report.py runs/edm runs/cd --out report.html
 
-Opens from disk in any browser, without a server and without a network.
+The page opens from disk in any browser, without a server or a network connection.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ MAX_GRIDS = 12
 def make_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --log_dir of a training run")
-    parser.add_argument("--out", default="", metavar="FILE", help="the page [default: report.html in the first folder]")
+    parser.add_argument("--out", default="", metavar="FILE", help="output file [default: report.html in the first run]")
     parser.add_argument("--max_grids", type=positive, default=MAX_GRIDS,
-                        help=f"pictures of samples of each run, spread over its steps [default: {MAX_GRIDS}]")
+                        help=f"image grids of samples per run, spread over its steps [default: {MAX_GRIDS}]")
     return parser
 
 

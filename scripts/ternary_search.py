@@ -1,10 +1,10 @@
-"""Find the noise levels of a multistep consistency sampler: points are added one at a time where the FID is lowest.
+"""Search for the schedule of a multistep consistency sampler, adding one noise level at a time where the FID is lowest.
 
 mpiexec -n 8 python scripts/ternary_search.py --model_path runs/cd/ema_0.9999_600000.pt --steps 40 --num_ts 1 \\
     --ref_batch VIRTUAL_imagenet64_labeled.npz --inception inception-2015-12-05.pt --log_dir runs/cd_search
 
-Leaves ternary_search.json and a plot, ternary_search.png, in --log_dir, and prints the image_sample.py command of the
-schedule it found. Killed and started again, it goes on; so does a search for more points in the same --log_dir.
+Writes ternary_search.json and a plot, ternary_search.png, to --log_dir, and prints the image_sample.py command for the
+schedule it found. Run the same command again to resume an interrupted search, or with a larger --num_ts to extend it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import (
-    CONSISTENCY_MODES,
     DiffusionConfig,
     ModelConfig,
     RunConfig,
@@ -44,6 +43,7 @@ import torch as th
 from torch import nn
 from tqdm import tqdm
 
+from cm.config.flags import Origin, Provenance
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, at_precision, draw, labels_of, rank_batches
@@ -53,8 +53,11 @@ from cm.generate.score_store import ScoreStore, open_score_store
 from cm.io import storage
 from cm.io.storage import write_json
 from cm.logging import logger
+from cm.objectives import OBJECTIVES
 from cm.report.line_plot import line_plot
-from cm.setup.run import dry_run, open_log, run_precision
+from cm.setup.dry_run import dry_run
+from cm.setup.objective import kind_of_result
+from cm.setup.run import open_log, run_precision
 from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
 from evaluations.engine.readers import BatchFile
 from evaluations.features import load_extractor
@@ -68,7 +71,7 @@ def main() -> None:
     dist.setup_dist()
     asked = tuple(settings.given)
     check_flags(settings)
-    settings.given.setdefault("training_mode", "a multistep schedule")
+    settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
@@ -104,10 +107,10 @@ def check_flags(settings: Settings) -> None:
     values = settings.values
     if not values["model_path"]:
         raise UserError("--model_path is missing: give a consistency model, such as runs/cd/ema_0.9999_600000.pt")
-    if values["training_mode"] not in CONSISTENCY_MODES:
+    if not kind_of_result(values["training_mode"]).distillation:
         raise UserError(
             f"--training_mode {values['training_mode']}: multistep schedules are for consistency models "
-            f"({', '.join(CONSISTENCY_MODES)})"
+            f"({', '.join(name for name, kind in OBJECTIVES.items() if kind.distillation)})"
         )
     if not values["ref_batch"]:
         raise UserError("--ref_batch is missing: give an npz of reference images or statistics")

@@ -25,7 +25,7 @@ from cm.logging import logger
 FORMAT = 1
 MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
+WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
 
 def file_name(name: str, step: int) -> str:

@@ -36,7 +36,7 @@ def parse_or_exit(read_flags: Callable[[], object]) -> None:
         if any(word.partition("=")[0] == "--config" for word in sys.argv[1:]):
             return
         if launcher_rank() == 0:
-            failure.say(failure.short_report(error))
+            failure.say(failure.short_report(error) or str(error))
         leave(failure.status_of(error))
     except SystemExit as leaving:
         leave(failure.status_of(leaving))

@@ -1,20 +1,21 @@
 """Frozen config dataclasses become command-line flags, a config file's keys, and back.
 
-A section of flags is a frozen dataclass whose fields are made with `option`. A value is taken from, in this order:
-the command line, the file given by --config, the checkpoint that the run starts from, the default.
+A section of flags is a frozen dataclass whose fields are made with `option`. Where a value comes from, and which source
+wins over which, is its `Provenance`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
@@ -45,21 +46,51 @@ def str2bool(value: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is not a boolean; write True or False")
 
 
+class Provenance(enum.IntEnum):
+    """Where the value of a flag comes from; the higher wins."""
+
+    DEFAULT = 0
+    CHECKPOINT = 1                              # the file of weights that the run starts from
+    FILE = 2                                    # --config
+    COMMAND_LINE = 3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The place that sets a flag: its kind, and how a message names it ("--lr", "run.yaml", "the checkpoint x.pt")."""
+
+    kind: Provenance
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Settings:
-    """The resolved flags of a run: every value, and where those that were asked for come from."""
+    """The flags of a run while they are resolved; components take frozen sections of them."""
 
     values: dict[str, Any]
-    given: dict[str, str]                       # name -> "--name", the config file or the checkpoint that sets it
+    given: dict[str, Origin]                    # of every flag that is not at its default
     dry_run: bool = False
     sources: dict[str, Any] = dataclasses.field(default_factory=dict)     # flag -> the file of weights that it names
 
+    def provenance(self, name: str) -> Provenance:
+        """Where the value of a flag comes from."""
+        return self.given[name].kind if name in self.given else Provenance.DEFAULT
+
+    def is_given(self, name: str) -> bool:
+        """Whether the command line, a file or a checkpoint sets the flag."""
+        return name in self.given
+
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
-        return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
+        return kind(**{name: self.values[name] for name in defaults_of(kind)})
 
     def inherit(self, values: Mapping[str, Any], source: str) -> None:
-        """Take values that `source` (a checkpoint) knows; what was asked for must agree with them.
+        """Take values that a checkpoint knows; what was asked for must agree with them.
+
+        :param source: how messages name the checkpoint.
 
         :raises UserError: naming the flag, both values and both places.
         """
@@ -72,7 +103,7 @@ class Settings:
                     f"{name}={value!r}; drop the flag or choose another checkpoint"
                 )
             self.values[name] = value
-            self.given.setdefault(name, source)
+            self.given.setdefault(name, Origin(Provenance.CHECKPOINT, source))
 
     def replace(self, **changes: Any) -> None:
         """Set values that the run itself works out, such as the number of classes in the data."""
@@ -93,7 +124,7 @@ def same(a: Any, b: Any) -> bool:
 class Parser(argparse.ArgumentParser):
     """Says each thing once for the whole job, and suggests the flag that was meant."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         if launcher_rank() == 0:
             print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
@@ -125,7 +156,7 @@ def positive(word: str) -> int:
     return value
 
 
-def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+def parse(description: str | None, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
     """Read the flags of a script.
 
     :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
@@ -140,20 +171,21 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
     config_file, dry_run = args.pop("config"), args.pop("dry_run")
 
     values = {name: defaults.get(name, field.default) for name, field in fields.items()}
-    given = {}
+    given: dict[str, Origin] = {}
     if config_file:
         for name, value in read_config(config_file, fields).items():
             values[name] = convert(types[name], value, f"{config_file}: {name}")
-            given[name] = config_file
+            given[name] = Origin(Provenance.FILE, config_file)
     spelt = {field.name: alias for field in fields.values() for alias in field.metadata["aliases"] if alias in args}
     for name, value in by_own_name(args, fields, "").items():
-        values[name], given[name] = value, f"--{spelt.get(name, name)}"
+        values[name] = value
+        given[name] = Origin(Provenance.COMMAND_LINE, f"--{spelt.get(name, name)}")
     for name, value in values.items():
-        check(fields[name], value, given.get(name, f"--{name}"))
+        check(fields[name], value, str(given.get(name, f"--{name}")))
     return Settings(values, given, dry_run)
 
 
-def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+def make_parser(description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
     parser = Parser(
         description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,9 +9,8 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import loading
-from cm.config.flags import Settings
+from cm.config.flags import Provenance, Settings
 from cm.config.schema import (
-    CONSISTENCY_MODES,
     AblationConfig,
     DiffusionConfig,
     GuidanceConfig,
@@ -32,6 +31,7 @@ from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
+from cm.setup.objective import kind_of_result
 from cm.setup.run import on_device, run_precision
 from cm.types import Sampler
 
@@ -75,7 +75,7 @@ def reach_all_levels(settings: Settings) -> None:
         levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]
     if levels is not None:
         for name, level in zip(("sigma_min", "sigma_max"), levels):
-            if settings.given.get(name, "the checkpoint").startswith("the checkpoint"):
+            if settings.provenance(name) <= Provenance.CHECKPOINT:
                 settings.replace(**{name: level})
 
 
@@ -172,8 +172,8 @@ def load_model(settings: Settings) -> nn.Module:
 
 def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
     """The scalings around the network of --model_path, by how it was trained."""
-    consistency = settings.values["training_mode"] in CONSISTENCY_MODES
-    return diffusion_from(settings, distillation=consistency)
+    kind = kind_of_result(settings.values["training_mode"])
+    return diffusion_from(settings, distillation=kind.distillation)
 
 
 def load_classifier(settings: Settings) -> NoisyClassifier | None:

@@ -38,15 +38,27 @@ COLUMNS = 8                                                 # of a grid
 class Metric(Protocol):
     """How far images are from a reference."""
 
-    key: str                                                # column of the log
-    label: str                                              # for people
-    id: str                                                 # of the features that it compares
+    @property
+    def key(self) -> str:
+        """The column of the log."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """Of the features that it compares."""
+        ...
 
     def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
         """The distance of the images of all ranks; the same number on every rank.
 
         :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
         """
+        ...
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class Evaluation:
         folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = manifest.list_files(folder)
-        kept = manifest.save(folder, loop.step, {name: average}, loop.config, loop.images_seen)
+        kept = manifest.save(folder, loop.step, {name: average}, loop.flags, loop.images_seen)
         file = manifest.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)

@@ -1,6 +1,6 @@
 """TensorFlow's frozen Inception-v3 as an extractor: the graph behind guided-diffusion's published numbers.
 
-TensorFlow is an extra (`pip install consistency-toolkit[tf]`) and is imported when a graph is opened.
+TensorFlow is an extra (`pip install '.[tf]'`) and is imported when a graph is opened.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def import_tensorflow(path: str) -> Any:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(
-            f"{path} is a TensorFlow graph, and TensorFlow is not there ({error}): run `pip install "
-            "consistency-toolkit[tf]`, or give `--inception torch:PATH`, which takes the weights out of the same file"
+            f"{path} is a TensorFlow graph, and TensorFlow is not installed ({error}): run `pip install "
+            "'.[tf]'` in the repository, or give `--inception torch:PATH`, which reads the weights from the same file"
         ) from None
     tf.config.experimental.enable_tensor_float_32_execution(False)
     return tf

@@ -21,7 +21,7 @@ from cm.logging import logger
 from cm.random_util import DummyGenerator, SampleStreams
 from cm.samplers.sample import sample
 from cm.setup import data as run_data
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from cm.types import Batch
 from support.mpi import mpi_program
 from support.training import BATCH

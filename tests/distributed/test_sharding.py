@@ -59,6 +59,8 @@ PROGRAM = """
     from cm.training.callbacks import AverageSampler
     from cm.training.callbacks import Evaluation
 
+    COMPANIONS = {{"consistency_training": {{"target_model": "by_objective"}},
+                  "progdist": {{"teacher_model": "by_objective"}}}}
     SHARED = dict(shard_ema=True, shard_optimizer=True, ema_device="cpu")
 
     class Falling:
@@ -105,8 +107,8 @@ PROGRAM = """
                 case = CASES[name]
                 run = PlannedRun(
                     precision="fp16" if case.get("use_fp16") else "fp32", optimizer=case.get("optimizer", "radam"),
-                    ema_rates=["0.5", "0.9"], ranks=2, has_target=case.get("mode") == "consistency_training",
-                    teacher="moving" if case.get("mode") == "progdist" else "none", on_gpu=False, **flags)
+                    ema_rates=["0.5", "0.9"], ranks=2, on_gpu=False,
+                    companions=COMPANIONS.get(case.get("mode"), {{}}), **flags)
                 planned = plan(meta_network(), run, dist.get_rank()).device
                 said[f"{{name}} {{bool(flags)}}"] = [planned, held_bytes(training)]
         # a run of one process goes on here with shares

@@ -27,7 +27,7 @@ from cm.random_util import get_generator
 from cm.samplers import SAMPLERS
 from cm.setup import run as run_util
 from cm.setup import sample as sample_util
-from cm.training.consistency import CMTrainLoop
+from cm.train_util import CMTrainLoop
 
 CPU = th.device("cpu")
 

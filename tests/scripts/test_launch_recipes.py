@@ -17,6 +17,7 @@ import yaml
 
 from cm.config.schema import ModelConfig
 from cm.networks.build import create_model
+from cm.setup import train as set_up
 from support.mpi import clean_environment, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +113,8 @@ def dry_run(monkeypatch, tmp_path):
         script, *flags = command_of(name, "--dry_run", REFS=str(tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *flags])
         main = script_main(script)
-        monkeypatch.setitem(main.__globals__, "dry_run", found.append)
+        for place in (main.__globals__, vars(set_up)):
+            monkeypatch.setitem(place, "dry_run", found.append)
         main()
         return found.pop().values
 

@@ -17,8 +17,8 @@ from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
+from cm.train_util import TrainLoop
 from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
-from cm.training.consistency import TrainLoop
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.in_training import open_metric

@@ -13,7 +13,7 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from cm.training.loop import as_batch, last_step
 from cm.types import Batch
 from support.commands import losses

@@ -20,7 +20,8 @@ from support.memory_cases import meta_network
 def test_a_checkpoint_is_as_large_as_planned(images, tmp_path):
     run(images, tmp_path, 1, mode="progdist", use_fp16=True)
     on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
-    planned = plan(meta_network(), PlannedRun("fp16", "radam", ["0.5", "0.9"], teacher="moving")).checkpoint
+    run_ = PlannedRun("fp16", "radam", ["0.5", "0.9"], companions={"teacher_model": "by_objective"})
+    planned = plan(meta_network(), run_).checkpoint
     # A file adds a header of some hundred bytes to each of its tensors.
     tensors = 4 * 60 + 3 * 60
     assert planned < on_disk < planned + 700 * tensors

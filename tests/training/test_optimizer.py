@@ -11,7 +11,11 @@ from cm.training.optimizer import OPTIMIZERS, ZeroOptimizer, make_optimizer
 from support.mpi import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import numpy as np
 
+from cm.training.loop import as_batch
+from cm.training.optimizer import rampup
+from support.training import loop
 
 PLAIN = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
 
@@ -50,3 +54,15 @@ def test_a_rank_without_a_share_and_a_saved_optimizer_that_does_not_fit():
         opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
     with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
         make_optimizer("sgd", [th.zeros(3)], 0.1, 0.0)
+
+
+# ---- averages ----
+
+
+def test_the_learning_rate_rises_over_images(images, tmp_path):
+    training, rates = loop(images, tmp_path, 6, lr_rampup_kimg=0.032), []
+    for _ in range(6):
+        training.run_step(as_batch(next(training.data), training.step, 0, 1))
+        rates.append(training.opt.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], rtol=1e-12)
+    assert rampup(0, 0) == 1

@@ -17,7 +17,6 @@ import torch as th
 from torch import Tensor
 
 from cm.checkpoints.formats import tensor_file
-from cm.config.schema import CONSISTENCY_MODES
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
@@ -152,9 +151,6 @@ def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags["arch"] != "unet" or flags["precond"] != "edm":
         raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
                         f"{flags['arch']} and {flags['precond']}")
-    if flags["training_mode"] not in CONSISTENCY_MODES:
-        raise UserError(f"a {PIPELINE} holds consistency models alone; this one was trained as "
-                        f"{flags['training_mode']}")
     widths = level_widths(flags)
     if widths[0] != flags["num_channels"]:
         raise UserError(f"diffusers needs a first level of num_channels={flags['num_channels']}, but channel_mult "

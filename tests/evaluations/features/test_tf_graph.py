@@ -177,5 +177,5 @@ def test_graphs_that_are_not_inceptions_are_refused(folder, tmp_path, tiny):
 
 def test_without_tensorflow_the_remedy_is_named(folder, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)    # import then raises ImportError
-    with pytest.raises(UserError, match=r"pip install consistency-toolkit\[tf\].*--inception torch:PATH"):
+    with pytest.raises(UserError, match=r"pip install '\.\[tf\]'.*--inception torch:PATH"):
         load_extractor(f"{folder}/tiny.pb")
