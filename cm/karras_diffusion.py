@@ -8,7 +8,8 @@ Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1]; no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -24,8 +25,9 @@ from cm.objectives.curricula import Curriculum
 from cm.objectives.distances import Distance, get_distance
 from cm.objectives.edm import EDM, edm_terms
 from cm.registry import lookup
-from cm.samplers.sample import sample
-from cm.types import Batch, LossTerms, Networks
+from cm.samplers import Churn
+from cm.samplers.sample import BindsNetworks, SampleOptions, sample
+from cm.types import Batch, LossTerms, Networks, NoiseSource, Sampler
 
 __all__ = ["KarrasDenoiser", "get_sigmas_karras", "get_weightings", "karras_sample"]
 
@@ -151,7 +153,30 @@ def as_dict(terms: LossTerms) -> dict[str, Tensor]:
 
 
 def karras_sample(
-    diffusion: KarrasDenoiser, model: nn.Module, shape: Sequence[int], steps: int, *args: Any, **kwargs: Any
+    diffusion: BindsNetworks,
+    model: nn.Module,
+    shape: Sequence[int],
+    steps: int,
+    clip_denoised: bool = True,
+    progress: bool = False,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    model_kwargs: Cond = None,
+    device: Any = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    sampler: str | Sampler = "heun",
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    generator: NoiseSource | None = None,
+    ts: Sequence[int] | None = None,
 ) -> Tensor:
-    """The images of `sample`, which takes the same arguments: [N,C,H,W] in [-1, 1]."""
-    return sample(diffusion, model, shape, steps, *args, **kwargs).images
+    """The images of `cm.samplers.sample.sample`, [N,C,H,W] in [-1, 1]; its docstrings explain the arguments."""
+    churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
+    options = SampleOptions(steps, sampler, ts, sigma_min, sigma_max, rho, churn, clip_denoised)
+    return sample(
+        diffusion, model, shape, options, model_kwargs=model_kwargs, generator=generator, device=device,
+        progress=progress, callback=callback,
+    ).images

@@ -18,10 +18,10 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -33,6 +33,7 @@ from cm.data.decode import why_unreadable
 from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
+from cm.io import atomic, storage
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
@@ -82,9 +83,9 @@ def centre_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
 
 
 def transform(image: Image.Image, kind: str, size: Shape | None) -> Image.Image | None:
-    if kind == "center-crop":
-        return centre_crop(image, size)
-    return centre_crop_wide(image, size) if kind == "center-crop-wide" else resize(image, size)
+    if size is None or kind == "none":
+        return resize(image, size)
+    return centre_crop(image, size) if kind == "center-crop" else centre_crop_wide(image, size)
 
 
 class Made(NamedTuple):
@@ -100,7 +101,7 @@ class Made(NamedTuple):
 def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     """Read, transform and encode image i."""
     try:
-        image = source.picture(i)
+        image = source.image(i)
     except MemoryError:
         raise
     except Exception as error:                                      # decoders raise many kinds
@@ -113,7 +114,7 @@ def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     return Made(i, file.getvalue(), image.mode, image.size)
 
 
-_make = None                                    # in a process of the pool: `make` with all but the number
+_make: Callable[[int], Made] | None = None      # in a process of the pool: `make` with all but the number
 
 
 def begin(source: RawImages, kind: str, size: Shape | None) -> None:
@@ -122,6 +123,7 @@ def begin(source: RawImages, kind: str, size: Shape | None) -> None:
 
 
 def make_here(i: int) -> Made:
+    assert _make is not None, "begin() starts every process of the pool"
     return _make(i)
 
 
@@ -142,9 +144,10 @@ class ZipDestination:
     """A zip of stored members without dates, so that the same images are the same bytes."""
 
     def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.archive = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_STORED)
+        storage.make_folder(path.parent)
+        atomic.remove_temporaries(path)
+        self.target = atomic.AtomicFile(path)
+        self.archive = zipfile.ZipFile(self.target.file, "w", zipfile.ZIP_STORED)
 
     def write(self, name: str, data: bytes) -> None:
         member = zipfile.ZipInfo(name, ZIP_DATE)
@@ -153,37 +156,38 @@ class ZipDestination:
 
     def finish(self) -> None:
         self.archive.close()
-        os.replace(self.partial, self.path)
+        self.target.commit()
 
     def give_up(self) -> None:
         with contextlib.suppress(OSError):                          # its last words may not fit on the disk either
             self.archive.close()
-        self.partial.unlink()
+        self.target.discard()
 
 
 class FolderDestination:
     """A folder, which must be new or empty."""
 
     def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial = path, Path(atomic.temporary_path(str(path)))
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--dest {path} is there already: an existing folder must be empty")
-        if self.partial.exists():                                   # of a run that was killed
-            shutil.rmtree(self.partial)
+        atomic.remove_temporaries(path)
         self.partial.mkdir(parents=True)
 
     def write(self, name: str, data: bytes) -> None:
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        path.write_bytes(data)                                      # in a folder that is not there yet for others
 
     def finish(self) -> None:
+        atomic.sync_tree(self.partial)
         if self.path.exists():
             self.path.rmdir()
         self.partial.rename(self.path)
+        atomic.sync_directory(self.path.parent)
 
     def give_up(self) -> None:
-        shutil.rmtree(self.partial)
+        atomic.remove_tree(str(self.partial))
 
 
 def open_destination(dest: str) -> Destination:
@@ -191,7 +195,9 @@ def open_destination(dest: str) -> Destination:
     try:
         return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
     except OSError as error:
-        raise UserError(f"--dest {dest} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"--dest {dest}: {atomic.write_failure(path, error)}") from None
+    except UserError as error:
+        raise UserError(f"--dest {dest}: {error}") from None
 
 
 # ---- all images ----
@@ -286,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         dest.give_up()
         if isinstance(error, OSError):
-            raise UserError(f"--dest {args.dest} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"--dest {args.dest}: {atomic.write_failure(args.dest, error)}") from error
         raise
     classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
     print(f"{args.dest}: {summary(outcomes)}; {classes}")

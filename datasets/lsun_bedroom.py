@@ -24,6 +24,8 @@ from tqdm import tqdm
 from cm.data.decode import centre_crop, decode
 from cm.data.raw import open_database
 from cm.errors import UserError
+from cm.generate.grids import save_picture
+from cm.io import atomic, storage
 
 
 class Entry(NamedTuple):
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     if os.sep in args.prefix:
         raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
     database = open_database(args.lmdb)
-    args.out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(args.out)
+    atomic.remove_old_temporaries(args.out)
     count = export(database, args.out, args.image_size, args.prefix, args.workers)
     print(
         f"{args.out}: {count['written']} images written, {count['there']} were there already, "
@@ -95,12 +98,7 @@ def convert(entry: Entry, image_size: int) -> tuple[str, str]:
         raise
     except Exception as error:                                      # decoders raise many kinds
         return "unreadable", f"{entry.key} ({entry.path.name}) cannot be read: {error}: skipped"
-    partial = entry.path.with_name(f".{entry.path.name}.part")      # hidden files are no images
-    try:
-        Image.fromarray(pixels).save(partial, format="PNG")
-        partial.replace(entry.path)
-    except OSError as error:
-        raise UserError(f"{entry.path} cannot be written: {error.strerror or error}") from None
+    save_picture(entry.path, Image.fromarray(pixels))
     return "written", ""
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 
 from cm.config.flags import Parser, positive
+from cm.errors import UserError
+from cm.registry import lookup
 from evaluations.defaults import (
     BATCH_SIZE,
     EXTRACTOR_CHOICES,
     EXTRACTOR_VARIABLE,
-    METRIC_NAMES,
     NEIGHBOURS,
     NO_CACHE,
     NUM_IMAGES,
@@ -17,24 +18,20 @@ from evaluations.defaults import (
     SPLIT_SIZE,
     cache_folder,
 )
+from evaluations.metrics import METRICS, default_names
 
 
 def evaluator_parser(description: str) -> Parser:
     """The flags of evaluator.py."""
     parser = Parser(description=description, allow_abbrev=False)
-    add_comparison(parser, (*METRIC_NAMES, "class_accuracy"), "tf where TensorFlow is installed and torch elsewhere")
-    parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
-                        help="precision of the distances for precision and recall; float16: as in guided-diffusion "
-                             f"[default: {PR_DTYPES[0]}]")
-    parser.add_argument("--class_accuracy", action="store_true",
-                        help="also compute the share of samples that the extractor classifies as their label (arr_1)")
+    add_comparison(parser, "tf where TensorFlow is installed and torch elsewhere")
     return parser
 
 
 def th_evaluator_parser(description: str) -> Parser:
     """The flags of th_evaluator.py."""
     parser = Parser(description=description, allow_abbrev=False)
-    add_comparison(parser, METRIC_NAMES, "torch")
+    add_comparison(parser, "torch")
     return parser
 
 
@@ -56,7 +53,9 @@ def fid_parser(description: str) -> Parser:
                      help="folder, zip or npz of images of one size; all are used")
     ref.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
     ref.add_argument("--images", type=seed, default=0, metavar="N",
-                     help="also store N randomly chosen images, for precision, recall and KID [default: 0]")
+                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+    ref.add_argument("--image_size", type=positive, metavar="PIXELS",
+                     help="crop and resize to this side, exactly as training does [default: the images as they are]")
     for command in (calc, ref):
         command.add_argument("--seed", type=seed, default=0, help="seed of the random choice of images [default: 0]")
         command.add_argument("--batch", type=positive, default=BATCH_SIZE,
@@ -68,7 +67,7 @@ def fid_parser(description: str) -> Parser:
 # --- parts of them -------------------------------------------------------------------------------------------------
 
 
-def add_comparison(parser: Parser, metrics: tuple[str, ...], extractor_default: str) -> None:
+def add_comparison(parser: Parser, extractor_default: str) -> None:
     """The flags of commands that compare two npz files."""
     parser.add_argument("ref_batch", help="npz of reference images, statistics, or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
@@ -79,25 +78,51 @@ def add_comparison(parser: Parser, metrics: tuple[str, ...], extractor_default: 
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
                         help=f"images per split for the Inception Score [default: {SPLIT_SIZE}]")
     parser.add_argument("--k", type=positive, default=NEIGHBOURS,
-                        help=f"number of nearest neighbours for precision and recall [default: {NEIGHBOURS}]")
-    parser.add_argument("--metrics", default="all",
-                        help=f"comma-separated list from {', '.join(metrics)}; all means {', '.join(METRIC_NAMES)} "
+                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
+    parser.add_argument("--metrics", type=metric_names, default="all",
+                        help=f"comma-separated choice of {', '.join(METRICS)}; all: {', '.join(default_names())} "
                              "[default: all]")
+    parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
+                        help="distances of precision and recall; float16 as guided-diffusion's "
+                             f"[default: {PR_DTYPES[0]}]")
+    parser.add_argument("--class_accuracy", action="store_true",
+                        help="also the share of samples that the extractor takes for their label (arr_1)")
     add_cache(parser)
 
 
+def metric_names(text: str) -> tuple[str, ...]:
+    """The metrics of "fid,kid" or "all", each once.
+
+    :raises argparse.ArgumentTypeError: for a name that is not in `METRICS`.
+    """
+    names = default_names() if text == "all" else tuple(name.strip() for name in text.split(","))
+    try:
+        for name in names:
+            lookup(METRICS, name, "metric")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(dict.fromkeys(names))
+
+
+def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --metrics and --class_accuracy."""
+    return tuple(dict.fromkeys([*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]))
+
+
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flag --inception."""
     parser.add_argument("--inception", metavar="PATH",
                         help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
+    """The flag --cache."""
     parser.add_argument("--cache", metavar="DIR",
                         help=f"cache for means and covariances; {NO_CACHE}: no cache [default: {cache_folder()}]")
 
 
 def seed(text: str) -> int:
-    """A whole number that numpy takes for a seed."""
+    """An integer that numpy takes for a seed."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")

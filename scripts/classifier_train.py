@@ -42,7 +42,6 @@ def read_flags() -> Settings:
 if __name__ == "__main__":                                  # the imports below take seconds
     early_exit.parse_or_exit(read_flags)
 
-import json
 import os
 import time
 from pathlib import Path
@@ -55,6 +54,7 @@ from cm.checkpoints import serialization
 from cm.data.sources import ImageSource, open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io.storage import write_json
 from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
 from cm.networks.unet import attention_factors
@@ -89,7 +89,7 @@ def main() -> None:
         "classes": num_classes,
         "seconds": round(time.monotonic() - start, 2),
     }
-    Path(out).with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    write_json(Path(out).with_suffix(".json"), facts)
     print(f"held-out accuracy: {facts['held_out_accuracy']:.2%} of {len(held_out)} images ({len(kept)} trained on)")
     print("\n".join(lines))
 

@@ -36,7 +36,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cm.data.sources import open_source
-from cm.generate.grids import labelled_rows
+from cm.generate.grids import labelled_rows, save_picture
+from cm.io.atomic import AtomicFile
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "digits"
@@ -92,7 +93,8 @@ class Demo:
         path = self.out / "real.npz"
         if not path.exists():
             source = open_source("digits", 8)
-            np.savez(path, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
+            with AtomicFile(path) as file:
+                np.savez(file, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
 
     def classifier(self) -> None:
         """The feature extractor: a small classifier that never sees a generated image."""
@@ -149,7 +151,7 @@ class Demo:
             with np.load(self.samples(key)) as samples:
                 rows.append((method.name, samples["arr_0"][:columns]))
         path = self.out / "demo.png"
-        labelled_rows(rows, scale=6).save(path)
+        save_picture(path, labelled_rows(rows, scale=6))
         return path
 
     def report(self, *runs: str) -> Path:

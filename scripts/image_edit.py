@@ -20,7 +20,6 @@ def read_flags() -> Settings:
 if __name__ == "__main__":                                  # the imports below take seconds
     early_exit.parse_or_exit(read_flags)
 
-import json
 from functools import partial
 
 import numpy as np
@@ -28,7 +27,8 @@ import numpy as np
 from cm.distributed import setup as dist
 from cm.generate.edit_tasks import EditJob, edit_images, make_job
 from cm.generate.engine import SamplingResult, at_precision, collect_to_npz
-from cm.generate.grids import grid_scale, labelled_rows
+from cm.generate.grids import grid_scale, labelled_rows, save_picture
+from cm.io.storage import write_json
 from cm.logging import logger
 from cm.setup.dry_run import dry_run
 from cm.setup.run import open_log, run_precision
@@ -69,9 +69,8 @@ def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
         "network_evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
     }
-    with open(f"{stem}.json", "w") as file:
-        json.dump(summary, file, indent=2)
-    labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)).save(f"{stem}.png")
+    write_json(f"{stem}.json", summary)
+    save_picture(f"{stem}.png", labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)))
     logger.log(f"{job.plan.num_samples} results, {result.evaluations} network evaluations each")
     for kind, path in result.paths.items():
         logger.log(f"{kind}: {path}")

@@ -32,7 +32,6 @@ def read_flags() -> Settings:
 if __name__ == "__main__":                                  # the imports below take seconds
     early_exit.parse_or_exit(read_flags)
 
-import json
 import os
 from dataclasses import replace
 
@@ -41,8 +40,9 @@ import numpy as np
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_to_npz, sample_to_pngs
-from cm.generate.grids import grid_scale, image_grid
+from cm.generate.grids import grid_scale, image_grid, save_picture
 from cm.generate.png import PngFolder
+from cm.io.storage import write_json
 from cm.logging import logger
 from cm.setup.dry_run import dry_run
 from cm.setup.run import open_log, run_precision
@@ -74,7 +74,7 @@ def main() -> None:
     if folder:
         result = sample_to_pngs(
             load_model(settings), guided_diffusion(settings, classifier), plan, folder,
-            run_precision(settings), **options,
+            run_precision(settings), options,
         )
         return dist.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
@@ -83,7 +83,7 @@ def main() -> None:
         plan,
         logger.get_dir(),
         run_precision(settings),
-        **options,
+        options,
     )
     dist.on_main(report, config, plan, result)
 
@@ -104,7 +104,7 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
     """Leave a grid of the first images in the log directory; on rank 0."""
     shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
     grid_path = os.path.join(logger.get_dir(), "grid.png")
-    image_grid(shown, columns=8, scale=grid_scale(plan.image_size)).save(grid_path)
+    save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.image_size)))
     logger.log(f"{folder.outdir}: {result.drawn} images drawn, {result.there} were there already, "
                f"{result.evaluations} network evaluations each, {result.drawn / result.seconds:.3f} images/s")
     logger.log(f"grid: {grid_path}")
@@ -125,10 +125,9 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> 
         "seconds": round(result.seconds, 3),
         "images_per_second": round(plan.num_samples / result.seconds, 3),
     }
-    with open(path.removesuffix(".npz") + ".json", "w") as file:
-        json.dump(summary, file, indent=2)
+    write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"
-    image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)).save(grid_path)
+    save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)))
     logger.log(f"{plan.num_samples} images, {result.evaluations} network evaluations each, "
                f"{summary['images_per_second']} images/s")
     logger.log(f"samples: {path}\ngrid: {grid_path}")

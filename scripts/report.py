@@ -31,9 +31,8 @@ from datetime import datetime
 from pathlib import Path
 
 from cm.distributed import setup as dist
-from cm.errors import UserError
-from cm.logging.writers import replace_file
-from cm.report.html import writable
+from cm.io import storage
+from cm.report.names import writable
 from cm.report.page import page
 from cm.report.run_records import read_run
 
@@ -45,11 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for gap in run.problems:
             print(writable(f"{run.path}: {gap}"))
     out = Path(args.out or os.path.join(args.runs[0], "report.html"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, page(runs, args.max_grids, datetime.now()))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    storage.make_folder(out.parent)
+    storage.write_bytes(out, page(runs, args.max_grids, datetime.now()).encode())
     print(writable(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)"))
 
 

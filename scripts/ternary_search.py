@@ -34,7 +34,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,11 @@ from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Round, Schedule, best_schedule, naive_evaluations, read_range, search_schedule
 from cm.generate.score_store import ScoreStore, open_score_store
 from cm.io import storage
-from cm.io.storage import write_json
+from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 from cm.objectives import OBJECTIVES
-from cm.report.line_plot import line_plot
+from cm.report.plots import line_plot
+from cm.samplers.sample import SampleOptions
 from cm.setup.dry_run import dry_run
 from cm.setup.objective import kind_of_result
 from cm.setup.run import open_log, run_precision
@@ -129,9 +130,9 @@ def check_flags(settings: Settings) -> None:
         settings.replace(end=str(values["steps"] - 1))
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
+def sampler_options(settings: Settings) -> SampleOptions:
     names = ("steps", "clip_denoised", "sigma_min", "sigma_max")
-    return {"sampler": "multistep", **{name: settings.values[name] for name in names}}
+    return SampleOptions(sampler="multistep", **{name: settings.values[name] for name in names})
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Scorer:
     model: nn.Module
     stages: PrefixCache
     plan: SamplingPlan
-    options: dict[str, Any]
+    options: SampleOptions
     evaluator: ThEvaluator
 
     def __call__(self, ts: Schedule) -> tuple[float, int]:
@@ -161,7 +162,8 @@ class Scorer:
         for batch, indices in enumerate(tqdm(shares, f"ts {text(ts)}", unit="batch", disable=not main, leave=False)):
             if len(indices):
                 denoiser, labels = self.stages.denoiser(ts, batch), labels_of(indices, self.plan)
-                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
+                options = replace(self.options, ts=ts)
+                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, options)[0]
 
 
 def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:
@@ -208,8 +210,8 @@ def report(result: dict[str, Any], found: Sequence[Round]) -> None:
     """Leave the result and its plot in the log's folder, and say what was found; on rank 0."""
     directory = logger.get_dir()
     write_json(os.path.join(directory, RESULT), result)
-    curves = {f"point {i} beside {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
-    line_plot(curves, "index of the new point", result["metric"]).save(os.path.join(directory, PLOT))
+    curves = {f"point {i} added to {text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
+    write_bytes(os.path.join(directory, PLOT), line_plot(curves, "index of the new point", result["metric"]))
     logger.log(table(found, result["metric"]))
     naive = result["naive_network_evaluations"]
     logger.log(f"images through the network: {result['network_evaluations']}; a search at thirds that shares and "

@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     # What only a command shows.
     "cm/checkpoints/formats/diffusers.py": "scripts/test_convert_checkpoint.py",
-    "cm/checkpoints/formats/tensor_file.py": "scripts/test_convert_checkpoint.py",
     "cm/config/early_exit.py": "system/test_start_up.py",
     "cm/data/raw.py": "datasets/test_dataset_tool.py",
     "cm/generate/edit_tasks.py": "scripts/test_image_edit.py",
@@ -25,20 +24,24 @@ ELSEWHERE = {
     "cm/setup/sample.py": "scripts/test_edm_presets.py",
     "cm/setup/train.py": "setup/test_dry_run.py",
     "cm/train_util.py": "test_drop_in.py",
+    "evaluations/command.py": "evaluations/test_evaluator.py",
     "evaluations/defaults.py": "system/test_start_up.py",
     "evaluations/flags.py": "system/test_start_up.py",
     "evaluations/in_training.py": "training/test_callbacks.py",
+    "evaluations/report.py": "evaluations/test_evaluator.py",
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",
+    "cm/io/atomic.py": "checkpoints/test_manager.py",
     "cm/logging/writers.py": "logging/test_logger.py",
     "cm/networks/build.py": "test_drop_in.py",
     "cm/networks/classifier_fit.py": "evaluations/features/test_classifier.py",
     "cm/networks/edm/song_unet.py": "networks/edm/test_base.py",
     "cm/networks/noisy_classifier.py": "samplers/test_guidance.py",
     "cm/objectives/base.py": "objectives/test_objectives.py",
-    "cm/report/html.py": "report/test_page.py",
+    "cm/report/names.py": "report/test_page.py",
+    "cm/samplers/base.py": "samplers/test_integrate.py",
     "cm/samplers/dpm.py": "samplers/test_euler.py",
     "cm/samplers/euler_maruyama.py": "samplers/test_ito_taylor.py",
     "cm/samplers/heun.py": "samplers/test_euler.py",
@@ -53,6 +56,8 @@ ELSEWHERE = {
     "evaluations/features/inception_files.py": "io/test_downloads.py",
     "evaluations/features/inception_weights.py": "evaluations/features/test_inception_v3.py",
     "evaluations/features/torchscript.py": "evaluations/test_evaluator.py",
+    "evaluations/metrics/base.py": "evaluations/engine/test_new_metric.py",
+    "evaluations/metrics/class_accuracy.py": "evaluations/test_evaluator.py",
 }
 """Module -> its test below tests/, for the few that are not found by their name."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 import torch as th
 
-from cm.io.storage import write_whole
+from cm.io.storage import write_atomically
 
 PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDict)
 """What lies in a checkpoint beside tensors, dicts and lists."""
@@ -16,7 +16,7 @@ PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDic
 
 def save_tensors(path: str, content: Any) -> dict[str, int]:
     """`torch.save` of what is the same file wherever its tensors are."""
-    return write_whole(path, lambda file: th.save(on_cpu(content), file))
+    return write_atomically(path, lambda file: th.save(on_cpu(content), cast(IO[bytes], file)))
 
 
 def on_cpu(content: Any) -> Any:

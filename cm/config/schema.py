@@ -13,6 +13,8 @@ SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "p
                  "ito", "ablation")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
+LARGEST_SEED = 2**63 - 1
+"""Of what every generator takes."""
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
 
 
@@ -34,7 +36,7 @@ class ModelConfig:
     )
     attention_resolutions: str = option("32,16,8", "resolutions with attention layers, in pixels, comma-separated")
     channel_mult: str = option("", "channel multiplier of each level, such as 1,2,4; empty: default for the image size")
-    dropout: float = option(0.0, "dropout probability", minimum=0)
+    dropout: float = option(0.0, "dropout probability", minimum=0, below=1)
     class_cond: bool = option(False, "condition on class labels")
     num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
@@ -73,7 +75,10 @@ class RunConfig:
     """run"""
 
     log_dir: str = option("", "folder for logs and results; empty: OPENAI_LOGDIR, or a new temporary folder")
-    seed: int = option(0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0)
+    seed: int = option(
+        0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
+        maximum=LARGEST_SEED,
+    )
     precision: str = option(
         "", "precision of the network; auto: bf16 if the hardware supports it efficiently; empty: set by use_fp16",
         choices=("", "auto", "fp32", "bf16", "fp16"),
@@ -95,7 +100,7 @@ class DataConfig:
     augment: float = option(
         0.0, "EDM's non-leaky augmentation, on which the network is conditioned: probability of each transform (0.12 "
         "for CIFAR-10, 0.15 for 64x64); includes mirroring, so random_flip is off unless given; 0: none",
-        minimum=0,
+        minimum=0, maximum=1,
     )
     random_crop: bool = option(False, "crop at a random position instead of the centre")
     cache_gib: float = option(
@@ -129,10 +134,12 @@ class TrainConfig:
         minimum=0,
     )
     global_batch_size: int = option(2048, "images per step, summed over all ranks", minimum=1)
-    batch_size: int = option(-1, "images per step and rank; -1: global_batch_size divided by the number of ranks")
+    batch_size: int = option(
+        -1, "images per step and rank; -1: global_batch_size divided by the number of ranks", minimum=-1
+    )
     microbatch: int = option(
         -1, "images per forward pass, to save memory; -1: all at once; without dropout, the result is the same up to "
-        "rounding"
+        "rounding", minimum=-1,
     )
     ema_rate: str = option(
         "0.9999", "decay rates of the weight averages per step, comma-separated; 500kimg: half-life of 500,000 images"
@@ -228,7 +235,7 @@ class EvalConfig:
     )
     eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1)
     eval_ts: str = option("", "same as --ts of image_sample.py")
-    eval_seed: int = option(42, "same as --seed of image_sample.py", minimum=0)
+    eval_seed: int = option(42, "same as --seed of image_sample.py", minimum=0, maximum=LARGEST_SEED)
     eval_batch_size: int = option(
         64, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1
     )
@@ -264,7 +271,7 @@ class ConsistencyConfig:
         choices=TRAINING_MODES,
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
-    teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0)
+    teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
     loss_norm: str = option(
         "lpips", "distance between the denoised images in the loss",
         choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber"),
@@ -274,7 +281,7 @@ class ConsistencyConfig:
         "fixed", "schedule of the number of noise levels N(step)", choices=("fixed", "progressive", "progdist")
     )
     start_ema: float = option(
-        0.0, "EMA decay rate of the target; with target_ema_mode adaptive, at the start", minimum=0
+        0.0, "EMA decay rate of the target; with target_ema_mode adaptive, at the start", minimum=0, maximum=1
     )
     start_scales: int = option(40, "number of noise levels N at the start", minimum=1)
     end_scales: int = option(40, "number of noise levels N at the end", minimum=1)
@@ -300,11 +307,14 @@ class SampleConfig:
         "determ", "determ, determ-indiv: an image depends only on seed and index; dummy: use torch's global generator",
         choices=("determ", "determ-indiv", "dummy"),
     )
-    class_label: int = option(-1, "generate only this class; -1: random classes")
+    class_label: int = option(-1, "generate only this class; -1: random classes", minimum=-1)
     clip_denoised: bool = option(True, "clamp denoised images to [-1, 1] in every step")
     s_churn: float = option(0.0, "amount of stochastic churn, for heun, euler, dpm and ablation", minimum=0)
     s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)
-    s_tmax: float = option(float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0)
+    s_tmax: float = option(
+        float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0,
+        infinite=True,
+    )
     s_noise: float = option(1.0, "churn: standard deviation of the added noise", minimum=0)
 
 

@@ -80,7 +80,7 @@ class Logger:
                 rows.pop(0)
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except (OSError, UserError) as error:
             del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
             self.complain(error)
             return False
@@ -97,10 +97,11 @@ class Logger:
                     except OSError as error:
                         self.complain(error)
 
-    def complain(self, error: OSError) -> None:
+    def complain(self, error: OSError | UserError) -> None:
         if not self.is_stuck:
             self.is_stuck = True
-            print(f"the log in {self.directory} cannot be written ({error.strerror}); the run goes on, and its rows "
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"the log in {self.directory} cannot be written ({reason}); the run goes on, and its rows "
                   "wait for room", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cm.errors import UserError
-from cm.io import untrusted
+from cm.io import storage, untrusted
 
 Row = Mapping[str, Any]
 
@@ -251,10 +251,8 @@ def append(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """The old content or the new one, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """The old content or the new one, whatever happens in between.
+
+    :raises UserError: if it cannot be written.
+    """
+    storage.write_bytes(path, text.encode())

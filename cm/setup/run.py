@@ -26,20 +26,22 @@ def start_run(settings: Settings) -> None:
     if directory and not storage.is_remote(directory):      # a new temporary folder is nobody else's
         dist.on_main(lock.take, os.path.expanduser(directory))
     signals.allow(settings.values["grace_seconds"])
-    open_log(settings)
+    open_log(settings, with_config=False)                   # that is written when the run has begun
 
 
-def open_log(settings: Settings) -> None:
-    """Start the log in --log_dir and leave the resolved flags there."""
+def open_log(settings: Settings, *, with_config: bool = True) -> None:
+    """Start the log in --log_dir, and write the resolved flags there."""
     also = ("stats",) if settings.values.get("tick_kimg") else ()
     logger.configure(settings.values["log_dir"] or None, rank=dist.get_rank(), also=also)
-    dist.on_main(save_config, settings)
+    if with_config:
+        dist.on_main(save_config, settings)
     logger.log(f"logging to {logger.get_dir()} on {dist.get_world_size()} rank(s), device {dist.dev()}")
 
 
 def save_config(settings: Settings) -> None:
+    """Write config.json into the log's folder; on one rank."""
     text = settings.as_text().encode()
-    storage.write_whole(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
+    storage.write_atomically(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
 
 
 def on_device(settings: Settings, model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from cm.setup.data import augment, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
-from cm.setup.run import on_device, run_precision, start_run
+from cm.setup.run import on_device, run_precision, save_config, start_run
 from cm.training.config import CompanionNetwork, LoopConfig, RunParts
 from cm.training.loop import TrainLoop
 from evaluations.in_training import open_metric
@@ -46,6 +46,7 @@ def train(settings: Settings) -> None:
     )
     loop = TrainLoop(loop_config(settings), parts)
     loop.resume()
+    dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
     loop.run_loop()
 
 

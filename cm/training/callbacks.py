@@ -29,6 +29,7 @@ from cm.io.storage import write_json
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import to_device
+from cm.samplers.sample import SampleOptions
 from cm.training.loop import TrainLoop
 
 GRIDS, BEST, BEST_FILE = "samples", "best", "best.json"     # two folders and a file in the log's folder
@@ -67,7 +68,7 @@ class AverageSampler:
 
     :param make_model: makes a float32 network of the run's architecture.
     :param rate: which average.
-    :param options: what `cm.karras_diffusion.sample` takes.
+    :param options: how the images are sampled.
     """
 
     make_model: Callable[[], nn.Module]
@@ -75,7 +76,7 @@ class AverageSampler:
     plan: SamplingPlan
     precision: str
     rate: str
-    options: Mapping[str, Any]
+    options: SampleOptions
 
     def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
         """The whole average, on every rank; one step of all ranks together."""
@@ -90,7 +91,7 @@ class AverageSampler:
         shares = list(rank_batches(plan, loop.rank, loop.world_size))
         for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
             with at_precision(model, self.precision):       # left before others compute with the images
-                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), **self.options)
+                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
             yield rows, images
 
 
@@ -120,7 +121,7 @@ class SampleGrids:
         sheet = image_grid(images[rows.argsort()], COLUMNS, grid_scale(images.shape[1]))
         sheet.save(content, "png")
         path = os.path.join(folder, f"samples_{step:06d}.png")
-        storage.write_whole(path, lambda file: file.write(content.getvalue()))
+        storage.write_atomically(path, lambda file: file.write(content.getvalue()))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 class Profile:
     """Traces `steps` training steps after a short warm-up, once per start of a run, and leaves two files of them.
 
-    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do is in the trace, too.
+    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do meanwhile is in the trace.
 
     :param steps: at least 1.
     """
@@ -71,7 +71,7 @@ class Profile:
         ], steps)
         trace, listing = (os.path.join(logger.get_dir(), name) for name in (TRACE, TABLE))
         profiler.export_chrome_trace(trace)
-        storage.write_whole(listing, lambda file: file.write(text.encode()))
+        storage.write_atomically(listing, lambda file: file.write(text.encode()))
         self.profiler = None
         logger.log(f"where the time of {steps} steps went, on the {'GPU' if on_device else 'CPU'}:\n{text}"
                    f"trace: {trace} (for chrome://tracing or ui.perfetto.dev)")

@@ -106,7 +106,7 @@ def write_status(loop: Any) -> None:
     def write() -> None:
         try:
             storage.make_folder(logger.get_dir())
-            storage.write_whole(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
+            storage.write_atomically(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
         except (OSError, UserError) as error:               # the checkpoint is there, and says as much
             logger.warn(f"{STATUS} is as it was: {error}")
 

@@ -47,6 +47,11 @@ class FrozenGraphExtractor:
         self.name = f"{'Inception-v3' if self.is_inception else os.path.basename(path)} on TensorFlow"
         self.id = f"tf-{sha256(path)[:ID_DIGITS]}"
 
+    @staticmethod
+    def recognizes(path: str) -> bool:
+        """Whether a file is a graph, by its name."""
+        return path.endswith(".pb")
+
     def extract(self, images: NDArray[np.uint8]) -> Features:
         """Features of images [N,H,W,3] uint8."""
         pool, spatial = self.session.run(self.outputs, {self.images: images.astype(np.float32)})
@@ -56,6 +61,11 @@ class FrozenGraphExtractor:
 
 
 def import_tensorflow(path: str) -> Any:
+    """The package, with full float32.
+
+    :param path: of the graph, for the message.
+    :raises UserError: if it is not installed.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")      # it greets with a page of notes otherwise
     try:
         import tensorflow as tf

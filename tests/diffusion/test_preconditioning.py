@@ -11,7 +11,7 @@ from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecon
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from support import golden
 from support.gaussian import Gaussian
 
@@ -167,15 +167,13 @@ def test_iddpm_tells_the_nearest_step_and_its_grids_hold_known_levels():
 
 def test_of_two_steps_as_near_iddpm_tells_the_noisier():
     """As EDM's published rounding does, which looks for the least distance in a table that falls."""
-    class Short(IDDPMPrecond):
-        def make_table(self):
-            return th.tensor([1.0, 2.0, 4.0, 8.0], dtype=th.float64)
-
+    precond = IDDPMPrecond()
+    precond.table = th.tensor([1.0, 2.0, 4.0, 8.0], dtype=th.float64)
     between = th.tensor([1.5, 3.0, 6.0, 1.0, 2.0, 8.0, 5.9, 6.1], dtype=th.float64)
-    falling = Short().table.flip(0)
+    falling = precond.table.flip(0)
     published = 3 - (between[:, None] - falling).abs().argmin(1)
-    assert Short().nearest(between).tolist() == published.tolist() == [1, 2, 3, 0, 1, 3, 2, 3]
-    grid = Short().grid(th.tensor([6.0, 3.0, 1.5, 0.0], dtype=th.float64))
+    assert precond.nearest(between).tolist() == published.tolist() == [1, 2, 3, 0, 1, 3, 2, 3]
+    grid = precond.grid(th.tensor([6.0, 3.0, 1.5, 0.0], dtype=th.float64))
     assert grid.tolist() == [8.0, 4.0, 2.0, 0.0]
 
 
@@ -186,8 +184,8 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     lowest, highest = diffusion.scaling.levels
     assert (diffusion.sigma_min, diffusion.sigma_max) == (max(lowest, 1e-4), min(highest, 1e3))
     images = sample(
-        diffusion, WANTED[name](), (500, 1, 2, 2), 60, sigma_min=1e-4, sigma_max=1e3,
-        generator=SampleStreams(0, range(500)), clip_denoised=False,
+        diffusion, WANTED[name](), (500, 1, 2, 2),
+        SampleOptions(60, sigma_min=1e-4, sigma_max=1e3, clip_denoised=False), generator=SampleStreams(0, range(500)),
     ).images
     assert images.mean().item() == pytest.approx(0.1, abs=0.02)     # standard error 0.2 / sqrt(2000) = 0.0045
     assert images.std().item() == pytest.approx(0.2, abs=0.015)

@@ -69,7 +69,8 @@ def test_against_the_definition(sigma):
     """Differences and squares one by one, in float64; more references than fit in a chunk."""
     batch = draw_batch(6, CHUNK + 40)
     x = batch.images + sigma * th.randn(batch.images.shape, generator=th.Generator().manual_seed(1))
-    target, effective = stable_target(x, batch.images, th.full((6,), sigma), batch.references, peers(batch, batch.references))
+    may = peers(batch, batch.references)
+    target, effective = stable_target(x, batch.images, th.full((6,), sigma), batch.references, may)
     y = batch.references.images.double() / 127.5 - 1                # the sample's own image is among them
     for i in range(6):
         logits = th.stack([-(x[i].double() - one).square().sum() / (2 * sigma**2) for one in y])
@@ -86,7 +87,8 @@ def test_near_twins_are_told_apart_at_low_noise():
     pixels[1, 0, 0, 0] = 201
     images, sigma = pixels.float() / 127.5 - 1, 0.005
     batch = Batch(images[:1], {}, th.tensor([0]), references=Batch(pixels, {}, th.tensor([0, 1])))
-    target, _ = stable_target(images[:1], images[:1], th.tensor([sigma]), batch.references, peers(batch, batch.references))
+    may = peers(batch, batch.references)
+    target, _ = stable_target(images[:1], images[:1], th.tensor([sigma]), batch.references, may)
     shared = 1 / (1 + math.exp((1 / 127.5) ** 2 / (2 * sigma**2)))
     assert (target - images[0])[0, 0, 0, 0].item() == pytest.approx(shared / 127.5, abs=1e-6)
 

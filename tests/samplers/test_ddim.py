@@ -11,7 +11,7 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers import integrate
 from cm.samplers.ddim import DDIM, timestep_grid
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from support.gaussian import Gaussian, Mixture, Scripted, levels_of, stored
 
 ALL = (0.0, math.inf)                                               # sigma_min and sigma_max that cut nothing off
@@ -42,7 +42,7 @@ def test_a_network_of_ddpm_is_told_whole_timesteps():
             return 0 * x
 
     diffusion = KarrasDenoiser(precond="ddpm", loss_norm="l2", sigma_max=200.0)
-    sample(diffusion, Network(), (2, 3, 4, 4), steps=5, sampler="ddim", sigma_max=200.0)
+    sample(diffusion, Network(), (2, 3, 4, 4), SampleOptions(5, "ddim", sigma_max=200.0))
     assert told == [999, 749, 499, 250, 0]
 
 

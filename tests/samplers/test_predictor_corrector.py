@@ -7,7 +7,7 @@ import torch as th
 
 from cm.errors import UserError
 from cm.samplers import CountingDenoiser, integrate, make_sampler
-from cm.samplers.predictor_corrector import PredictorCorrector, norm
+from cm.samplers.predictor_corrector import PredictorCorrector, _norm
 from support.gaussian import Gaussian, Mixture, Scripted, levels_of, stored
 
 BED = Gaussian(mu=0.3, s=0.5)
@@ -84,7 +84,7 @@ def test_every_sample_has_its_own_step_size():
     whole = PredictorCorrector().step(Mixture.stored().D, x, *levels_of(x, 2.0, 1.7), Scripted(z, z))
     half = PredictorCorrector().step(Mixture.stored().D, x[:3], *levels_of(x[:3], 2.0, 1.7), Scripted(z[:3], z[:3]))
     th.testing.assert_close(half, whole[:3])
-    assert norm(th.ones(2, 3, 2, 2)).tolist() == pytest.approx([math.sqrt(12)] * 2)
+    assert _norm(th.ones(2, 3, 2, 2)).tolist() == pytest.approx([math.sqrt(12)] * 2)
 
 
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])

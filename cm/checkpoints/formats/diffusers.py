@@ -16,9 +16,8 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints.formats import tensor_file
+from cm.checkpoints.formats import safetensor_files
 from cm.distributed import setup as dist
-from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import storage
 
@@ -132,15 +131,10 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
             theirs[name] = rows.flatten(1) if is_matrix else rows
     for sub in ("unet", "scheduler"):
         storage.make_folder(os.path.join(folder, sub))
-    tensor_file.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
-    write_json(os.path.join(folder, "unet", "config.json"), config)
-    write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
-    write_json(os.path.join(folder, "model_index.json"), index)
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2).encode()
-    storage.write_whole(path, lambda file: file.write(text))
+    safetensor_files.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
+    storage.write_json(os.path.join(folder, "unet", "config.json"), config)
+    storage.write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
+    storage.write_json(os.path.join(folder, "model_index.json"), index)
 
 
 def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +206,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, file = dist.on_main(read_settings, folder)
     path = os.path.join(folder, "unet", file)
     is_pickle = file.endswith(".bin")
-    theirs = dist.load_state_dict(path) if is_pickle else tensor_file.read(read_everywhere(path), path)
+    theirs = dist.load_state_dict(path) if is_pickle else safetensor_files.read(path)
     flags = flags_of(config, folder)
     thirds: dict[str, list[Tensor]] = {}
     weights: dict[str, Tensor] = {}

@@ -79,7 +79,7 @@ def test_memory_of_precision_and_recall_is_bounded():
 
 def test_precision_and_recall_refuse_what_they_cannot_use():
     x = np.ones((4, 2))
-    with pytest.raises(ValueError, match=r"k=4 must lie between 1 and the number of points - 1 \(3\)"):
+    with pytest.raises(ValueError, match=r"k=4 must lie between 1 and the smaller set's size - 1 \(3\)"):
         precision_recall(x, x, 4)
     with pytest.raises(ValueError, match="k=0"):
         precision_recall(x, x, 0)
