@@ -53,7 +53,7 @@ PROGRAM = """
     from cm.karras_diffusion import KarrasDenoiser
     from cm.training.memory_estimate import PlannedRun
     from cm.training.memory_estimate import plan
-    from cm.samplers import make_sampler
+    from cm.samplers.sample import SampleOptions
     from cm.generate.engine import SamplingPlan
     from cm.networks.build import create_model
     from cm.training.callbacks import AverageSampler
@@ -78,7 +78,7 @@ PROGRAM = """
         make = partial(create_model, 8, 32, 1, "1", class_cond=True, num_classes=3, attention_resolutions="8",
                        num_head_channels=32)
         sampler = AverageSampler(make, KarrasDenoiser(loss_norm="l2"), SamplingPlan(4, 2, 8, 0, 3, -1, "determ"),
-                                 "fp32", "0.9", dict(steps=2, sampler=make_sampler("heun", {{}})))
+                                 "fp32", "0.9", SampleOptions(2, "heun"))
         return Evaluation(sampler, 3, 4, Falling(), {{}})
 
     def stream(start):
