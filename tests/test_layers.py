@@ -126,7 +126,7 @@ def test_only_storage_imports_blobfile():
 
 def test_every_direct_requirement_has_a_pin():
     """`make install` installs versions that are known to work together."""
-    tomllib = pytest.importorskip("tomllib")                # part of Python from 3.11 on
+    tomllib = pytest.importorskip("tomllib", reason="no tomllib: Python has it from 3.11 on")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [project["optional-dependencies"][name] for name in ("mpi", "demo", "lsun", "tf", "test")]
     direct = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]

@@ -21,7 +21,7 @@ CEILING = Ceiling({"fp32": 1e11, "bf16": 1e11}, {"fp32": 1e11, "bf16": 1e11})
 
 
 def test_diffusers_network_is_the_same_function():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="no diffusers, which the benchmarks compare with")
     ours, theirs = SPEC.build(CPU).eval(), peer.peer_of(SPEC)(CPU).eval()
     x, t = SPEC.images(CPU), th.tensor([-1500.0, 400.0])
     with th.no_grad():
@@ -30,7 +30,7 @@ def test_diffusers_network_is_the_same_function():
 
 
 def test_peers_stand_beside_the_toolkit_in_training_and_sampling(monkeypatch):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="no diffusers, which the benchmarks compare with")
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
     ways = ["plain fp32", "toolkit fp32", "toolkit bf16", "diffusers' network fp32", "diffusers' network bf16"]
     lines = train.train_suite(SPEC, CPU, CEILING, repeats=1)

@@ -6,15 +6,12 @@ import pytest
 import torch as th
 from torch import nn
 
-from cm.config.flags import parse
-from cm.config.schema import TRAINING_SECTIONS
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
-from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond
+from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecond, IDDPMPrecond
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
 from cm.samplers.sample import SampleOptions, sample
-from cm.setup.objective import apply_precond_defaults
 from support import golden
 from support.gaussian import Gaussian
 
@@ -58,6 +55,7 @@ def test_edm_keeps_unit_variance(sigma_data):
 
 
 # --- every preconditioning on Gaussian data, where its own paper says what the best network answers ------------------
+
 
 BED = Gaussian(0.1, 0.2)                                            # narrow: clamping images to [-1, 1] changes nothing
 
@@ -167,6 +165,18 @@ def test_iddpm_tells_the_nearest_step_and_its_grids_hold_known_levels():
     assert len(grid) == 3 and grid[-1] == 0 and set(grid[:2].tolist()) < set(table.tolist())
 
 
+def test_of_two_steps_as_near_iddpm_tells_the_noisier():
+    """As EDM's published rounding does, which looks for the least distance in a table that falls."""
+    precond = IDDPMPrecond()
+    precond.table = th.tensor([1.0, 2.0, 4.0, 8.0], dtype=th.float64)
+    between = th.tensor([1.5, 3.0, 6.0, 1.0, 2.0, 8.0, 5.9, 6.1], dtype=th.float64)
+    falling = precond.table.flip(0)
+    published = 3 - (between[:, None] - falling).abs().argmin(1)
+    assert precond.nearest(between).tolist() == published.tolist() == [1, 2, 3, 0, 1, 3, 2, 3]
+    grid = precond.grid(th.tensor([6.0, 3.0, 1.5, 0.0], dtype=th.float64))
+    assert grid.tolist() == [8.0, 4.0, 2.0, 0.0]
+
+
 @pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
 def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     """Heun through the optimal network of each: 60 steps carry noise to the data's own mean and deviation."""
@@ -179,19 +189,6 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     ).images
     assert images.mean().item() == pytest.approx(0.1, abs=0.02)     # standard error 0.2 / sqrt(2000) = 0.0045
     assert images.std().item() == pytest.approx(0.2, abs=0.015)
-
-
-def test_the_published_noise_distribution_and_weight_come_with_the_precond():
-    def resolved(*argv):
-        settings = parse("", *TRAINING_SECTIONS, argv=argv, training_mode="edm")
-        apply_precond_defaults(settings)
-        return settings.values["schedule_sampler"], settings.values["weight_schedule"]
-
-    assert resolved() == ("lognormal", "karras")
-    assert [resolved("--precond", name) for name in ("vp", "ve", "iddpm")] == [
-        ("vp", "snr"), ("ve", "snr"), ("iddpm", "snr")
-    ]
-    assert resolved("--precond", "vp", "--schedule_sampler", "lognormal") == ("lognormal", "snr")
 
 
 @pytest.mark.parametrize("name", ["vp", "ve", "iddpm", "ddpm"])

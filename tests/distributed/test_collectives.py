@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_loaded_is_named(tmp_path, content):
 
 
 def test_urls_are_read_through_blobfile(tmp_path, monkeypatch):
-    blobfile = pytest.importorskip("blobfile")
+    blobfile = pytest.importorskip("blobfile", reason="no blobfile, through which URLs are read")
     th.save({"a": th.ones(3)}, tmp_path / "x.pt")
     content = (tmp_path / "x.pt").read_bytes()
     monkeypatch.setattr(blobfile, "stat", lambda path: types.SimpleNamespace(size=len(content)))

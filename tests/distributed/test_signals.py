@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cm.checkpoints import manifest
+from cm.distributed import signals
 from support.commands import NETWORK, QUIET, TRAIN, files_of, is_rank, losses
 from support.mpi import ROOT, clean_environment, descendants, find_mpiexec, kill_tree, mpiexec, program
 
@@ -174,6 +175,30 @@ def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path, ranks):
     # After the second Ctrl-C mpiexec kills the ranks itself; where its proxy falls over a closed connection on the way,
     # mpiexec ends with 0.
     assert rc != 0 or "proxy" in said and "assert (!closed) failed" in said, said
+
+
+def test_the_grace_period_begins_anew_after_a_save(monkeypatch):
+    """The seconds before the save and those of the save itself are forgotten: a step has the whole period again."""
+    now = [1000.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals, "_word", signals._Word())
+    signals.allow(10)
+    signals._hear(signal.SIGTERM)
+    now[0] += 9
+    assert not signals._is_overdue()
+    with signals.unhurried():
+        now[0] += 500
+        assert not signals._is_overdue()
+        with signals.unhurried():                           # the measurement of a callback may save, too
+            now[0] += 500
+        now[0] += 500
+        assert not signals._is_overdue()
+    now[0] += 9.5
+    assert not signals._is_overdue()
+    now[0] += 1
+    assert signals._is_overdue()
+    signals.agreed()
+    assert not signals._is_overdue()
 
 
 def test_a_signal_during_a_save_waits_for_it(tmp_path):

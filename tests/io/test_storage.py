@@ -1,13 +1,15 @@
-"""Object stores: one that cannot be reached is given up soon and said once."""
+"""Files appear whole or not at all; a store that cannot be reached is given up soon and said once."""
 
 import socket
 import time
 import types
 
 import pytest
+import torch as th
 import urllib3
 from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
+from cm.checkpoints import serialization
 from cm.errors import UserError
 from cm.io import storage, store_pool
 
@@ -86,3 +88,17 @@ def test_an_address_of_an_unknown_kind_is_named():
         storage.exists("s3://bucket/x")
     with pytest.raises(UserError, match="cannot write s3://bucket/x"):
         storage.write_bytes("s3://bucket/x", b"")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    serialization.save_tensors(str(path), {"a": th.ones(2)})
+
+    def breaks(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot write .*x.pt.*No space left.*MiB are free"):
+        storage.write_atomically(str(path), breaks)
+    assert th.load(path, weights_only=True)["a"].tolist() == [1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]

@@ -295,6 +295,51 @@ def test_a_full_disk_does_not_end_a_run_and_rows_wait_for_room(tmp_path):
     assert 1 <= done.stderr.count("No space left on device") <= 3, done         # not once for each of 200 rows
 
 
+class Full:
+    """An output on a disk that has no room until it is told so."""
+
+    def __init__(self):
+        self.rows, self.has_room = [], False
+
+    def writekvs(self, row):
+        if not self.has_room:
+            raise OSError(28, "No space left on device")
+        self.rows.append(row["step"])
+
+    def close(self):
+        pass
+
+
+def test_of_more_rows_than_may_wait_the_oldest_are_lost(monkeypatch, capsys):
+    monkeypatch.setattr(logger, "WAITING_ROWS", 4)
+    output = Full()
+    log = logger.Logger(None, [output])
+
+    def dump(*steps):
+        for step in steps:
+            log.logkv("step", step)
+            log.dumpkvs()
+
+    dump(*range(10))
+    assert [row["step"] for row in log.waiting[id(output)]] == [6, 7, 8, 9]
+    output.has_room = True
+    dump(10, 11)
+    assert output.rows == [6, 7, 8, 9, 10, 11]
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_as_many_rows_wait_for_room_as_the_constant_says(capsys):
+    output = Full()
+    log = logger.Logger(None, [output])
+    for step in range(10_010):
+        log.logkv("step", step)
+        log.dumpkvs()
+    output.has_room = True
+    log.logkv("step", "newest")
+    log.dumpkvs()
+    assert output.rows == [*range(10, 10_010), "newest"]
+
+
 # --- where and who -----------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,23 @@ def test_a_mean_far_above_the_spread_costs_few_digits():
     assert (norm_act(norm, x) - expected).abs().max() < 3e-3 * expected.abs().max()
 
 
+def test_a_group_without_spread_becomes_its_bias():
+    """Where all numbers are equal, E x^2 - (E x)^2 is rounding noise of x^2, half of it negative: that counts as 0.
+
+    The noise is up to 1e-7 x^2, and 1 / sqrt(eps) multiplies what float32 leaves of x - E x: 316 * 1e-7 x.
+    """
+    norm = nn.GroupNorm(32, 64)
+    nn.init.normal_(norm.bias)
+    levels = th.linspace(100, 1000, 32)
+    x = levels.repeat_interleave(2)[None, :, None, None].expand(2, -1, 5, 7)
+    x = x.contiguous(memory_format=th.channels_last).requires_grad_()
+    square, mean = x[0].detach().square().mean((1, 2)), x[0].detach().mean((1, 2))
+    assert (square - mean.square() < -norm.eps).any(), "some of these levels have less than no spread"
+    y = norm_act(norm, x, silu=False)
+    th.testing.assert_close(y, norm.bias[None, :, None, None].expand_as(y), rtol=0, atol=0.1)
+    assert th.autograd.grad(y.square().sum(), x)[0].isfinite().all()
+
+
 def test_other_memory_formats_take_torchs_operations():
     norm, x, scale, shift = problem(th.float32, True)
     plain = x.detach().contiguous()

@@ -83,6 +83,21 @@ def test_in_t_the_steps_bias_the_exact_denoiser_by_the_known_amount():
     th.testing.assert_close(value, violation("t", 0.06, 0.05) ** 2 * x.square().mean(1), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("drawn, length", [(0.0, 0.0), (0.5, 0.025), (1.0, 0.05)])
+def test_a_walk_is_as_long_as_published(drawn, length):
+    """s - s' is uniform in 0..0.05; both walks end there, and the network is asked about no level beyond."""
+    told, x = [], th.ones(3, 2, dtype=F64)
+
+    def D(x, sigma):
+        told.append(sigma[0].item())
+        return linear(0.9)(x, sigma)
+
+    rng = Scripted(th.full((3,), drawn, dtype=F64), *[th.zeros_like(x)] * 10)
+    regulariser(D, x, 0.3, rng)
+    assert told[-2:] == pytest.approx([0.3 - length] * 2, abs=1e-12)
+    assert min(told) == pytest.approx(0.3 - length, abs=1e-12) and max(told) == 0.3
+
+
 @pytest.mark.parametrize("sde", ["t", "u"])
 @pytest.mark.parametrize("scale", [1.0, 0.8])
 def test_the_estimate_is_unbiased(sde, scale):

@@ -7,13 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+from torch import nn
 
 from cm.errors import UserError
 from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
+from cm.objectives.distances import l2
+from cm.objectives.progdist import ProgressiveDistillation
+from cm.samplers.euler import Euler
 from cm.training.loop import as_batch
+from cm.types import Networks
+from support.gaussian import Gaussian, Scripted
 from support.mpi import mpiexec
 from support.nets import plain_state_dict
+from support.objectives import F64, levels, orthonormal, plain
 from support.training import digest, loop, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,3 +86,57 @@ def test_distil_and_sample_on_two_ranks(tmp_path):
     samples = np.load(tmp_path / "samples" / "samples_4x8x8x3.npz")
     assert samples["seeds"].tolist() == [3, 0, 1, 2] and samples["arr_0"].shape == (4, 8, 8, 3)
     assert json.loads((tmp_path / "samples" / "samples_4x8x8x3.json").read_text())["network_evaluations"] == 1
+
+
+# --- progressive distillation ----------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """D(x, sigma) = mu + a(sigma) (x - mu), with a looked up among the noise levels it has been taught."""
+
+    def __init__(self, grid: th.Tensor, slopes: th.Tensor, mu: float):
+        super().__init__()
+        self.mu = mu
+        self.register_buffer("grid", grid)
+        self.slopes = nn.Parameter(slopes)
+
+    def forward(self, x, sigma):
+        nearest = (self.grid.log() - sigma[:, None].log()).abs().argmin(1)
+        return self.mu + self.slopes[nearest][:, None, None] * (x - self.mu)
+
+
+def test_stages_end_in_one_step_that_does_all_the_steps_of_the_first_teacher():
+    """8 Euler steps become 4, 2, 1. In each stage the loss has a zero, found here by two gradients per level."""
+    bed = Gaussian(0.3, 0.5)
+    curriculum = ema_and_scales("fixed", 0.0, "progdist", 4, 4, 100, 10)
+    objective = ProgressiveDistillation(curriculum, levels, plain, l2)
+    batch, noise = orthonormal(bed, 1)
+    fine = levels(9)                                                # every level that any stage asks about
+    exact = 0.25 / (0.25 + fine**2)
+    student, teacher = (Table(fine, exact.clone(), bed.mu) for _ in range(2))
+    nets = Networks(student, student, None, None, teacher, teacher)
+    stages = []
+    for step in range(60):
+        n = curriculum(step)[1]
+        if step % 10 == 9:                                          # the stage has been trained to the end
+            for index in range(n):
+                slot = index * (8 // n)
+                gradients = []
+                for trial in (0.0, 1.0):
+                    student.slopes.data[slot] = trial
+                    loss = objective(nets, batch, step, Scripted(noise, th.tensor([index]))).loss
+                    gradients.append(th.autograd.grad(loss.sum(), student.slopes)[0][slot].item())
+                student.slopes.data[slot] = -gradients[0] / (gradients[1] - gradients[0])
+                assert objective(nets, batch, step, Scripted(noise, th.tensor([index]))).loss.item() < 1e-18
+        holder = teacher.slopes
+        if objective.after_step(nets, step):
+            stages.append(step)
+            assert teacher.slopes is holder                         # in place: nobody has to bind it anew
+            assert th.equal(teacher.slopes, student.slopes)
+    assert stages == [9, 29]                                        # the stage of 2 lasts twice as long
+
+    x = th.tensor([[[80.0, -30.0]]], dtype=F64)
+    once = Euler().step(student, x, levels(2)[:1], levels(2)[1:], None)
+    for t, r in zip(fine, fine[1:]):
+        x = Euler().step(bed.D, x, t[None], r[None], None)
+    th.testing.assert_close(once, x, rtol=1e-8, atol=1e-8)

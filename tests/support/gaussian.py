@@ -103,3 +103,13 @@ class Scripted:
         draw = self.randn(*size)
         assert draw.min() >= low and draw.max() < high
         return draw
+
+
+def level(t: Tensor | float, x: Tensor) -> Tensor:
+    """The same noise level for every sample of x: [N]."""
+    return th.full((len(x),), float(t), dtype=x.dtype)
+
+
+def levels_of(x: Tensor, *levels: float) -> list[Tensor]:
+    """Noise levels, each as an [N] for x."""
+    return [level(t, x) for t in levels]

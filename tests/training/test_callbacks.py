@@ -10,8 +10,6 @@ import pytest
 import torch as th
 from PIL import Image
 
-from cm.config.flags import parse
-from cm.config.schema import DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from cm.data.loader import load_data
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan
@@ -20,7 +18,6 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
 from cm.samplers.sample import SampleOptions
-from cm.setup.callbacks import check_flags, sampling_settings
 from cm.train_util import TrainLoop
 from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
 from evaluations.evaluator import evaluate
@@ -216,6 +213,13 @@ def test_a_worse_one_leaves_the_kept_weights_alone(tmp_path):
     assert weights.keys() == last.keys() and not th.equal(weights["out.2.weight"], last["out.2.weight"])
 
 
+def test_of_equal_values_the_first_stays_the_best(tmp_path):
+    equal = evaluation([3.0, 3.0, 3.0])
+    loop(tmp_path, 6, equal).run_loop()
+    assert equal.best == {"step": 2, "value": 3.0} and kept(tmp_path) == (2, 3.0)
+    assert (tmp_path / "log.txt").read_text().count("best so far 3 at step 2") == 3
+
+
 def test_values_of_another_measurement_are_not_compared(tmp_path):
     loop(tmp_path, 2, evaluation([3.0], seed=1)).run_loop()
     other = evaluation([8.0], seed=2)
@@ -268,40 +272,3 @@ def test_only_inceptions_distance_is_called_fid(folder, tmp_path, network, key, 
     metric = open_metric(str(folder / "ref.npz"), str(tmp_path / "net.ts"), 8, 16, 50)
     assert (metric.key, metric.label) == (key, label)
     assert metric.distance([(0, np.load(folder / "ref.npz")["arr_0"])]) == pytest.approx(0, abs=1e-6)
-
-
-def flags(*argv):
-    sections = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, RunConfig)
-    settings = parse("", *sections, argv=[str(word) for word in argv])
-    settings.replace(training_mode="edm")
-    return settings
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--eval_interval", 5], "--eval_interval 5 needs --eval_ref"),
-    (["--eval_ref", "ref.npz"], "--eval_ref ref.npz has no effect without --eval_interval"),
-    (["--sample_interval", 5, "--eval_ema_rate", "0.99"], "--eval_ema_rate '0.99' is none of --ema_rate 0.9999"),
-    (["--sample_interval", 5, "--eval_sampler", "multistep"], "--eval_ts"),
-    (["--sample_interval", 5, "--eval_sampler", "multistep", "--eval_ts", "0,50"], "50"),
-    (["--sample_interval", 5, "--ema_rate", ""], "none of --ema_rate"),
-])
-def test_flags_that_make_no_sense_are_errors(argv, message):
-    with pytest.raises(UserError, match=message):
-        check_flags(flags(*argv))
-
-
-@pytest.mark.parametrize("mode, sampler", [
-    ("edm", "heun"), ("consistency_distillation", "onestep"), ("consistency_training", "onestep"),
-    ("progdist", "progdist"),
-])
-def test_the_sampler_follows_the_training_mode(mode, sampler):
-    settings = flags("--eval_steps", 7)
-    settings.replace(training_mode=mode)
-    drawing = sampling_settings(settings).values
-    assert (drawing["sampler"], drawing["steps"], drawing["seed"]) == (sampler, 7, 42)
-
-
-def test_a_network_on_ddpms_timesteps_is_watched_from_its_last_one_as_it_is_sampled():
-    settings = flags("--precond", "ddpm", "--sample_interval", 5)
-    assert sampling_settings(settings).values["sigma_max"] == pytest.approx(157.4, abs=0.1)
-    assert settings.values["sigma_max"] == 80                   # what the loss is reported at

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
+from cm.networks.precision import convert_module_to_f16
 from cm.tensors import append_dims, update_ema
 from cm.training.mixed_precision import LOWEST_LOG_LOSS_SCALE, PRECISIONS, MixedPrecisionTrainer
 from support import golden
@@ -46,6 +46,7 @@ def loss_of(model: nn.Module, trainer: MixedPrecisionTrainer, x: th.Tensor = X) 
 
 # --- golden training -------------------------------------------------------------------------------------------------
 
+
 def edm_loss(model: nn.Module, x_start: th.Tensor, noise: th.Tensor, sigma: th.Tensor, y: th.Tensor) -> th.Tensor:
     """Karras et al. 2022, equation 8 with their weighting; sigma_data 0.5; the network is told 250 ln(sigma)."""
     s = append_dims(sigma, 4)
@@ -81,6 +82,7 @@ def test_eight_golden_steps():
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_against_plain_float32(precision):
@@ -185,6 +187,7 @@ def test_another_rank_can_veto_a_step():
 
 # --- fp16 ------------------------------------------------------------------------------------------------------------
 
+
 def test_masters_are_not_rounded():
     model = golden.build()
     trainer = MixedPrecisionTrainer(model=model, use_fp16=True)
@@ -264,6 +267,7 @@ def test_hopeless_overflow_is_fatal():
 
 # --- bf16 ------------------------------------------------------------------------------------------------------------
 
+
 def test_bf16_keeps_a_float32_model():
     model, trainer = trainer_of("bf16")
     assert all(p.dtype == th.float32 for p in model.parameters())
@@ -288,6 +292,7 @@ def test_bf16_gradients_survive_a_pass_without_gradients_before():
 
 
 # --- state dicts -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("memory_format", [th.contiguous_format, th.channels_last])
@@ -343,6 +348,7 @@ def test_loss_scale_is_part_of_the_state():
 
 # --- options ---------------------------------------------------------------------------------------------------------
 
+
 def test_precision_is_chosen_by_either_name():
     assert MixedPrecisionTrainer(model=Toy()).precision == "fp32"
     assert MixedPrecisionTrainer(model=Toy(), use_fp16=True).precision == "fp16"
@@ -353,12 +359,3 @@ def test_precision_is_chosen_by_either_name():
         MixedPrecisionTrainer(model=nn.Linear(2, 2), precision="fp16")
     with pytest.raises(ValueError, match="unknown precision 'half'; choose one of: fp32, bf16, fp16"):
         MixedPrecisionTrainer(model=Toy(), precision="half")
-
-
-def test_conversion_touches_convolutions_only():
-    convolutions = nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1)
-    model = nn.Sequential(*convolutions, nn.Linear(1, 1), nn.GroupNorm(1, 1))
-    model.apply(convert_module_to_f16)
-    assert [layer.weight.dtype for layer in model] == [th.float16] * 3 + [th.float32] * 2
-    model.apply(convert_module_to_f32)
-    assert all(p.dtype == th.float32 for p in model.parameters())

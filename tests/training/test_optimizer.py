@@ -1,11 +1,21 @@
-"""The optimizers of the table step as torch's plain loops over the parameters do."""
+"""The optimizers of the table step as torch's plain loops over the parameters do, also in shares."""
 
 import copy
+import sys
 
 import pytest
 import torch as th
 
-from cm.training.optimizer import OPTIMIZERS, make_optimizer
+from cm.distributed.sharding import partition
+from cm.training.optimizer import OPTIMIZERS, ZeroOptimizer, make_optimizer
+from support.mpi import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import numpy as np
+
+from cm.training.loop import as_batch
+from cm.training.optimizer import rampup
+from support.training import loop
 
 PLAIN = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
 
@@ -30,3 +40,29 @@ def test_the_fastest_way_takes_the_same_steps(name):
             fast = again
     for own, other, before in zip(ours, theirs, params):
         assert (own - before).abs().max() > 0.05 and th.allclose(own, other, rtol=1e-5, atol=1e-6)
+
+
+# --- shares over ranks -----------------------------------------------------------------------------------------------
+
+
+def test_a_rank_without_a_share_and_a_saved_optimizer_that_does_not_fit():
+    owners = partition([3, 2], 2, 3)
+    opt = make_optimizer("radam", [th.zeros(3), th.zeros(2)], 0.1, 0.0, owners)
+    assert isinstance(opt, ZeroOptimizer) and opt.own == []
+    opt.inner.step()
+    with pytest.raises(ValueError, match="not one of 2 parameters"):
+        opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'"):
+        make_optimizer("sgd", [th.zeros(3)], 0.1, 0.0)
+
+
+# ---- averages ----
+
+
+def test_the_learning_rate_rises_over_images(images, tmp_path):
+    training, rates = loop(images, tmp_path, 6, lr_rampup_kimg=0.032), []
+    for _ in range(6):
+        training.run_step(as_batch(next(training.data), training.step, 0, 1))
+        rates.append(training.opt.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], rtol=1e-12)
+    assert rampup(0, 0) == 1

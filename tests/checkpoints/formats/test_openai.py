@@ -8,23 +8,20 @@ import pytest
 import torch as th
 
 from cm.checkpoints import loading
-from cm.checkpoints.formats import guided_diffusion, openai
+from cm.checkpoints.formats import openai
 from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import parse
-from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.networks.attention import qkv_attention
 from cm.networks.build import create_model
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import model_from
 from support.nets import plain_state_dict
+from support.weights import TINY, adopt, tiny
 
 DATA = Path(__file__).parents[2] / "data"
-TINY = dict(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4",
-            num_head_channels=16, class_cond=True, num_classes=5, use_scale_shift_norm=True)
 TOLD = ["--image_size", "8", "--num_head_channels", "16"]
-
 PUBLISHED = {
     "edm_imagenet64_ema.pt": ("edm", 64), "cd_imagenet64_l2.pt": ("consistency_distillation", 64),
     "cd_imagenet64_lpips.pt": ("consistency_distillation", 64), "ct_imagenet64.pt": ("consistency_training", 64),
@@ -33,23 +30,6 @@ PUBLISHED = {
     "edm_cat256_ema.pt": ("edm", 256), "cd_cat256_l2.pt": ("consistency_distillation", 256),
     "cd_cat256_lpips.pt": ("consistency_distillation", 256), "ct_cat256.pt": ("consistency_training", 256),
 }
-
-
-def sampling(*argv):
-    return parse("", SampleConfig, ModelConfig, DiffusionConfig, RunConfig, argv=list(map(str, argv)))
-
-
-def adopt(path, *argv):
-    settings = sampling("--model_path", path, *argv)
-    return settings, inherit_checkpoint(settings, "model_path", also=("training_mode",))
-
-
-def tiny(**changes):
-    th.manual_seed(0)
-    model = create_model(**{**TINY, **changes})
-    for param in model.parameters():
-        th.nn.init.normal_(param, std=0.1)
-    return model
 
 
 @pytest.fixture
@@ -179,66 +159,6 @@ def test_weights_are_read_once(bare, monkeypatch):
     assert WeightsFile(str(bare)).take().keys() == tiny().state_dict().keys()
 
 
-# --- guided-diffusion's attention ------------------------------------------------------------------------------------
-
-
-def as_guided(state, heads_of, new_order):
-    """The file that guided-diffusion would have written: 3 axes and, by default, rows head by head."""
-    result = {}
-    for name, value in state.items():
-        if ".qkv." in name and not new_order:
-            h = heads_of(name)
-            d = len(value) // (3 * h)
-            order = [which * h * d + head * d + c for head in range(h) for which in range(3) for c in range(d)]
-            value = value[order]
-        result[name] = value[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else value
-    return result
-
-
-@pytest.mark.parametrize("new_order", [False, True])
-@pytest.mark.parametrize("heads", [
-    {"num_head_channels": 16}, {"num_heads": 2, "num_head_channels": -1},
-    {"num_heads": 2, "num_heads_upsample": 4, "num_head_channels": -1},
-])
-def test_guided_diffusion_weights_are_put_into_order(tmp_path, new_order, heads):
-    model = tiny(**heads)
-
-    def heads_of(name):
-        return next(block.num_heads for prefix, block in model.named_modules()
-                    if name.startswith(f"{prefix}.qkv.") and hasattr(block, "num_heads"))
-
-    path = tmp_path / "guided.pt"
-    th.save(as_guided(plain_state_dict(model), heads_of, new_order), path)
-    asked = [word for name, value in heads.items() for word in (f"--{name}", value)]
-    settings, source = adopt(path, "--image_size", 8, "--training_mode", "edm", *asked,
-                             "--use_new_attention_order", new_order)
-    ours = model_from(settings)
-    right = source.take()
-    loading.fit(ours, right, "guided.pt")
-    assert all(th.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
-    if not new_order:
-        _, wrong = adopt(path, "--image_size", 8, "--training_mode", "edm", *asked, "--use_new_attention_order", True)
-        assert not th.equal(wrong.take()["middle_block.1.qkv.weight"], right["middle_block.1.qkv.weight"])
-
-
-def test_reordered_rows_compute_guided_diffusions_attention():
-    """Against its rule written out: split by head first, then into q, k, v of d channels each."""
-    h, d, t = 2, 4, 5
-    c = h * d
-    generator = th.Generator().manual_seed(0)
-    weight, bias = th.randn(3 * c, c, 1, generator=generator), th.randn(3 * c, generator=generator)
-    x = th.randn(1, c, t, generator=generator)
-    q, k, v = (weight[..., 0] @ x[0] + bias[:, None]).view(h, 3, d, t).unbind(1)            # each [h,d,T]
-    attention = th.softmax(th.einsum("hdt,hds->hts", q, k) / d**0.5, dim=-1)
-    expected = th.einsum("hts,hds->hdt", attention, v).reshape(1, c, t)
-    converted = guided_diffusion.to_published_layout(
-        {"middle_block.1.qkv.weight": weight, "middle_block.1.qkv.bias": bias}, num_heads=h, num_heads_upsample=-1,
-        num_head_channels=-1, use_new_attention_order=False,
-    )
-    ours = converted["middle_block.1.qkv.weight"][..., 0, 0] @ x[0] + converted["middle_block.1.qkv.bias"][:, None]
-    th.testing.assert_close(qkv_attention(ours[None], h), expected)
-
-
 # --- other files -----------------------------------------------------------------------------------------------------
 
 
@@ -308,3 +228,41 @@ def test_modes_by_name():
         name: mode for name, (mode, _) in PUBLISHED.items()
     }
     assert openai.published_mode("my_cd_imagenet64_l2.pt") == {}
+
+
+SMALL = dict(image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="16",
+             num_head_channels=16)
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"class_cond": True, "num_classes": 10, "use_scale_shift_norm": True},
+    {"resblock_updown": True, "num_res_blocks": 2, "attention_resolutions": "32,16"},
+    {"channel_mult": "1", "attention_resolutions": "32"},
+    {"channel_mult": "1,2,2", "attention_resolutions": "16,8", "resblock_updown": True, "num_res_blocks": 3},
+])
+def test_architecture_is_read_off_the_weights(options):
+    asked = {**SMALL, **options}
+    with th.device("meta"):
+        flags = openai.model_flags(create_model(**asked).state_dict(), "x.pt", image_size=32)
+        again = create_model(**{**SMALL, **flags})
+        assert {k: v.shape for k, v in again.state_dict().items()} == {
+            k: v.shape for k, v in create_model(**asked).state_dict().items()
+        }
+    for name in ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"):
+        assert flags[name] == asked[name], name
+    assert flags.get("resblock_updown", False) == (asked.get("resblock_updown", False) and asked["channel_mult"] != "1")
+
+
+def test_published_imagenet64_is_recognised():
+    flags = openai.model_flags(published_weights(64), "cd_imagenet64_l2.pt")
+    assert flags == {
+        "num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3, "use_scale_shift_norm": True,
+        "resblock_updown": True, "class_cond": True, "num_classes": 1000, "image_size": 64, "num_head_channels": 64,
+        "attention_resolutions": "32,16,8",
+    }
+
+
+def test_foreign_weights_are_refused():
+    with pytest.raises(UserError, match="no U-Net of this toolkit.*time_embed.0.weight.*conv_in.weight"):
+        openai.architecture({"conv_in.weight": th.zeros(1)}, "x.pt")

@@ -1,4 +1,4 @@
-"""The EDM networks against slow sums, published sizes, guided-diffusion's U-Net, and themselves in half precision."""
+"""The EDM networks, whole: against slow sums, published sizes, conditioning, precisions, and what does not fit."""
 
 import math
 
@@ -9,38 +9,10 @@ from torch.func import jvp
 from cm.errors import UserError
 from cm.networks.build import create_model
 from cm.networks.edm import EDM_NETWORKS, SongUNet
-from cm.networks.edm.layers import Conv, ConvDown, Init, Resample
-from cm.networks.unet import UNetModel
 from support import slow_edm
+from support.edm_networks import TAPS, TINY, inputs, tiny
 
 F64 = th.float64
-TINY = {
-    "ddpmpp": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=5, augment_dim=9, model_channels=16,
-                   channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), dropout=0.0),
-    "adm": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=5, augment_dim=4, model_channels=16,
-                channel_mult=(2, 3), num_blocks=2, attn_resolutions=(4,), dropout=0.0, channels_per_head=8),
-}
-TINY["ncsnpp"] = TINY["ddpmpp"] | {"channel_mult": (1, 2, 1)}
-TAPS = {"ddpmpp": (1, 1), "ncsnpp": (1, 3, 3, 1), "adm": (1, 1)}
-AUGMENT = {"ddpmpp": 9, "ncsnpp": 9, "adm": 4}
-
-
-def tiny(arch, dtype=th.float32, **changes):
-    """A small network all of whose layers matter: those that start near zero are drawn anew."""
-    th.manual_seed(0)
-    model = EDM_NETWORKS[arch](**{**TINY[arch], **changes})
-    with th.no_grad():
-        for param in model.parameters():
-            if param.std() < 1e-3 or param.ndim == 1:
-                param.normal_(std=0.2)
-    return model.to(dtype)
-
-
-def inputs(arch, dtype=th.float32, n=2, side=8):
-    generator = th.Generator().manual_seed(1)
-    x = th.randn(n, 3, side, side, dtype=dtype, generator=generator)
-    augment = th.randn(n, AUGMENT[arch], dtype=dtype, generator=generator)
-    return x, th.linspace(-1.5, 1.1, n, dtype=dtype), th.tensor([4, 0, 2, 1])[:n], augment
 
 
 # --- against slow sums -----------------------------------------------------------------------------------------------
@@ -69,29 +41,6 @@ def test_every_parameter_acts(arch):
     assert all(name.endswith("qkv.bias") for name in idle), idle
 
 
-@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
-@pytest.mark.parametrize("direction", ["down", "up"])
-def test_resampling(direction, taps):
-    x = th.randn(2, 3, 6, 4, dtype=F64, generator=th.Generator().manual_seed(0))
-    fast = Resample(direction, taps).to(F64)
-    th.testing.assert_close(fast(x), slow_edm.resample(x, direction, taps))
-    flat = fast(th.ones_like(x))[:, :, 1:-1, 1:-1]
-    th.testing.assert_close(flat, th.ones_like(flat))               # brightness stays, away from the border
-
-
-@pytest.mark.parametrize("kind", ["down", "up", "", "image"])
-@th.no_grad()
-def test_resampling_convolutions(kind):
-    x, taps = th.randn(2, 3, 8, 8, dtype=F64), (1, 3, 3, 1)
-    conv = (ConvDown(3, 5, 3, taps) if kind == "image" else Conv(3, 5, 3, kind, taps)).to(F64)
-    state = {f"c.{name}": value for name, value in conv.state_dict().items()}
-    if kind == "image":                                             # at full resolution first
-        slow = slow_edm.both_ways(slow_edm.down_rows, slow_edm.convolve(state, "c", x, border=2), taps, 0)
-    else:
-        slow = slow_edm.convolve(state, "c", slow_edm.resample(x, kind, taps))
-    th.testing.assert_close(conv(x), slow)
-
-
 @th.no_grad()
 def test_skip_paths_are_scaled():
     """A block whose own path is silent halves the variance twice where it attends."""
@@ -102,60 +51,8 @@ def test_skip_paths_are_scaled():
     th.testing.assert_close(block(x, th.randn(2, 64)), x / 2)
 
 
-# --- against guided-diffusion's U-Net --------------------------------------------------------------------------------
-
-BLOCK_NAMES = {"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1", "norm1": "out_layers.0",
-               "conv1": "out_layers.3", "skip": "skip_connection"}
-ATTENTION_NAMES = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
-
-
-def guided_names(adm, guided):
-    """The weights of a DhariwalUNet under the names of a UNetModel, found by walking both in order."""
-    blocks = [(f"enc.{key}", f"input_blocks.{i}.0") for i, key in enumerate(adm.enc)]
-    attentions = {f"enc.{key}": f"input_blocks.{i}.1" for i, key in enumerate(adm.enc)}
-    at = -1
-    for key in adm.dec:
-        if key.endswith("_in0"):
-            blocks.append((f"dec.{key}", "middle_block.0"))
-            attentions[f"dec.{key}"] = "middle_block.1"
-        elif key.endswith("_in1"):
-            blocks.append((f"dec.{key}", "middle_block.2"))
-        elif key.endswith("_up"):
-            blocks.append((f"dec.{key}", f"output_blocks.{at}.{len(guided.output_blocks[at]) - 1}"))
-        else:
-            at += 1
-            blocks.append((f"dec.{key}", f"output_blocks.{at}.0"))
-            attentions[f"dec.{key}"] = f"output_blocks.{at}.1"
-    stems = {"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "out_norm": "out.0", "out_conv": "out.2"}
-    for source, dest in blocks:
-        if source.endswith("_conv"):
-            stems[source] = dest
-        stems |= {f"{source}.{a}": f"{dest}.{b}" for a, b in BLOCK_NAMES.items()}
-        stems |= {f"{source}.{a}": f"{attentions.get(source)}.{b}" for a, b in ATTENTION_NAMES.items()}
-    found = {"label_emb.weight": adm.map_label.weight.T}
-    for name, value in adm.state_dict().items():
-        stem, _, part = name.rpartition(".")
-        if stem.endswith("qkv"):
-            value = value.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-        if part != "resample_filter" and stem != "map_label":
-            found[f"{stems[stem]}.{part}"] = value
-    return found
-
-
-@th.no_grad()
-def test_adm_is_guided_diffusions_unet():
-    """The same function, time by time and class by class, though written from another description of it."""
-    adm = tiny("adm", model_channels=128, channel_mult=(1, 2), channels_per_head=64, augment_dim=0)
-    guided = UNetModel(
-        image_size=8, in_channels=3, model_channels=128, out_channels=3, num_res_blocks=2, attention_resolutions=(2,),
-        channel_mult=(1, 2), num_classes=5, num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
-    )
-    guided.load_state_dict(guided_names(adm, guided))
-    x, t, y, _ = inputs("adm", n=4)
-    th.testing.assert_close(adm(x, t, y), guided(x, t, y), rtol=2e-5, atol=2e-5)
-
-
 # --- sizes and initialisation ----------------------------------------------------------------------------------------
+
 
 PUBLISHED = {                                                       # arXiv 2206.00364; parameters counted there
     "cifar10_ddpmpp": ("ddpmpp", 32, "2,2,2", 55.73), "cifar10_ncsnpp": ("ncsnpp", 32, "2,2,2", 56.40),
@@ -219,44 +116,6 @@ def test_initialisation(arch):
     if arch == "ncsnpp":
         assert len(model.map_noise.freqs) == 64                     # 128 waves, sine and cosine
         assert model.map_noise.freqs.std().item() == pytest.approx(16, rel=0.36)
-
-
-ATTENTION = {                                                       # of the tiny networks; three blocks on the way up
-    "ddpmpp": ["enc.4x4_block0", "enc.4x4_block1", "dec.4x4_in0", "dec.4x4_block2"],
-    "ncsnpp": ["enc.4x4_block0", "enc.4x4_block1", "dec.2x2_in0", "dec.4x4_block2"],
-    "adm": ["enc.4x4_block0", "enc.4x4_block1", "dec.4x4_in0", *(f"dec.4x4_block{i}" for i in range(3))],
-}
-
-
-WAYS = {                                                            # down / up
-    "ddpmpp": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_block0 4x4_block1
-                 / 4x4_in0 4x4_in1 4x4_block0 4x4_block1 4x4_block2
-                 8x8_up 8x8_block0 8x8_block1 8x8_block2 8x8_aux_norm 8x8_aux_conv""",
-    "ncsnpp": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_aux_residual 4x4_block0 4x4_block1
-                 2x2_down 2x2_aux_residual 2x2_block0 2x2_block1
-                 / 2x2_in0 2x2_in1 2x2_block0 2x2_block1 2x2_block2 4x4_up 4x4_block0 4x4_block1 4x4_block2
-                 8x8_up 8x8_block0 8x8_block1 8x8_block2 8x8_aux_norm 8x8_aux_conv""",
-    "adm": """8x8_conv 8x8_block0 8x8_block1 4x4_down 4x4_block0 4x4_block1
-              / 4x4_in0 4x4_in1 4x4_block0 4x4_block1 4x4_block2 8x8_up 8x8_block0 8x8_block1 8x8_block2""",
-}
-
-
-@pytest.mark.parametrize("arch", TINY)
-def test_names_of_layers(arch):
-    """In the order of computation, as they stand in published state dicts."""
-    state = tiny(arch).state_dict()
-    down, up = (dict.fromkeys(name.split(".")[1] for name in state if name.startswith(way)) for way in ("enc.", "dec."))
-    assert [*down, "/", *up] == WAYS[arch].split()
-    assert [name.removesuffix(".qkv.weight") for name in state if name.endswith("qkv.weight")] == ATTENTION[arch]
-    # A change of resolution at equal width: a filter and, in SongUNet, a convolution on the skip path too.
-    skip = {name.rpartition(".")[2] for name in state if name.startswith("enc.4x4_down.skip.")}
-    assert skip == ({"resample_filter"} if arch == "adm" else {"resample_filter", "weight", "bias"})
-
-
-def test_init_names_and_scales():
-    th.manual_seed(0)
-    layer = Init("kaiming_normal", weight=3.0)(th.nn.Linear(400, 300))
-    assert layer.weight.std().item() == pytest.approx(3 / 20, rel=0.02) and not layer.bias.any()
 
 
 # --- as other networks behave ----------------------------------------------------------------------------------------

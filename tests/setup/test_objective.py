@@ -8,7 +8,6 @@ from cm.config.flags import parse
 from cm.config.schema import TRAINING_SECTIONS, ObjectiveConfig
 from cm.errors import UserError
 from cm.objectives import DENOISING
-from cm.setup.data import open_data
 from cm.setup.model import diffusion_from
 from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_kind
 
@@ -73,8 +72,17 @@ def test_the_sequence_aware_loss_brings_ddpm_along():
     assert resolved("--objective", "stf") == ["edm", "lognormal", "karras"]
 
 
-def test_too_few_references_are_named():
-    settings = settings_of("--objective", "stf", "--num_references", "8", "--global_batch_size", "16",
-                           "--data_dir", "digits", "--image_size", "8")
-    with pytest.raises(UserError, match="--num_references 8 is less than the 16 images.*--num_references 16 or more"):
-        open_data(settings, references=8)
+# --- every preconditioning on Gaussian data, where its own paper says what the best network answers ------------------
+
+
+def test_the_published_law_and_weight_come_with_the_precond():
+    def resolved(*argv):
+        settings = parse("", *TRAINING_SECTIONS, argv=argv, training_mode="edm")
+        apply_precond_defaults(settings)
+        return settings.values["schedule_sampler"], settings.values["weight_schedule"]
+
+    assert resolved() == ("lognormal", "karras")
+    assert [resolved("--precond", name) for name in ("vp", "ve", "iddpm")] == [
+        ("vp", "snr"), ("ve", "snr"), ("iddpm", "snr")
+    ]
+    assert resolved("--precond", "vp", "--schedule_sampler", "lognormal") == ("lognormal", "snr")

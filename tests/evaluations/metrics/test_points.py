@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from evaluations.metrics.kid import kid
-from evaluations.metrics.precision_recall import precision_recall
+from evaluations.metrics.kid import kid, kid_of_sets
+from evaluations.metrics.points import PointSet
+from evaluations.metrics.precision_recall import precision_recall, precision_recall_of_sets
+from support.golden_metrics import expected, golden
 from support.mpi import mpi_program
 
 DTYPES = ("float32", "float64", "float16")
@@ -51,3 +53,20 @@ def test_three_ranks_one_of_them_without_points(tmp_path):
     for dtype in DTYPES:
         assert tuple(found[dtype]) == precision_recall(ref, sample, 3, dtype=dtype, block=11), dtype
     assert found["kid"] == pytest.approx(kid(ref, sample, 10, 20, 0)[:2], rel=1e-12)
+
+
+@pytest.mark.parametrize("block", [7, 90, 2048])
+def test_points_in_a_share_give_the_same_numbers(block):
+    """The function for several ranks on one; test_th_evaluator.py has several."""
+    shares = []
+    for points in golden("features_ref", "features_sample"):
+        order = np.random.default_rng(0).permutation(len(points))               # a share may lie in any order
+        shares.append(PointSet(points[order], order, len(points)))
+    for k in (1, 3, 5):
+        result = precision_recall_of_sets(*shares, k, block=block)
+        assert result == (expected(f"precision_k{k}"), expected(f"recall_k{k}"))
+    result = kid_of_sets(*shares, 10, 100, 2020)
+    assert result.mean == pytest.approx(expected("kid_mean_10x100_seed2020"), abs=1e-12)
+    assert result.std == pytest.approx(expected("kid_std_10x100_seed2020"), abs=1e-12)
+    with pytest.raises(ValueError, match="k=500 must lie between 1 and the smaller set's size - 1"):
+        precision_recall_of_sets(*shares, 500, block=block)

@@ -13,7 +13,7 @@ import torch as th
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.features.classifier import FEATURES, Classifier, accuracy, stratified_split, train_classifier
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,110 @@
+"""A module's test is found by its name: cm/samplers/ddim.py has tests/samplers/test_ddim.py.
+
+evaluations/ keeps its own name below tests/: evaluations/metrics/kid.py has tests/evaluations/metrics/test_kid.py.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ELSEWHERE = {
+    # What only a command shows.
+    "cm/checkpoints/formats/diffusers.py": "scripts/test_convert_checkpoint.py",
+    "cm/config/early_exit.py": "system/test_start_up.py",
+    "cm/data/raw.py": "datasets/test_dataset_tool.py",
+    "cm/generate/edit_tasks.py": "scripts/test_image_edit.py",
+    "cm/script_util.py": "test_drop_in.py",
+    "cm/setup/inherit.py": "checkpoints/formats/test_openai.py",
+    "cm/setup/model.py": "test_drop_in.py",
+    "cm/setup/rules.py": "system/test_methods.py",
+    "cm/setup/run.py": "networks/test_compile.py",
+    "cm/setup/sample.py": "scripts/test_edm_presets.py",
+    "cm/setup/train.py": "setup/test_dry_run.py",
+    "cm/train_util.py": "test_drop_in.py",
+    "evaluations/command.py": "evaluations/test_evaluator.py",
+    "evaluations/defaults.py": "system/test_start_up.py",
+    "evaluations/flags.py": "system/test_start_up.py",
+    "evaluations/in_training.py": "training/test_callbacks.py",
+    "evaluations/report.py": "evaluations/test_evaluator.py",
+    # One of several that the same tests go through.
+    "cm/config/schema.py": "config/test_flags.py",
+    "cm/data/labels.py": "data/test_sources.py",
+    "cm/errors.py": "distributed/test_failure.py",
+    "cm/io/atomic.py": "checkpoints/test_manager.py",
+    "cm/logging/writers.py": "logging/test_logger.py",
+    "cm/networks/build.py": "test_drop_in.py",
+    "cm/networks/classifier_fit.py": "evaluations/features/test_classifier.py",
+    "cm/networks/edm/song_unet.py": "networks/edm/test_base.py",
+    "cm/networks/noisy_classifier.py": "samplers/test_guidance.py",
+    "cm/objectives/base.py": "objectives/test_objectives.py",
+    "cm/report/names.py": "report/test_page.py",
+    "cm/samplers/base.py": "samplers/test_integrate.py",
+    "cm/samplers/dpm.py": "samplers/test_euler.py",
+    "cm/samplers/euler_maruyama.py": "samplers/test_ito_taylor.py",
+    "cm/samplers/heun.py": "samplers/test_euler.py",
+    "cm/samplers/onestep.py": "samplers/test_samplers.py",
+    "cm/samplers/progdist.py": "samplers/test_samplers.py",
+    "cm/training/classifier.py": "samplers/test_guidance.py",
+    "cm/training/config.py": "system/test_two_trained_networks.py",
+    "cm/training/trained_network.py": "system/test_two_trained_networks.py",
+    "evaluations/features/base.py": "evaluations/test_evaluator.py",
+    "evaluations/features/graph_constants.py": "evaluations/features/test_tf_graph.py",
+    "evaluations/features/inception.py": "evaluations/features/test_inception_v3.py",
+    "evaluations/features/inception_files.py": "io/test_downloads.py",
+    "evaluations/features/inception_weights.py": "evaluations/features/test_inception_v3.py",
+    "evaluations/features/torchscript.py": "evaluations/test_evaluator.py",
+    "evaluations/metrics/base.py": "evaluations/engine/test_new_metric.py",
+    "evaluations/metrics/class_accuracy.py": "evaluations/test_evaluator.py",
+}
+"""Module -> its test below tests/, for the few that are not found by their name."""
+
+BY_THE_COMMANDS = {"evaluations/engine": "evaluations/test_evaluator.py"}
+"""Packages all of whose modules are tested through the commands that they serve."""
+
+
+def has_code(path: Path) -> bool:
+    """Whether a module holds more than names of others."""
+    return any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.parse(path.read_text()).body)
+
+
+MODULES = [
+    str(path.relative_to(ROOT)) for folder in ("cm", "evaluations") for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.name != "__init__.py" and has_code(path)
+]
+
+
+def mirrored(module: str) -> str:
+    """The test of its name, below tests/."""
+    folder, _, name = module.removeprefix("cm/").rpartition("/")
+    return f"{folder}/test_{name}".lstrip("/")
+
+
+def expected(module: str) -> str:
+    return ELSEWHERE.get(module) or BY_THE_COMMANDS.get(module.rpartition("/")[0]) or mirrored(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_a_test_that_is_found_by_its_name(module):
+    test = ROOT / "tests" / expected(module)
+    assert test.exists(), f"{module} has no tests/{mirrored(module)}: write it, or say in ELSEWHERE what tests it"
+    tree = ast.parse(test.read_text())
+    assert any(isinstance(node, ast.FunctionDef) and node.name.startswith("test_") for node in ast.walk(tree)), test
+
+
+@pytest.mark.parametrize("module", ELSEWHERE)
+def test_a_module_is_listed_as_tested_elsewhere_only_while_it_is(module):
+    assert module in MODULES, f"{module} is gone: take it out of ELSEWHERE"
+    assert not (ROOT / "tests" / mirrored(module)).exists(), f"{module} has a test of its name: take it out"
+
+
+def test_what_is_no_test_lies_with_the_helpers():
+    """In tests/support, or beside the tests of whole runs."""
+    odd = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")
+        if not path.name.startswith("test_") and not {"support", "system"} & set(path.parts)
+        and path.name != "conftest.py"
+    ]
+    assert not odd, odd
