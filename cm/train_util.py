@@ -108,7 +108,6 @@ class CMTrainLoop(TrainLoop):
         training_mode: str,
         ema_scale_fn: Curriculum,
         total_training_steps: int,
-        diffusion: Any,
         **options: Any,
     ):
         self.target_model, self.teacher_model, self.teacher_diffusion = target_model, teacher_model, teacher_diffusion
@@ -116,12 +115,9 @@ class CMTrainLoop(TrainLoop):
         for network in (target_model, teacher_model):
             if network is not None:
                 network.requires_grad_(False)
-        self._diffusion = diffusion
-        options.pop("objective", None)
-        super().__init__(
-            diffusion=diffusion, objective=diffusion.consistency_objective(training_mode, ema_scale_fn),
-            total_training_steps=total_training_steps, **options,
-        )
+        self._diffusion = options["diffusion"]
+        options["objective"] = self._diffusion.consistency_objective(training_mode, ema_scale_fn)
+        super().__init__(total_training_steps=total_training_steps, **options)
 
     def _companions(self) -> dict[str, CompanionNetwork]:
         given = {"target_model": (self.target_model, self._diffusion),
