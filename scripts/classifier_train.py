@@ -4,15 +4,28 @@ python scripts/classifier_train.py --data_dir digits --image_size 8 --out classi
 python scripts/classifier_train.py --data_dir digits --image_size 8 --noised True --out guide.pt
 
 The first leaves a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second the classifier of
-noisy images that image_sample.py takes as --classifier_path; both leave a JSON file of facts beside it.
+noisy images that image_sample.py takes as --classifier_path; both write a JSON file of facts next to it.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
+from cm.data.sources import ImageSource, open_source
+from cm.errors import UserError
+
+SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
+Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class ClassifierConfig:
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
     out: str = option("", "the file to write; empty: classifier.ts, or noisy_classifier.pt")
-    noised: bool = option(False, "a classifier of noisy images that is told their noise level, for guidance")
+    noised: bool = option(False, "a classifier of noisy images conditioned on their noise level, for guidance")
     classifier_width: int = option(32, "noised: channels of the first level, a multiple of 32", minimum=32)
     classifier_depth: int = option(1, "noised: residual blocks per level", minimum=1)
     classifier_attention_resolutions: str = option(
@@ -35,37 +48,15 @@ class ClassifierConfig:
 
 
 def read_flags() -> Settings:
-    return parse(__doc__.splitlines()[0], ClassifierConfig)
+    """The flags of the command line."""
+    return parse((__doc__ or "").splitlines()[0], ClassifierConfig)
 
 
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
+def main(settings: Settings) -> None:
+    """Train one classifier, and write it with its accuracy on images that it was not trained on."""
+    from cm.distributed import setup as dist
+    from evaluations.features.classifier import stratified_split
 
-import json
-import os
-import time
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from cm.checkpoints import serialization
-from cm.data.sources import ImageSource, open_source
-from cm.distributed import setup as dist
-from cm.errors import UserError
-from cm.networks.build import parse_channel_mult, parse_resolutions
-from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
-from cm.networks.unet import attention_factors
-from cm.training.classifier import accuracy_at, train_noisy_classifier
-from evaluations.features import TorchScriptExtractor, save_torchscript
-from evaluations.features.classifier import accuracy, stratified_split, train_classifier
-
-SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
-
-
-def main() -> None:
-    settings = read_flags()
     config = settings.section(ClassifierConfig)
     if settings.dry_run:
         return print(settings.as_text())
@@ -93,13 +84,14 @@ def main() -> None:
     print("\n".join(lines))
 
 
-Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
-
-
 def train_extractor(
     config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Facts for the JSON file, and what else to say."""
+    """Write a feature extractor to `out`: facts for the JSON file, and lines to print."""
+    from cm.distributed import setup as dist
+    from evaluations.features import TorchScriptExtractor, save_torchscript
+    from evaluations.features.classifier import accuracy, train_classifier
+
     model = train_classifier(
         *training, num_classes,
         epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev(),
@@ -114,7 +106,14 @@ def train_extractor(
 def train_guide(
     config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """As `train_extractor`; the accuracy at the lowest noise level stands for that of clean images."""
+    """As `train_extractor`, for a guide; the accuracy at the lowest noise level stands for that of clean images."""
+    from cm.checkpoints import serialization
+    from cm.distributed import setup as dist
+    from cm.networks.build import parse_channel_mult, parse_resolutions
+    from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
+    from cm.networks.unet import attention_factors
+    from cm.training.classifier import accuracy_at, train_noisy_classifier
+
     widths = parse_channel_mult("", config.image_size)
     sides = [config.image_size >> level for level in range(len(widths))]
     attended = [side for side in parse_resolutions(config.classifier_attention_resolutions) if side in sides]
@@ -145,4 +144,4 @@ def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[np.uint8]
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

@@ -7,15 +7,22 @@ python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
+from cm.errors import UserError
+from cm.io import storage
+from cm.logging import logger
+
+DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
 def read_flags() -> Settings:
-    return parse(__doc__, ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
+    """The flags of the command line."""
+    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
 
 
 def with_names(words: Sequence[str]) -> list[str]:
@@ -25,28 +32,15 @@ def with_names(words: Sequence[str]) -> list[str]:
     return [*named, *words[min(count, 2):]]
 
 
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
+def main(settings: Settings) -> None:
+    """Convert --source to --dest."""
+    from cm.checkpoints import loading
+    from cm.checkpoints.formats import diffusers
+    from cm.distributed import setup as dist
+    from cm.setup.inherit import inherit_checkpoint
+    from cm.setup.model import model_from
+    from cm.setup.run import dry_run
 
-from collections.abc import Mapping
-from typing import Any
-
-from cm.checkpoints import loading, manifest
-from cm.checkpoints.formats import diffusers
-from cm.distributed import setup as dist
-from cm.errors import UserError
-from cm.io import storage
-from cm.logging import logger
-from cm.script_util import model_and_diffusion_defaults
-from cm.setup.inherit import inherit_checkpoint
-from cm.setup.model import model_from
-from cm.setup.run import dry_run
-
-DISTILLED_LEVELS = 40                                               # of the published distilled models
-
-
-def main() -> None:
-    settings = read_flags()
     dist.setup_dist()
     config = settings.section(ConvertConfig)
     for name in ("source", "dest"):
@@ -68,7 +62,10 @@ def main() -> None:
 
 
 def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:
-    """A checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
+    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
+    from cm.checkpoints import manifest
+    from cm.script_util import model_and_diffusion_defaults
+
     storage.make_folder(folder)
     known = {**model_and_diffusion_defaults(), "training_mode": ""}
     manifest.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
@@ -76,6 +73,9 @@ def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) ->
 
 def manifest_of(path: str) -> Mapping[str, Any]:
     """The flags of the run that made a checkpoint; none for a file without a manifest."""
+    from cm.checkpoints import manifest
+    from cm.distributed import setup as dist
+
     checkpoint = dist.on_main(manifest.beside, path)
     return {} if checkpoint is None else checkpoint.config
 
@@ -83,7 +83,7 @@ def manifest_of(path: str) -> Mapping[str, Any]:
 def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
     """How many noise levels the grid had at the end of training.
 
-    :raises UserError: if nothing tells.
+    :raises UserError: if neither the checkpoint nor a flag says it.
     """
     if trained.get("scale_mode") == "fixed":
         return trained["start_scales"]
@@ -96,4 +96,4 @@ def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

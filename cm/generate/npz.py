@@ -1,4 +1,4 @@
-"""What sampling leaves on disk: an npz of uint8 images in constant memory, and a PNG grid to look at."""
+"""What sampling writes to disk: an npz of uint8 images, in constant memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
     """[N,C,H,W] in [-1, 1] -> [N,H,W,C] uint8, truncating as guided-diffusion does.
 
-    :param nearest: round instead: pixels that came from uint8 are found again, where truncation loses a level of some.
+    :param nearest: round to the nearest level instead. Pixels that came from uint8 then stay what they were, where
+        truncation lowers some by one level.
     """
     pixels = ((images + 1) * 127.5).clamp(0, 255)
     pixels = (pixels.round() if nearest else pixels).to(th.uint8)
@@ -23,7 +24,7 @@ def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
 class NpzWriter:
     """Writes {kind}_NxHxWx3.npz (arr_0 images, arr_1 labels) row by row, in memory that does not grow with N.
 
-    Rows may arrive in any order. The file appears under its name only when `close` has written it whole.
+    Rows may arrive in any order. The file appears under its name only when `close` has written it completely.
     """
 
     def __init__(self, directory: str, count: int, height: int, width: int, with_labels: bool, kind: str = "samples"):
@@ -35,7 +36,7 @@ class NpzWriter:
     def put(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray | None) -> None:
         """Rows `indices` [n] of the result: images [n,H,W,3] uint8, labels [n]."""
         self.images[indices] = images
-        if self.labels is not None:
+        if self.labels is not None and labels is not None:
             self.labels[indices] = labels
 
     def close(self, **extra: np.ndarray) -> str:

@@ -15,7 +15,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_file(file: BinaryIO, limit: int) -> bytes:
+def read_file(file: IO[bytes], limit: int) -> bytes:
     """The whole content of an open file.
 
     :raises ValueError: if it has more than `limit` bytes.
@@ -71,7 +71,7 @@ def demand_regular(path: str) -> None:
 # --- zip archives ----------------------------------------------------------------------------------------------------
 
 
-def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
     """An archive whose members have harmless names and believable sizes.
 
     :raises zipfile.BadZipFile: if it is none, is damaged, or has a member that is not so.

@@ -47,18 +47,18 @@ class Logger:
         self.is_stuck = False                                   # and that this has been said
 
     def logkv(self, key: str, value: Any) -> None:
-        self.values[key] = scalar(key, value)
+        self.values[key] = _scalar(key, value)
 
     def logkv_mean(self, key: str, value: Any) -> None:
-        value = scalar(key, value)
-        if is_tensor(value) and value.device.type != "mps":     # which has no float64
+        value = _scalar(key, value)
+        if _is_tensor(value) and value.device.type != "mps":     # which has no float64
             value = value.double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.counts[key] = self.counts.get(key, 0) + 1
 
     def row(self) -> dict[str, Any]:
         means = {key: total / self.counts[key] for key, total in self.sums.items()}
-        return to_numbers({**self.values, **means})
+        return _to_numbers({**self.values, **means})
 
     def dumpkvs(self) -> dict[str, Any]:
         row = self.row()
@@ -135,13 +135,13 @@ def configure(
     rank = launcher_rank() if rank is None else rank
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
-        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
+        format_strs = _words(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
     elif format_strs is None:
-        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
+        format_strs = _words(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
     if rank == 0:
         format_strs = [*format_strs, *also]
     makers = [lookup(FORMATS, name, "log format") for name in format_strs]
-    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or default_directory())
+    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or _default_directory())
     if "://" in dir:
         raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
     directory = Path(dir).expanduser().absolute()
@@ -253,33 +253,33 @@ def profile_kv(scopename: str) -> Iterator[None]:
         _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - begun
 
 
-def default_directory() -> str:
+def _default_directory() -> str:
     stamp = datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
     return os.path.join(tempfile.gettempdir(), stamp)
 
 
-def words(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def is_tensor(value: Any) -> bool:
+def _is_tensor(value: Any) -> bool:
     """Told without importing torch, which a program that only reads logs need not have loaded."""
     return hasattr(value, "detach")
 
 
-def scalar(key: str, value: Any) -> Any:
+def _scalar(key: str, value: Any) -> Any:
     """A plain value, or a tensor without its graph."""
-    shape = tuple(value.shape) if is_tensor(value) else np.shape(value)
+    shape = tuple(value.shape) if _is_tensor(value) else np.shape(value)
     if np.prod(shape) != 1:
         raise ValueError(f"{key!r} has shape {shape}; a row holds single numbers: log its mean")
-    return value.detach().reshape(()) if is_tensor(value) else value
+    return value.detach().reshape(()) if _is_tensor(value) else value
 
 
-def to_numbers(row: dict[str, Any]) -> dict[str, Any]:
+def _to_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """Tensors and numpy scalars as plain numbers, with one transfer for all tensors of a device and type."""
     numbers, kinds = dict(row), {}
     for key, value in row.items():
-        if is_tensor(value):
+        if _is_tensor(value):
             kinds.setdefault((value.device, value.dtype), []).append(key)
         elif isinstance(value, (np.generic, np.ndarray)):
             numbers[key] = value.item()

@@ -41,10 +41,10 @@ class TableOutput:
     def __init__(self, path: Path | None = None):
         self.path = path
         if path:
-            append(path, "")
+            _append(path, "")
 
     def writekvs(self, row: Row) -> None:
-        cells = [(shorten(name), readable(value)) for name, value in sorted(row.items())]
+        cells = [(_shorten(name), _readable(value)) for name, value in sorted(row.items())]
         if not cells:
             return
         left, right = (max(map(len, column)) for column in zip(*cells))
@@ -54,7 +54,7 @@ class TableOutput:
 
     def writeline(self, text: str) -> None:
         if self.path:
-            append(self.path, text + "\n")
+            _append(self.path, text + "\n")
         else:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
@@ -81,7 +81,7 @@ class CSVOutput:
         if not self.path.exists():
             return None
         try:
-            header, *rows = list(csv.reader(io.StringIO(readable_text(self.path), newline=""))) or [[]]
+            header, *rows = list(csv.reader(io.StringIO(_readable_text(self.path), newline=""))) or [[]]
         except csv.Error as error:
             raise UserError(f"{self.path} is no table of a run ({error}); remove it to go on without it") from None
         self.columns = header
@@ -90,22 +90,22 @@ class CSVOutput:
         return [dict(zip(header, row)) for row in rows]
 
     def rewrite(self, rows: Iterable[Row]) -> None:
-        replace_file(self.path, as_csv(self.columns, rows, header=bool(self.columns)))
+        replace_file(self.path, _as_csv(self.columns, rows, header=bool(self.columns)))
 
     def writekvs(self, row: Row) -> None:
         new = sorted(set(row) - set(self.columns))
         if new:
             rows = self.read() or []
             wider = [*self.columns, *new]
-            replace_file(self.path, as_csv(wider, [*rows, row], header=True))
+            replace_file(self.path, _as_csv(wider, [*rows, row], header=True))
             self.columns = wider
         else:
-            append(self.path, as_csv(self.columns, [row]))
+            _append(self.path, _as_csv(self.columns, [row]))
 
     def drop_after(self, step: int) -> None:
         rows = self.read()
         if rows is not None:
-            self.rewrite(row for row in rows if not is_after(row, step))
+            self.rewrite(row for row in rows if not _is_after(row, step))
 
     def close(self) -> None:
         """Nothing is held open between rows."""
@@ -121,18 +121,18 @@ class JSONOutput:
 
     def read(self) -> list[str]:
         """The lines of the file, without a last one that a crash has torn."""
-        lines = readable_text(self.path).splitlines()
-        return lines[:-1] if lines and parsed(lines[-1]) is None else lines
+        lines = _readable_text(self.path).splitlines()
+        return lines[:-1] if lines and _parsed(lines[-1]) is None else lines
 
     def rewrite(self, lines: Iterable[str]) -> None:
         replace_file(self.path, "".join(line + "\n" for line in lines))
 
     def writekvs(self, row: Row) -> None:
-        append(self.path, as_json(row) + "\n")
+        _append(self.path, _as_json(row) + "\n")
 
     def drop_after(self, step: int) -> None:
         if self.path.exists():
-            self.rewrite(line for line in self.read() if not is_after(parsed(line) or {}, step))
+            self.rewrite(line for line in self.read() if not _is_after(_parsed(line) or {}, step))
 
     def close(self) -> None:
         """Nothing is held open between rows."""
@@ -189,18 +189,18 @@ FORMATS = {
 }
 
 
-def readable(value: Any) -> str:
+def _readable(value: Any) -> str:
     """A number as people write it: whole ones in full, others with four digits that count."""
     if not isinstance(value, float) or not math.isfinite(value):
-        return shorten(str(value))
+        return _shorten(str(value))
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def shorten(text: str, limit: int = 30) -> str:
+def _shorten(text: str, limit: int = 30) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def as_csv(columns: Sequence[str], rows: Iterable[Row], header: bool = False) -> str:
+def _as_csv(columns: Sequence[str], rows: Iterable[Row], header: bool = False) -> str:
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
     if header:
@@ -209,14 +209,14 @@ def as_csv(columns: Sequence[str], rows: Iterable[Row], header: bool = False) ->
     return file.getvalue()
 
 
-def as_json(row: Row) -> str:
+def _as_json(row: Row) -> str:
     def known(value: Any) -> Any:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps({key: known(value) for key, value in row.items()}, default=str)
 
 
-def parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str) -> dict[str, Any] | None:
     """The row on a line of JSON; None if there is none."""
     try:
         row = untrusted.parse_json(line)
@@ -225,20 +225,20 @@ def parsed(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def is_after(row: Row, step: int) -> bool:
+def _is_after(row: Row, step: int) -> bool:
     try:
         return float(row["step"]) > step
     except (KeyError, TypeError, ValueError):
         return False
 
 
-def readable_text(path: Path) -> str:
+def _readable_text(path: Path) -> str:
     """What a file holds, without the zeros that a power cut can leave at its end."""
     with path.open(newline="", errors="replace") as file:
         return file.read().replace("\0", "")
 
 
-def append(path: Path, text: str) -> None:
+def _append(path: Path, text: str) -> None:
     """All of a text or nothing of it, also where the disk is full after half of it."""
     with path.open("ab", buffering=0) as file:
         size, data = file.seek(0, os.SEEK_END), text.encode()

@@ -65,26 +65,26 @@ def read_run(directory: str) -> RunRecord:
     if not path.is_dir():
         raise UserError(f"{directory} is no folder; give the --log_dir of a training run")
     problems: list[str] = []
-    run = RunRecord(path, curves_of(read_log(path, problems), problems), problems=problems)
-    run.config = read_json(path / "config.json", problems, "the flags are not known")
+    run = RunRecord(path, _curves_of(_read_log(path, problems), problems), problems=problems)
+    run.config = _read_json(path / "config.json", problems, "the flags are not known")
     if (path / "best.json").exists():
-        run.best = read_json(path / "best.json", problems, "the best checkpoint is not known")
-    run.grids = read_grids(path / "samples", problems)
+        run.best = _read_json(path / "best.json", problems, "the best checkpoint is not known")
+    run.grids = _read_grids(path / "samples", problems)
     for file in sorted(path.glob("*.json")):
         if not OWN_FILES.fullmatch(file.name) and file.stat().st_size <= SUMMARY_BYTES:
-            run.summaries[file.name] = read_json(file, problems, "its content is not shown")
+            run.summaries[file.name] = _read_json(file, problems, "its content is not shown")
     return run
 
 
 # --- the log -------------------------------------------------------------------------------------------------------
 
 
-def read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
+def _read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     """The rows of progress.csv, or of progress.json where there is no CSV.
 
     :raises UserError: if there is neither, or no row in it.
     """
-    for name, read in (("progress.csv", csv_rows), ("progress.json", json_rows)):
+    for name, read in (("progress.csv", _csv_rows), ("progress.json", _json_rows)):
         if (path / name).exists():
             try:
                 text = (path / name).read_text(encoding="utf-8", errors="replace")
@@ -100,7 +100,7 @@ def read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     )
 
 
-def csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, str]]:
+def _csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, str]]:
     """The rows; one with too few or too many cells is passed over."""
     reader = csv.reader(io.StringIO(text.replace("\0", "\ufffd"), newline=""))
     header, bad = next(reader, []), []
@@ -116,10 +116,10 @@ def csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, st
         else:
             bad.append(reader.line_num)
     if bad:
-        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {_listed('line', bad)} torn or damaged, left out")
 
 
-def json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, Any]]:
     bad = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -131,10 +131,10 @@ def json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, A
         else:
             bad.append(number)
     if bad:
-        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {_listed('line', bad)} torn or damaged, left out")
 
 
-def curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, list[Point]]:
+def _curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, list[Point]]:
     """Points of each column; of rows of one step the last counts. Empty cells and nan are no points."""
     if not any(STEP in row for row in rows):
         problems.append("the log has no column 'step': rows are numbered instead")
@@ -143,12 +143,12 @@ def curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, l
     words: dict[str, int] = {}
     endless: dict[str, list[float]] = {}
     for row in rows:
-        step = as_number(row.get(STEP))
+        step = _as_number(row.get(STEP))
         if step is None or not math.isfinite(step):
             words[STEP] = words.get(STEP, 0) + 1
             continue
         for column, cell in row.items():
-            value = as_number(cell)
+            value = _as_number(cell)
             if value is None:
                 words[column] = words.get(column, 0) + (cell not in ("", None))
             elif math.isfinite(value):
@@ -156,18 +156,18 @@ def curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, l
             elif column in ("loss", "grad_norm"):
                 endless.setdefault(column, []).append(step)
     problems += [f"column {column!r}: {count} cell(s) are no number" for column, count in words.items() if count]
-    problems += [f"{column} is not finite at {listed('step', steps)}" for column, steps in endless.items()]
+    problems += [f"{column} is not finite at {_listed('step', steps)}" for column, steps in endless.items()]
     return {column: [Point(*point) for point in sorted(points.items())] for column, points in values.items()}
 
 
-def as_number(cell: Any) -> float | None:
+def _as_number(cell: Any) -> float | None:
     try:
         return float(cell)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
+def _listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
     numbers = list(numbers)
     words = ", ".join(f"{number:.0f}" for number in numbers[:shown])
     more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
@@ -177,7 +177,7 @@ def listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
 # --- the other files -----------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
+def _read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
     """The object in a JSON file; an empty one and a gap if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +193,7 @@ def read_json(path: Path, problems: list[str], consequence: str) -> dict[str, An
     return content
 
 
-def read_grids(folder: Path, problems: list[str]) -> list[Grid]:
+def _read_grids(folder: Path, problems: list[str]) -> list[Grid]:
     """The pictures, by the step that ends their names: samples_000100.png."""
     grids = {}
     for path in sorted(folder.glob("*.png")):

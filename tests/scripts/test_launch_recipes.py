@@ -17,6 +17,7 @@ import yaml
 
 from cm.config.schema import ModelConfig
 from cm.networks.build import create_model
+from cm.setup import run
 from support.mpi import clean_environment, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,12 +88,11 @@ def command_of(name: str, *flags: str, **env: str) -> list[str]:
 
 
 @functools.cache
-def script_main(path: str):
+def script_of(path: str):
     spec = importlib.util.spec_from_file_location(f"recipe_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module                                 # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 @functools.cache
@@ -111,9 +111,13 @@ def dry_run(monkeypatch, tmp_path):
     def resolve(name: str) -> dict:
         script, *flags = command_of(name, "--dry_run", REFS=str(tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *flags])
-        main = script_main(script)
-        monkeypatch.setitem(main.__globals__, "dry_run", found.append)
-        main()
+        module = script_of(script)
+        monkeypatch.setattr(run, "dry_run", found.append)
+        if hasattr(module, "dry_run"):
+            monkeypatch.setattr(module, "dry_run", found.append)
+            module.main()
+        else:
+            module.main(module.read_flags())
         return found.pop().values
 
     return resolve
