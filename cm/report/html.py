@@ -32,6 +32,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def badge(number: int) -> str:
+    """A mark in the colour of a run."""
     return f'<i class="badge run-{number % 8}"></i>'
 
 
@@ -46,9 +47,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> str:
 
 
 def value_cell(value: Any) -> str:
+    """`cell`, with six significant digits for a number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"{value:.6g}" if is_number else cell(value)
 
 
 def cell(value: Any) -> str:
+    """A value as text of a page, None as a dash."""
     return MISSING if value is None else text(value)
