@@ -3,7 +3,7 @@
 python scripts/classifier_train.py --data_dir digits --image_size 8 --out classifier.ts
 python scripts/classifier_train.py --data_dir digits --image_size 8 --noised True --out guide.pt
 
-The first leaves a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second the classifier of
+The first writes a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second the classifier of
 noisy images that image_sample.py takes as --classifier_path; both write a JSON file of facts next to it.
 """
 

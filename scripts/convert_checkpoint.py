@@ -25,11 +25,11 @@ def read_flags() -> Settings:
     return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
 
 
-def with_names(words: Sequence[str]) -> list[str]:
-    """SOURCE and DEST at the front get the flags that they stand for."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    named = [part for flag, word in zip(("--source", "--dest"), words[:count]) for part in (flag, word)]
-    return [*named, *words[min(count, 2):]]
+def with_names(arguments: Sequence[str]) -> list[str]:
+    """SOURCE and DEST at the front become --source SOURCE --dest DEST."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    named = [part for pair in zip(("--source", "--dest"), arguments[:count]) for part in pair]
+    return [*named, *arguments[min(count, 2):]]
 
 
 def main(settings: Settings) -> None:

@@ -60,7 +60,7 @@ METHODS = {
 
 
 class Demo:
-    """The stages of the demo; each leaves its files in `out` and is skipped where they exist.
+    """The stages of the demo; each writes its files to `out` and is skipped if they exist.
 
     :param extra: flags added to every training stage.
     """

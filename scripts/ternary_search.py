@@ -217,8 +217,8 @@ def sampling_command(settings: Settings, asked: Sequence[str], ts: Schedule, ran
     chosen = {name: values[name] for name in (*always, *asked) if name in flags}
     chosen |= {"sampler": "multistep", "ts": as_text(ts)}
     launcher = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
-    words = [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
-    return shlex.join([*launcher, "python", "scripts/image_sample.py", *words])
+    arguments = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return shlex.join([*launcher, "python", "scripts/image_sample.py", *arguments])
 
 if __name__ == "__main__":
     early_exit.run_script(read_flags, main)

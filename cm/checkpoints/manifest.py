@@ -225,7 +225,7 @@ def beside(path: str) -> Checkpoint | None:
 
 
 def remove_partial(directory: str) -> None:
-    """Remove what a killed save left behind: half files, and whole files of a checkpoint that got no manifest."""
+    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest."""
     if storage.is_remote(directory):
         return
     complete, names = set(steps(directory)), storage.list_names(directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 import torch as th
 
@@ -19,7 +19,7 @@ def save_tensors(path: str, content: Any) -> dict[str, int]:
 
     :raises UserError: if it cannot be written.
     """
-    return write_whole(path, lambda file: th.save(_on_cpu(content), file))
+    return write_whole(path, lambda file: th.save(_on_cpu(content), cast(IO[bytes], file)))
 
 
 def _on_cpu(content: Any) -> Any:

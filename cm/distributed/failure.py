@@ -95,7 +95,7 @@ def exit_process(error: BaseException) -> None:
 
 
 def exit_after(seconds: float) -> None:
-    """End this process after that time with the tracebacks of its threads, unless `faulthandler` is told otherwise."""
+    """End this process after that time with the tracebacks of its threads, unless `faulthandler` cancels it."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 

@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
     launcher: str
     rank: int
-    size: int                   # ranks in the whole job; 0 when the launcher does not say
+    size: int                   # ranks in the job; 0 if the launcher does not announce it
     by_mpi: bool                # the ranks meet through MPI, not through MASTER_ADDR and MASTER_PORT
 
 
@@ -168,7 +168,7 @@ def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int]:
 
 
 def interface_addresses() -> dict[str, str]:
-    """IPv4 address of each network interface, {"lo": "127.0.0.1", ...}; empty where the system cannot be asked."""
+    """IPv4 address of each network interface, {"lo": "127.0.0.1", ...}; empty on systems other than Linux."""
     if sys.platform != "linux":
         return {}
     import fcntl
@@ -201,7 +201,7 @@ def own_addresses() -> list[str]:
 
 
 def probe(addresses: Sequence[str], port: int) -> dict[str, str]:
-    """Which of `addresses` answer at `port`, each with the address of this machine that the connection leaves from."""
+    """Which of `addresses` answer at `port`, each with this machine's own address in the connection."""
 
     def local_end(address: str) -> str | None:
         try:

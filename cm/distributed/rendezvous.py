@@ -34,7 +34,7 @@ class Job:
     rank: int
     size: int
     node: str                                       # the same for all ranks of one machine
-    store: Store | None = None                 # where ranks leave values for each other; None: no need of one
+    store: Store | None = None                 # where ranks set values for each other; None where none is needed
     mpi: Any = None                                 # the module mpi4py.MPI where the ranks met by it
     ready: bool = False                             # whether device, threads and process group are set up
     local_rank: int = 0
@@ -62,7 +62,7 @@ def find_job(timeout: timedelta) -> Job:
     if dist.is_initialized():
         if "cpu:gloo" not in dist.get_backend_config():
             raise UserError(
-                f"torch.distributed was started with {dist.get_backend_config()!r}, and objects and arrays travel by "
+                f"torch.distributed was started with {dist.get_backend_config()!r}, and objects and arrays are sent by "
                 "gloo: start it with 'cpu:gloo,cuda:nccl', or leave it to setup_dist"
             )
         return Job(dist.get_rank(), dist.get_world_size(), launchers.machine())
@@ -73,7 +73,7 @@ def find_job(timeout: timedelta) -> Job:
         mpi, why = _load_mpi()
         if mpi is not None and mpi.COMM_WORLD.size > 1:
             return _meet_by_mpi(mpi, timeout)
-    for each in sorted(launches, key=lambda each: each.size == 0):          # PMIx does not say how many there are
+    for each in sorted(launches, key=lambda each: each.size == 0):          # PMIx does not announce how many there are
         if each.size > 1 or mpi is None:
             raise launchers.refusal(each, why)
     return Job(0, 1, launchers.machine())

@@ -124,7 +124,7 @@ def is_main() -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` so that a failure anywhere ends the whole job: `if __name__ == "__main__": dist_util.run(main)`.
+    """Call `main` so that a failure on any rank ends the job on all: `if __name__ == "__main__": dist_util.run(main)`.
 
     A traceback names its rank and is shown once; an error of the user's (`UserError`, a missing file) is one line.
     All ranks are gone within ten seconds, with status 1, 2 for an error of the user's, 130 for Ctrl-C, or that of
@@ -150,7 +150,7 @@ def run(main: Callable[[], None]) -> None:
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     """End the job: without its data or checkpoint thread it must not continue."""
     if multiprocessing.parent_process() is not None:
-        threading.__excepthook__(failed)           # a worker process, forked with this hook, speaks for itself only
+        threading.__excepthook__(failed)           # a worker process, forked with this hook, must end only itself
     elif failed.exc_type is not SystemExit:
         name = failed.thread.name if failed.thread else "?"
         failure.abort_job(failed.exc_value or failed.exc_type(), _ranks(), name)

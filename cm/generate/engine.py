@@ -41,7 +41,7 @@ class SamplingPlan:
     rounding: str = "truncate"
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
-        """The sample indices that stand in these rows of the result."""
+        """The sample indices of these rows of the result."""
         return np.asarray(self.seeds, np.int64)[rows] if self.seeds else rows
 
 

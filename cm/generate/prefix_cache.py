@@ -78,7 +78,7 @@ class CachedDiffusion:
     def bind(self, model: nn.Module) -> Denoiser:
         """A denoiser for one sampling, which must ask for the stages of `ts` in their order."""
         network = self.cache.diffusion.bind(model)
-        lengths = count(1)                                          # multistep asks once for each index, in order
+        lengths = count(1)                                          # multistep evaluates each index once, in order
 
         def D(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
             prefix = self.ts[: next(lengths)]

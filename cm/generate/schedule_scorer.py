@@ -26,7 +26,7 @@ class Scorer:
     The images are those that image_sample.py draws with the same seed, so the distance is the evaluator's. To be
     called on all ranks together.
 
-    :param options: of `cm.samplers.sample.sample`, beside the schedule.
+    :param options: arguments of `cm.samplers.sample.sample`, other than the schedule.
     """
 
     model: nn.Module

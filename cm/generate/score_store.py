@@ -59,7 +59,7 @@ def open_score_store(path: str, conditions: Mapping[str, Any]) -> ScoreStore:
         store = ScoreStore(path, stored, scores, int(content["network_evaluations"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start anew"
+            f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start again"
         ) from None
     differing = [name for name in {**stored, **conditions} if stored.get(name) != conditions.get(name)]
     if differing:

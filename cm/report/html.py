@@ -16,13 +16,13 @@ def text(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def writable(words: str) -> str:
-    """The same with question marks where UTF-8 has no character, as in file names of another encoding."""
-    return words.encode("utf-8", "replace").decode()
+def writable(content: str) -> str:
+    """The text with question marks where UTF-8 has no character, as in file names of another encoding."""
+    return content.encode("utf-8", "replace").decode()
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that differ for all runs."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]

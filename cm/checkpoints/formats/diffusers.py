@@ -190,7 +190,7 @@ def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
-    """Channels of an attention head, of which diffusers has one number for the whole network; None for one head."""
+    """Channels of an attention head, a single number for the network in diffusers; None for one head."""
     if flags["num_head_channels"] != -1:
         return flags["num_head_channels"]
     heads = flags["num_heads"]

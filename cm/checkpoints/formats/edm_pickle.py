@@ -2,7 +2,7 @@
 
 Such a pickle is a program. Its networks are "persistent": they contain the source code of their classes, which the
 usual reader executes. This reader has a short list of allowed names; it keeps the contents of objects in records,
-ignores the source, and refuses a file that asks for anything else. The records then give the weights and the options
+ignores the source, and refuses a file that uses any other. The records then give the weights and the options
 of the network.
 """
 

@@ -25,7 +25,7 @@ def to_published_layout(
 
     guided-diffusion's attention is a convolution in one dimension, [3C,C,1] where the published files have
     [3C,C,1,1]. Its 3C rows go head by head, q k v in each, unless its `use_new_attention_order` made them q k v with
-    all heads in each, as published; names and shapes do not tell which.
+    all heads in each, as published; names and shapes are the same in both.
 
     :raises UserError: if the heads do not divide the channels of a layer, or its weights are of other shapes.
     """

@@ -1,5 +1,6 @@
-"""The architecture of a guided-diffusion state dict without a manifest, by its names and shapes and, for the published
-files, by what is known of them.
+"""The model flags of a guided-diffusion state dict without a manifest.
+
+They are inferred from its names and shapes; for the published files the others are known.
 
 The published files are those of https://openaipublic.blob.core.windows.net/consistency/: edm_imagenet64_ema.pt,
 cd_imagenet64_l2.pt, cd_imagenet64_lpips.pt, ct_imagenet64.pt, and the same four for bedroom256 and cat256.
