@@ -1,20 +1,22 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
+# LINT_TYPES=yes make lint checks the type hints, too, as make types does alone.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
 RANKS ?= 2
 MINUTES ?= 10
+LINT_TYPES ?= no
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo demo-clean test test-slow soak lint install browser clean
+.PHONY: demo demo-clean test test-slow soak lint types install browser clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpi,demo,test]'
 	touch $@
@@ -36,8 +38,11 @@ test-slow: install
 soak: install
 	$(BIN)/python tests/system/soak.py --minutes $(MINUTES)
 
-lint: install
+lint: install $(if $(filter yes,$(LINT_TYPES)),types)
 	$(BIN)/python -m ruff check .
+
+types: install
+	$(BIN)/pyright --pythonpath $(BIN)/python cm evaluations scripts datasets
 
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

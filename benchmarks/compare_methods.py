@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch as th
 from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
-from bench.dot_plot import dot_plot
 from tqdm import tqdm
 
 from cm.config.flags import parse
@@ -31,7 +30,10 @@ from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConf
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.generate.engine import draw, labels_of
-from cm.generate.grids import labelled_rows
+from cm.generate.grids import labelled_rows, save_picture
+from cm.io.atomic import AtomicFile
+from cm.io.storage import write_bytes, write_json
+from cm.report.plots import dot_plot
 from cm.setup.sample import inherit_model, load_model, sampler_options, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
@@ -74,7 +76,8 @@ class Contest:
         if not path.exists():
             source = open_source(self.args.reference or self.args.data, self.stage.network["image_size"])
             rows = np.arange(min(len(source), self.args.num_reference))
-            np.savez(path, arr_0=source.images(rows), arr_1=source.labels[rows])
+            with AtomicFile(path) as file:
+                np.savez(file, arr_0=source.images(rows), arr_1=source.labels[rows])
 
     def classifier(self) -> None:
         size = self.stage.network["image_size"]
@@ -102,7 +105,7 @@ class Contest:
             flags |= self.stage.network
         begun = time.monotonic()
         if self.command(folder / "seconds.json", [f"scripts/{training.script}", *words(flags)]):
-            (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begun))
+            write_json(folder / "seconds.json", time.monotonic() - begun)
 
     def command(self, product: Path, command: list[str]) -> bool:
         """Run a command of the toolkit on one thread, unless its product is there; whether it ran."""
@@ -138,7 +141,7 @@ class Contest:
             images, evaluations = self.sample(name, way, seed, self.args.num_samples)
             distance = evaluator.evaluate([(0, images)])["frechet_distance"].value
             scores.append(Score(name, way, seed, distance, evaluations))
-        path.write_text(json.dumps([asdict(score) for score in scores], indent=1))
+        write_json(path, [asdict(score) for score in scores])
         return scores
 
     def sample(self, name: str, way: str, seed: int, count: int) -> tuple[np.ndarray, int]:
@@ -152,7 +155,7 @@ class Contest:
         model, diffusion = load_model(settings), sampling_diffusion(settings)
         parts, evaluations = [], 0
         for rows in np.array_split(np.arange(count), -(-count // self.args.batch_size)):
-            images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), **options)
+            images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), options)
             parts.append(images)
         return np.concatenate(parts), evaluations
 
@@ -163,13 +166,15 @@ class Contest:
         for score in scores:
             rows.setdefault((score.training, score.sampler), []).append(score)
         text = self.table(rows)
-        (self.out / "table.md").write_text(text + "\n")
+        write_bytes(self.out / "table.md", (text + "\n").encode())
         ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
-        dot_plot(dots, "Frechet distance in classifier features; a dot is a seed").save(self.out / "distances.png")
+        picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
+        write_bytes(self.out / "distances.png", picture)
         pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
                     for name, training in TRAININGS.items()]
-        labelled_rows(pictures, scale=max(1, 48 // self.stage.network["image_size"])).save(self.out / "samples.png")
+        scale = max(1, 48 // self.stage.network["image_size"])
+        save_picture(self.out / "samples.png", labelled_rows(pictures, scale))
         print(text)
 
     def table(self, rows: dict[tuple[str, str], list[Score]]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from PIL import Image
 
 from cm.data.loader import load_data
 from cm.data.sources import ImageSource, open_source
+from cm.io.storage import write_json
 
 TOOL = Path(__file__).resolve().parent.parent / "datasets" / "dataset_tool.py"
 
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, numbers in stores.items():
             print(f"  {name:<16}{numbers['microseconds']:>9.1f} us/image {numbers['ratio']:>6.2f} of the folder's time")
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=2))
+        write_json(args.json, found)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from the moment when the network is there; Linux only.
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from cm.config.flags import Parser
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from evaluations.defaults import METRIC_NAMES
-from evaluations.engine.npz_writer import new_npz
-from evaluations.evaluator import chosen_metrics, evaluate
+from evaluations.engine.npz_writer import write_npz
+from evaluations.evaluator import evaluate
 from evaluations.features import Features
+from evaluations.flags import metric_names
+from evaluations.metrics import default_names
 
 LIMIT_GIB = 1.5                                             # for 50,000 images of 64x64
 GRID = 8                                                    # the network sees averages over a grid of this size
@@ -49,11 +51,15 @@ class Cheap:
 def write_noise(path: str, count: int, size: int, seed: int) -> None:
     """An npz of noise images, never all in memory."""
     rng = np.random.default_rng(seed)
-    with new_npz(path) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        form = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
-        np.lib.format.write_array_header_1_0(member, form)
-        for batch in batches(count):
-            member.write(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8).tobytes())
+
+    def fill(archive: zipfile.ZipFile) -> None:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            form = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(member, form)
+            for batch in batches(count):
+                member.write(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8).tobytes())
+
+    write_npz(path, fill)
 
 
 def batches(count: int, most: int = 256) -> Iterator[int]:
@@ -67,7 +73,8 @@ def main() -> None:
         ("dim", 2048, "pooled features"), ("spatial_dim", 2023, "spatial features"), ("classes", 1008, "classes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [default: {default}]")
-    parser.add_argument("--metrics", default="all", help=f"all: {','.join(METRIC_NAMES)} [default: all]")
+    parser.add_argument("--metrics", type=metric_names, default="all",
+                        help=f"all: {','.join(default_names())} [default: all]")
     args = parser.parse_args()
     if args.size % GRID:
         raise UserError(f"--size {args.size} must be a multiple of {GRID}")
@@ -79,7 +86,7 @@ def main() -> None:
         process_memory.forget_peak()
         before = process_memory.resident_mib()
         result = evaluate(f"{folder}/ref.npz", f"{folder}/sample.npz", network, progress=True,
-                          metrics=chosen_metrics(args.metrics, class_accuracy=False))
+                          metrics=args.metrics)
         peak = (process_memory.peak_mib() - before) / 2**10
     print(f"{args.num} samples and {args.ref_num} reference images of {args.size}x{args.size}, {args.dim} features, "
           f"{', '.join(result['metrics'])}: {peak:.2f} GiB beyond the network, in {result['seconds']:.0f} s")

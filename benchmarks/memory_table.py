@@ -19,8 +19,8 @@ from cm.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from cm.setup.dry_run import planned_run
 from cm.setup.model import model_from
-from cm.setup.run import planned_run
 from cm.training.memory_estimate import GIB, activations, plan
 
 PRESETS = {"ImageNet-64": "configs/imagenet64/cd.yaml", "LSUN-256": "configs/lsun256/cd.yaml"}

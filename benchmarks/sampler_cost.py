@@ -12,7 +12,6 @@ with a denoiser that is wrong as a network is: by 5 % of the scale c_out of its 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cm.report.line_plot import line_plot
+from cm.io.storage import write_bytes, write_json
+from cm.report.plots import line_plot
 from cm.samplers import Churn, CountingDenoiser, integrate, make_sampler
 from support.gaussian import Mixture
 from support.solver_orders import drawn_errors, line_bed, weak_errors
@@ -63,10 +63,10 @@ def main() -> None:
     if args.out:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cost.json").write_text(json.dumps({"budgets": BUDGETS, "churn": CHURN, **results}, indent=2) + "\n")
+        write_json(folder / "cost.json", {"budgets": BUDGETS, "churn": CHURN, **results})
         for panel, file in zip(results, ("cost.png", "cost_imperfect.png")):
             picture = line_plot(results[panel], "network evaluations", f"error of the law, {panel}", log=True)
-            picture.save(folder / file)
+            write_bytes(folder / file, picture)
 
 
 def imperfect(bed: Mixture, size: float = 0.05, sigma_data: float = 0.5) -> Any:

@@ -10,7 +10,6 @@ by quadrature. The tests measure the same with fewer steps.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from cm.report.line_plot import line_plot
+from cm.io.storage import write_bytes, write_json
+from cm.report.plots import line_plot
 from support.gaussian import Gaussian, Mixture
 from support.solver_orders import EXPECTED, SAMPLERS, Paths, line_bed, order, weak_errors
 
@@ -50,12 +50,12 @@ def main() -> None:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"paths": args.paths, "fine_steps": args.fine, "samplers": rows}
-        (folder / "orders.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(folder / "orders.json", facts)
         curves = {
             f"{name}: order {row['orders'][1]:.2f}": list(row["strong_errors"].items()) for name, row in rows.items()
         }
         picture = line_plot(curves, "steps", "RMS distance from the path, overlapping mixture", log=True)
-        picture.save(folder / "orders.png")
+        write_bytes(folder / "orders.png", picture)
 
 
 def table(rows: dict) -> str:

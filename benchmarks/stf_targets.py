@@ -12,7 +12,6 @@ Shapes: N images of the set, M noisy images, d numbers of an image.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ from cm.config.flags import option, parse
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io.storage import write_bytes, write_json
 from cm.objectives.stf import as_points, stable_target
-from cm.report.line_plot import line_plot
+from cm.report.plots import line_plot
 from cm.types import Batch
 
 EXACT = "donot_use_mm_for_euclid_dist"                              # differences first: no cancellation
@@ -106,7 +106,7 @@ def scatter(
 def write(rows: Sequence[dict], counts: Sequence[int], folder: Path) -> None:
     """Numbers, and a picture of the covariance."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stf_targets.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "stf_targets.json", rows)
     curves = {
         f"{n} references" if n > 1 else "1: the image itself (EDM)": [
             (float(np.log10(row["sigma"])), row["trace"]) for row in rows if row["references"] == n
@@ -114,7 +114,8 @@ def write(rows: Sequence[dict], counts: Sequence[int], folder: Path) -> None:
         for n in counts
     }
     path = folder / "stf_targets.png"
-    line_plot(curves, "log10 sigma", "variance of targets given x, as a share of the variance of the images").save(path)
+    label = "variance of targets given x, as a share of the variance of the images"
+    write_bytes(path, line_plot(curves, "log10 sigma", label))
     print(path)
 
 

@@ -1,5 +1,5 @@
-"""The error of a person's mistake, which every command reports in one message."""
+"""The error for a mistake of the user, which every command reports as one message."""
 
 
 class UserError(ValueError):
-    """A mistake of the person who started the program: shown as one message with its remedy, without a traceback."""
+    """A mistake of the user, shown as one message with its remedy and without a traceback."""

@@ -1,10 +1,10 @@
-"""Random numbers that belong to samples, not to batches.
+"""Random numbers that depend on the sample and not on the batch.
 
 Every row of a draw comes from the stream of one sample, and a stream is a function of (seed, stream name, key of the
 sample). So the values are the same whatever the batch size, the rank, the number of ranks or the device: draws are
 made on the CPU and copied.
 
-Shapes: N rows, one a sample; the axes after it are free.
+Shapes: N rows, one per sample; the other axes are free.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from torch import Tensor
 
 from cm.registry import lookup
@@ -28,8 +29,8 @@ TWISTER_OFFSET = 3                                                  # 64-bit fie
 def stream_seeds(seed: int, stream: str, keys: Any) -> np.ndarray:
     """64 well mixed bits for each key: uint64 [N].
 
-    Distinct keys of one (seed, stream) never share a value; values of different seeds or streams meet with
-    probability 2^-64 a pair.
+    Distinct keys of one (seed, stream) never share a value; values of different seeds or streams coincide with
+    probability 2^-64 per pair.
 
     :param seed: any integer, the run's seed.
     :param stream: what the numbers are for, such as "train" or "flip"; streams are independent of each other.
@@ -56,15 +57,15 @@ def _mix64(bits: np.ndarray) -> np.ndarray:
 def _generators(seeds: np.ndarray) -> list[th.Generator]:
     """A CPU generator for each seed, uint64 [N].
 
-    `manual_seed` on the CPU looks at 32 bits only, so that among 100,000 samples one pair would be expected to be
-    twins. The whole state is therefore written, from the SplitMix64 sequence that starts at the seed.
+    `manual_seed` on the CPU uses 32 bits only, so that among 100,000 samples one pair would be expected to have the
+    same numbers. The complete state is therefore written, from the SplitMix64 sequence that starts at the seed.
     """
     steps = np.arange(1, TWISTER_WORDS // 2 + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
     words = _mix64(seeds[:, None] + steps).view(np.uint32)          # [N,624]
     fresh = th.Generator().manual_seed(0).get_state().numpy().view(np.uint64)
     states = np.tile(fresh, (len(seeds), 1))
     states[:, TWISTER_OFFSET : TWISTER_OFFSET + TWISTER_WORDS] = words
-    # from_numpy a row, never a row of a tensor: torch reads a state that has a storage offset from a wrong address.
+    # Each row is its own numpy array: torch reads a state that has a storage offset from a wrong address.
     return [th.Generator().set_state(th.from_numpy(state)) for state in states.view(np.uint8)]
 
 
@@ -72,13 +73,13 @@ class SampleStreams:
     """A `NoiseSource` whose row i is drawn from the stream of `keys[i]`.
 
     Successive draws continue the streams. Numbers are drawn in float32 (float64 where asked for), whatever precision
-    they are returned in. torch draws rows of fewer than 16 normal numbers by another rule than larger ones, so the
-    values depend on the shape of a row too.
+    they are returned in. torch draws rows of fewer than 16 normal numbers by another algorithm, so the values depend
+    on the shape of a row, too.
 
     :param seed: any integer, the run's seed.
     :param keys: integers [N], one for each row.
-    :param stream: keeps uses apart that share seed and keys.
-    :param device: where results go when a draw does not say; the CPU by default.
+    :param stream: separates different uses of the same seed and keys.
+    :param device: of the results when a draw does not name one; the CPU by default.
     """
 
     def __init__(self, seed: int, keys: Any, stream: str = "train", device: Any = None):
@@ -94,9 +95,9 @@ class SampleStreams:
         dtype = dtype or th.get_default_dtype()
         return self._draw(shape, _drawn_as(dtype), device, lambda row, own: row.normal_(generator=own)).to(dtype)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
-        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
+        return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
@@ -120,7 +121,7 @@ class SampleStreams:
         if self._rows is None:
             self._rows = _generators(self._seeds)
         device = self._device if device is None else th.device(device)
-        # Pinned memory lets the one copy to a GPU run beside what the GPU is doing.
+        # Pinned memory lets the one copy to a GPU overlap with the computation there.
         buffer = th.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         for row, generator in zip(buffer.unbind(), self._rows):
             fill(row, generator)
@@ -137,51 +138,61 @@ def _drawn_as(dtype: th.dtype) -> th.dtype:
 
 
 class DummyGenerator:
-    """Torch's global random stream behind the interface of the deterministic generator.
+    """Torch's global random stream with the interface of the deterministic generator.
 
-    It takes the arguments of its peer so that one table builds both, and uses none of them.
+    The arguments are those of DeterministicGenerator, so that one table builds both, and they have no effect.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
         pass
 
     def set_done_samples(self, done_samples: int) -> None:
-        """Nothing to select: the global stream simply goes on."""
+        """Does nothing: the global stream continues."""
 
     def for_samples(self, indices: Any) -> NoiseSource:
-        """The global stream again: it knows no samples."""
+        """The global stream itself, which does not depend on the samples."""
         return self
 
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Standard normal numbers of any shape."""
         return th.randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        return th.randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor`."""
+        return th.randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Uniform numbers in [0, 1) of any shape."""
         return th.rand(*shape, dtype=dtype, device=device)
 
     def randint(
         self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
     ) -> Tensor:
+        """Integers in low..high-1 of any shape."""
         return th.randint(low, high, size, dtype=dtype, device=device)
 
 
 class DeterministicGenerator:
-    """Numbers that depend on nothing but the seed and the index of the sample.
+    """Random numbers that depend only on the seed and the index of the sample.
 
     Row k of a batch on rank r is sample `done + r + k * world_size`, where `set_done_samples(done)` is called before
-    each batch; `for_samples` names the samples outright. Rows past the last sample of a run get streams of their own
-    and disturb nobody.
+    each batch; `for_samples` takes the indices directly. Rows past the last sample of a run have streams of their own
+    and do not affect the others.
 
-    :param num_samples: kept for its place in the signature; neither a number drawn nor the memory used depends on it.
+    :param num_samples: has no effect; it keeps its place in the published signature.
+    :param rank, world_size: by default those of torch.distributed, or 0 and 1 where it is not initialised.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
+        own_rank, own_world_size = _place_of_this_process()
         self.num_samples = num_samples
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.rank = own_rank if rank is None else rank
+        self.world_size = own_world_size if world_size is None else world_size
         self.set_done_samples(0)
 
     def set_done_samples(self, done_samples: int) -> None:
@@ -189,25 +200,38 @@ class DeterministicGenerator:
         self.done_samples = done_samples
         self._batch: SampleStreams | None = None                    # its size is known at its first draw
 
-    def for_samples(self, indices: Any) -> NoiseSource:
-        """Fresh streams of the samples with these indices, integers [N]."""
+    def get_seed(self) -> int:
+        """The seed of all streams."""
+        return self.seed
+
+    def set_seed(self, seed: int) -> None:
+        """Another seed; the streams of the present batch begin again."""
+        self.seed = seed
+        self.set_done_samples(self.done_samples)
+
+    def for_samples(self, indices: Any) -> SampleStreams:
+        """New streams of the samples with these indices, integers [N]."""
         return SampleStreams(self.seed, indices, stream="sample")
 
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Standard normal numbers of a shape [N, ...], N being the size of the batch."""
         return self._streams(_flat_shape(shape)).randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        return self._streams(x.shape).randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
+        return self._streams(tensor.shape).randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Uniform numbers in [0, 1) of a shape [N, ...]."""
         return self._streams(_flat_shape(shape)).rand(*shape, dtype=dtype, device=device)
 
     def randint(
         self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
     ) -> Tensor:
+        """Integers in low..high-1 of a shape [N, ...]."""
         return self._streams(size).randint(low, high, size, dtype=dtype, device=device)
 
-    def _streams(self, shape: tuple[int, ...]) -> NoiseSource:
+    def _streams(self, shape: tuple[int, ...]) -> SampleStreams:
         rows = shape[0] if shape else 0
         if self._batch is None:
             first = self.done_samples + self.rank
@@ -220,7 +244,14 @@ class DeterministicGenerator:
         return self._batch
 
 
-# One stream a sample serves both names: it has the independence promised by the one and the small memory of the other.
+def _place_of_this_process() -> tuple[int, int]:
+    """Rank and world size."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+# One stream per sample serves both names: it is as independent as the one promises and as small as the other.
 DeterministicIndividualGenerator = DeterministicGenerator
 
 GENERATORS = {
@@ -231,11 +262,11 @@ GENERATORS = {
 
 
 def get_generator(
-    generator: str, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1
+    generator: str, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
 ) -> DummyGenerator | DeterministicGenerator:
-    """The source of noise that a name of `GENERATORS` stands for.
+    """The generator with this name in `GENERATORS`.
 
-    :raises ValueError: if the name is unknown; the message lists the choices.
+    :raises UserError: if the name is unknown; the message lists the choices.
     """
     return lookup(GENERATORS, generator, "generator")(num_samples, seed, rank, world_size)
 
@@ -244,6 +275,7 @@ def labels_for(indices: Any, seed: int, num_classes: int) -> Tensor:
     """The class of each sample, drawn from its own stream: int64 [N] in 0..num_classes-1.
 
     :param indices: indices of the samples, integers [N].
+    :raises ValueError: if num_classes is below 1.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: class labels need at least one class")
@@ -251,13 +283,13 @@ def labels_for(indices: Any, seed: int, num_classes: int) -> Tensor:
 
 
 def rng_state(device: Any) -> Tensor:
-    """State of torch's random stream on the device a model runs on: the CPU's, or that of one GPU."""
+    """The state of torch's random stream on a device, the CPU or one GPU: uint8."""
     device = th.device(device)
     return th.cuda.get_rng_state(device) if device.type == "cuda" else th.get_rng_state()
 
 
 def set_rng_state(device: Any, state: Tensor) -> None:
-    """Put a state from `rng_state` back."""
+    """Restore a state from `rng_state`."""
     device = th.device(device)
     if device.type == "cuda":
         th.cuda.set_rng_state(state, device)
@@ -266,8 +298,7 @@ def set_rng_state(device: Any, state: Tensor) -> None:
 
 
 class SharedDropout:
-    """Every `with` block on one of these starts from the same random state, so the networks run in them see the same
-    dropout masks:
+    """Every `with` block of one object starts from the same random state, so its networks use the same dropout masks:
 
         masks = SharedDropout(x.device)
         with masks:
@@ -275,14 +306,14 @@ class SharedDropout:
         with masks:
             target = D_target(x_next, sigma_next)
 
-    Afterwards the device's random stream stands where the first block left it, so later draws are new even if the
-    later networks drew nothing.
+    Afterwards the device's random stream is where the first block left it, so later draws are new even if the later
+    networks drew nothing.
     """
 
     def __init__(self, device: Any):
         self._device = th.device(device)
         self._start: Tensor | None = None                           # where the first block began
-        self._resume: Tensor | None = None                          # where to go on after a later block
+        self._resume: Tensor | None = None                          # where to resume after a later block
 
     def __enter__(self) -> None:
         now = rng_state(self._device)

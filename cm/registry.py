@@ -1,4 +1,4 @@
-"""Look a name up in a literal table, and say what the choices are when it is not there."""
+"""Look up a name in a literal table; an unknown name is an error that lists the choices."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""Small functions of tensors that every package uses: broadcasting, means over samples, moving averages."""
+"""Small functions on tensors that every package uses: broadcasting, means over samples, moving averages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     return x[(...,) + (None,) * missing]
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first: [N,...] -> [N]."""
-    return x.mean(dim=tuple(range(1, x.ndim))) if x.ndim > 1 else x
+    return tensor.mean(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
@@ -37,7 +37,10 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
 
 @th.no_grad()
 def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], rates: Sequence[float]) -> None:
-    """`update_ema` of several averages of the same parameters, each with its rate, in one pass."""
+    """`update_ema` for several averages of the same parameters, each with its own rate, in one pass.
+
+    :raises ValueError: for the reasons of `update_ema`, and if there are more or fewer rates than averages.
+    """
     every, weights = [], []
     for target, rate in zip(targets, rates, strict=True):
         if not 0 <= rate <= 1:
@@ -49,4 +52,5 @@ def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
         weights += [1 - rate] * len(target)
     if every:
         values = [source.to(t.dtype) for target in targets for t, source in zip(target, sources)]
-        th._foreach_lerp_(every, values, weights)
+        # torch documents no fused in-place lerp of lists of tensors; the type stubs do not export this one
+        th._foreach_lerp_(every, values, weights)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,15 +1,15 @@
-"""The words the rooms of this house speak to each other in.
+"""Shared types: the data and protocols that the packages of cm exchange.
 
 Shapes: N batch, C channels, H and W height and width. Images are float in [-1, 1], NCHW.
-A noise level `sigma` is always one value per sample, [N], so that an ODE step inside a loss and a step
-of a sampler are the same code.
+A noise level `sigma` is always one value per sample, [N], so an ODE step inside a loss and a step of a
+sampler are the same code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch as th
 from torch import Tensor, nn
@@ -24,23 +24,34 @@ class Scalings(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """D(x, sigma): a noisy image and its noise level to a clean image."""
+    """D(x, sigma): from a noisy image and its noise level to a clean image."""
 
     def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         """[N,C,H,W], [N] -> [N,C,H,W]; `cond` holds the conditioning, such as class labels y [N]."""
+        ...
 
 
 @runtime_checkable
 class NoiseSource(Protocol):
-    """Random numbers whose first axis is the batch. Row i belongs to sample i and to nobody else."""
+    """Random numbers whose first axis is the batch; row i is used for sample i only. The calls are those of torch."""
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor: ...
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Standard normal numbers of a shape [N, ...]."""
+        ...
 
-    def randn_like(self, x: Tensor) -> Tensor: ...
+    def randn_like(self, x: Tensor, /) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
+        ...
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor: ...
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Uniform numbers in [0, 1) of a shape [N, ...]."""
+        ...
 
-    def randint(self, low: int, high: int, size: tuple[int, ...], device: Any = None) -> Tensor: ...
+    def randint(
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+    ) -> Tensor:
+        """Integers in low..high-1 of a shape [N, ...]."""
+        ...
 
 
 @dataclass
@@ -52,9 +63,9 @@ class Batch:
 
     images: Tensor                                                  # [N,C,H,W] in [-1, 1]
     cond: dict[str, Tensor] = field(default_factory=dict)           # {"y": [N] int64} when class-conditional
-    positions: Tensor | None = None                                 # [N] int64: which draw of the whole run
-    indices: Tensor | None = None                                   # [N] int64: which image of the data set
-    references: Batch | None = None                                 # images of the whole run, uint8 or float, if asked
+    positions: Tensor | None = None                                 # [N] int64: the samples' places in the run
+    indices: Tensor | None = None                                   # [N] int64: the images' places in the data set
+    references: Batch | None = None                                 # images of all ranks, uint8 or float, if asked for
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.images, self.cond))
@@ -74,6 +85,7 @@ class Batch:
         )
 
     def to(self, device: Any) -> Batch:
+        """The batch with images, conditioning and references on a device; positions and indices stay where they are."""
         return Batch(
             self.images.to(device, non_blocking=True),
             {key: value.to(device, non_blocking=True) for key, value in self.cond.items()},
@@ -84,12 +96,28 @@ class Batch:
 
 
 @dataclass
-class Networks:
-    """The networks of a run as denoisers; an objective takes those it needs.
+class BoundNetwork:
+    """A network in its role: its denoiser, the bare module, and its parameters in float32.
 
-    The `*_model` fields are the bare modules behind them. The `*_params` are their parameters in float32, for target
-    averaging and teacher swaps: by default the module's own, which a half-precision network has rounded. Whoever gives
-    others tells the modules when they have changed.
+    The parameters are the module's own unless the module computes in half precision. Then they are the values that
+    `after_step` changes, and the loop copies them to the module.
+    """
+
+    denoise: Denoiser
+    model: nn.Module
+    params: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        self.params = self.params or _own_params(self.model)
+
+
+@dataclass
+class Networks:
+    """The networks of a step as denoisers; an objective uses those it needs.
+
+    The `*_model` fields are the bare modules behind them, and the `*_params` their parameters in float32, see
+    `BoundNetwork`. `companions` holds every network other than the online one by its role; target and teacher are two
+    of them: "target_model" and "teacher_model".
     """
 
     online: Denoiser
@@ -101,14 +129,25 @@ class Networks:
     online_params: Sequence[Tensor] = ()
     target_params: Sequence[Tensor] = ()
     teacher_params: Sequence[Tensor] = ()
+    companions: Mapping[str, BoundNetwork] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, online: BoundNetwork, companions: Mapping[str, BoundNetwork]) -> Networks:
+        """From the online network and its companions by role."""
+        nets = cls(online.denoise, online.model, online_params=online.params, companions=dict(companions))
+        if target := companions.get("target_model"):
+            nets.target, nets.target_model, nets.target_params = target.denoise, target.model, target.params
+        if teacher := companions.get("teacher_model"):
+            nets.teacher, nets.teacher_model, nets.teacher_params = teacher.denoise, teacher.model, teacher.params
+        return nets
 
     def __post_init__(self) -> None:
-        self.online_params = self.online_params or own_params(self.online_model)
-        self.target_params = self.target_params or own_params(self.target_model)
-        self.teacher_params = self.teacher_params or own_params(self.teacher_model)
+        self.online_params = self.online_params or _own_params(self.online_model)
+        self.target_params = self.target_params or _own_params(self.target_model)
+        self.teacher_params = self.teacher_params or _own_params(self.teacher_model)
 
 
-def own_params(model: nn.Module | None) -> list[Tensor]:
+def _own_params(model: nn.Module | None) -> list[Tensor]:
     return [] if model is None else list(model.parameters())
 
 
@@ -117,57 +156,60 @@ class LossTerms:
     """What an objective returns."""
 
     loss: Tensor                                                    # [N], differentiable
-    sigma: Tensor                                                   # [N], the noise level truly used
+    sigma: Tensor                                                   # [N], the noise levels that were used
     logs: Mapping[str, Tensor] = field(default_factory=dict)        # named [N] or scalar values
 
 
 class LossHistory(Protocol):
-    """What an objective learns from the losses of all ranks, and a resumed run must know."""
+    """What an objective records of the losses of all ranks; it is part of a checkpoint."""
 
     def update_loss_history(self, sigma: Tensor, loss: Tensor) -> None:
-        """Noise levels and losses of a step's samples, [B] each, in the order of their positions in the run."""
+        """Record noise levels and losses of a step's samples, [B] each, in the order of their positions in the run."""
+        ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Tensor]:
+        """The recorded losses, for a checkpoint."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-class Objective(Protocol):
-    """A training method: what to minimise, and what happens to the other networks after a step."""
-
-    history: LossHistory | None
-
-    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
-        """The loss; changes nothing, for a pass may be thrown away."""
-
-    def after_step(self, nets: Networks, step: int) -> bool:
-        """Update target and teacher; True asks the loop for a fresh optimizer and fresh EMAs.
-
-        Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
-        """
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        ...
 
 
 class Callback(Protocol):
-    """Looks at a run after its steps and changes nothing of it, neither weights nor random streams."""
+    """Observes a run after its steps; it changes neither weights nor random streams."""
 
-    name: str                                                       # of its state in a checkpoint
+    name: str                                                       # under which a checkpoint holds its state
 
     def after_step(self, loop: Any) -> Mapping[str, float]:
-        """Called on all ranks after every step; what it has found goes into a row of the log, none is {}."""
+        """Called on all ranks after every step; the result is logged, {} for nothing."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, as tensors and plain values."""
+        """Its state for a checkpoint, as tensors and plain values."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        ...
 
 
 class Sampler(Protocol):
-    """One step of a solver from sigma to sigma_next; `integrate` owns the loop."""
+    """A solver: its noise levels and its steps; `integrate` owns the loop. `cm.samplers.base` has the base class."""
 
-    order: float                                                    # claimed; the tests measure it
+    order: ClassVar[float]                                          # claimed; the tests measure it
+    accepts_churn: ClassVar[bool]                                   # whether `integrate` may add noise before a step
+    uses_rho: ClassVar[bool]                                        # whether the grid is a Karras grid
+    uses_jvp: ClassVar[bool]                                        # whether the denoiser is differentiated, forward
+
+    def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+        """The falling noise levels of `steps` steps, float64."""
+        ...
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
         """[N,C,H,W] at sigma [N] -> [N,C,H,W] at sigma_next [N], where sigma_next > 0."""
+        ...
 
     def last_step(self, D: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-        """The step from sigma [N] to 0."""
+        """The step from sigma [N] to 0: [N,C,H,W] -> [N,C,H,W]."""
+        ...

@@ -1,12 +1,12 @@
-"""Turn a data set into a StyleGAN zip or folder: PNG images of one size, and their classes in dataset.json.
+"""Convert a data set to a StyleGAN zip or folder: PNG images of one size, with their classes in dataset.json.
 
 python datasets/dataset_tool.py --source cifar-10-python.tar.gz --dest cifar10-32x32.zip
 python datasets/dataset_tool.py --source imagenet/train --dest imagenet-64x64.zip --resolution 64x64 \\
     --transform center-crop
 
 Flags, names and files are those of NVlabs/edm's tool; the same source gives the same bytes. The destination appears
-when it is complete. Exit status: 0, all images are there; 3, the destination is complete but for images that could not
-be read, each named above; 1, nothing was written; 2, wrong flags.
+only when it is complete. Exit status: 0, all images were converted; 3, some images could not be read, each named on
+stderr; 1, nothing was written; 2, wrong flags.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import zipfile
 from collections import Counter
@@ -34,6 +33,7 @@ from cm.data.decode import why_unreadable
 from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
+from cm.io import atomic, storage
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
@@ -112,7 +112,7 @@ class Made(NamedTuple):
 def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     """Read, transform and encode image i."""
     try:
-        image = source.picture(i)
+        image = source.image(i)
     except MemoryError:
         raise
     except Exception as error:                                      # decoders raise many kinds
@@ -163,9 +163,10 @@ class ZipDestination:
     """A zip of stored members without dates, so that the same images are the same bytes."""
 
     def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.archive = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_STORED)
+        storage.make_folder(path.parent)
+        atomic.remove_temporaries(path)
+        self.target = atomic.AtomicFile(path)
+        self.archive = zipfile.ZipFile(self.target.file, "w", zipfile.ZIP_STORED)
 
     def write(self, name: str, data: bytes) -> None:
         """Add a member."""
@@ -176,41 +177,42 @@ class ZipDestination:
     def finish(self) -> None:
         """Let the zip appear."""
         self.archive.close()
-        os.replace(self.partial, self.path)
+        self.target.commit()
 
     def give_up(self) -> None:
         """Remove the unfinished zip."""
         with contextlib.suppress(OSError):                          # its directory may not fit on the disk either
             self.archive.close()
-        self.partial.unlink()
+        self.target.discard()
 
 
 class FolderDestination:
     """A folder, which must be new or empty."""
 
     def __init__(self, path: Path):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial = path, Path(atomic.temporary_path(str(path)))
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"--dest {path} is there already: an existing folder must be empty")
-        if self.partial.exists():                                   # left by a run that was killed
-            shutil.rmtree(self.partial)
+        atomic.remove_temporaries(path)
         self.partial.mkdir(parents=True)
 
     def write(self, name: str, data: bytes) -> None:
         """Add a file."""
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        path.write_bytes(data)                                      # in a folder that is not there yet for others
 
     def finish(self) -> None:
         """Let the folder appear."""
+        atomic.sync_tree(self.partial)
         if self.path.exists():
             self.path.rmdir()
         self.partial.rename(self.path)
+        atomic.sync_directory(self.path.parent)
 
     def give_up(self) -> None:
         """Remove the unfinished folder."""
-        shutil.rmtree(self.partial)
+        atomic.remove_tree(str(self.partial))
 
 
 def open_destination(dest: str) -> Destination:
@@ -222,7 +224,9 @@ def open_destination(dest: str) -> Destination:
     try:
         return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
     except OSError as error:
-        raise UserError(f"--dest {dest} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"--dest {dest}: {atomic.write_failure(path, error)}") from None
+    except UserError as error:
+        raise UserError(f"--dest {dest}: {error}") from None
 
 
 # ---- all images ----
@@ -315,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     except BaseException as error:
         dest.give_up()
         if isinstance(error, OSError):
-            raise UserError(f"--dest {args.dest} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"--dest {args.dest}: {atomic.write_failure(args.dest, error)}") from error
         raise
     classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
     print(f"{args.dest}: {summary(outcomes)}; {classes}")
@@ -340,11 +344,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="cifar-10-python.tar.gz, train-images-idx3-ubyte.gz, an lmdb folder, a folder or a .zip")
     parser.add_argument("--dest", required=True, metavar="PATH", help="a .zip, or a new or empty folder")
     parser.add_argument("--resolution", type=parse_resolution, metavar="WxH",
-                        help="size of the images [default: theirs]")
+                        help="size of the images written [default: unchanged]")
     parser.add_argument("--transform", choices=TRANSFORMS, default="none",
-                        help="how they are cropped; none: only resized [default: none]")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N [default: all]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one a core]")
+                        help="how images are cropped; none: only resized [default: none]")
+    parser.add_argument("--max-images", type=int, metavar="N", help="convert only the first N images [default: all]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one per core]")
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,9 @@
-"""Turn an LSUN database (a folder such as bedroom_train_lmdb) into a folder of square PNG images for --data_dir.
+"""Convert an LSUN database (a folder such as bedroom_train_lmdb) to a folder of square PNG images for --data_dir.
 
 python datasets/lsun_bedroom.py bedroom_train_lmdb data/lsun_bedroom --image-size 256
 
-Image i of the database becomes PREFIX_iiiiiii.png, so the prefix is its class. Started again, it resumes.
+Image i of the database becomes PREFIX_iiiiiii.png, so the prefix is its class. Run the same command again to resume an
+interrupted conversion.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from cm.data.decode import centre_crop, decode
 from cm.data.raw import open_database
 from cm.errors import UserError
+from cm.generate.grids import save_picture
+from cm.io import atomic, storage
 
 
 class Entry(NamedTuple):
@@ -41,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if os.sep in args.prefix:
         raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
     database = open_database(args.lmdb)
-    args.out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(args.out)
+    atomic.remove_old_temporaries(args.out)
     count = export(database, args.out, args.image_size, args.prefix, args.workers)
     print(
         f"{args.out}: {count['written']} images written, {count['there']} were there already, "
@@ -54,11 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line, by default that of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lmdb", type=Path, help="folder of the database, with its data.mdb")
-    parser.add_argument("out", type=Path, help="folder of the images; made if it is not there")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the square images [default: 256]")
-    parser.add_argument("--prefix", default="bedroom", help="start of the files' names, their class [default: bedroom]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="images at a time [default: one a core]")
+    parser.add_argument("lmdb", type=Path, help="folder of the database, containing data.mdb")
+    parser.add_argument("out", type=Path, help="output folder; created if missing")
+    parser.add_argument("--image-size", type=int, default=256, help="width and height in pixels [default: 256]")
+    parser.add_argument("--prefix", default="bedroom", help="class; file names start with it [default: bedroom]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel threads [default: one per core]")
     return parser.parse_args(argv)
 
 
@@ -98,12 +102,7 @@ def convert(entry: Entry, image_size: int) -> tuple[str, str]:
         raise
     except Exception as error:                                      # decoders raise many kinds
         return "unreadable", f"{entry.key} ({entry.path.name}) cannot be read: {error}: skipped"
-    partial = entry.path.with_name(f".{entry.path.name}.part")      # hidden files are no images
-    try:
-        Image.fromarray(pixels).save(partial, format="PNG")
-        partial.replace(entry.path)
-    except OSError as error:
-        raise UserError(f"{entry.path} cannot be written: {error.strerror or error}") from None
+    save_picture(entry.path, Image.fromarray(pixels))
     return "written", ""
 
 

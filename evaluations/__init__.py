@@ -1,1 +1,1 @@
-"""Frechet distance, Inception Score, precision and recall of image samples."""
+"""Quality of image samples: metrics/ holds the numbers, features/ the networks that look, engine/ files to numbers."""

@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-METRIC_NAMES = ("inception_score", "fid", "sfid", "precision_recall", "kid")
-"""What "--metrics all" means."""
 SPLIT_SIZE = 5000                                           # images per chunk of the Inception Score, as published
 NEIGHBOURS = 3                                              # k of precision and recall, as published
 PR_DTYPES = ("float32", "float64", "float16")               # of the distances of precision and recall
 NUM_IMAGES = 50_000                                         # behind a published FID
 BATCH_SIZE = 64                                             # images per pass
 
-EXTRACTOR_KINDS = ("tf", "torch", "torchscript")
 WITH_PUBLISHED_WEIGHTS = ("tf", "torch")
 EXTRACTOR_VARIABLE = "CM_INCEPTION"                         # of the environment: names the extractor
-EXTRACTOR_CHOICES = (f"PATH, KIND:PATH of the kinds {', '.join(EXTRACTOR_KINDS)}, or "
-                     f"{' or '.join(WITH_PUBLISHED_WEIGHTS)} alone for Inception's published weights")
+EXTRACTOR_CHOICES = f"PATH, KIND:PATH, or {' or '.join(WITH_PUBLISHED_WEIGHTS)} alone for Inception's published weights"
 
 NO_CACHE = "off"
 

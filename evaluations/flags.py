@@ -1,15 +1,16 @@
-"""The flags of the evaluating commands, which are read before anything that takes seconds to import."""
+"""The flags of the evaluation commands, parsed before the imports that take seconds."""
 
 from __future__ import annotations
 
 import argparse
 
 from cm.config.flags import Parser, positive
+from cm.errors import UserError
+from cm.registry import lookup
 from evaluations.defaults import (
     BATCH_SIZE,
     EXTRACTOR_CHOICES,
     EXTRACTOR_VARIABLE,
-    METRIC_NAMES,
     NEIGHBOURS,
     NO_CACHE,
     NUM_IMAGES,
@@ -17,24 +18,20 @@ from evaluations.defaults import (
     SPLIT_SIZE,
     cache_folder,
 )
+from evaluations.metrics import METRICS, default_names
 
 
 def evaluator_parser(description: str) -> Parser:
     """The flags of evaluator.py."""
     parser = Parser(description=description, allow_abbrev=False)
-    add_comparison(parser, (*METRIC_NAMES, "class_accuracy"), "tf where TensorFlow is installed and torch elsewhere")
-    parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
-                        help="distances of precision and recall; float16 as guided-diffusion's "
-                             f"[default: {PR_DTYPES[0]}]")
-    parser.add_argument("--class_accuracy", action="store_true",
-                        help="also the share of samples that the extractor takes for their label (arr_1)")
+    add_comparison(parser, "tf where TensorFlow is installed and torch elsewhere")
     return parser
 
 
 def th_evaluator_parser(description: str) -> Parser:
     """The flags of th_evaluator.py."""
     parser = Parser(description=description, allow_abbrev=False)
-    add_comparison(parser, METRIC_NAMES, "torch")
+    add_comparison(parser, "torch")
     return parser
 
 
@@ -42,23 +39,27 @@ def fid_parser(description: str) -> Parser:
     """The flags of fid.py, of its two commands calc and ref."""
     parser = Parser(description=description, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="calc|ref")
-    calc = commands.add_parser("calc", help="the distance of images from a reference", allow_abbrev=False)
+    calc = commands.add_parser("calc", help="compute the distance of images from a reference", allow_abbrev=False)
     calc.add_argument("--images", required=True, metavar="PATH", help="folder, zip or npz of images")
     calc.add_argument("--ref", required=True, metavar="PATH",
                       help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
     calc.add_argument("--num", type=positive, default=NUM_IMAGES,
-                      help=f"images to use: fewer is an error, of more a random choice [default: {NUM_IMAGES}]")
-    calc.add_argument("--json", metavar="FILE", help="write the number here, with where it comes from")
+                      help="number of images to use: fewer is an error; of more, a random choice is used "
+                           f"[default: {NUM_IMAGES}]")
+    calc.add_argument("--json", metavar="FILE", help="write the result here as JSON, with extractor and sources")
     add_cache(calc)
-    ref = commands.add_parser("ref", help="a reference file for a set of images", allow_abbrev=False)
-    ref.add_argument("--data", required=True, metavar="PATH", help="folder, zip or npz of images; all are used")
+    ref = commands.add_parser("ref", help="write a reference file for a set of images", allow_abbrev=False)
+    ref.add_argument("--data", required=True, metavar="PATH",
+                     help="folder, zip or npz of images of one size; all are used")
     ref.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
     ref.add_argument("--images", type=seed, default=0, metavar="N",
                      help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+    ref.add_argument("--image_size", type=positive, metavar="PIXELS",
+                     help="crop and resize to this side, exactly as training does [default: the images as they are]")
     for command in (calc, ref):
-        command.add_argument("--seed", type=seed, default=0, help="of the random choice [default: 0]")
+        command.add_argument("--seed", type=seed, default=0, help="seed of the random choice of images [default: 0]")
         command.add_argument("--batch", type=positive, default=BATCH_SIZE,
-                             help=f"images per pass [default: {BATCH_SIZE}]")
+                             help=f"images per forward pass [default: {BATCH_SIZE}]")
         add_extractor(command, "torch")
     return parser
 
@@ -66,36 +67,62 @@ def fid_parser(description: str) -> Parser:
 # --- parts of them -------------------------------------------------------------------------------------------------
 
 
-def add_comparison(parser: Parser, metrics: tuple[str, ...], extractor_default: str) -> None:
+def add_comparison(parser: Parser, extractor_default: str) -> None:
     """The flags of commands that compare two npz files."""
-    parser.add_argument("ref_batch", help="npz of reference images, statistics or both")
+    parser.add_argument("ref_batch", help="npz of reference images, statistics, or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
     add_extractor(parser, extractor_default)
-    parser.add_argument("--json", metavar="FILE", help="write the results here, with where each comes from")
+    parser.add_argument("--json", metavar="FILE", help="write the results here as JSON, with extractor and sources")
     parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE,
-                        help=f"images per pass [default: {BATCH_SIZE}]")
+                        help=f"images per forward pass [default: {BATCH_SIZE}]")
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
-                        help=f"images per chunk of the Inception Score [default: {SPLIT_SIZE}]")
+                        help=f"images per split for the Inception Score [default: {SPLIT_SIZE}]")
     parser.add_argument("--k", type=positive, default=NEIGHBOURS,
                         help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
-    parser.add_argument("--metrics", default="all",
-                        help=f"comma-separated choice of {', '.join(metrics)}; all: {', '.join(METRIC_NAMES)} "
+    parser.add_argument("--metrics", type=metric_names, default="all",
+                        help=f"comma-separated choice of {', '.join(METRICS)}; all: {', '.join(default_names())} "
                              "[default: all]")
+    parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
+                        help="distances of precision and recall; float16 as guided-diffusion's "
+                             f"[default: {PR_DTYPES[0]}]")
+    parser.add_argument("--class_accuracy", action="store_true",
+                        help="also the share of samples that the extractor takes for their label (arr_1)")
     add_cache(parser)
 
 
+def metric_names(text: str) -> tuple[str, ...]:
+    """The metrics of "fid,kid" or "all", each once.
+
+    :raises argparse.ArgumentTypeError: for a name that is not in `METRICS`.
+    """
+    names = default_names() if text == "all" else tuple(name.strip() for name in text.split(","))
+    try:
+        for name in names:
+            lookup(METRICS, name, "metric")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(dict.fromkeys(names))
+
+
+def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --metrics and --class_accuracy."""
+    return tuple(dict.fromkeys([*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]))
+
+
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flag --inception."""
     parser.add_argument("--inception", metavar="PATH",
-                        help=f"extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
+                        help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
+    """The flag --cache."""
     parser.add_argument("--cache", metavar="DIR",
-                        help=f"folder that keeps means and covariances; {NO_CACHE}: none [default: {cache_folder()}]")
+                        help=f"cache for means and covariances; {NO_CACHE}: no cache [default: {cache_folder()}]")
 
 
 def seed(text: str) -> int:
-    """A whole number that numpy takes for a seed."""
+    """An integer that numpy takes for a seed."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")

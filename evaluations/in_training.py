@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm.distributed import setup as dist
-from evaluations.engine.accumulator import POOLED
 from evaluations.engine.statistics_cache import open_cache
 from evaluations.features import load_extractor
-from evaluations.th_evaluator import FRECHET_KEYS, ThEvaluator
+from evaluations.metrics.frechet import FRECHET_KEY
+from evaluations.th_evaluator import ThEvaluator
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainingMetric:
 
         :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3].
         """
-        return self.evaluator.evaluate(batches)[FRECHET_KEYS[POOLED]].value
+        return self.evaluator.evaluate(batches)[FRECHET_KEY].value
 
 
 def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_samples: int) -> TrainingMetric:
@@ -42,10 +42,13 @@ def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_
 
     :param ref: npz of reference images or of statistics.
     :param inception: an extractor, see `load_extractor`; empty for the environment's.
+    :param image_size: side of the samples in pixels.
+    :param batch_size: images of the reference per pass and rank.
+    :param num_samples: how many samples a distance will be of; a warning says if they are few.
     :raises UserError: if one of the two cannot be used, or they do not fit together.
     """
     extractor = load_extractor(inception or None, dist.dev())
     evaluator = ThEvaluator(ref, extractor, image_size, batch_size=batch_size, cache=open_cache(None))
     evaluator.warn_of_few(num_samples)
-    key = "fid" if extractor.is_inception else FRECHET_KEYS[POOLED]
+    key = "fid" if extractor.is_inception else FRECHET_KEY
     return TrainingMetric(evaluator, key, evaluator.label, extractor.id)

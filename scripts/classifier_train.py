@@ -1,15 +1,15 @@
-"""Train a small classifier on labelled images, as the feature extractor of evaluations/evaluator.py or as a guide.
+"""Train a small classifier on labelled images, as a feature extractor for evaluation or for classifier guidance.
 
 python scripts/classifier_train.py --data_dir digits --image_size 8 --out classifier.ts
 python scripts/classifier_train.py --data_dir digits --image_size 8 --noised True --out guide.pt
 
-The first writes a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second the classifier of
-noisy images that image_sample.py takes as --classifier_path; both write a JSON file of facts next to it.
+The first command writes a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second a classifier
+of noisy images for the flag --classifier_path of image_sample.py. Both also write a JSON file with facts such as the
+accuracy.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
 from cm.data.sources import ImageSource, open_source
 from cm.errors import UserError
+from cm.io.storage import write_json
 
 SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
@@ -35,16 +36,16 @@ class ClassifierConfig:
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
     out: str = option("", "the file to write; empty: classifier.ts, or noisy_classifier.pt")
-    noised: bool = option(False, "a classifier of noisy images conditioned on their noise level, for guidance")
-    classifier_width: int = option(32, "noised: channels of the first level, a multiple of 32", minimum=32)
-    classifier_depth: int = option(1, "noised: residual blocks per level", minimum=1)
+    noised: bool = option(False, "train a classifier of noisy images, conditioned on the noise level, for guidance")
+    classifier_width: int = option(32, "noised: channels at the first resolution level, a multiple of 32", minimum=32)
+    classifier_depth: int = option(1, "noised: residual blocks per resolution level", minimum=1)
     classifier_attention_resolutions: str = option(
-        "32,16,8", "noised: image sides at which the network attends, where they are reached"
+        "32,16,8", "noised: resolutions with attention layers, in pixels; those that do not occur are ignored"
     )
-    epochs: int = option(15, "passes over the training images", minimum=1)
+    epochs: int = option(15, "epochs: passes over the training images", minimum=1)
     batch_size: int = option(64, "images per step", minimum=2)
-    holdout: float = option(0.25, "share of every class that is not trained on but measures the accuracy")
-    seed: int = option(0, "seed of the split and the training", minimum=0)
+    holdout: float = option(0.25, "fraction of every class that is held out to measure the accuracy")
+    seed: int = option(0, "random seed of the split and of the training", minimum=0)
 
 
 def read_flags() -> Settings:
@@ -79,7 +80,7 @@ def main(settings: Settings) -> None:
         "classes": num_classes,
         "seconds": round(time.monotonic() - start, 2),
     }
-    Path(out).with_suffix(".json").write_text(json.dumps(facts, indent=2))
+    write_json(Path(out).with_suffix(".json"), facts)
     print(f"held-out accuracy: {facts['held_out_accuracy']:.2%} of {len(held_out)} images ({len(kept)} trained on)")
     print("\n".join(lines))
 

@@ -1,4 +1,4 @@
-"""Convert weights: of NVlabs/edm, guided-diffusion and diffusers to this toolkit, and consistency models to diffusers.
+"""Convert weights of NVlabs/edm, guided-diffusion and diffusers to this toolkit, or consistency models to diffusers.
 
 python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
 python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --format diffusers
@@ -37,9 +37,10 @@ def main(settings: Settings) -> None:
     from cm.checkpoints import loading
     from cm.checkpoints.formats import diffusers
     from cm.distributed import setup as dist
+    from cm.setup.dry_run import dry_run
     from cm.setup.inherit import inherit_checkpoint
     from cm.setup.model import model_from
-    from cm.setup.run import dry_run
+    from cm.setup.objective import kind_of_result
 
     dist.setup_dist()
     config = settings.section(ConvertConfig)
@@ -53,6 +54,9 @@ def main(settings: Settings) -> None:
     model = model_from(settings)
     loading.fit(model, source.take(), config.source)
     if config.format == "diffusers":
+        mode = settings.values["training_mode"]
+        if not kind_of_result(mode).distillation:
+            raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
         levels = config.num_train_timesteps or training_levels(trained, settings)
         dist.on_main(diffusers.write, config.dest, model.state_dict(), settings.values, levels)
     else:

@@ -1,7 +1,7 @@
-"""The complete workflow on handwritten digits: train, distil, sample, evaluate; a table and a picture at the end.
+"""Run the complete workflow on handwritten digits: train, distil, sample, evaluate; print a table and draw a picture.
 
-Every stage is one of the toolkit's own commands, printed before it runs. A stage that is complete is reused, and a
-stage that was interrupted resumes; `make demo-clean` removes everything.
+Every stage is one of the toolkit's own commands, printed before it runs. Running the demo again reuses completed stages
+and resumes an interrupted one; `make demo-clean` deletes all results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from cm.config import early_exit
 from cm.config.flags import Parser
 from cm.data.sources import open_source
-from cm.generate.grids import labelled_rows
+from cm.generate.grids import labelled_rows, save_picture
+from cm.io.atomic import AtomicFile
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "digits"
@@ -32,10 +33,10 @@ def read_flags() -> argparse.Namespace:
     """The flags of the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"),
-                        help="folder of everything the demo makes [default: runs/demo]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of every training and sampling stage [default: 2]")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images per method [default: 1000]")
-    parser.add_argument("--train_options", default="", help="flags added to every training stage, as one argument")
+                        help="folder for all files of the demo [default: runs/demo]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks for training and sampling [default: 2]")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
+    parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
     return parser.parse_args()
 
 
@@ -95,7 +96,8 @@ class Demo:
         if not path.exists():
             source = open_source("digits", 8)
             assert source.labels is not None, "digits have classes"
-            np.savez(path, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
+            with AtomicFile(path) as file:
+                np.savez(file, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
 
     def classifier(self) -> None:
         """The feature extractor: a small classifier that never sees a generated image."""
@@ -154,7 +156,7 @@ class Demo:
             with np.load(self.samples(key)) as samples:
                 rows.append((method.name, samples["arr_0"][:columns]))
         path = self.out / "demo.png"
-        labelled_rows(rows, scale=6).save(path)
+        save_picture(path, labelled_rows(rows, scale=6))
         return path
 
     def report(self, *runs: str) -> Path:

@@ -1,4 +1,4 @@
-"""Edit images with a consistency model: fill in, colour, sharpen, redraw, denoise; or interpolate between two.
+"""Edit images with a trained model: inpaint, colorize, superres, stroke, denoise; or interpolate between two samples.
 
 python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,32 \\
     --model_path runs/cd/ema_0.9999_600000.pt --ts 0,22,39 --steps 40 --log_dir runs/inpainted
@@ -6,7 +6,6 @@ python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ import numpy as np
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
-from cm.generate.grids import grid_scale, labelled_rows
+from cm.generate.grids import grid_scale, labelled_rows, save_picture
+from cm.io.storage import write_json
 from cm.logging import logger
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def main(settings: Settings) -> None:
     from cm.distributed import setup as dist
     from cm.generate.edit_tasks import edit_images, make_job
     from cm.generate.engine import at_precision, collect_to_npz
-    from cm.setup.run import dry_run, open_log, run_precision
+    from cm.setup.dry_run import dry_run
+    from cm.setup.run import open_log, run_precision
     from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
     dist.setup_dist()
@@ -70,9 +71,8 @@ def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
         "network_evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
     }
-    with open(f"{stem}.json", "w") as file:
-        json.dump(summary, file, indent=2)
-    labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)).save(f"{stem}.png")
+    write_json(f"{stem}.json", summary)
+    save_picture(f"{stem}.png", labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)))
     logger.log(f"{job.plan.num_samples} results, {result.evaluations} network evaluations each")
     for kind, path in result.paths.items():
         logger.log(f"{kind}: {path}")

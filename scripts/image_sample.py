@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint: an npz for the evaluator, and a grid to look at; or a PNG for each seed.
+"""Generate images from a checkpoint: one npz for the evaluator and an image grid, or one PNG per seed.
 
 mpiexec -n 8 python scripts/image_sample.py --model_path runs/cd/ema_0.9999_600000.pt --sampler onestep \\
     --num_samples 50000 --log_dir runs/cd_samples
@@ -8,7 +8,6 @@ mpiexec -n 8 python scripts/image_sample.py --model_path runs/edm/ema_0.9999_600
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,8 +27,9 @@ from cm.config.schema import (
     SolverConfig,
 )
 from cm.errors import UserError
-from cm.generate.grids import grid_scale, image_grid
+from cm.generate.grids import grid_scale, image_grid, save_picture
 from cm.generate.png import PngFolder
+from cm.io.storage import write_json
 from cm.logging import logger
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def main(settings: Settings) -> None:
     """Sample all images on all ranks."""
     from cm.distributed import setup as dist
     from cm.generate.engine import sample_to_npz, sample_to_pngs
-    from cm.setup.run import dry_run, open_log, run_precision
+    from cm.setup.dry_run import dry_run
+    from cm.setup.run import open_log, run_precision
     from cm.setup.sample import (
         choose_seeds,
         guided_diffusion,
@@ -73,7 +74,7 @@ def main(settings: Settings) -> None:
     if folder:
         result = sample_to_pngs(
             load_model(settings), guided_diffusion(settings, classifier), plan, folder,
-            run_precision(settings), **options,
+            run_precision(settings), options,
         )
         return dist.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
@@ -82,7 +83,7 @@ def main(settings: Settings) -> None:
         plan,
         logger.get_dir(),
         run_precision(settings),
-        **options,
+        options,
     )
     dist.on_main(report, config, plan, result)
 
@@ -108,7 +109,7 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
 
     shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
     grid_path = os.path.join(logger.get_dir(), "grid.png")
-    image_grid(shown, columns=8, scale=grid_scale(plan.image_size)).save(grid_path)
+    save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.image_size)))
     logger.log(f"{folder.outdir}: {result.drawn} images drawn, {result.there} were there already, "
                f"{result.evaluations} network evaluations each, {result.drawn / result.seconds:.3f} images/s")
     logger.log(f"grid: {grid_path}")
@@ -129,10 +130,9 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> 
         "seconds": round(result.seconds, 3),
         "images_per_second": round(plan.num_samples / result.seconds, 3),
     }
-    with open(path.removesuffix(".npz") + ".json", "w") as file:
-        json.dump(summary, file, indent=2)
+    write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"
-    image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)).save(grid_path)
+    save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)))
     logger.log(f"{plan.num_samples} images, {result.evaluations} network evaluations each, "
                f"{summary['images_per_second']} images/s")
     logger.log(f"samples: {path}\ngrid: {grid_path}")

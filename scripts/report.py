@@ -1,8 +1,8 @@
-"""Report training runs on one self-contained web page: curves, samples, flags and measurements, runs side by side.
+"""Write one self-contained web page that compares training runs: curves, samples, flags and evaluations.
 
 python scripts/report.py runs/edm runs/cd --out report.html
 
-Opens from disk in any browser, without a server and without a network.
+The page opens from disk in any browser, without a server or a network connection.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 
 from cm.config import early_exit
 from cm.config.flags import Parser, positive
-from cm.errors import UserError
-from cm.logging.writers import replace_file
-from cm.report.html import writable
+from cm.io import storage
+from cm.report.names import writable
 from cm.report.page import page
 from cm.report.run_records import read_run
 
@@ -28,9 +27,9 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of a command line, by default that of this process."""
     parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --log_dir of a training run")
-    parser.add_argument("--out", default="", metavar="FILE", help="the page [default: report.html in the first folder]")
+    parser.add_argument("--out", default="", metavar="FILE", help="output file [default: report.html in the first run]")
     parser.add_argument("--max_grids", type=positive, default=MAX_GRIDS,
-                        help=f"pictures of samples of each run, spread over its steps [default: {MAX_GRIDS}]")
+                        help=f"image grids of samples per run, spread over its steps [default: {MAX_GRIDS}]")
     return parser.parse_args(argv)
 
 
@@ -41,11 +40,8 @@ def main(args: argparse.Namespace) -> None:
         for problem in run.problems:
             print(writable(f"{run.path}: {problem}"))
     out = Path(args.out or os.path.join(args.runs[0], "report.html"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(out, page(runs, args.max_grids, datetime.now()))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    storage.make_folder(out.parent)
+    storage.write_bytes(out, page(runs, args.max_grids, datetime.now()).encode())
     print(writable(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)"))
 
 

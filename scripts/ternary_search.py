@@ -1,10 +1,10 @@
-"""Find the noise levels of a multistep consistency sampler: points are added one at a time where the FID is lowest.
+"""Search for the schedule of a multistep consistency sampler, adding one noise level at a time where the FID is lowest.
 
 mpiexec -n 8 python scripts/ternary_search.py --model_path runs/cd/ema_0.9999_600000.pt --steps 40 --num_ts 1 \\
     --ref_batch VIRTUAL_imagenet64_labeled.npz --inception inception-2015-12-05.pt --log_dir runs/cd_search
 
-Writes ternary_search.json and a plot, ternary_search.png, to --log_dir, and prints the image_sample.py command of the
-schedule it found. Killed and started again, it resumes; so does a search for more points in the same --log_dir.
+Writes ternary_search.json and a plot, ternary_search.png, to --log_dir, and prints the image_sample.py command for the
+schedule it found. Run the same command again to resume an interrupted search, or with a larger --num_ts to extend it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
-from cm.config.flags import Settings, parse
+from cm.config.flags import Origin, Provenance, Settings, parse
 from cm.config.schema import (
-    CONSISTENCY_MODES,
     DiffusionConfig,
     ModelConfig,
     RunConfig,
@@ -38,9 +37,8 @@ from cm.generate.schedule_search import (
     search_schedule,
 )
 from cm.io import storage
-from cm.io.storage import write_json
+from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
-from cm.report.line_plot import line_plot
 
 if TYPE_CHECKING:
     from cm.generate.score_store import ScoreStore
@@ -60,7 +58,9 @@ def main(settings: Settings) -> None:
     from cm.generate.engine import at_precision
     from cm.generate.prefix_cache import PrefixCache
     from cm.generate.schedule_scorer import Scorer
-    from cm.setup.run import dry_run, open_log, run_precision
+    from cm.samplers.sample import SampleOptions
+    from cm.setup.dry_run import dry_run
+    from cm.setup.run import open_log, run_precision
     from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
     dist.setup_dist()
     asked = tuple(settings.given)
     check_flags(settings)
-    settings.given.setdefault("training_mode", "a multistep schedule")
+    settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
@@ -85,7 +85,9 @@ def main(settings: Settings) -> None:
     evaluator.warn_of_few(plan.num_samples)
     prefixes = PrefixCache(sampling_diffusion(settings), config.cache_gib * 2**30)
     options = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max")}
-    scorer = Scorer(load_model(settings), prefixes, plan, {"sampler": "multistep", **options}, evaluator)
+    scorer = Scorer(
+        load_model(settings), prefixes, plan, SampleOptions(sampler="multistep", **options), evaluator
+    )
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
             lambda ts: store.score(as_text(ts), partial(scorer, ts)), space, config.num_ts, prefixes.share
@@ -106,15 +108,17 @@ def check_flags(settings: Settings) -> None:
 
     :raises UserError: for flags that are missing, or make no sense for a search.
     """
+    from cm.objectives import OBJECTIVES
+    from cm.setup.objective import kind_of_result
     from evaluations.engine.readers import BatchFile
 
     values = settings.values
     if not values["model_path"]:
         raise UserError("--model_path is missing: give a consistency model, such as runs/cd/ema_0.9999_600000.pt")
-    if values["training_mode"] not in CONSISTENCY_MODES:
+    if not kind_of_result(values["training_mode"]).distillation:
         raise UserError(
             f"--training_mode {values['training_mode']}: multistep schedules are for consistency models "
-            f"({', '.join(CONSISTENCY_MODES)})"
+            f"({', '.join(name for name, kind in OBJECTIVES.items() if kind.distillation)})"
         )
     if not values["ref_batch"]:
         raise UserError("--ref_batch is missing: give an npz of reference images or statistics")
@@ -182,10 +186,12 @@ def summary(found: Sequence[Round], store: ScoreStore, naive: int) -> dict[str, 
 
 def report(result: dict[str, Any], found: Sequence[Round]) -> None:
     """Write the result and its plot to the log's folder, and log what was found; call it on rank 0."""
+    from cm.report.plots import line_plot
+
     directory = logger.get_dir()
     write_json(os.path.join(directory, RESULT), result)
     curves = {f"point {i} added to {as_text(each.before)}": list(each.tried.items()) for i, each in enumerate(found, 1)}
-    line_plot(curves, "index of the new point", result["metric"]).save(os.path.join(directory, PLOT))
+    write_bytes(os.path.join(directory, PLOT), line_plot(curves, "index of the new point", result["metric"]))
     logger.log(table(found, result["metric"]))
     naive = result["naive_network_evaluations"]
     logger.log(f"images through the network: {result['network_evaluations']}; a search at thirds that shares and "

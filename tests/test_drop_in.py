@@ -22,7 +22,7 @@ from cm.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-from cm.setup import model as script_util
+from cm.setup import train as set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
@@ -101,15 +101,18 @@ def test_cm_train_measures_with_the_loss_norm_it_is_given(monkeypatch, tmp_path,
     loops = []
 
     class Loop:
-        def __init__(self, **options):
-            loops.append(options)
+        def __init__(self, config, parts):
+            loops.append(parts)
+
+        def resume(self):
+            pass
 
         def run_loop(self):
             pass
 
-    monkeypatch.setattr(script, "CMTrainLoop", Loop)
+    monkeypatch.setattr(set_up, "TrainLoop", Loop)
     script.main()
-    assert loops[0]["diffusion"].distance is distances.DISTANCES[loss_norm]
+    assert loops[0].objective.distance is distances.DISTANCES[loss_norm]
 
 
 def network(**changes):
@@ -164,9 +167,9 @@ def test_resolutions_below_the_last_level_are_harmless():
 ])
 def test_edm_train_ends_before_it_has_begun(monkeypatch, tmp_path, close_log, argv, message):
     script = run_script(monkeypatch, "edm_train", *SMALL, "--data_dir", "digits", "--log_dir", tmp_path, *argv)
-    monkeypatch.setattr(script, "TrainLoop", None)
+    monkeypatch.setattr(set_up, "TrainLoop", None)
     if "--data_dir" in argv:                                # no model is built for data that is not there
-        monkeypatch.setattr(script_util, "model_from", None)
+        monkeypatch.setattr(set_up, "model_from", None)
     with pytest.raises(UserError, match=message):
         script.main()
 

@@ -1,6 +1,7 @@
 """The order of the packages: imports run down, and only certain places know certain libraries."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -16,14 +17,13 @@ FLOORS = [
     ["networks", "data", "config", "logging"],
     ["samplers", "checkpoints"],
     ["objectives", "evaluations"],
-    ["karras_diffusion"],
     ["generate"],
     ["training"],
     ["setup"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "logger", "losses", "nn", "resample", "script_util",
-              "train_util", "unet"}
+COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "image_sources", "karras_diffusion", "logger", "losses", "nn",
+              "resample", "script_util", "train_util", "unet"}
 """Modules of openai/consistency_models: nothing of the toolkit imports them, and they may import all of it."""
 
 SOURCES = sorted([*(ROOT / "cm").rglob("*.py"), *(ROOT / "evaluations").rglob("*.py")])
@@ -84,7 +84,7 @@ def test_no_modules_import_each_other():
 def test_cm_itself_holds_compatible_modules_and_the_lowest_floors():
     modules = {path.stem for path in (ROOT / "cm").glob("*.py")} - {"__init__"}
     assert len(modules) <= 18
-    assert modules <= COMPATIBLE | {"errors", "types", "tensors", "registry", "random_util", "karras_diffusion"}
+    assert modules <= COMPATIBLE | {"errors", "types", "tensors", "registry", "random_util"}
 
 
 def test_every_package_says_its_job():
@@ -108,9 +108,29 @@ def test_evaluations_never_import_the_training_engine():
 
 def test_every_foreign_package_is_declared():
     distributions = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
-    declared = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+    declared = (ROOT / "pyproject.toml").read_text()
     commands = [path for folder in ("scripts", "datasets") for path in (ROOT / folder).rglob("*.py")]
     for path in [*SOURCES, *commands]:
         foreign = {name.partition(".")[0] for name in imported(path)}
         for package in foreign - {"cm", "evaluations", *sys.stdlib_module_names}:
             assert f'"{distributions.get(package, package)}>=' in declared, f"{path} imports {package}"
+
+
+def test_only_storage_imports_blobfile():
+    """Retries, time-outs and messages of object stores are set in one place."""
+    commands = [path for folder in ("scripts", "datasets") for path in (ROOT / folder).rglob("*.py")]
+    for path in [*SOURCES, *commands]:
+        if path != ROOT / "cm/io/storage.py":
+            assert "blobfile" not in {name.partition(".")[0] for name in imported(path)}, path
+
+
+def test_every_direct_requirement_has_a_pin():
+    """`make install` installs versions that are known to work together."""
+    tomllib = pytest.importorskip("tomllib")                # part of Python from 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("mpi", "demo", "lsun", "tf", "test")]
+    direct = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    for requirement in direct:
+        name = re.split(r"[\[>=]", requirement)[0]
+        assert name == project["name"] or name.lower() in pins, f"{requirement} has no pin in constraints.txt"

@@ -19,8 +19,8 @@ from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.objectives import DENOISING
-from cm.setup.objective import PUBLISHED_LAW
-from cm.training.consistency import TrainLoop
+from cm.setup.objective import PUBLISHED_NOISE
+from cm.train_util import TrainLoop
 from cm.types import Batch
 
 # name -> (objective, its options, preconditioning, forward passes of a step where a backward pass counts as two)
@@ -60,7 +60,7 @@ def loop_of(
 ) -> TrainLoop:
     """With the law of levels and the weights that the command would choose."""
     logger.configure(tempfile.mkdtemp(), format_strs=[])
-    published = PUBLISHED_LAW.get(precond, {"schedule_sampler": "lognormal", "weight_schedule": "karras"})
+    published = PUBLISHED_NOISE.get(precond, {"schedule_sampler": "lognormal", "weight_schedule": "karras"})
     diffusion = KarrasDenoiser(precond=precond, loss_norm="l2", weight_schedule=published["weight_schedule"])
     law = create_named_schedule_sampler(published["schedule_sampler"], diffusion)
     made = DENOISING[objective].of(diffusion, law, options)

@@ -20,6 +20,7 @@ import torch as th
 
 from bench.ceiling import Ceiling
 from bench.lines import Line, table
+from cm.io.storage import write_bytes
 
 PAGE = "RESULTS.md"
 
@@ -32,8 +33,8 @@ def keep(folder: Path, suite: str, lines: Sequence[Line], device: th.device, cei
         "command": command(), "machine": machine(device), "ceiling": asdict(ceiling),
         "lines": [asdict(line) for line in lines],
     }
-    path.write_text(json.dumps(suites, indent=1) + "\n")
-    (folder / PAGE).write_text(page(folder))
+    write_bytes(path, (json.dumps(suites, indent=1) + "\n").encode())
+    write_bytes(folder / PAGE, page(folder).encode())
 
 
 def page(folder: Path) -> str:

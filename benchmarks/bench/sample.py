@@ -17,7 +17,7 @@ from bench.timing import take_turns
 from cm.generate.engine import at_precision
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import get_generator
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 
 HEUN_STEPS = 5
 
@@ -59,4 +59,4 @@ def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats
 def toolkit_way(model, diffusion: KarrasDenoiser, sampler: str, steps: int, shape, dtype: str) -> None:
     generator = get_generator("determ", shape[0], 0).for_samples(range(shape[0]))
     with th.inference_mode(), at_precision(model, dtype):
-        sample(diffusion, model, shape, steps, sampler=sampler, generator=generator)
+        sample(diffusion, model, shape, SampleOptions(steps, sampler), generator=generator)

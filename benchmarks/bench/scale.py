@@ -21,7 +21,8 @@ from bench.lines import Line
 from bench.network import NetworkSpec, forward_flops
 from bench.timing import take_turns
 from bench.train import toolkit_job
-from cm.report.line_plot import line_plot
+from cm.io.storage import write_bytes
+from cm.report.plots import line_plot
 
 SMALL = NetworkSpec(16, 32, "1,2", 1, 32, "8", 16)           # so that the largest point of an axis stays short
 WIDE = 0.10                                                 # a deviation from the law that the line names
@@ -128,4 +129,4 @@ def draw(
 ) -> None:
     curves = {"measured": list(measured.items()), f"law: {text}": list(law.items())}
     name = f"{axis}_{what.split()[0]}".replace(" ", "_").replace("'", "").lower()
-    line_plot(curves, axis, what, log=True).save(out / f"{name}.png")           # the values grow by factors
+    write_bytes(out / f"{name}.png", line_plot(curves, axis, what, log=True))   # the values grow by factors

@@ -19,7 +19,7 @@ from bench.timing import take_turns
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.objectives.curricula import ema_and_scales
-from cm.training.consistency import CMTrainLoop, TrainLoop
+from cm.train_util import CMTrainLoop, TrainLoop
 from cm.types import Batch
 
 EMA_RATES = (0.999, 0.9999, 0.9999432189950708)             # as many as the published recipes keep

@@ -12,6 +12,7 @@ from cm.checkpoints import manifest
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.atomic import PARTIAL
 from cm.logging import logger
 from cm.registry import lookup
 
@@ -135,7 +136,7 @@ def _prune(directory: str, keep: int, milestone_interval: int, spared: Collectio
         kept = {file: facts for file, facts in checkpoint.files.items() if is_milestone and file.startswith("ema_")}
         if kept == checkpoint.files:
             continue
-        going = checkpoint.manifest + storage.PARTIAL       # which `manifest.remove_partial` recognizes
+        going = checkpoint.manifest + PARTIAL       # which `manifest.remove_partial` recognizes
         if kept:
             replace(checkpoint, files=kept).write_manifest()
         else:

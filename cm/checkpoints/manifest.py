@@ -10,7 +10,6 @@ does not exist.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,12 +19,13 @@ from typing import Any
 from cm.checkpoints import serialization
 from cm.errors import UserError
 from cm.io import storage, untrusted
+from cm.io.atomic import PARTIAL, written_for
 from cm.logging import logger
 
 FORMAT = 1
 MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(r"(model|opt|trainer|target_model|teacher_model|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
+WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
 
 def file_name(name: str, step: int) -> str:
@@ -44,12 +44,19 @@ def manifest_name(step: int) -> str:
     return f"checkpoint_{step:06d}.json"
 
 
+def belongs(name: str) -> bool:
+    """Whether a file of that name is one of a checkpoint."""
+    return bool(MANIFEST.fullmatch(name) or parse_name(name))
+
+
+def final_name(name: str) -> str:
+    """The name that a file will have once it is complete; its own if it is."""
+    return (written_for(name) or name).removesuffix(PARTIAL)
+
+
 def list_files(directory: str) -> list[str]:
     """Names of all files of checkpoints there, complete or not."""
-    def belongs(name: str) -> bool:
-        return bool(MANIFEST.fullmatch(name) or parse_name(name))
-
-    return [name for name in storage.list_names(directory) if belongs(name.removesuffix(storage.PARTIAL))]
+    return [name for name in storage.list_names(directory) if belongs(final_name(name))]
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,7 @@ class Checkpoint:
         """
         content = {"format": FORMAT, **asdict(self)}
         del content["directory"]                # a checkpoint may be moved
-        text = json.dumps(content, indent=2).encode()
-        storage.write_whole(self.manifest, lambda file: file.write(text))
+        storage.write_json(self.manifest, content)
 
     def path(self, name: str) -> str | None:
         """The path of the file of `name` ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
@@ -113,20 +119,22 @@ def save(
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
-    begun = storage.join(directory, manifest_name(step) + storage.PARTIAL)
+    begun = storage.join(directory, manifest_name(step) + PARTIAL)
     try:
         storage.make_folder(directory)
         free = storage.free_bytes(directory)
         if free is not None and free < needed:
             raise UserError(f"there is not enough space in {directory}")
         if not storage.is_remote(directory):
-            open(begun, "wb").close()           # if this process is killed now, `remove_partial` knows what to remove
+            storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
         checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
         checkpoint.write_manifest()
+        with contextlib.suppress(OSError):
+            storage.remove(begun)
     except (UserError, OSError) as error:
         for file in files:                      # what nobody can use must not fill a full disk
             with contextlib.suppress(Exception):
@@ -225,14 +233,17 @@ def beside(path: str) -> Checkpoint | None:
 
 
 def remove_partial(directory: str) -> None:
-    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest."""
+    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
+
+    Files of other programs stay, whatever their names end in.
+    """
     if storage.is_remote(directory):
         return
     complete, names = set(steps(directory)), storage.list_names(directory)
     unfinished = {
-        int(match[1]) for name in names if (match := MANIFEST.fullmatch(name.removesuffix(storage.PARTIAL)))
+        int(match[1]) for name in names if (match := MANIFEST.fullmatch(final_name(name)))
     } - complete
     for name in names:
-        parsed = parse_name(name)
-        if name.endswith(storage.PARTIAL) or (parsed and parsed[1] in unfinished):
+        parsed, final = parse_name(name), final_name(name)
+        if (final != name and belongs(final)) or (parsed and parsed[1] in unfinished):
             storage.remove(os.path.join(directory, name))

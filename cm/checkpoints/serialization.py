@@ -8,7 +8,7 @@ from typing import IO, Any, cast
 
 import torch as th
 
-from cm.io.storage import write_whole
+from cm.io.storage import write_atomically
 
 PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDict)
 """Types of what a checkpoint may hold other than tensors, dicts and lists."""
@@ -19,7 +19,7 @@ def save_tensors(path: str, content: Any) -> dict[str, int]:
 
     :raises UserError: if it cannot be written.
     """
-    return write_whole(path, lambda file: th.save(_on_cpu(content), cast(IO[bytes], file)))
+    return write_atomically(path, lambda file: th.save(_on_cpu(content), cast(IO[bytes], file)))
 
 
 def _on_cpu(content: Any) -> Any:

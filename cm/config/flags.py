@@ -1,20 +1,23 @@
 """Frozen config dataclasses become command-line flags, a config file's keys, and back.
 
-A section of flags is a frozen dataclass whose fields are made with `option`. A value is taken from, in this order:
-the command line, the file given by --config, the checkpoint that the run starts from, the default.
+A section of flags is a frozen dataclass whose fields are made with `option`. Where a value comes from, and which source
+wins over which, is its `Provenance`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
@@ -26,10 +29,17 @@ Section = TypeVar("Section")
 
 
 def option(
-    default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None, aliases: Sequence[str] = ()
+    default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
+    maximum: float | None = None, below: float | None = None, infinite: bool = False, aliases: Sequence[str] = (),
 ) -> Any:
-    """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag."""
-    allowed = {"choices": tuple(choices), "minimum": minimum}
+    """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag.
+
+    :param below: the value must be less than this.
+    :param infinite: infinity is allowed; a value that is not a number never is.
+    """
+    allowed = {
+        "choices": tuple(choices), "minimum": minimum, "maximum": maximum, "below": below, "infinite": infinite,
+    }
     return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases), **allowed})
 
 
@@ -45,21 +55,51 @@ def str2bool(value: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"{value!r} is not a boolean; write True or False")
 
 
+class Provenance(enum.IntEnum):
+    """Where the value of a flag comes from; the higher wins."""
+
+    DEFAULT = 0
+    CHECKPOINT = 1                              # the file of weights that the run starts from
+    FILE = 2                                    # --config
+    COMMAND_LINE = 3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The place that sets a flag: its kind, and how a message names it ("--lr", "run.yaml", "the checkpoint x.pt")."""
+
+    kind: Provenance
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Settings:
-    """The resolved flags of a run: every value, and where those that were asked for come from."""
+    """The flags of a run while they are resolved; components take frozen sections of them."""
 
     values: dict[str, Any]
-    given: dict[str, str]                       # name -> "--name", the config file or the checkpoint that sets it
+    given: dict[str, Origin]                    # of every flag that is not at its default
     dry_run: bool = False
     sources: dict[str, Any] = dataclasses.field(default_factory=dict)     # flag -> the file of weights that it names
 
+    def provenance(self, name: str) -> Provenance:
+        """Where the value of a flag comes from."""
+        return self.given[name].kind if name in self.given else Provenance.DEFAULT
+
+    def is_given(self, name: str) -> bool:
+        """Whether the command line, a file or a checkpoint sets the flag."""
+        return name in self.given
+
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
-        return kind(**{field.name: self.values[field.name] for field in dataclasses.fields(kind)})
+        return kind(**{name: self.values[name] for name in defaults_of(kind)})
 
     def inherit(self, values: Mapping[str, Any], source: str) -> None:
-        """Take values that `source` (a checkpoint) knows; what was asked for must agree with them.
+        """Take values that a checkpoint knows; what was asked for must agree with them.
+
+        :param source: how messages name the checkpoint.
 
         :raises UserError: naming the flag, both values and both places.
         """
@@ -72,7 +112,7 @@ class Settings:
                     f"{name}={value!r}; drop the flag or choose another checkpoint"
                 )
             self.values[name] = value
-            self.given.setdefault(name, source)
+            self.given.setdefault(name, Origin(Provenance.CHECKPOINT, source))
 
     def replace(self, **changes: Any) -> None:
         """Set values that the run itself works out, such as the number of classes in the data."""
@@ -90,10 +130,45 @@ def same(a: Any, b: Any) -> bool:
     return plain(a) == plain(b)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says each thing once for the whole job, and suggests the flag that was meant."""
+FOREIGN_FLAGS = {
+    "--network": "--model_path", "--batch": "--global_batch_size", "--batch-gpu": "--microbatch",
+    "--duration": "--total_kimg (EDM's --duration counts thousands of them)", "--cbase": "--num_channels",
+    "--cres": "--channel_mult", "--cond": "--class_cond", "--xflip": "--random_flip", "--class": "--class_label",
+    "--stf": "--objective stf", "--transfer": "--resume_checkpoint", "--ls": "--fp16_scale_growth",
+    "--fp16": "--use_fp16", "--ema": "--ema_halflife_kimg", "--data": "--data_dir", "--workers": "--num_workers",
+    "--batch-size": "--batch_size", "--num-steps": "--steps", "--num_steps": "--steps",
+}
+"""Flags of other tools -> ours, for a command that has ours and not theirs."""
 
-    def error(self, message: str) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """Reports each mistake once for all ranks, and suggests the flag that was meant.
+
+    A path may begin with ~, also where no shell expands it. A flag given twice is a mistake, and a negative number may
+    have an exponent.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-inf$|^-nan$", re.IGNORECASE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
+        self._refuse_repeated(words)
+        return super().parse_known_args(words, namespace)
+
+    def _refuse_repeated(self, words: Sequence[str]) -> None:
+        repeatable = {
+            name for action in self._actions if isinstance(action, argparse._AppendAction)
+            for name in action.option_strings
+        }
+        named = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
+        known = set(self.all_flags()) - repeatable
+        for name in dict.fromkeys(named):
+            if name in known and named.count(name) > 1:
+                self.error(f"{name} is given {named.count(name)} times; give it once")
+
+    def error(self, message: str) -> NoReturn:
         if launcher_rank() == 0:
             print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
@@ -103,7 +178,10 @@ class Parser(argparse.ArgumentParser):
             return ""
         known = self.all_flags()
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        near = [match for word in unknown for match in get_close_matches(word, known, n=1)]
+        near = []
+        for word in unknown:
+            foreign = FOREIGN_FLAGS.get(word, "")
+            near += [foreign] if foreign.split(" ")[0] in known else get_close_matches(word, known, n=1)
         return f". Did you mean {' '.join(near)}?" if near else ""
 
     def all_flags(self) -> list[str]:
@@ -117,6 +195,12 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+def expand_home(word: str) -> str:
+    """'~/x' and '--flag=~/x' with the home folder spelled out."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value) if value.startswith("~") else word
+
+
 def positive(word: str) -> int:
     """The type of a flag that is a whole number of at least 1."""
     value = int(word)
@@ -125,7 +209,7 @@ def positive(word: str) -> int:
     return value
 
 
-def parse(description: str, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+def parse(description: str | None, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
     """Read the flags of a script.
 
     :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
@@ -140,20 +224,21 @@ def parse(description: str, *sections: type, argv: Sequence[str] | None = None, 
     config_file, dry_run = args.pop("config"), args.pop("dry_run")
 
     values = {name: defaults.get(name, field.default) for name, field in fields.items()}
-    given = {}
+    given: dict[str, Origin] = {}
     if config_file:
         for name, value in read_config(config_file, fields).items():
             values[name] = convert(types[name], value, f"{config_file}: {name}")
-            given[name] = config_file
+            given[name] = Origin(Provenance.FILE, config_file)
     spelt = {field.name: alias for field in fields.values() for alias in field.metadata["aliases"] if alias in args}
     for name, value in by_own_name(args, fields, "").items():
-        values[name], given[name] = value, f"--{spelt.get(name, name)}"
+        values[name] = value
+        given[name] = Origin(Provenance.COMMAND_LINE, f"--{spelt.get(name, name)}")
     for name, value in values.items():
-        check(fields[name], value, given.get(name, f"--{name}"))
+        check(fields[name], value, str(given.get(name, f"--{name}")))
     return Settings(values, given, dry_run)
 
 
-def make_parser(description: str, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+def make_parser(description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
     parser = Parser(
         description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -231,19 +316,32 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
 def parse_flat(text: bytes) -> Any:
     """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
 
-    :raises ValueError: if it is neither, nested deeper, or has aliases, by which a short text unfolds to a huge one.
+    :raises ValueError: if it is neither, nested deeper, gives a key twice or none a value, or has aliases, by which a
+        short text unfolds to a huge one.
     """
     import yaml
 
     try:
-        depth = 0
+        depth, scalars, lines = 0, 0, {}
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            line = f"line {event.start_mark.line + 1}"
             if depth > 2:
-                raise ValueError(f"line {event.start_mark.line + 1}: a value is a word, a number or a list of those")
+                raise ValueError(f"{line}: a value is a word, a number or a list of those")
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
-        return yaml.safe_load(text) or {}
+                raise ValueError(f"{line}: aliases (*{event.anchor}) are not read")
+            if depth == 1 and isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
+                scalars += 1                                # at this depth keys and values take turns
+                if scalars % 2 and isinstance(event, yaml.ScalarEvent):
+                    if event.value in lines:
+                        raise ValueError(f"{line}: {event.value} is given twice, first in {lines[event.value]}")
+                    lines[event.value] = line
+        content = yaml.safe_load(text) or {}
+        for name, value in content.items() if isinstance(content, dict) else ():
+            if value is None:
+                line = lines.get(str(name), "some line")
+                raise ValueError(f"{line}: {name} has no value; write \"\" for an empty one")
+        return content
     except MemoryError:
         raise
     except Exception as error:                              # such as of a date that the calendar does not have
@@ -255,6 +353,10 @@ def convert(kind: type, value: Any, where: str) -> Any:
     try:
         if kind is bool:
             return str2bool(value)
+        if isinstance(value, bool):                         # true is no number, and a word only where it is quoted
+            raise ValueError
+        if kind is str and isinstance(value, str):
+            return expand_home(value)
         if kind is str and isinstance(value, (list, tuple)):
             return ",".join(str(item) for item in value)
         if kind is int and isinstance(value, float) and value != int(value):
@@ -265,13 +367,20 @@ def convert(kind: type, value: Any, where: str) -> Any:
 
 
 def check(field: dataclasses.Field, value: Any, where: str) -> None:
-    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    limits = field.metadata
+    choices, minimum = limits["choices"], limits["minimum"]
     if choices and value not in choices:
         near = get_close_matches(str(value), choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"{where}: {field.name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    if isinstance(value, float) and not math.isfinite(value) and not (limits["infinite"] and value == math.inf):
+        raise UserError(f"{where}: {field.name}={value!r} is not a finite number")
     if minimum is not None and value < minimum:
         raise UserError(f"{where}: {field.name}={value!r} is too small; the least is {minimum}")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise UserError(f"{where}: {field.name}={value!r} is too large; the largest is {limits['maximum']}")
+    if limits["below"] is not None and not value < limits["below"]:
+        raise UserError(f"{where}: {field.name}={value!r} is too large; it must be below {limits['below']:g}")
 
 
 def defaults_of(section: type) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Every flag of the scripts: name, default, one sentence. Frozen; `cm.config.flags` turns them into command lines.
+"""Every flag of the scripts: name, default and help text. `cm.config.flags` turns them into command-line parsers.
 
-The choices stand here as words so that --help needs no import of torch; the tests hold them equal to the tables.
+The choices are listed here as strings so that --help does not import torch; tests compare them with the tables in code.
 """
 
 from __future__ import annotations
@@ -13,42 +13,44 @@ SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "p
                  "ito", "ablation")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
+LARGEST_SEED = 2**63 - 1
+"""Of what every generator takes."""
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
-CONSISTENCY_MODES = ("consistency_distillation", "consistency_training")    # D(x, sigma_min) = x
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """network (read off the checkpoint when one is given)"""
+    """network (taken from the checkpoint if one is given)"""
 
     arch: str = option(
-        "unet", "unet: guided-diffusion's; EDM's: ddpmpp (DDPM++), ncsnpp (NCSN++), adm",
+        "unet", "network: unet (guided-diffusion), ddpmpp (EDM's DDPM++), ncsnpp (EDM's NCSN++), adm (EDM's ADM)",
         choices=("unet", "ddpmpp", "ncsnpp", "adm"),
     )
-    image_size: int = option(64, "side of the square images in pixels", minimum=1)
-    num_channels: int = option(128, "width of the first level", minimum=1)
-    num_res_blocks: int = option(2, "residual blocks per level", minimum=1)
-    num_heads: int = option(4, "unet: attention heads, where num_head_channels is -1")
-    num_heads_upsample: int = option(-1, "unet: attention heads of the decoder; -1 for num_heads")
+    image_size: int = option(64, "width and height of the images in pixels", minimum=1)
+    num_channels: int = option(128, "number of channels at the first resolution level", minimum=1)
+    num_res_blocks: int = option(2, "residual blocks per resolution level", minimum=1)
+    num_heads: int = option(4, "unet: number of attention heads; used if num_head_channels is -1")
+    num_heads_upsample: int = option(-1, "unet: number of attention heads in the decoder; -1: same as num_heads")
     num_head_channels: int = option(
-        -1, "unet: channels per attention head; -1 to set the number of heads instead; adm: -1 for 64"
+        -1, "channels per attention head; -1: unet uses num_heads instead, adm uses 64"
     )
-    attention_resolutions: str = option("32,16,8", "image sides at which the network attends, comma-separated")
-    channel_mult: str = option("", "width of each level over num_channels, such as 1,2,4; empty for the size's default")
-    dropout: float = option(0.0, "dropout probability", minimum=0)
+    attention_resolutions: str = option("32,16,8", "resolutions with attention layers, in pixels, comma-separated")
+    channel_mult: str = option("", "channel multiplier of each level, such as 1,2,4; empty: default for the image size")
+    dropout: float = option(0.0, "dropout probability", minimum=0, below=1)
     class_cond: bool = option(False, "condition on class labels")
-    num_classes: int = option(0, "number of classes; 0 for as many as the data set has", minimum=0)
+    num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    use_scale_shift_norm: bool = option(True, "unet: the time embedding scales and shifts (else: is added)")
-    resblock_updown: bool = option(False, "unet: residual blocks change the resolution (else: convolutions do)")
+    use_scale_shift_norm: bool = option(True, "unet: apply the time embedding as scale and shift; False: add it")
+    resblock_updown: bool = option(False, "unet: change the resolution in residual blocks; False: in convolutions")
     augment_dim: int = option(
-        0, "EDM's networks: length of the labels that tell how an image was augmented; 0: none", minimum=0
+        0, "EDM's networks: number of augmentation labels for conditioning (9 with --augment); 0: none",
+        minimum=0,
     )
     use_fp16: bool = option(False, "fp16 network with fp32 master weights")
     use_new_attention_order: bool = option(
-        False, "guided-diffusion weights only (their qkv weights have 3 axes): rows are q, k, v, not head by head"
+        False, "guided-diffusion weights with 3-axis qkv weights only: rows are ordered q, k, v instead of by head"
     )
-    learn_sigma: bool = option(False, "kept for old commands: noise levels are given here, so only False is legal")
+    learn_sigma: bool = option(False, "accepted for compatibility with old commands; must be False")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class DiffusionConfig:
     sigma_min: float = option(0.002, "lowest noise level", minimum=0)
     sigma_max: float = option(80.0, "highest noise level", minimum=0)
     precond: str = option(
-        "edm", "scalings around the network; all but edm: noise law and loss weight as published, too, unless given",
+        "edm", "preconditioning of the network; all but edm also set the published noise distribution and loss weight, "
+        "unless these are given",
         choices=("edm", "vp", "ve", "iddpm", "ddpm"),
     )
     weight_schedule: str = option(
-        "karras", "weight of the loss by noise level", choices=("karras", "snr", "snr+1", "truncated-snr", "uniform")
+        "karras", "loss weight as a function of the noise level",
+        choices=("karras", "snr", "snr+1", "truncated-snr", "uniform"),
     )
 
 
@@ -70,15 +74,18 @@ class DiffusionConfig:
 class RunConfig:
     """run"""
 
-    log_dir: str = option("", "folder of logs and results; empty: OPENAI_LOGDIR, or a new folder for temporary files")
-    seed: int = option(0, "seed: the same seed gives the same run", minimum=0)
+    log_dir: str = option("", "folder for logs and results; empty: OPENAI_LOGDIR, or a new temporary folder")
+    seed: int = option(
+        0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
+        maximum=LARGEST_SEED,
+    )
     precision: str = option(
-        "", "arithmetic of the network; auto: bf16 where the hardware is fast at it; empty: as use_fp16 says",
+        "", "precision of the network; auto: bf16 if the hardware supports it efficiently; empty: set by use_fp16",
         choices=("", "auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = option(
-        False, "compile the networks before their first step: seconds to minutes at the start, faster steps where a "
-        "C++ compiler (CPU) or Triton (GPU) is there; the same results to rounding"
+        False, "compile the networks before their first step: this takes seconds to minutes, later steps are faster; "
+        "needs a C++ compiler (CPU) or Triton (GPU); results are the same up to rounding"
     )
 
 
@@ -86,18 +93,21 @@ class RunConfig:
 class DataConfig:
     """data"""
 
-    data_dir: str = option("", "folder, EDM zip or npz of images, or `digits`: scikit-learn's handwritten digits")
-    random_flip: bool = option(True, "mirror half of the images, left to right")
+    data_dir: str = option(
+        "", "folder, EDM zip or npz of images, or the word digits for scikit-learn's handwritten digits"
+    )
+    random_flip: bool = option(True, "mirror half of the images horizontally")
     augment: float = option(
-        0.0, "EDM's non-leaky augmentation: probability of each transform of an image, of which the network is told "
-        "(0.12 for CIFAR-10, 0.15 for 64x64); it mirrors too, so random_flip is off unless asked for; 0: none",
+        0.0, "EDM's non-leaky augmentation, on which the network is conditioned: probability of each transform (0.12 "
+        "for CIFAR-10, 0.15 for 64x64); includes mirroring, so random_flip is off unless given; 0: none",
+        minimum=0, maximum=1,
+    )
+    random_crop: bool = option(False, "crop at a random position instead of the centre")
+    cache_gib: float = option(
+        0.25, "a data set that fits into this much memory per rank, in GiB, is decoded once and kept; 0: never",
         minimum=0,
     )
-    random_crop: bool = option(False, "crop at a random place, not at the centre")
-    cache_gib: float = option(
-        0.25, "a set that fits into so much memory per rank is decoded once and kept; 0: none is", minimum=0
-    )
-    num_workers: int = option(-1, "loader processes per rank; -1 chooses by the kind of data", minimum=-1)
+    num_workers: int = option(-1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1)
 
 
 @dataclass(frozen=True)
@@ -105,132 +115,151 @@ class TrainConfig:
     """training"""
 
     schedule_sampler: str = option(
-        "lognormal", "law of the noise levels in training",
+        "lognormal", "distribution of the noise levels in training",
         choices=("lognormal", "uniform", "loss-second-moment", "vp", "ve", "iddpm", "ddpm"),
     )
     lr: float = option(1e-4, "learning rate", minimum=0)
     weight_decay: float = option(0.0, "weight decay", minimum=0)
-    lr_anneal_steps: int = option(0, "steps over which the learning rate falls linearly to 0; 0: never", minimum=0)
+    lr_anneal_steps: int = option(
+        0, "steps over which the learning rate decreases linearly to 0; 0: constant", minimum=0
+    )
     total_training_steps: int = option(
-        0, "training ends after so many steps; 0: after lr_anneal_steps, or 600000 where that is 0 too", minimum=0
+        0, "number of training steps; 0: lr_anneal_steps, or 600000 if that is 0 too", minimum=0
     )
     total_kimg: float = option(
-        0.0, "training ends after so many thousand images, instead of total_training_steps; 0: by steps", minimum=0
+        0.0, "length of training in thousands of images, instead of total_training_steps; 0: use steps", minimum=0
     )
     lr_rampup_kimg: float = option(
-        0.0, "the learning rate rises linearly from 0 over so many thousand images (EDM: 10000); 0: no rise", minimum=0
+        0.0, "thousands of images over which the learning rate rises linearly from 0 (EDM: 10000); 0: no warm-up",
+        minimum=0,
     )
-    global_batch_size: int = option(2048, "images per step over all ranks", minimum=1)
-    batch_size: int = option(-1, "images per step and rank; -1 for global_batch_size over the ranks")
-    microbatch: int = option(-1, "images per forward pass, to save memory; -1 for all at once; no effect on the result")
+    global_batch_size: int = option(2048, "images per step, summed over all ranks", minimum=1)
+    batch_size: int = option(
+        -1, "images per step and rank; -1: global_batch_size divided by the number of ranks", minimum=-1
+    )
+    microbatch: int = option(
+        -1, "images per forward pass, to save memory; -1: all at once; without dropout, the result is the same up to "
+        "rounding", minimum=-1,
+    )
     ema_rate: str = option(
-        "0.9999", "decay rates of the weight averages, comma-separated; 500kimg is a half-life of 500 thousand images"
+        "0.9999", "decay rates of the weight averages per step, comma-separated; 500kimg: half-life of 500,000 images"
     )
     ema_halflife_kimg: float = option(
-        0.0, "a weight average with a half-life of so many thousand images (EDM: 500), beside the rates given or "
-        "instead of ema_rate's default; 0: none", minimum=0,
+        0.0, "adds a weight average with this half-life in thousands of images (EDM: 500); replaces the default of "
+        "ema_rate; 0: none", minimum=0,
     )
     ema_rampup_ratio: float = option(
-        0.05, "half-lives are no longer than this fraction of the images seen; 0: as long as they say from the start",
+        0.05, "limits half-lives to this fraction of the images seen so far; 0: no limit",
         minimum=0,
     )
     ema_device: str = option(
-        "same", "where the averages live: same as the network, or cpu, which saves memory of the GPU and some of its "
-        "time; no effect on a run without GPUs", choices=("same", "cpu", "cuda"),
+        "same", "device of the weight averages: same as the network, or cpu, which saves GPU memory and some GPU time; "
+        "no effect on a run without GPUs", choices=("same", "cpu", "cuda"),
     )
-    shard_ema: bool = option(False, "each rank keeps a share of the averages; no effect on the result")
+    shard_ema: bool = option(False, "each rank keeps a shard of the weight averages; no effect on the result")
     shard_optimizer: bool = option(
-        False, "each rank keeps a share of the optimizer's state (ZeRO-1); no effect on the result"
+        False, "each rank keeps a shard of the optimizer state (ZeRO-1); no effect on the result"
     )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
-    fp16_scale_growth: float = option(1e-3, "growth of log2 of the fp16 loss scale per good step", minimum=0)
+    fp16_scale_growth: float = option(
+        1e-3, "increase of log2 of the fp16 loss scale after each successful step", minimum=0
+    )
     dry_run_ranks: int = option(
-        0, "--dry_run plans the memory of so many ranks with a GPU each; 0: of the ranks it is started with", minimum=0,
+        0, "number of ranks with one GPU each for which --dry_run computes the memory; 0: the ranks it runs on",
+        minimum=0,
         aliases=("plan_ranks",),
     )
-    log_interval: int = option(10, "steps between two rows of the log", minimum=1)
-    save_interval: int = option(10000, "steps between two checkpoints", minimum=1)
+    log_interval: int = option(10, "steps between log rows", minimum=1)
+    save_interval: int = option(10000, "steps between checkpoints", minimum=1)
     tick_kimg: float = option(
-        0.0, "thousand images of a tick, instead of log_interval (EDM: 50); each ends with a row of the log, a status "
-        "line and a line of stats.jsonl; 0: rows by steps, without these", minimum=0, aliases=("tick",),
+        0.0, "length of a tick in thousands of images, instead of log_interval (EDM: 50); each tick writes a log row, "
+        "a status line and a line of stats.jsonl; 0: use log_interval, without these", minimum=0, aliases=("tick",),
     )
     snapshot_ticks: int = option(
-        0, "ticks between two checkpoints, instead of save_interval (EDM: 50); 0: by steps", minimum=0,
+        0, "ticks between checkpoints, instead of save_interval (EDM: 50); 0: use save_interval", minimum=0,
         aliases=("snap",),
     )
     state_dump_ticks: int = option(
-        0, "as snapshot_ticks, for EDM's commands: a checkpoint holds averages and training state alike, so the more "
-        "frequent of both counts", minimum=0, aliases=("dump",),
+        0, "same as snapshot_ticks, for EDM's commands; every checkpoint holds averages and training state, so the "
+        "more frequent of the two counts", minimum=0, aliases=("dump",),
     )
-    checkpoint_dir: str = option("", "where checkpoints go, a folder or a blobfile URL; empty: log_dir")
+    checkpoint_dir: str = option("", "folder or blobfile URL for checkpoints; empty: log_dir")
     keep_checkpoints: int = option(
-        0, "how many checkpoints stay, beside the one that best.json names; 0: all", minimum=0
+        0, "number of newest checkpoints to keep, in addition to the one named in best.json; 0: all", minimum=0
     )
     milestone_interval: int = option(
-        0, "weight averages of steps that are multiples of it stay whatever keep_checkpoints says; 0: none", minimum=0
+        0, "always keep the weight averages of steps that are multiples of this number; 0: none", minimum=0
     )
     on_save_error: str = option(
-        "stop", "a checkpoint cannot be written: stop, or continue without", choices=("stop", "continue")
+        "stop", "if a checkpoint cannot be written: stop the run, or continue without it", choices=("stop", "continue")
     )
     profile: int = option(
-        0, "trace so many steps, after a short warm-up: a table of what took longest, in the log and in "
-        "log_dir/profile.txt, and the trace beside it; 0: none", minimum=0,
+        0, "number of steps to trace after a short warm-up: writes a table of the slowest operations to the log and "
+        "profile.txt, and the trace to profile_trace.json.gz; 0: none", minimum=0,
     )
     timeout_seconds: float = option(
-        600.0, "a rank that waits so long for another, also while rank 0 saves, ends the job", minimum=1
+        600.0, "time after which a rank that waits for another ends the job, also while rank 0 saves", minimum=1
     )
     grace_seconds: float = option(
-        60.0, "after SIGTERM, SIGINT or SIGUSR1 the ranks have so long to finish their step; a save may take longer",
+        60.0, "time for all ranks to finish their step after SIGTERM, SIGINT or SIGUSR1; saving is not counted",
         minimum=0,
     )
     resume_checkpoint: str = option(
-        "", "start from this model file (with its optimizer and averages, where they lie beside it)"
+        "", "start from this model file, and from its optimizer and averages if they are in the same folder"
     )
     resume: str = option(
-        "auto", "auto: go on from the newest checkpoint of the run; never: refuse one; or the path of one to go on "
-        "from: its manifest, its folder or one of its files"
+        "auto", "auto: resume from the newest checkpoint of the run; never: refuse a folder with a checkpoint; or the "
+        "path of a checkpoint to resume from: its manifest, one of its files, or its folder"
     )
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """samples and their quality during training"""
+    """sampling and evaluation during training"""
 
     eval_interval: int = option(
-        0, "steps between two measurements of the distance of samples from eval_ref; 0: none", minimum=0
+        0, "steps between evaluations of the Frechet distance of samples from eval_ref; 0: none", minimum=0
     )
     eval_ref: str = option("", "npz of reference images or statistics")
-    eval_samples: int = option(10000, "how many images are measured", minimum=2)
-    inception: str = option("", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION or torch")
+    eval_samples: int = option(10000, "number of images per evaluation", minimum=2)
+    inception: str = option(
+        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
+    )
     sample_interval: int = option(
-        0, "steps between two pictures of samples, in log_dir/samples; -1: at each save; 0: none", minimum=-1
+        0, "steps between image grids of samples in log_dir/samples; -1: at each save; 0: none", minimum=-1
     )
     eval_sampler: str = option(
-        "", "sampler of both; empty: heun for edm, onestep for consistency models, progdist for progdist",
+        "", "sampler for evaluation and grids; empty: heun for edm, onestep for consistency models, progdist for "
+        "progdist",
         choices=("", *SAMPLER_NAMES),
     )
-    eval_steps: int = option(40, "as --steps of image_sample.py", minimum=1)
-    eval_ts: str = option("", "as --ts of image_sample.py")
-    eval_seed: int = option(42, "as --seed of image_sample.py", minimum=0)
-    eval_batch_size: int = option(64, "images per rank and pass; no effect on the images", minimum=1)
-    eval_ema_rate: str = option("", "which average of ema_rate draws the samples; empty: the first")
+    eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1)
+    eval_ts: str = option("", "same as --ts of image_sample.py")
+    eval_seed: int = option(42, "same as --seed of image_sample.py", minimum=0, maximum=LARGEST_SEED)
+    eval_batch_size: int = option(
+        64, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1
+    )
+    eval_ema_rate: str = option("", "entry of ema_rate whose average draws the samples; empty: the first")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """objective"""
 
-    objective: str = option("edm", "what to minimise", choices=OBJECTIVE_NAMES)
-    martingale_lambda: float = option(10.0, "cdm: weight of the regulariser", minimum=0)
-    martingale_steps: int = option(6, "cdm: noise levels of a backward walk, ends included", minimum=2)
+    objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES)
+    martingale_lambda: float = option(10.0, "cdm: weight of the martingale regulariser", minimum=0)
+    martingale_steps: int = option(6, "cdm: noise levels of a backward walk, including both ends", minimum=2)
     martingale_sde: str = option(
-        "t", "cdm: the walk's steps in the noise level, or in u = t^2, which has less bias", choices=("t", "u")
+        "t", "cdm: variable in which the walk takes its steps: the noise level t, or u = t^2, which has less bias",
+        choices=("t", "u"),
     )
     num_references: int = option(
-        4096, "stf: reference images, the step's own batch included", minimum=1, aliases=("rbatch",)
+        4096, "stf: number of reference images, including the batch of the step", minimum=1, aliases=("rbatch",)
     )
-    num_consecutive_steps: int = option(2, "sadpm: neighbouring noise levels whose errors are added up", minimum=1)
-    sa_lambda: float = option(0.2, "sadpm: weight of the sum", minimum=0, aliases=("lamda",))
+    num_consecutive_steps: int = option(
+        2, "sadpm: number of neighbouring noise levels whose errors are summed", minimum=1
+    )
+    sa_lambda: float = option(0.2, "sadpm: weight of the squared sum of errors", minimum=0, aliases=("lamda",))
 
 
 @dataclass(frozen=True)
@@ -238,21 +267,25 @@ class ConsistencyConfig:
     """consistency models"""
 
     training_mode: str = option(
-        "consistency_distillation", "what to train", choices=tuple(mode for mode in TRAINING_MODES if mode != "edm")
+        "consistency_distillation", "training method; edm: a diffusion model, by the method that objective names",
+        choices=TRAINING_MODES,
     )
-    teacher_model_path: str = option("", "EDM checkpoint to distil and to start from")
-    teacher_dropout: float = option(0.1, "dropout of the teacher", minimum=0)
+    teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
+    teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
     loss_norm: str = option(
-        "lpips", "distance between the two denoised images", choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber")
+        "lpips", "distance between the denoised images in the loss",
+        choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber"),
     )
-    target_ema_mode: str = option("fixed", "law of the target's decay rate", choices=("fixed", "adaptive"))
+    target_ema_mode: str = option("fixed", "schedule of the target's EMA decay rate", choices=("fixed", "adaptive"))
     scale_mode: str = option(
-        "fixed", "law of the number of noise levels N(step)", choices=("fixed", "progressive", "progdist")
+        "fixed", "schedule of the number of noise levels N(step)", choices=("fixed", "progressive", "progdist")
     )
-    start_ema: float = option(0.0, "decay rate of the target (at the start, where it is adaptive)", minimum=0)
+    start_ema: float = option(
+        0.0, "EMA decay rate of the target; with target_ema_mode adaptive, at the start", minimum=0, maximum=1
+    )
     start_scales: int = option(40, "number of noise levels N at the start", minimum=1)
     end_scales: int = option(40, "number of noise levels N at the end", minimum=1)
-    distill_steps_per_iter: int = option(50000, "steps per halving of progressive distillation", minimum=1)
+    distill_steps_per_iter: int = option(50000, "training steps per halving in progressive distillation", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -260,71 +293,80 @@ class SampleConfig:
     """sampling"""
 
     model_path: str = option("", "checkpoint to sample from")
-    training_mode: str = option("edm", "what the checkpoint was trained as", choices=TRAINING_MODES)
-    sampler: str = option("heun", "sampler", choices=SAMPLER_NAMES)
+    training_mode: str = option("edm", "training method of the checkpoint", choices=TRAINING_MODES)
+    sampler: str = option("heun", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
     steps: int = option(
-        40, "steps of the sampler; for multistep the number of noise levels that ts points into", minimum=1
+        40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
     )
-    ts: str = option("", "multistep: indices into the noise levels, such as 0,22,39; the last only closes the list")
-    num_samples: int = option(10000, "how many images", minimum=1)
-    batch_size: int = option(16, "images per rank and pass; no effect on the images", minimum=1)
+    ts: str = option(
+        "", "multistep: indices of noise levels, such as 0,22,39; must end with steps-1, which costs no evaluation"
+    )
+    num_samples: int = option(10000, "number of images", minimum=1)
+    batch_size: int = option(16, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1)
     generator: str = option(
-        "determ", "determ, determ-indiv: an image depends on seed and index alone; dummy: torch's global generator",
+        "determ", "determ, determ-indiv: an image depends only on seed and index; dummy: use torch's global generator",
         choices=("determ", "determ-indiv", "dummy"),
     )
-    class_label: int = option(-1, "draw this class only; -1 for random classes")
-    clip_denoised: bool = option(True, "clamp every denoised image to [-1, 1]")
-    s_churn: float = option(0.0, "heun, dpm, ablation: amount of noise added back", minimum=0)
+    class_label: int = option(-1, "generate only this class; -1: random classes", minimum=-1)
+    clip_denoised: bool = option(True, "clamp denoised images to [-1, 1] in every step")
+    s_churn: float = option(0.0, "amount of stochastic churn, for heun, euler, dpm and ablation", minimum=0)
     s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)
-    s_tmax: float = option(float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0)
-    s_noise: float = option(1.0, "churn: standard deviation of the noise", minimum=0)
+    s_tmax: float = option(
+        float("inf"), "highest noise level at which churn, sde and ito add noise", minimum=0,
+        infinite=True,
+    )
+    s_noise: float = option(1.0, "churn: standard deviation of the added noise", minimum=0)
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """sampler ablation: the choices of other samplers, one by one; any of these flags chooses it"""
+    """sampler ablation: separate choices of solver, levels and scaling; any of these flags selects it"""
 
-    solver: str = option("heun", "ablation: solver of the ODE", choices=("euler", "heun"))
+    solver: str = option("heun", "ablation: ODE solver", choices=("euler", "heun"))
     disc: str = option(
-        "edm", "ablation: how the noise levels of the steps are chosen", choices=("vp", "ve", "iddpm", "edm")
+        "edm", "ablation: discretisation of the noise levels", choices=("vp", "ve", "iddpm", "edm")
     )
     schedule: str = option(
-        "linear", "ablation: how the noise level rises in time", choices=("vp", "ve", "linear")
+        "linear", "ablation: noise level as a function of time", choices=("vp", "ve", "linear")
     )
-    scaling: str = option("none", "ablation: how the image is scaled in time", choices=("vp", "none"))
-    alpha: float = option(1.0, "ablation, heun: share of a step after which the second slope is taken", minimum=0)
+    scaling: str = option("none", "ablation: scale of the image as a function of time", choices=("vp", "none"))
+    alpha: float = option(
+        1.0, "ablation, heun: position of the second evaluation within a step, from 0 to 1", minimum=0
+    )
 
 
 @dataclass(frozen=True)
 class SolverConfig(AblationConfig):
-    """options of single samplers"""
+    """options of individual samplers"""
 
     rho: float = option(
-        7.0, "noise levels: larger crowds them near sigma_min; onestep, ddim and pc have their own", minimum=1
+        7.0, "exponent of the Karras grid; larger values place more levels near sigma_min; not used by onestep, ddim "
+        "and pc", minimum=1,
     )
     eta: float = option(
-        -1.0, "ddim, sde, ito: fresh noise, from 0 for none (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1 for the "
-        "sampler's own: ddim 0, sde and ito 1", minimum=-1,
+        -1.0, "ddim, sde, ito: amount of fresh noise, from 0 (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1: default "
+        "of the sampler: 0 for ddim, 1 for sde and ito", minimum=-1,
     )
     ito_form: str = option(
-        "exp", "ito: exponential integrator, one forward-mode pass a step, or Ito-Taylor in sigma",
+        "exp", "ito: exponential integrator with one forward-mode pass per step, or Ito-Taylor expansion in sigma",
         choices=("exp", "taylor"),
     )
     ito_laplacian: str = option(
-        "hutchinson", "ito, taylor form: the Laplacian by one random probe, or none, which costs half an order",
+        "hutchinson", "ito with --ito_form taylor: estimate the Laplacian with one random probe, or drop it (none), "
+        "which reduces the order to 1",
         choices=("hutchinson", "none"),
     )
-    pc_sde: str = option("ve", "pc: the process whose noise levels and steps are used", choices=("ve", "vp"))
+    pc_sde: str = option("ve", "pc: process that defines noise levels and steps", choices=("ve", "vp"))
     snr: float = option(0.16, "pc: signal-to-noise ratio of the corrector", minimum=0)
-    corrector_steps: int = option(1, "pc: steps of the corrector at each noise level", minimum=0)
+    corrector_steps: int = option(1, "pc: corrector steps at each noise level", minimum=0)
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
     """classifier guidance"""
 
-    classifier_path: str = option("", "classifier of noisy images, made by classifier_train.py --noised True")
-    classifier_scale: float = option(1.0, "how strongly it pulls towards the class; 0 for not at all", minimum=0)
+    classifier_path: str = option("", "classifier of noisy images, trained with classifier_train.py --noised True")
+    classifier_scale: float = option(1.0, "strength of the guidance; 0: none", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -332,20 +374,20 @@ class ConvertConfig:
     """conversion"""
 
     source: str = option(
-        "", "EDM pickle (.pkl), folder of diffusers, or file of weights of this toolkit or guided-diffusion; also the "
-        "first word of the command"
+        "", "EDM pickle (.pkl), diffusers folder, or weights file of this toolkit or guided-diffusion; may be given as "
+        "the first argument without the flag"
     )
-    dest: str = option("", "folder to write; also the second word of the command")
+    dest: str = option("", "folder to write; may be given as the second argument without the flag")
     format: str = option(
         "native", "native: a checkpoint of this toolkit; diffusers: a ConsistencyModelPipeline",
         choices=("native", "diffusers"),
     )
     training_mode: str = option(
-        "edm", "what the weights were trained as, where they do not tell", choices=TRAINING_MODES
+        "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES
     )
     num_train_timesteps: int = option(
-        0, "diffusers: noise levels of the grid that a consistency model was trained on; 0: as its checkpoint says, or "
-        "40 for a distilled one", minimum=0,
+        0, "diffusers: number of noise levels the consistency model was trained with; 0: from its checkpoint, or 40 "
+        "for a distilled model", minimum=0,
     )
 
 
@@ -353,71 +395,80 @@ class ConvertConfig:
 class EditConfig(SampleConfig):
     """editing"""
 
-    task: str = option("inpaint", "what to do with the images", choices=EDIT_NAMES)
-    images: str = option("", "folder, EDM zip or npz of images, or `digits`; interpolate needs none")
+    task: str = option("inpaint", "editing task", choices=EDIT_NAMES)
+    images: str = option("", "folder, EDM zip or npz of images, or the word digits; not used by interpolate")
     num_samples: int = option(
-        0, "how many results; more than there are images edits them again; 0: one of each image; interpolate: "
-        "how many noises", minimum=0,
+        0, "number of results; if larger than the number of images, they are edited repeatedly; 0: one per image; "
+        "interpolate: number of noise samples", minimum=0,
     )
-    sampler: str = option("multistep", "sampler", choices=SAMPLER_NAMES)
-    ts: str = option("0,22,39", "multistep: indices into the noise levels; the last only closes the list")
-    mask: str = option("", "inpaint: PNG or npy of the images' size; white or 1 where the pixels are known")
-    mask_box: str = option("", "inpaint, instead of mask: top,left,height,width in pixels of what is to be filled in")
-    superres_factor: int = option(8, "superres: pixels of the result per pixel of the input", minimum=2)
+    sampler: str = option("multistep", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
+    ts: str = option("0,22,39", "multistep: indices of noise levels; must end with steps-1, which costs no evaluation")
+    mask: str = option("", "inpaint: PNG or npy of the image size; white or 1 marks known pixels")
+    mask_box: str = option("", "inpaint, instead of mask: box to fill in, as top,left,height,width in pixels")
+    superres_factor: int = option(8, "superres: enlargement factor per side", minimum=2)
     low_resolution: bool = option(
-        False, "superres: the images are small, image_size / superres_factor; else large, and averaged first"
+        False, "superres: the input images have side image_size / superres_factor; False: they have full size and "
+        "are first reduced by averaging"
     )
     stroke_start: int = option(
-        16, "stroke: index into the `steps` noise levels to begin at; lower adds more noise and changes more", minimum=0
+        16, "stroke: index of the noise level to start from; lower values add more noise and change more", minimum=0
     )
     interpolate_pairs: str = option(
-        "", "interpolate: pairs of sample indices of image_sample.py, such as 0:1,4:7; empty: neighbours among "
-        "num_samples",
+        "", "interpolate: pairs of sample indices of image_sample.py, such as 0:1,4:7; empty: neighbouring indices "
+        "below num_samples",
     )
     interpolate_weights: str = option(
-        "0,0.25,0.5,0.75,1", "interpolate: places between the two, 0 for the first and 1 for the second"
+        "0,0.25,0.5,0.75,1", "interpolate: positions between the two images, 0 for the first and 1 for the second"
     )
-    denoise_sigma: float = option(0.5, "denoise: standard deviation of the noise, where pixels lie in [-1, 1]")
-    add_noise: bool = option(True, "denoise: add that noise first; False: the images are noisy already")
+    denoise_sigma: float = option(0.5, "denoise: standard deviation of the noise, for pixels in [-1, 1]")
+    add_noise: bool = option(True, "denoise: first add this noise; False: the images are already noisy")
 
 
 @dataclass(frozen=True)
 class SeedsConfig:
-    """which images"""
+    """selection of images"""
 
     seeds: str = option(
-        "", "draw these samples, such as 0-63,100, in this order, instead of num_samples: 0-63 are the first 64 "
-        "images of any run with the same --seed",
+        "", "indices of the samples to generate, such as 0-63,100, in this order, instead of num_samples; 0-63 are "
+        "the first 64 images of any run with the same --seed",
     )
 
 
 @dataclass(frozen=True)
 class PngConfig:
-    """images in files of their own"""
+    """one file per image"""
 
     outdir: str = option(
-        "", "write one PNG per seed into this folder, {seed:06d}.png, instead of an npz; a stopped run goes on with "
-        "the same command",
+        "", "write one PNG per seed into this folder, {seed:06d}.png, instead of an npz; run the same command again "
+        "to resume",
     )
-    subdirs: bool = option(False, "outdir: a folder for each 1000 seeds")
+    subdirs: bool = option(False, "outdir: use a subfolder for every 1000 seeds")
     rounding: str = option(
-        "truncate", "from [-1, 1] to grey levels: truncate, as guided-diffusion and consistency_models do, or nearest, "
-        "as EDM does", choices=("truncate", "nearest"),
+        "truncate", "conversion from [-1, 1] to grey levels: truncate (guided-diffusion, consistency_models) or "
+        "nearest (EDM)", choices=("truncate", "nearest"),
     )
 
 
 @dataclass(frozen=True)
 class TernarySearchConfig:
-    """search of multistep schedules"""
+    """search for multistep schedules"""
 
-    begin: str = option("0", "indices that the schedule starts with, such as 0 or 0,10; points are looked for above")
+    begin: str = option("0", "indices at the start of the schedule, such as 0 or 0,10; points are searched above them")
     end: str = option(
-        "39", "points are looked for below: steps-1, or later indices that stay, such as 30,39; a single index below "
-        "steps-1 only limits the search",
+        "39", "upper end of the search: steps-1, or fixed later indices such as 30,39; a single index below steps-1 "
+        "only limits the search",
     )
-    num_ts: int = option(1, "how many points to add, one at a time", minimum=1)
+    num_ts: int = option(1, "number of points to add, one at a time", minimum=1)
     ref_batch: str = option("", "npz of reference images or statistics")
-    inception: str = option("", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION or torch")
-    cache_gib: float = option(
-        4.0, "memory per rank for shared evaluations, in GiB; what does not fit is evaluated again", minimum=0
+    inception: str = option(
+        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
     )
+    cache_gib: float = option(
+        4.0, "memory per rank for shared network evaluations, in GiB; what does not fit is recomputed", minimum=0
+    )
+
+
+TRAINING_SECTIONS = (
+    ModelConfig, DiffusionConfig, ObjectiveConfig, ConsistencyConfig, DataConfig, TrainConfig, EvalConfig, RunConfig,
+)
+"""The flags of every training command."""

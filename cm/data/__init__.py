@@ -1,1 +1,1 @@
-"""Images: where they come from, their classes, how they are decoded, augmented and batched."""
+"""Images: their sources and classes, decoding, augmentation and batches."""

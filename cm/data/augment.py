@@ -1,10 +1,10 @@
-"""Non-leaky augmentation: images are transformed, the network is told how, and samples are drawn as if they were not.
+"""Non-leaky augmentation: images are transformed, the network is conditioned on how, and samples show no transforms.
 
 Source: Karras et al. 2022 (EDM, arXiv 2206.00364), appendix F.2 and table 6; the geometric part of the pipeline of
 Karras et al. 2020 (arXiv 2006.06676, appendix B), as EDM's training runs for CIFAR-10, FFHQ and AFHQ use it.
 
-Shapes: N batch, C channels, H and W height and width. Positions in an image are (x, y) in pixels, to the right and
-down, from its centre.
+Shapes: N batch, C channels, H and W height and width. Positions in an image are (x, y) in pixels from its
+centre, to the right and down.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch as th
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ LEAD = 5                                        # tap of the filter that belongs
 
 @dataclass(frozen=True)
 class Transforms:
-    """What is done to each image, [N] float64 each on the CPU; all zeros is nothing."""
+    """The transform of each image, [N] float64 each on the CPU; all zeros change nothing."""
 
     x_flip: Tensor                              # 0 or 1
     y_flip: Tensor
@@ -52,7 +52,7 @@ class Transforms:
     shift_y: Tensor
 
     def labels(self) -> Tensor:
-        """What the network is told: float32 [N,9], zeros for an image as it is. Angles are told without a jump."""
+        """The conditioning of the network, continuous in the angles: float32 [N,9], zeros without a transform."""
         turned = self.stretch_angle
         columns = (
             self.x_flip, self.y_flip, self.scale, self.angle.cos() - 1, self.angle.sin(),
@@ -61,7 +61,7 @@ class Transforms:
         return th.stack(columns, dim=1).float()
 
     def is_warp(self) -> Tensor:
-        """Which images need more than a flip: bool [N]."""
+        """Whether each image needs more than a flip: bool [N]."""
         return (self.scale != 0) | (self.angle != 0) | (self.stretch != 0) | (self.shift_x != 0) | (self.shift_y != 0)
 
     def inverse(self, height: int, width: int) -> Tensor:
@@ -81,9 +81,10 @@ class Transforms:
 class AugmentPipe:
     """Transforms each image with probability p by each of: vertical flip, scale, rotation, stretch, translation.
 
-    Half of the images are mirrored left to right, whatever p is (EDM's multiplier of 1e8), and the network is told.
+    Half of the images are mirrored left to right, whatever p is (EDM's multiplier of 1e8); the labels include that.
 
     :param p: EDM's --augment, in (0, 1]: 0.12 for CIFAR-10, 0.15 for 64x64.
+    :raises ValueError: if p is outside (0, 1].
     """
 
     def __init__(self, p: float):
@@ -112,14 +113,14 @@ class AugmentPipe:
         )
 
     def __call__(self, images: Tensor, rng: NoiseSource) -> tuple[Tensor, Tensor]:
-        """Images [N,C,H,W] -> as many transformed, and their labels [N,9], on the same device."""
+        """Images [N,C,H,W] -> the images transformed, and their labels [N,9], on the same device."""
         transforms = self.draw(rng, len(images))
         return apply(images, transforms), transforms.labels().to(images.device)
 
 
 def apply(images: Tensor, transforms: Transforms) -> Tensor:
-    """[N,C,H,W] -> the images transformed. Flips are exact, and an image without a transform keeps its bits."""
-    images = flip_some(flip_some(images, transforms.x_flip, dim=3), transforms.y_flip, dim=2)
+    """[N,C,H,W] -> the images transformed. Flips are exact, and an image without a transform is unchanged."""
+    images = _flip_some(_flip_some(images, transforms.x_flip, dim=3), transforms.y_flip, dim=2)
     rows = transforms.is_warp().nonzero()[:, 0]
     if not len(rows):
         return images
@@ -129,21 +130,21 @@ def apply(images: Tensor, transforms: Transforms) -> Tensor:
     result = images.clone()
     for some, maps in zip(rows.split(chunk), inverse.split(chunk)):
         some = some.to(images.device)
-        result[some] = warp(images[some], maps.to(images.device))
+        result[some] = _warp(images[some], maps.to(images.device))
     return result
 
 
-def flip_some(images: Tensor, which: Tensor, dim: int) -> Tensor:
+def _flip_some(images: Tensor, which: Tensor, dim: int) -> Tensor:
     chosen = (which != 0).to(images.device)[:, None, None, None]
     return th.where(chosen, images.flip(dim), images)
 
 
-def warp(images: Tensor, inverse: Tensor) -> Tensor:
+def _warp(images: Tensor, inverse: Tensor) -> Tensor:
     """Images seen through an affine map, without aliasing.
 
-    They go on beyond their borders as in mirrors, for one more image on each side. The map is sampled at twice the
-    resolution, bilinearly, between an interpolation and a decimation by the filter sym6; a map that moves by whole
-    pixels therefore gives exactly these, up to rounding.
+    The images are continued beyond their borders by reflection, for one more image on each side. The map is sampled
+    bilinearly at twice the resolution, between an interpolation and a decimation by the filter sym6; a translation by
+    an integer number of pixels is therefore exact up to rounding.
 
     :param images: [N,C,H,W].
     :param inverse: [N,2,3], position in the result -> position in the image.
@@ -154,8 +155,8 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
     wide = F.conv_transpose2d(wide, taps, stride=(1, 2), padding=(0, LEAD), groups=channels)
     wide = F.conv_transpose2d(wide, taps.mT, stride=(2, 1), padding=(LEAD, 0), groups=channels)
 
-    # Upsampled pixel u stands at pixel u / 2. The decimation of W pixels asks for u = -5 .. 2 W + 4.
-    x, y = half_steps(width, images.device), half_steps(height, images.device)
+    # Upsampled pixel u lies at pixel u / 2. The decimation to W pixels reads u = -5 .. 2 W + 4.
+    x, y = _half_steps(width, images.device), _half_steps(height, images.device)
     x, y = x.expand(len(y), -1), y[:, None].expand(-1, len(x))
     place = th.stack([x, y, th.ones_like(x)], dim=2).to(images.dtype) @ inverse.to(images.dtype)[:, None].mT
     margin = th.tensor([width - 1, height - 1], device=images.device)
@@ -167,16 +168,24 @@ def warp(images: Tensor, inverse: Tensor) -> Tensor:
     return F.conv2d(fine, taps.mT, stride=(2, 1), groups=channels)
 
 
-def half_steps(side: int, device: Any) -> Tensor:
-    """Positions from the centre, half a pixel apart, that a decimation to `side` pixels needs: [2 side + 10]."""
+def _half_steps(side: int, device: Any) -> Tensor:
+    """The positions from the centre, half a pixel apart, that a decimation to `side` pixels reads: [2 side + 10]."""
     return (th.arange(-LEAD, 2 * side + len(SYM6) - LEAD - 2, device=device) - (side - 1)) / 2
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    """A stream with processes or files behind it."""
+
+    def close(self) -> None:
+        """End them."""
 
 
 class AugmentedStream:
     """Batches of a stream with their images augmented, on the device, and `augment_labels` [N,9] for the network.
 
-    What is done to a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
-    stay as they are.
+    The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
+    are not transformed.
     """
 
     def __init__(self, batches: Iterator[Batch], pipe: AugmentPipe, seed: int, device: th.device):
@@ -193,13 +202,16 @@ class AugmentedStream:
 
     def close(self) -> None:
         """End the loader processes behind the stream."""
-        if hasattr(self.batches, "close"):
+        if isinstance(self.batches, _Closable):
             self.batches.close()
 
 
 def augmented(
     data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device
 ) -> Callable[[int], Iterator[Batch]]:
-    """A function from the samples already consumed to a stream, with its batches augmented."""
+    """A version of `data` whose batches are augmented.
+
+    :param data: from the number of samples already consumed to a stream.
+    """
     pipe = AugmentPipe(p)
     return lambda start: AugmentedStream(data(start), pipe, seed, device)

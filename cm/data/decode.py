@@ -1,4 +1,4 @@
-"""One picture: which files are pictures, from their bytes to pixels, and from there to a square of a size."""
+"""Decoding one image: which files are images, from their bytes to pixels, and from there to a square of a size."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # PIL goes by content, and hands EPS to a program
-PICTURE_BYTES = 512 * 2**20                                         # largest file of a picture
-MAX_ASPECT = 100                                                    # a strip would grow beyond all bounds when resized
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # by content; PIL runs a program for EPS
+IMAGE_BYTES = 512 * 2**20                                           # largest file of an image
+MAX_ASPECT = 100                                                    # resizing a strip would need unbounded memory
 
 
 def decode(data: bytes, keep_gray: bool = False) -> Image.Image:
-    """A picture in RGB from the bytes of its file.
+    """An RGB image from the bytes of its file.
 
-    :param keep_gray: leave a grey picture grey (mode L).
-    :raises ValueError: if it has more pixels than PIL holds safe, or pixels that do not fit in 8 bits, or is a strip.
+    :param keep_gray: return a grey image as mode L.
+    :raises ValueError: if it has more pixels than PIL's safety limit, pixels of more than 8 bits, or extreme sides.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:    # the header alone is read before the checks
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:    # before the checks, only the header is read
         check_aspect(*image.size)
         if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
@@ -31,18 +31,18 @@ def decode(data: bytes, keep_gray: bool = False) -> Image.Image:
 
 
 def check_aspect(width: int, height: int) -> None:
-    """:raises ValueError: for a strip."""
+    """:raises ValueError: if one side is more than MAX_ASPECT times the other."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def why_unreadable(error: Exception) -> str:
-    """What a decoder or an archive complains about, in words for people."""
-    return "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
+    """The error of a decoder or an archive as a phrase for a message."""
+    return "it is not an image" if isinstance(error, UnidentifiedImageError) else str(error) or repr(error)
 
 
 def images_among(names: list[str]) -> list[str]:
-    """The images among files, in order of their paths; hidden files are no images."""
+    """The images among these files, in order of their paths and without hidden files."""
     images = [
         name for name in names
         if name.lower().endswith(IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
@@ -51,7 +51,7 @@ def images_among(names: list[str]) -> list[str]:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The largest central square of a picture at another size, as in guided-diffusion: uint8 [size,size,3]."""
+    """The largest central square of an image, resized, as in guided-diffusion: uint8 [size,size,3]."""
     pixels = np.asarray(resize_shorter_side(image, size))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]

@@ -1,4 +1,4 @@
-"""The classes of images, from their names or from the `dataset.json` beside them. N images."""
+"""The classes of N images, from their names or from the `dataset.json` next to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MAX_CLASSES = 1_000_000
 
 
 def label_bytes(images: int) -> int:
-    """The largest dataset.json that is read for so many images."""
+    """The largest size of a dataset.json, in bytes, that is read for so many images."""
     return 2**20 + LABEL_BYTES * images
 
 
 def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
-    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and why."""
+    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and the reason."""
     classes = []
     for name in names:
         label, underscore, _ = name.rpartition("/")[2].partition("_")
@@ -28,7 +28,7 @@ def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
 
 
 def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
-    """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and why."""
+    """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and the reason."""
     try:
         pairs = untrusted.parse_json(text)["labels"]
         table = None if pairs is None else {str(name): label for name, label in pairs}

@@ -1,8 +1,8 @@
 """Endless batches of images in an order that depends on the seed alone.
 
 The samples of a run are counted by their position p, over all steps and ranks. Position p shows image
-`permutation(seed, p // N)[p % N]`, flipped or cropped by a coin that belongs to (seed, p). So 1, 2 and 4 ranks work
-through the same samples, and a run resumes at any position without replaying what came before.
+`permutation(seed, p // N)[p % N]`, flipped or cropped at random by a stream that depends on (seed, p) only. So 1, 2 and
+4 ranks read the same samples, and a run resumes at any position without replaying the earlier ones.
 
 Shapes: N images of the set, B images of a rank's batch, S image_size.
 """
@@ -52,18 +52,18 @@ def load_data(
 
     `images` is float32 [B,3,S,S] in [-1, 1]; `cond` is {"y": int64 [B]} with `class_cond`, else empty.
 
-    :param data_dir: what `image_sources.open_source` reads: a folder, a zip, an npz or the word digits.
-    :param batch_size: images per step on this rank. It may exceed the set, which then comes round within a step.
-    :param deterministic: images in the order of the set rather than shuffled anew each epoch.
-    :param random_crop: a random square of random size instead of the centre.
+    :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits.
+    :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
+    :param deterministic: images in the order of the set instead of a new permutation in each epoch.
+    :param random_crop: a random square of random size instead of the central one.
     :param random_flip: mirror half of the samples.
     :param seed: of order and augmentation; the same on all ranks.
     :param global_batch: images per step over all ranks; None for batch_size on each. A step's position j goes to rank
         j mod world_size.
     :param start: samples that the run has consumed already, over all ranks.
-    :param num_workers: processes that read images ahead; None for none where the set is kept in memory, else one.
-    :param pin_memory: put images in page-locked memory, from where they reach a GPU sooner.
-    :param cache_bytes: a set of so many bytes at most is kept decoded in memory; None for `image_sources.CACHE_BYTES`.
+    :param num_workers: processes that read images ahead; None means none if the set is kept in memory, else one.
+    :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
+    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is `cm.data.sources.CACHE_BYTES`.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     source = open_source(data_dir, image_size)
@@ -84,9 +84,10 @@ def load_data(
 
 
 def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: int | None) -> np.ndarray:
-    """Which positions of a step are this rank's: int64 [B].
+    """The positions within a step that this rank reads: int64 [B].
 
     :raises UserError: if `batch_size` is not this rank's share of `global_batch`.
+    :raises ValueError: for an impossible rank.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: a rank needs at least one image a step")
@@ -101,7 +102,7 @@ def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: i
 
 
 class EpochOrder:
-    """Which image each position of a run shows. Holds the permutation of one epoch, 8 bytes an image."""
+    """The image of each position of a run. Holds the permutation of one epoch, 8 bytes per image."""
 
     def __init__(self, length: int, seed: int, shuffle: bool = True):
         self._length = length
@@ -130,7 +131,7 @@ class EpochOrder:
 
 
 class Requests:
-    """The positions and image indices of this rank's batches, for ever: pairs of int64 [B]."""
+    """The positions and image indices of this rank's batches, without end: pairs of int64 [B]."""
 
     def __init__(self, order: EpochOrder, offsets: np.ndarray, global_batch: int, start: int):
         self.order = order
@@ -147,7 +148,7 @@ class Requests:
 
 
 class Samples(Dataset):
-    """Whole batches as bytes, so that little goes through the pipe of a worker."""
+    """Complete batches of uint8, so that little data passes through the pipe of a worker."""
 
     def __init__(self, source: ImageSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
         self.source = source
@@ -159,8 +160,8 @@ class Samples(Dataset):
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
         """Positions and indices -> a batch whose images are still uint8 [B,3,S,S].
 
-        An image that cannot be read is returned as its error: raised in a worker, it would lose its message among
-        the worker's traceback.
+        The error of an image that cannot be read is returned: raised in a worker, its message would be lost in the
+        worker's traceback.
         """
         positions, indices = request
         try:
@@ -168,7 +169,8 @@ class Samples(Dataset):
         except UserError as error:
             return error
         images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        cond = {"y": th.from_numpy(self.source.labels[indices])} if self._class_cond else {}
+        labels = self.source.labels if self._class_cond else None   # `load_data` checked that there are some
+        cond = {} if labels is None else {"y": th.from_numpy(labels[indices])}
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -188,7 +190,7 @@ class Samples(Dataset):
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of a picture, with a side of 0.8 to 1 times its shorter side, as in guided-diffusion.
+    """A random square of an image, with a side of 0.8 to 1 times its shorter side, as in guided-diffusion.
 
     :returns: uint8 [size,size,3].
     """
@@ -199,14 +201,14 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
     return pixels[top : top + size, left : left + size]
 
 
-def prepare_worker(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     signals.outlive_the_signal()
 
 
 class BatchStream:
-    """Iterator of `Batch`, for ever. `source` is the set of images behind it.
+    """An iterator of `Batch` without end; `source` is its set of images.
 
-    One sampler without end feeds the workers, so they live as long as the stream and epochs have no seams.
+    The workers read from one endless sampler, so they live as long as the stream and no epoch starts new ones.
     """
 
     def __init__(self, samples: Samples, requests: Requests, num_workers: int, pin_memory: bool):
@@ -218,11 +220,11 @@ class BatchStream:
             sampler=requests,
             batch_size=None,                                        # a request is a batch already
             num_workers=num_workers,
-            generator=th.Generator(),                               # else the loader draws from the global stream
-            worker_init_fn=prepare_worker if num_workers else None,
+            generator=th.Generator(),                               # otherwise the loader uses the global stream
+            worker_init_fn=_prepare_worker if num_workers else None,
         )
-        # torch would raise the death of a worker out of any line of the program, amid a collective for one; with the
-        # handler of before, the next batch that does not come reports it. (A handler of a C library reads as None.)
+        # torch's handler raises the death of a worker at any line of the program, even inside a collective. With the
+        # previous handler, the next missing batch reports it. (The handler of a C library reads as None.)
         handler = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(loader)
         if num_workers and handler is not None and threading.current_thread() is threading.main_thread():
@@ -232,7 +234,8 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        """
+        """The next batch, its images float32 [B,3,S,S] in [-1, 1].
+
         :raises UserError: if an image cannot be read; the message names it, and the stream ends.
         :raises RuntimeError: if a worker died.
         """
@@ -252,7 +255,7 @@ class BatchStream:
         return batch
 
     def read(self, positions: np.ndarray) -> Batch:
-        """The images of these positions of the run, int64 [B] ascending, read by this process: bytes, [B,3,S,S].
+        """The batch of these positions of the run, int64 [B] ascending, read by this process: uint8 [B,3,S,S].
 
         :raises UserError: if one cannot be read.
         """
@@ -262,7 +265,7 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """End the workers; left to garbage collection, that would take seconds for each."""
+        """End the workers; by garbage collection it would take seconds for each."""
         self._batches = iter(())
 
     def _to_float(self, pixels: Tensor) -> Tensor:
@@ -271,5 +274,5 @@ class BatchStream:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """The pixels that images of a batch were read as: float [B,3,S,S] in [-1, 1] -> uint8 [B,3,S,S]."""
+    """The inverse of the conversion of a batch's images: float [B,3,S,S] in [-1, 1] -> uint8 [B,3,S,S]."""
     return images.add(1).mul_(127.5).round_().to(th.uint8)

@@ -1,5 +1,5 @@
-"""Data sets as their makers publish them: CIFAR-10's tar of pickles, MNIST's idx files, LSUN's databases, any folder or
-zip of pictures. They are read for conversion (`datasets/dataset_tool.py`); training reads `image_sources`.
+"""Data sets in their published formats: CIFAR-10's tar of pickles, MNIST's idx files, LSUN's databases, any folder or
+zip of images. They are read for conversion (`datasets/dataset_tool.py`); training reads `cm.data.sources`.
 
 Shapes: N images, H height, W width.
 """
@@ -33,21 +33,26 @@ MNIST_PADDING = 2                                                   # pixels on 
 
 
 class RawImages(Protocol):
-    """N pictures that processes can share: each opens its files for itself."""
+    """N images that several processes can read: each process opens the files for itself."""
 
-    labels: list[Any] | None                                        # N classes (or vectors); None without
+    @property
+    def labels(self) -> list[Any] | None:
+        """N classes or vectors, or None."""
+        ...
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What messages call picture i."""
+        """The name of image i in messages."""
+        ...
 
-    def picture(self, i: int) -> Image.Image:
-        """Picture i in RGB or grey (mode L). Raises whatever its decoder raises if it cannot be read."""
+    def image(self, i: int) -> Image.Image:
+        """Image i in RGB or grey (mode L). The errors of its decoder are passed on."""
+        ...
 
 
 class Arrays:
-    """Pictures in memory: uint8 [N,H,W] or [N,H,W,3]."""
+    """Images in memory: uint8 [N,H,W] or [N,H,W,3]."""
 
     def __init__(self, title: str, images: np.ndarray, labels: list[int]):
         self.title, self.images, self.labels = title, images, labels
@@ -56,50 +61,55 @@ class Arrays:
         return len(self.images)
 
     def name(self, i: int) -> str:
+        """The file and the number of the image."""
         return f"{self.title} image {i}"
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
+        """Image i in RGB or grey (mode L)."""
         return Image.fromarray(self.images[i])
 
 
 class EncodedFiles:
-    """The pictures of a folder or a zip.
+    """The images of a folder or a zip.
 
-    Labels are those of its dataset.json. A folder without one takes its top-level folders as classes, as EDM does. Else
-    they are the start of the names before an underscore, as guided-diffusion has it. One class for all is none.
+    Labels are those of its dataset.json. In a folder without one, the top-level folders are the classes, as in EDM.
+    Otherwise the class is the part of the name before an underscore, as in guided-diffusion. A single class for all
+    images counts as no labels.
     """
 
     def __init__(self, source: EncodedSource, is_folder: bool):
         self.source = source
         names = [source.name(i) for i in range(len(source))]
-        self.labels = json_labels(source, names)
+        self.labels: list[Any] | None = _json_labels(source, names)
         if self.labels is None and is_folder:
-            self.labels = folder_labels(names)
-        if self.labels is None and source.labels is not None and source.num_classes > 1:
+            self.labels = _folder_labels(names)
+        if self.labels is None and source.labels is not None and (source.num_classes or 0) > 1:
             self.labels = source.labels.tolist()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def name(self, i: int) -> str:
+        """The path of the file."""
         return self.source.name(i)
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
+        """Image i in RGB or grey (mode L)."""
         return decode(self.source.encoded(i), keep_gray=True)
 
 
 class Database:
-    """The pictures of an LSUN category, in the order of their keys.
+    """The images of an LSUN category, in the order of their keys.
 
-    The database is closed again until the first picture is asked for: lmdb forbids a process the use of one that was
-    open when it was forked.
+    The database is closed after reading the keys, and opened again for the first image: a process must not use an
+    lmdb database that was open when the process was forked.
     """
 
-    labels = None
+    labels: list[Any] | None = None
 
     def __init__(self, path: Path, limit: int | None):
         self.path = path
-        self._handle: Any = None                                    # of the process that asks for pictures
+        self._handle: Any = None                                    # opened by the process that reads images
         with open_database(path) as database, database.begin() as transaction:
             self.keys = list(islice(transaction.cursor().iternext(keys=True, values=False), limit))
 
@@ -107,9 +117,11 @@ class Database:
         return len(self.keys)
 
     def name(self, i: int) -> str:
+        """The number and the key of the entry."""
         return f"entry {i} ({self.keys[i].decode(errors='replace')})"
 
-    def picture(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
+        """Image i in RGB or grey (mode L)."""
         self._handle = self._handle or open_database(self.path)
         with self._handle.begin(buffers=True) as transaction:
             return decode(bytes(transaction.get(self.keys[i])), keep_gray=True)
@@ -117,26 +129,30 @@ class Database:
 
 def open_raw(source: str, limit: int | None = None) -> RawImages:
     """Open a data set by its name, as EDM's tool does: `*_lmdb` (or a folder with a data.mdb), `*.tar.gz` for CIFAR-10,
-    `*-images-idx3-ubyte.gz` for MNIST with its labels beside it, `*.zip`, else a folder.
+    `*-images-idx3-ubyte.gz` for MNIST with its labels next to it, `*.zip`, else a folder.
 
-    :param limit: a database's first so many pictures; others are read whole.
+    :param limit: read only so many entries of a database; other formats are always read completely.
     :raises UserError: if there is no such data set, or it is not what its name says.
     """
     path = Path(source)
     if source.endswith(".tar.gz"):
-        return open_cifar10(existing(path))
+        return _open_cifar10(_existing(path))
     if source.endswith(MNIST_SUFFIX):
-        return open_mnist(existing(path))
+        return _open_mnist(_existing(path))
     if path.name.endswith("_lmdb") or (path / "data.mdb").exists():
         return Database(path, limit)
-    encoded = open_source(source, image_size=1, flag="--source")    # that size is for crops, which nobody takes
+    encoded = open_source(source, image_size=1, flag="--source")    # the size would matter for crops only
     if not isinstance(encoded, EncodedSource):
         raise UserError(f"--source {source} is no data set to convert: name a folder, a zip, an lmdb folder, "
                         f"cifar-10-python.tar.gz or train{MNIST_SUFFIX}")
     return EncodedFiles(encoded, is_folder=path.is_dir())
 
 
-def existing(path: Path) -> Path:
+def _existing(path: Path) -> Path:
+    """The path.
+
+    :raises UserError: if there is no file.
+    """
     if not path.is_file():
         raise UserError(f"--source {path}: no such file")
     return path
@@ -145,8 +161,8 @@ def existing(path: Path) -> Path:
 # ---- labels of files ----
 
 
-def json_labels(source: EncodedSource, names: list[str]) -> list[Any] | None:
-    """The labels that a dataset.json gives, whatever they are; None unless every picture has one."""
+def _json_labels(source: EncodedSource, names: list[str]) -> list[Any] | None:
+    """The labels that a dataset.json gives, of any kind; None unless every image has one."""
     try:
         pairs = json.loads(source.read(LABEL_FILE))["labels"] or []
         table = {str(name): label for name, label in pairs}
@@ -160,8 +176,8 @@ def json_labels(source: EncodedSource, names: list[str]) -> list[Any] | None:
     return None if None in labels else labels
 
 
-def folder_labels(names: list[str]) -> list[int] | None:
-    """The place of each picture's top-level folder among all of them in order; None unless there are at least two."""
+def _folder_labels(names: list[str]) -> list[int] | None:
+    """The index of each image's top-level folder in the sorted list of them; None unless there are at least two."""
     tops = [name.split("/")[0] if "/" in name else "" for name in names]
     places = {top: i for i, top in enumerate(sorted(set(tops)))}
     return [places[top] for top in tops] if len(places) > 1 else None
@@ -170,17 +186,20 @@ def folder_labels(names: list[str]) -> list[int] | None:
 # ---- CIFAR-10 ----
 
 
-def open_cifar10(path: Path) -> Arrays:
-    """The 50000 training pictures of the python version, [N,32,32,3], with their classes.
+def _open_cifar10(path: Path) -> Arrays:
+    """The 50000 training images of the python version, [N,32,32,3], with their classes.
 
-    :raises UserError: if the archive is damaged or another one, or its pickles hold anything but plain arrays.
+    :raises UserError: if the archive is damaged or is not CIFAR-10, or its pickles hold more than plain arrays.
     """
     images, labels = [], []
     try:
         with tarfile.open(path, "r:gz") as archive:
             for batch in range(1, CIFAR_BATCHES + 1):
                 member = f"{CIFAR_FOLDER}/data_batch_{batch}"
-                pixels, classes = cifar_batch(archive.extractfile(member))
+                file = archive.extractfile(member)
+                if file is None:
+                    raise KeyError(f"{member} is not a file")
+                pixels, classes = _cifar_batch(file)
                 images.append(pixels)
                 labels += classes
     except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError, pickle.UnpicklingError, ValueError, TypeError,
@@ -189,49 +208,53 @@ def open_cifar10(path: Path) -> Arrays:
     return Arrays(path.name, np.concatenate(images), labels)
 
 
-def cifar_batch(file: IO[bytes]) -> tuple[np.ndarray, list[int]]:
+def _cifar_batch(file: IO[bytes]) -> tuple[np.ndarray, list[int]]:
     """uint8 [n,32,32,3] and n classes of one batch."""
-    content = PlainUnpickler(file, encoding="latin1").load()
+    content = _PlainUnpickler(file, encoding="latin1").load()
     data, labels = content["data"].array(), content["labels"]       # [n,3072]: planes of red, green, blue
     if data.shape != (len(labels), 3 * CIFAR_SIDE**2) or not all(type(label) is int and label >= 0 for label in labels):
         raise ValueError(f"a batch has pixels {list(data.shape)} and {len(labels)} labels")
     return data.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1), labels
 
 
-class PickledArray:
-    """What stands for a numpy array of bytes in a pickle: a record of its parts, made by no code of the pickle."""
+class _PickledArray:
+    """Stands in for a numpy array of bytes in a pickle: it records the parts and runs no code of the pickle."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.is_fortran, self.raw = state
 
     def array(self) -> np.ndarray:
-        """:raises ValueError: if it is anything but bytes in C order."""
-        if not isinstance(self.dtype, PickledDtype) or self.dtype.name != "u1" or self.is_fortran:
+        """The numpy array.
+
+        :raises ValueError: if it is anything but bytes in C order.
+        """
+        if not isinstance(self.dtype, _PickledDtype) or self.dtype.name != "u1" or self.is_fortran:
             raise ValueError("its array is not of unsigned bytes in C order")
         raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw
         return np.frombuffer(raw, np.uint8).reshape(self.shape)
 
 
-class PickledDtype:
-    """What stands for a numpy dtype: its name."""
+class _PickledDtype:
+    """Stands in for a numpy dtype: it records the name."""
 
     def __init__(self, name: str, align: Any, copy: Any):
         self.name = name
 
     def __setstate__(self, state: tuple) -> None:
-        """Byte order and padding mean nothing for bytes."""
+        """Byte order and padding have no meaning for bytes."""
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of plain values and arrays of bytes; every name in it that could be called is replaced by a
-    recorder of this file, and any other is an error. Nothing in the pickle runs.
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of plain values and arrays of bytes without running any code of it.
+
+    The names that such a pickle calls are replaced by the recorders of this module; every other name is an error.
     """
 
     ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: PickledArray(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda kind, shape, code: PickledArray(),
+        ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _PickledArray(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda kind, shape, code: _PickledArray(),
         ("numpy", "ndarray"): None,                                 # the argument `kind` above
-        ("numpy", "dtype"): PickledDtype,
+        ("numpy", "dtype"): _PickledDtype,
         ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),        # how Python 3 writes bytes for 2
     }
 
@@ -244,21 +267,24 @@ class PlainUnpickler(pickle.Unpickler):
 # ---- MNIST ----
 
 
-def open_mnist(path: Path) -> Arrays:
-    """The digits as grey pictures [N,32,32], padded with black, with the classes of the file of labels beside them.
+def _open_mnist(path: Path) -> Arrays:
+    """The digits as grey images [N,32,32], padded with black, and their classes from the file of labels next to them.
 
     :raises UserError: if a file is missing or damaged.
     """
     labels_path = path.with_name(path.name.removesuffix(MNIST_SUFFIX) + "-labels-idx1-ubyte.gz")
-    images, labels = read_idx(path, 3), read_idx(existing(labels_path), 1)
+    images, labels = _read_idx(path, 3), _read_idx(_existing(labels_path), 1)
     if len(images) != len(labels):
         raise UserError(f"{path} has {len(images)} images, and {labels_path} {len(labels)} labels")
     padding = [(0, 0), (MNIST_PADDING, MNIST_PADDING), (MNIST_PADDING, MNIST_PADDING)]
     return Arrays(path.name, np.pad(images, padding), labels.tolist())
 
 
-def read_idx(path: Path, axes: int) -> np.ndarray:
-    """A compressed idx file of bytes: two zeros, type, number of axes, lengths as big-endian int32, values."""
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+    """A compressed idx file of bytes: two zeros, type, number of axes, lengths as big-endian int32, values.
+
+    :raises UserError: if it is anything else, or damaged.
+    """
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -275,7 +301,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 
 
 def open_database(path: Path) -> Any:
-    """Open for reading only, with no lock file: the folder may be on a read-only disk.
+    """Open an lmdb database for reading only, without a lock file, because the folder may be on a read-only disk.
 
     :raises UserError: if lmdb is not installed, or there is no such database, or it is empty.
     """

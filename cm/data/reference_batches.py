@@ -1,8 +1,8 @@
 """Batches that carry reference images: the newest n of the whole run, the same on every rank.
 
 Step k's references are the images at the run's positions (k+1)B-n .. (k+1)B-1, so they end with the step's own batch of
-B. Nothing is read for them that training does not read: each rank reads its share of the batch, the ranks tell each
-other, and the last n stay in memory as bytes. A run that starts or resumes reads the n-B before its first step once.
+B. Only images that training reads anyway are read: each rank reads its share of the batch, the ranks exchange them, and
+the last n stay in memory as uint8. A run that starts or resumes reads the n-B images before its first step once.
 
 Shapes: B images of a step over all ranks, S image_size.
 """
@@ -28,32 +28,33 @@ def with_references(
     """The batches of `stream`, each with `references`: images uint8 [n,3,S,S], cond and positions, in order.
 
     :param n: at least the images of a step.
-    :param start: samples that the run has consumed already, as `stream` was told.
-    :param gather: an object of every rank -> the list of all, on every rank; called by all ranks for every batch.
+    :param start: samples that the run has consumed already, as `stream` was given.
+    :param gather: from an object of each rank to the list of all of them on every rank; every rank calls it for each
+        batch.
     """
     held: list[Batch] | None = None                                 # the images of the steps before, at least n-B
     with closing(stream):
         for batch in stream:
             if held is None:
-                held = gather(past(stream, n - sum(gather(len(batch))), start, rank, world_size))
+                held = gather(_past(stream, n - sum(gather(len(batch))), start, rank, world_size))
             own = Batch(to_bytes(batch.images), batch.cond, batch.positions)
-            batch.references = newest(n, *held, *gather(own))
+            batch.references = _newest(n, *held, *gather(own))
             held = [batch.references]
             yield batch
 
 
-def past(stream: BatchStream, count: int, start: int, rank: int, world_size: int) -> Batch:
-    """This rank's share of the `count` images before `start`, or of a few more so that all have as many.
+def _past(stream: BatchStream, count: int, start: int, rank: int, world_size: int) -> Batch:
+    """This rank's share of the `count` images before `start`, or of a few more so that all ranks have equally many.
 
-    Before the run's first images come those of an epoch of their own.
+    The positions before 0 are an epoch of their own.
     """
     share = max(1, -(-count // world_size))
     return stream.read(start - world_size * share + rank + world_size * np.arange(share))
 
 
-def newest(n: int, *parts: Batch) -> Batch:
+def _newest(n: int, *parts: Batch) -> Batch:
     """The n images with the highest positions, in order."""
-    positions = th.cat([part.positions for part in parts])
+    positions = th.cat([part.positions for part in parts if part.positions is not None])
     kept = positions.argsort()[-n:]
     cond = {name: th.cat([part.cond[name] for part in parts])[kept] for name in parts[0].cond}
     return Batch(th.cat([part.images for part in parts])[kept], cond, positions[kept])

@@ -1,7 +1,7 @@
-"""Where images come from: a folder, a zip, an npz, or the digits that come with scikit-learn.
+"""Sources of images: a folder, a zip, an npz, or the digits that come with scikit-learn.
 
-A source answers for image i: its pixels, its class and its name for messages. How one is decoded is the business of
-`pictures`; order, augmentation and batches that of `image_datasets`. Shapes: N images, H height, W width, S image_size.
+A source gives the pixels, the class and the name of image i. `cm.data.decode` decodes the files; `cm.data.loader` makes
+the order, the augmentation and the batches. Shapes: N images, H height, W width, S image_size.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
 from cm.data.decode import (
+    IMAGE_BYTES,
     IMAGE_SUFFIXES,
-    PICTURE_BYTES,
     centre_crop,
     check_aspect,
     decode,
@@ -28,14 +28,14 @@ from cm.errors import UserError
 from cm.io import storage, untrusted
 
 CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
-LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # of a member in a zip, before its name
-NAME_ROOM = 128                                                     # bytes that its name and notes mostly fit in
+LOCAL_MAGIC, LOCAL_HEADER = b"PK\x03\x04", 30                        # a zip member's, before its name
+NAME_BYTES = 128                                                     # usually enough for its name and extra fields
 
 
 class ImageSource:
-    """N images; the kinds below say how one is loaded.
+    """N images; the subclasses define how an image is loaded.
 
-    `labels` is int64 [N], or None; then `no_labels` says why, naming the first image without a class.
+    `labels` is int64 [N], or None; then `no_labels` gives the reason and names the first image without a class.
     """
 
     def __init__(self, data_dir: str, image_size: int, length: int):
@@ -52,9 +52,9 @@ class ImageSource:
         return self._length
 
     def keep_decoded(self, limit_bytes: int) -> None:
-        """Decode each image once a process if all together have so many bytes at most; what is in memory stays there.
+        """Decode each image only once per process if all together have at most so many bytes; what is decoded stays.
 
-        The system commits the memory only as it is filled.
+        The operating system commits the memory only as it is filled.
         """
         size = self.image_size
         if self._cache is None and len(self) * size**2 * 3 <= limit_bytes:
@@ -64,7 +64,7 @@ class ImageSource:
 
     @property
     def in_memory(self) -> bool:
-        """Whether images cost next to nothing once each has been read."""
+        """Whether every image stays in memory once it has been read."""
         return self._cache is not None
 
     @property
@@ -73,27 +73,29 @@ class ImageSource:
         return None if self.labels is None else int(self.labels.max()) + 1
 
     def label(self, i: int) -> int | None:
+        """The class of image i, None without labels."""
         return None if self.labels is None else int(self.labels[i])
 
     def name(self, i: int) -> str:
+        """The name of image i in messages."""
         raise NotImplementedError
 
     def load(self, i: int) -> Image.Image:
-        """The whole picture, in RGB.
+        """The complete image i in RGB.
 
         :raises UserError: if it cannot be read; the message names it.
         """
         raise NotImplementedError
 
     def image(self, i: int) -> np.ndarray:
-        """The largest central square of picture i at the size of the source: uint8 [S,S,3].
+        """The largest central square of image i at the size of the source: uint8 [S,S,3].
 
         :raises UserError: if it cannot be read; the message names it.
         """
         return self.images(np.array([i]))[0]
 
     def images(self, indices: np.ndarray) -> np.ndarray:
-        """`image` for several at once: int64 [B] -> uint8 [B,S,S,3], the caller's to change."""
+        """`image` for several at once: int64 [B] -> uint8 [B,S,S,3], a copy that the caller may change."""
         if self._cache is None:
             return np.stack([centre_crop(self.load(i), self.image_size) for i in indices.tolist()])
         for i in indices[~self._cached[indices]].tolist():
@@ -102,11 +104,11 @@ class ImageSource:
         return self._cache[indices]
 
 
-# ---- pictures in files ----
+# ---- images in files ----
 
 
 class EncodedSource(ImageSource):
-    """Pictures in a folder or an archive, decoded when they are asked for. Names are relative paths with slashes."""
+    """Images in a folder or an archive, decoded on demand. Names are relative paths with slashes."""
 
     def __init__(self, data_dir: str, image_size: int, files: list[str]):
         names = images_among(files)
@@ -124,9 +126,14 @@ class EncodedSource(ImageSource):
             self.labels, self.no_labels = labels_of_names(names)
 
     def name(self, i: int) -> str:
+        """The path of image i in the folder or archive."""
         return self._names[i]
 
     def load(self, i: int) -> Image.Image:
+        """The complete image i in RGB.
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
         try:
             return decode(self.encoded(i))
         except MemoryError:
@@ -138,13 +145,13 @@ class EncodedSource(ImageSource):
             ) from error
 
     def encoded(self, i: int) -> bytes:
-        """The file of picture i."""
+        """The bytes of the file of image i."""
         return self.read(self._names[i])
 
-    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = IMAGE_BYTES) -> bytes:
         """The content of a file.
 
-        :raises ValueError: if it has more than `limit` bytes; other errors of the store, if it cannot be read.
+        :raises ValueError: if it has more than `limit` bytes. Other errors of the storage are passed on.
         """
         raise NotImplementedError
 
@@ -155,7 +162,8 @@ class FolderSource(EncodedSource):
     def __init__(self, data_dir: str, image_size: int):
         super().__init__(data_dir, image_size, storage.files_under(data_dir))
 
-    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
+    def read(self, name: str, limit: int = IMAGE_BYTES) -> bytes:
+        """The content of a file, see `EncodedSource.read`."""
         path = f"{self.data_dir}/{name}"
         if not storage.is_remote(path):
             untrusted.demand_regular(path)
@@ -166,13 +174,13 @@ class FolderSource(EncodedSource):
 class ZipSource(EncodedSource):
     """The images in a zip archive.
 
-    Where each image lies is read once, when the archive is opened, and not again in the workers that are forked or
-    given a copy. Each process opens the file for itself: a handle shared with a forked worker would share its position.
+    The directory of the archive is read once, when it is opened, and not again in workers, which are forked or get a
+    copy. Each process opens the file for itself: a handle shared with a forked worker would share its position.
     """
 
     def __init__(self, data_dir: str, image_size: int):
         self._path = data_dir
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
         self._opened_by = 0
         try:
             with untrusted.open_zip(self.file()) as archive:
@@ -188,34 +196,44 @@ class ZipSource(EncodedSource):
         columns = ("header_offset", "compress_size", "file_size", "compress_type", "CRC")
         self._index = {column: np.array([getattr(member, column) for member in ours]) for column in columns}
 
-    def file(self) -> BinaryIO:
-        if self._file is None or self._opened_by != os.getpid():
-            self._file, self._opened_by = storage.open_file(self._path, random_access=True), os.getpid()
-        return self._file
+    def file(self) -> IO[bytes]:
+        """The open archive of this process."""
+        file = self._file
+        if file is None or self._opened_by != os.getpid():
+            file = self._file = storage.open_file(self._path, random_access=True)
+            self._opened_by = os.getpid()
+        return file
 
-    def read(self, name: str, limit: int = PICTURE_BYTES) -> bytes:
-        """:raises KeyError: if there is no such file."""
+    def read(self, name: str, limit: int = IMAGE_BYTES) -> bytes:
+        """The content of a file.
+
+        :raises KeyError: if the file is dataset.json and the archive has none.
+        :raises ValueError: if there is no such image.
+        """
         return self._labels[name] if name == LABEL_FILE else self.encoded(self._names.index(name))
 
     def encoded(self, i: int) -> bytes:
-        """:raises ValueError: if the bytes are damaged, or too many."""
-        start, size, whole, kind, crc = (int(column[i]) for column in self._index.values())
-        if max(size, whole) > PICTURE_BYTES:
-            raise ValueError(f"it has {max(size, whole)} bytes, more than a picture may have ({PICTURE_BYTES})")
-        block = self.bytes_at(start, LOCAL_HEADER + NAME_ROOM + size)
-        name_size, extra_size = block[26:28], block[28:30]          # those of the directory may differ
+        """The bytes of the file of image i.
+
+        :raises ValueError: if they are damaged, or too many.
+        """
+        start, size, full_size, kind, crc = (int(column[i]) for column in self._index.values())
+        if max(size, full_size) > IMAGE_BYTES:
+            raise ValueError(f"it has {max(size, full_size)} bytes, more than an image may have ({IMAGE_BYTES})")
+        block = self._bytes_at(start, LOCAL_HEADER + NAME_BYTES + size)
+        name_size, extra_size = block[26:28], block[28:30]          # the directory's may differ
         before = LOCAL_HEADER + int.from_bytes(name_size, "little") + int.from_bytes(extra_size, "little")
-        if before > LOCAL_HEADER + NAME_ROOM:
-            block = self.bytes_at(start, before + size)
+        if before > LOCAL_HEADER + NAME_BYTES:
+            block = self._bytes_at(start, before + size)
         data = block[before : before + size]
         if kind == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, whole + 1)  # no more than was announced
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, full_size + 1)   # no more than announced
         if block[:4] != LOCAL_MAGIC or zlib.crc32(data) != crc:
             raise ValueError("Bad CRC-32: its bytes are damaged")
         return data
 
-    def bytes_at(self, start: int, size: int) -> bytes:
-        """As many of these bytes of the archive as there are."""
+    def _bytes_at(self, start: int, size: int) -> bytes:
+        """These bytes of the archive, or fewer if it ends before."""
         if not storage.is_remote(self._path):
             return os.pread(self.file().fileno(), size, start)
         self.file().seek(start)
@@ -225,7 +243,7 @@ class ZipSource(EncodedSource):
         return {**self.__dict__, "_file": None}
 
 
-# ---- pictures in memory ----
+# ---- images in memory ----
 
 
 class ArraySource(ImageSource):
@@ -239,14 +257,19 @@ class ArraySource(ImageSource):
             self._cache, self._cached[:] = images, True
 
     def name(self, i: int) -> str:
+        """The file and the number of the image."""
         return f"{self.data_dir} image {i}"
 
     def load(self, i: int) -> Image.Image:
+        """The complete image i in RGB."""
         return Image.fromarray(self._images[i])
 
 
-def npz_source(data_dir: str, image_size: int) -> ArraySource:
-    """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,3] and, with classes, `arr_1` integers [N]."""
+def _npz_source(data_dir: str, image_size: int) -> ArraySource:
+    """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,3] and, with classes, `arr_1` integers [N].
+
+    :raises UserError: if the file holds something else.
+    """
     try:
         with storage.open_file(data_dir, random_access=True) as file, untrusted.open_zip(file) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
@@ -274,8 +297,11 @@ def npz_source(data_dir: str, image_size: int) -> ArraySource:
     return ArraySource(data_dir, image_size, images, labels.astype(np.int64), "")
 
 
-def digits_source(data_dir: str, image_size: int) -> ArraySource:
-    """1797 handwritten digits of 8x8 pixels in 10 classes, from scikit-learn's own files."""
+def _digits_source(data_dir: str, image_size: int) -> ArraySource:
+    """1797 handwritten digits of 8x8 pixels in 10 classes, from scikit-learn's own files.
+
+    :raises UserError: if scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -285,22 +311,22 @@ def digits_source(data_dir: str, image_size: int) -> ArraySource:
     return ArraySource(data_dir, image_size, np.repeat(grey, 3, axis=3), labels.astype(np.int64), "")
 
 
-# ---- which kind it is ----
+# ---- choosing the source ----
 
-SOURCES = {"digits": digits_source, "zip": ZipSource, "npz": npz_source, "folder": FolderSource}
+SOURCES = {"digits": _digits_source, "zip": ZipSource, "npz": _npz_source, "folder": FolderSource}
 
 
 def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> ImageSource:
     """Open a set of images.
 
-    The kind is read off `data_dir`, in this order: the word `digits`; a name that ends in `.zip` or `.npz`; else a
+    `data_dir` decides the kind, in this order: the word `digits`; a name that ends in `.zip` or `.npz`; else a
     folder (a folder called digits is `./digits`). Classes of folders and zips come from a `dataset.json` at their root,
     as EDM writes it, or else from file names `{class}_{anything}`, as guided-diffusion reads them.
 
-    :param data_dir: the word, a path, or an address that blobfile can read, such as gs://bucket/images.
-    :param image_size: pixels of a side of the images wanted.
-    :param flag: what messages call data_dir.
-    :raises UserError: if there is nothing of that name, it holds no images, or it is not what its name says.
+    :param data_dir: the word, a path, or a URL that blobfile can read, such as gs://bucket/images.
+    :param image_size: side of the square images in pixels.
+    :param flag: the name of data_dir in messages.
+    :raises UserError: if there is nothing of that name, it holds no images, or its content does not fit its name.
     """
     if not data_dir:
         raise UserError(f"{flag} is empty: name a folder of images, a .zip, a .npz, or the word digits")
@@ -309,15 +335,14 @@ def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> Ima
     suffix = data_dir.lower().rpartition(".")[2]
     kind = data_dir if data_dir == "digits" else suffix if suffix in ("zip", "npz") else "folder"
     if kind != "digits":
-        check_exists(data_dir, is_folder=kind == "folder", flag=flag)
+        _check_exists(data_dir, is_folder=kind == "folder", flag=flag)
     return SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
 
 
-def check_exists(path: str, is_folder: bool, flag: str) -> None:
-    """:raises UserError: if there is nothing there, or a file for a folder, or the other way round."""
-    files = storage.blobs() if storage.is_remote(path) else os.path
-    if not files.exists(path):
+def _check_exists(path: str, is_folder: bool, flag: str) -> None:
+    """:raises UserError: if there is nothing, or a file instead of a folder, or a folder instead of a file."""
+    if not storage.exists(path):
         raise UserError(f"{flag} {path} does not exist (looked for from {os.getcwd()})")
-    if files.isdir(path) != is_folder:
+    if storage.is_directory(path) != is_folder:
         found, wanted = ("file", "a folder of images, a .zip or a .npz") if is_folder else ("folder", "a file")
         raise UserError(f"{flag} {path} is a {found}; expected {wanted}")

@@ -1,4 +1,4 @@
-"""A network made into a denoiser: the noise levels of a run, the scalings around its network, its loss weights.
+"""From a network to a denoiser: the noise levels of a run, the scalings around its network, its loss weights.
 
 Sources: Karras et al. 2022 (EDM, arXiv 2206.00364); Song et al. 2023 (Consistency Models, arXiv 2303.01469).
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cm.diffusion.preconditioning import PRECONDS, BoundaryPrecond, ConsistencyPrecond, Precond
 from cm.diffusion.schedules import karras_grid
 from cm.diffusion.weightings import WEIGHTINGS, get_weightings
+from cm.errors import UserError
 from cm.registry import lookup
 from cm.tensors import append_dims
 from cm.types import Denoiser, Scalings
@@ -26,18 +27,18 @@ Self = TypeVar("Self", bound="Diffusion")
 
 @dataclass(eq=False)
 class Diffusion:
-    """What turns the output of a network into a denoised image.
+    """Turns the output of a network into a denoised image.
 
     :param sigma_data: standard deviation of the data.
     :param rho: of the Karras grids that the losses draw their noise levels from.
     :param weight_schedule: name of a loss weight, see WEIGHTINGS.
-    :param distillation: scale as a consistency function, D(x, sigma_min) = x; otherwise as `precond` says.
+    :param distillation: scale as a consistency function, D(x, sigma_min) = x; otherwise scale as `precond` says.
     :param loss_norm: name of the distance between two images, for the objectives that compare images.
     :param time_scale: the network is conditioned on time_scale ln(sigma) / 4: 1000 for UNetModel, 1 for the EDM
-        networks. A precond that counts steps gives their number instead.
-    :param precond: name of the scalings around the network, see PRECONDS. Noise levels that its networks do not know
-        are cut off: sigma_min and sigma_max move to the nearest that they know.
-    :raises ValueError: for an unknown weight_schedule or precond, and unless 0 < sigma_min < sigma_max.
+        networks. With a precond that counts steps it is the number of the step.
+    :param precond: name of the scalings around the network, see PRECONDS. sigma_min and sigma_max
+        are clipped to the noise levels that its networks were trained on.
+    :raises UserError: for an unknown weight_schedule or precond, and unless 0 < sigma_min < sigma_max.
     """
 
     num_timesteps: ClassVar[int] = 40                               # levels of the schedule samplers that use a grid
@@ -54,12 +55,12 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+            raise UserError(f"noise levels need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         lookup(WEIGHTINGS, self.weight_schedule, "weight_schedule")
         self.plain: Precond = lookup(PRECONDS, self.precond, "precond")(self.sigma_data, self.sigma_min)
         lowest, highest = self.plain.levels
         self.sigma_min, self.sigma_max = max(self.sigma_min, lowest), min(self.sigma_max, highest)
-        is_edm = self.precond == "edm"                              # whose published boundary has a form of its own
+        is_edm = self.precond == "edm"                              # whose published boundary condition differs
         self.boundary: Precond = (
             ConsistencyPrecond(self.sigma_data, self.sigma_min) if is_edm
             else BoundaryPrecond(self.plain, self.sigma_min)
@@ -71,11 +72,11 @@ class Diffusion:
     # --- noise levels, weights, scalings: [N] -> [N] ----------------------------------------------------------------
 
     def get_snr(self, sigmas: Tensor) -> Tensor:
-        """Signal-to-noise ratio."""
+        """The signal-to-noise ratio, 1 / sigma^2."""
         return sigmas**-2
 
     def get_sigmas(self, sigmas: Tensor) -> Tensor:
-        """Noise levels are their own times here."""
+        """The noise levels themselves: in EDM's process the time is the noise level."""
         return sigmas
 
     def weight(self, sigmas: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class Diffusion:
         """(F, D): the network's output and the denoised image, both in the dtype of x_t, whatever the network's is.
 
         :param x_t: [N,C,H,W] at noise levels sigmas [N].
-        :param model_kwargs: what else the network takes, such as class labels y [N].
+        :param model_kwargs: the conditioning of the network, such as class labels y [N].
         """
         c_skip, c_out, c_in = (append_dims(c, x_t.ndim) for c in self.scaling.scalings(sigmas))
         time = (self.time_scale * self.scaling.c_noise(sigmas)).to(th.promote_types(x_t.dtype, th.float32))
@@ -108,7 +109,7 @@ class Diffusion:
         return model_output, th.addcmul(c_skip * x_t, c_out, model_output)
 
     def bind(self, model: nn.Module) -> Denoiser:
-        """The denoiser D of a network."""
+        """The denoiser D of a network, as a function of x [N,C,H,W], sigma [N] and the conditioning."""
 
         def D(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
             return self.denoise(model, x, sigma, **cond)[1]
@@ -116,5 +117,5 @@ class Diffusion:
         return D
 
     def as_teacher(self: Self) -> Self:
-        """The same noise levels with the scalings of a diffusion model, as teachers have them."""
+        """The same noise levels with the scalings of a diffusion model, which is what a teacher is."""
         return dataclasses.replace(self, distillation=False)

@@ -1,15 +1,14 @@
-"""Preconditioning: how a denoiser is made of a network, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
+"""Preconditioning: how a network becomes a denoiser, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
 Sources: Karras et al. 2022 (EDM, arXiv 2206.00364), table 1, for EDM and, in its terms, VP and VE (Song et al. 2021,
 arXiv 2011.13456) and iDDPM (Nichol and Dhariwal 2021, arXiv 2102.09672); Ho et al. 2020 (DDPM, arXiv 2006.11239);
-Song et al. 2023 (Consistency Models, arXiv 2303.01469), appendix C. sigma is [N], and so is everything returned.
+Song et al. 2023 (Consistency Models, arXiv 2303.01469), appendix C. sigma is [N], and so is every result.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch as th
 from torch import Tensor
@@ -23,15 +22,15 @@ STEPS = 1000                                                        # M, of the 
 
 
 class Precond(ABC):
-    """What all have in common.
+    """The scalings around a network, and what its noise conditioning is.
 
-    :param sigma_data: standard deviation of the data, for those that use it.
+    :param sigma_data: standard deviation of the data, where the scalings use it.
     :param sigma_min: lowest noise level of the run, where a consistency function is the identity.
     """
 
-    levels: tuple[float, float] = (0.0, math.inf)                   # lowest and highest noise level the network knows
-    # c_noise is the number of a step, 0 to 999, which every network takes as it is. Otherwise it is a logarithm.
-    counts_steps: ClassVar[bool] = False
+    levels: tuple[float, float] = (0.0, math.inf)                   # lowest and highest noise level of its training
+    # True if c_noise is the number of a step, 0 to 999, which no time_scale multiplies. Otherwise it is a logarithm.
+    counts_steps: bool = False
 
     def __init__(self, sigma_data: float = SIGMA_DATA, sigma_min: float = 0.002):
         self.sigma_data = sigma_data
@@ -43,10 +42,10 @@ class Precond(ABC):
 
     @abstractmethod
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """What the network is told about the noise level, in float64."""
+        """The noise conditioning: what the network is given as its time, in float64."""
 
     def grid(self, sigmas: Tensor) -> Tensor:
-        """The falling noise levels of a sampler, [S+1], moved to those that the network knows; 0 stays 0."""
+        """The falling noise levels of a sampler, [S+1], moved to those that the network was trained on; 0 stays 0."""
         return sigmas
 
 
@@ -54,6 +53,7 @@ class EDMPrecond(Precond):
     """Network input and training target have unit variance at every noise level, for data of variance sigma_data^2."""
 
     def scalings(self, sigma: Tensor) -> Scalings:
+        """Table 1, last column."""
         variance = sigma**2 + self.sigma_data**2
         return Scalings(
             c_skip=self.sigma_data**2 / variance,
@@ -68,12 +68,13 @@ class EDMPrecond(Precond):
 
 
 class ConsistencyPrecond(EDMPrecond):
-    """EDM's, moved so that D(x, sigma_min) = x: the boundary condition of a consistency function holds exactly.
+    """EDM's scalings, shifted so that D(x, sigma_min) = x: the boundary condition of a consistency function, exactly.
 
-    The published checkpoints keep EDM's square root under c_out; some texts print (sigma - sigma_min)^2 there.
+    The published checkpoints keep EDM's square root in c_out; some texts print (sigma - sigma_min)^2 there.
     """
 
     def scalings(self, sigma: Tensor) -> Scalings:
+        """Song et al. 2023, appendix C, with the square root of EDM."""
         above = sigma - self.sigma_min
         root = (sigma**2 + self.sigma_data**2).rsqrt()
         return Scalings(
@@ -84,74 +85,83 @@ class ConsistencyPrecond(EDMPrecond):
 
 
 class VEPrecond(Precond):
-    """The network predicts the noise, negated, and sees the image as it is: NCSN++ as its authors trained it."""
+    """The network predicts the negative noise from the unscaled image: NCSN++ as its authors trained it."""
 
     levels = VE_LEVELS
 
     def scalings(self, sigma: Tensor) -> Scalings:
+        """Table 1, column VE."""
         one = th.ones_like(sigma)
         return Scalings(c_skip=one, c_out=sigma, c_in=one)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
+        """ln(sigma / 2)"""
         return (sigma.double() / 2).log()
 
 
 class NoisePrecond(Precond):
-    """The network predicts the noise from an image of a process that keeps the variance 1 of its data."""
+    """The network predicts the noise from the image of a variance-preserving process."""
 
     counts_steps = True
 
     def scalings(self, sigma: Tensor) -> Scalings:
+        """Table 1, columns VP and iDDPM."""
         return Scalings(c_skip=th.ones_like(sigma), c_out=-sigma, c_in=(sigma**2 + 1).rsqrt())
 
 
 class VPPrecond(NoisePrecond):
-    """Continuous time, t = 1e-5 to 1, which the network is told as 999 t: DDPM++ as its authors trained it."""
+    """Continuous time, t = 1e-5 to 1; the network is conditioned on 999 t: DDPM++ as its authors trained it."""
 
     levels = (VP.sigma(VP.ends[0]), VP.sigma(VP.ends[1]))
 
     def c_noise(self, sigma: Tensor) -> Tensor:
+        """999 t, where sigma(t) = sigma."""
         return (STEPS - 1) * VP.time(sigma.double())
 
 
 class IDDPMPrecond(NoisePrecond):
-    """A table of noise levels, one a step; between them the network is told the nearest step."""
+    """A table with one noise level per step; between two of them the network is conditioned on the nearest step."""
 
     def __init__(self, sigma_data: float = SIGMA_DATA, sigma_min: float = 0.002):
         super().__init__(sigma_data, sigma_min)
-        self.table = self.make_table()                              # rising, [M] float64: level of step 0, 1, ...
+        self.table = self._make_table()                              # rising, [M] float64: level of step 0, 1, ...
         self.levels = (self.table[0].item(), self.table[-1].item())
 
-    def make_table(self) -> Tensor:
+    def _make_table(self) -> Tensor:
         return iddpm_levels().flip(0)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
+        """The number of the nearest step."""
         return self.nearest(sigma).double()
 
     def grid(self, sigmas: Tensor) -> Tensor:
+        """Each level replaced by the nearest one of the table; equal neighbours become one."""
         known = self.table.to(sigmas.device)[self.nearest(sigmas)].to(sigmas.dtype)
-        return th.where(sigmas > 0, known, sigmas).unique_consecutive()     # steps that fall together are one
+        return th.where(sigmas > 0, known, sigmas).unique_consecutive()
 
     def nearest(self, sigma: Tensor) -> Tensor:
-        """The steps nearest in sigma, of two as near the noisier: [N] int64."""
+        """The steps nearest in sigma, and the noisier one of two equally near: [N] int64."""
         table, sigma = self.table.to(sigma.device), sigma.double()
         above = th.searchsorted(table, sigma).clamp(1, len(table) - 1)
         return above - (sigma - table[above - 1] < table[above] - sigma).long()
 
 
 class DDPMPrecond(NoisePrecond):
-    """The 1000 timesteps of DDPM's linear schedule, zero-based; between them the network is told a fraction."""
+    """The 1000 timesteps of DDPM's linear schedule, zero-based; between two of them the time is a fraction."""
 
     levels = (ddpm_schedule.sigmas()[0].item(), ddpm_schedule.sigmas()[-1].item())
 
     def c_noise(self, sigma: Tensor) -> Tensor:
+        """The timestep, see `ddpm_schedule.timestep_of`."""
         return ddpm_schedule.timestep_of(sigma)
 
 
 class BoundaryPrecond(Precond):
-    """Another's, moved so that D(x, sigma_min) = x: the denoised image gives way to x by sigma_min / sigma.
+    """Other scalings, changed so that D(x, sigma_min) = x: a share sigma_min / sigma of x replaces the denoised image.
 
-    Far above sigma_min nothing changes, so a student starts as the teacher whose weights it takes.
+    Far above sigma_min nothing changes, so a student starts with the function of the teacher whose weights it takes.
+
+    :param plain: the scalings to change.
     """
 
     def __init__(self, plain: Precond, sigma_min: float):
@@ -159,14 +169,17 @@ class BoundaryPrecond(Precond):
         self.plain, self.levels, self.counts_steps = plain, plain.levels, plain.counts_steps
 
     def scalings(self, sigma: Tensor) -> Scalings:
+        """k + (1 - k) c_skip, (1 - k) c_out and c_in, where k = sigma_min / sigma."""
         c_skip, c_out, c_in = self.plain.scalings(sigma)
         kept = self.sigma_min / sigma
         return Scalings(c_skip=kept + (1 - kept) * c_skip, c_out=(1 - kept) * c_out, c_in=c_in)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
+        """That of `plain`."""
         return self.plain.c_noise(sigma)
 
     def grid(self, sigmas: Tensor) -> Tensor:
+        """That of `plain`."""
         return self.plain.grid(sigmas)
 
 

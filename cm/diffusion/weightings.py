@@ -14,17 +14,17 @@ from cm.registry import lookup
 
 
 def snr(snrs: Tensor, sigma_data: float) -> Tensor:
-    """The plain error of the predicted noise."""
+    """The unweighted error of the predicted noise."""
     return snrs
 
 
 def snr_plus_one(snrs: Tensor, sigma_data: float) -> Tensor:
-    """The error of the predicted noise and of the data, added: that of a predicted velocity."""
+    """The sum of the errors of the predicted noise and of the data, which is the error of a predicted velocity."""
     return snrs + 1
 
 
 def karras(snrs: Tensor, sigma_data: float) -> Tensor:
-    """1 / c_out^2: the loss of the bare network."""
+    """1 / c_out^2: the error of the network's own output has weight 1."""
     return snrs + 1 / sigma_data**2
 
 
@@ -34,7 +34,7 @@ def truncated_snr(snrs: Tensor, sigma_data: float) -> Tensor:
 
 
 def uniform(snrs: Tensor, sigma_data: float) -> Tensor:
-    """The plain error of the data."""
+    """The unweighted error of the data."""
     return th.ones_like(snrs)
 
 
@@ -50,6 +50,6 @@ WEIGHTINGS = {
 def get_weightings(weight_schedule: str, snrs: Tensor, sigma_data: float) -> Tensor:
     """The weights of `weight_schedule` at the ratios `snrs`: [N] -> [N].
 
-    :raises ValueError: for a name that is not in WEIGHTINGS.
+    :raises UserError: for a name that is not in WEIGHTINGS.
     """
     return lookup(WEIGHTINGS, weight_schedule, "weight_schedule")(snrs, sigma_data)

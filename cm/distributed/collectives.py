@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cm.distributed.launchers import launcher_size
 from cm.errors import UserError
-from cm.io import untrusted
+from cm.io import storage, untrusted
 
 Result = TypeVar("Result")
 
@@ -264,13 +264,8 @@ def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
 
 
 def _read(path: str | os.PathLike) -> mmap.mmap:
-    if "://" in str(path):
-        import blobfile
-
-        size, source = blobfile.stat(path).size, blobfile.BlobFile(path, "rb")
-    else:
-        source = open(path, "rb")  # noqa: SIM115 (closed below, with the other kind)
-        size = os.fstat(source.fileno()).st_size
+    path = str(path)
+    size, source = storage.size(path), storage.open_file(path)
     with source:
         if size == 0:
             raise UserError(f"{path} is empty")

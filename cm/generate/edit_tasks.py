@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cm.config.flags import Settings
 from cm.config.schema import EditConfig
-from cm.data.decode import PICTURE_BYTES, decode
+from cm.data.decode import IMAGE_BYTES, decode
 from cm.data.sources import ImageSource, open_source
 from cm.diffusion.schedules import karras_grid
 from cm.distributed import setup as dist
@@ -257,7 +257,7 @@ def read_mask(path: str, size: int) -> np.ndarray:
     """[S,S] boolean, True where known."""
     try:
         with open_file(path) as file:
-            data = untrusted.read_file(file, PICTURE_BYTES)
+            data = untrusted.read_file(file, IMAGE_BYTES)
         if path.lower().endswith(".npy"):
             mask = untrusted.read_array(io.BytesIO(data), len(data))
         else:

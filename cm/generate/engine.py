@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch as th
@@ -20,7 +20,7 @@ from cm.errors import UserError
 from cm.generate.npz import NpzWriter, to_uint8
 from cm.generate.png import PngFolder, PngWriter
 from cm.random_util import get_generator, labels_for
-from cm.samplers.sample import BindsNetworks, sample
+from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
 
 SHOWN = 64                                      # images in a grid
@@ -130,15 +130,15 @@ def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
 @th.inference_mode()
 def draw(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, indices: np.ndarray, labels: np.ndarray | None,
-    **sampler_options: Any,
+    options: SampleOptions,
 ) -> tuple[np.ndarray, int]:
     """Images of these indices: [n,H,W,3] uint8, and the network evaluations each took."""
     if len(indices) == 0:
         return no_images(plan), 0
     size = plan.image_size
     result = sample(
-        diffusion, model, (len(indices), 3, size, size), model_kwargs=condition(labels), device=dist.dev(),
-        generator=noise_of(indices, plan), **sampler_options,
+        diffusion, model, (len(indices), 3, size, size), options, model_kwargs=condition(labels), device=dist.dev(),
+        generator=noise_of(indices, plan),
     )
     return to_uint8(result.images, nearest=plan.rounding == "nearest"), result.evaluations
 
@@ -160,13 +160,13 @@ def condition(labels: np.ndarray | None) -> dict[str, th.Tensor]:
 
 def sample_to_npz(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, directory: str, precision: str,
-    **sampler_options: Any,
+    options: SampleOptions,
 ) -> SamplingResult:
     """Draw the plan on all ranks, into an npz in `directory`."""
 
     def make(indices: np.ndarray) -> RankSamples:
         labels = labels_of(indices, plan)
-        images, evaluations = draw(model, diffusion, plan, indices, labels, **sampler_options)
+        images, evaluations = draw(model, diffusion, plan, indices, labels, options)
         return RankSamples({"samples": images}, labels, evaluations)
 
     with at_precision(model, precision):
@@ -202,7 +202,7 @@ def collect_to_npz(
 
 def sample_to_pngs(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, folder: PngFolder, precision: str,
-    **sampler_options: Any,
+    options: SampleOptions,
 ) -> PngResult:
     """Draw those of the plan's seeds that have no image in the folder yet; each rank writes what it makes.
 
@@ -223,7 +223,7 @@ def sample_to_pngs(
             own = rest.indices(rows)
             if len(own):
                 filled = np.pad(own, (0, plan.batch_size - len(own)), mode="edge")
-                images, evaluations = draw(model, diffusion, rest, filled, labels_of(filled, rest), **sampler_options)
+                images, evaluations = draw(model, diffusion, rest, filled, labels_of(filled, rest), options)
                 writer.put(own.tolist(), images[: len(own)])
             bar.update(min(per_round, len(missing) - done * per_round))
     dist.barrier()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import IO, cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from cm.io import storage
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -39,3 +43,12 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], scale: int, text_size:
 def grid_scale(image_size: int) -> int:
     """How much to enlarge small images so that a person can see them."""
     return max(1, 64 // image_size)
+
+
+def save_picture(path: str | os.PathLike[str], picture: Image.Image, *, durable: bool = True) -> None:
+    """Write a picture as a PNG.
+
+    :param durable: see `storage.write_atomically`.
+    :raises UserError: if it cannot be written.
+    """
+    storage.write_atomically(path, lambda file: picture.save(cast(IO[bytes], file), format="png"), durable=durable)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import tempfile
 import zipfile
 
 import numpy as np
 import torch as th
 from torch import Tensor
+
+from cm.io import atomic
+
+COPIED_AT_ONCE = 2**22                                      # bytes
 
 
 def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
@@ -24,13 +31,26 @@ def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
 class NpzWriter:
     """Writes {kind}_NxHxWx3.npz (arr_0 images, arr_1 labels) row by row, in memory that does not grow with N.
 
-    Rows may arrive in any order. The file appears under its name only when `close` has written it completely.
+    Rows may arrive in any order. Until `close` they lie in a file without a name in the same folder, which takes
+    N*H*W*3 bytes of the disk from the start and vanishes with the process. The npz appears when `close` is done.
+
+    :raises UserError: from every method but `put`, if the disk is full or the folder cannot be written.
     """
 
     def __init__(self, directory: str, count: int, height: int, width: int, with_labels: bool, kind: str = "samples"):
-        self.path = os.path.join(directory, f"{kind}_{count}x{height}x{width}x3.npz")
-        self.raw_path = f"{self.path}.arr_0.partial"
-        self.images = np.lib.format.open_memmap(self.raw_path, "w+", np.uint8, (count, height, width, 3))
+        self.path, shape = os.path.join(directory, f"{kind}_{count}x{height}x{width}x3.npz"), (count, height, width, 3)
+        atomic.remove_temporaries(self.path)
+        try:
+            self._rows = tempfile.TemporaryFile(dir=directory or ".")  # noqa: SIM115 (open until `close`)
+            np.lib.format.write_array_header_1_0(
+                self._rows, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            start = self._rows.tell()
+            # A page of a file that has no room on the disk would end the process by a signal when it is filled.
+            os.posix_fallocate(self._rows.fileno(), 0, start + math.prod(shape))
+        except OSError as error:
+            raise atomic.write_failure(self.path, error) from error
+        self.images = np.memmap(self._rows, np.uint8, "r+", start, shape)
         self.labels = np.zeros(count, np.int64) if with_labels else None
 
     def put(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray | None) -> None:
@@ -41,14 +61,15 @@ class NpzWriter:
 
     def close(self, **extra: np.ndarray) -> str:
         """Pack the rows, and other arrays by their names; returns the path of the npz."""
-        self.images.flush()
-        partial = f"{self.path}.partial"
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.write(self.raw_path, "arr_0.npy")
-            labels = {} if self.labels is None else {"arr_1": self.labels}
-            for name, array in {**labels, **extra}.items():
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array)
-        os.replace(partial, self.path)
-        os.remove(self.raw_path)
+        labels = {} if self.labels is None else {"arr_1": self.labels}
+        with atomic.AtomicFile(self.path) as file:
+            self.images.flush()
+            self._rows.seek(0)
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                    shutil.copyfileobj(self._rows, member, COPIED_AT_ONCE)
+                for name, array in {**labels, **extra}.items():
+                    with archive.open(f"{name}.npy", "w") as member:
+                        np.lib.format.write_array(member, array)
+        self._rows.close()
         return self.path

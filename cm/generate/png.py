@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 
 from cm.errors import UserError
+from cm.generate.grids import save_picture
+from cm.io import atomic, storage
 
 RECIPE = "sampling.json"
 PER_FOLDER = 1000
@@ -49,16 +51,16 @@ class PngFolder:
         wanted, path = json.loads(json.dumps(dict(recipe))), self.outdir / RECIPE
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
+            for folder in (self.outdir, *(entry for entry in self.outdir.iterdir() if entry.is_dir())):
+                atomic.remove_old_temporaries(folder)
             if path.exists():
                 return self.compare(json.loads(path.read_text()), wanted)
             if stranger := next(self.outdir.rglob("*.png"), None):
                 raise UserError(f"--outdir {self.outdir} holds images, such as {stranger}, and no {RECIPE} that says "
                                 "how they were made: choose another --outdir")
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(wanted, indent=2))
-            os.replace(partial, path)
+            storage.write_json(path, wanted)
         except OSError as error:
-            raise UserError(f"--outdir {self.outdir} cannot be written: {error.strerror}") from None
+            raise UserError(f"--outdir {self.outdir}: {atomic.write_failure(path, error)}") from None
         except json.JSONDecodeError:
             raise UserError(f"{path} is damaged, so it is not known how the images next to it were made: "
                             "choose another --outdir") from None
@@ -115,14 +117,12 @@ class PngWriter:
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:
-    """Write an image, [H,W,3] uint8."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(partial, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    """Write an image, [H,W,3] uint8.
+
+    :raises UserError: if it cannot be written.
+    """
+    storage.make_folder(path.parent)
+    save_picture(path, Image.fromarray(image), durable=False)       # a file that a power cut damages is drawn again
 
 
 def _is_complete(path: Path) -> bool:

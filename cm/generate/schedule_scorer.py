@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch as th
@@ -16,6 +15,7 @@ from cm.generate.engine import SamplingPlan, draw, labels_of, rank_batches
 from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Schedule, as_text
 from cm.logging import logger
+from cm.samplers.sample import SampleOptions
 from evaluations.th_evaluator import ThEvaluator
 
 
@@ -26,13 +26,13 @@ class Scorer:
     The images are those that image_sample.py draws with the same seed, so the distance is the evaluator's. To be
     called on all ranks together.
 
-    :param options: arguments of `cm.samplers.sample.sample`, other than the schedule.
+    :param options: how to sample; its `ts` are replaced by the schedule.
     """
 
     model: nn.Module
     prefixes: PrefixCache
     plan: SamplingPlan
-    options: dict[str, Any]
+    options: SampleOptions
     evaluator: ThEvaluator
 
     def __call__(self, ts: Schedule) -> tuple[float, int]:
@@ -49,4 +49,5 @@ class Scorer:
         for batch, indices in enumerate(bar):
             if len(indices):
                 denoiser, labels = self.prefixes.denoiser(ts, batch), labels_of(indices, self.plan)
-                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, ts=ts, **self.options)[0]
+                options = replace(self.options, ts=ts)
+                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, options)[0]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on local disks and, through blobfile, in object stores."""
+"""Files on local disks and, through blobfile, in object stores: the one way to reach them and to write them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,50 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from cm.errors import UserError
+from cm.io import atomic
 
-PARTIAL = ".partial"
-"""What the name of a file ends in that is being written."""
 RETRIES = 12
-"""Attempts to reach an object store, with pauses that double up to a minute; blobfile itself would never give up."""
+"""Attempts at a request that an object store answers with an error, with pauses that double up to a minute."""
 
 
 @cache
-def blobs() -> ModuleType:
-    """blobfile, set to give up in the end; imported only for a URL, because that takes a while."""
+def _blobfile() -> ModuleType:
+    """blobfile, set to give up in the end and to print nothing; imported only for a URL, because that takes a while."""
     import blobfile
 
-    blobfile.configure(retry_limit=RETRIES)
+    from cm.io import store_pool
+
+    pool = cast(Any, store_pool.StorePool())
+    blobfile.configure(retry_limit=RETRIES, connect_timeout=store_pool.CONNECT_TIMEOUT_S, get_http_pool=lambda: pool,
+                       log_callback=lambda line: None)
     return blobfile
 
 
-def is_remote(path: str) -> bool:
+@contextlib.contextmanager
+def _store(path: str, what: str) -> Iterator[ModuleType]:
+    """blobfile, for one request; each store and network library has errors of its own, which become one.
+
+    :raises UserError: saying that `path` cannot be `what`.
+    :raises FileNotFoundError, IsADirectoryError: as for a local path.
+    """
+    try:
+        yield _blobfile()
+    except UserError as error:
+        raise UserError(f"{path} cannot be {what}: {error}") from error
+    except (FileNotFoundError, IsADirectoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(getattr(error, "message", error)).partition("\n")[0][:300]
+        raise UserError(
+            f"{path} cannot be {what} ({type(error).__name__}: {reason}): check the address, the network and your "
+            "login to the store, or use a local path"
+        ) from error
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
@@ -37,12 +61,26 @@ def open_file(path: str, mode: str = "rb", *, random_access: bool = False) -> IO
     """Open a path or a URL.
 
     :param random_access: read from any place in it; an object store's file is then fetched to this machine first.
+    :raises OSError: for a local path, as `open`.
+    :raises UserError: for a URL that cannot be opened.
     """
     if not is_remote(path):
         return open(path, mode)
-    if random_access:
-        return blobs().BlobFile(path, mode, streaming=False)
-    return blobs().BlobFile(path, mode, partial_writes_on_exc=False)      # what cannot be finished must not appear
+    with _store(path, "opened") as blobfile:
+        if random_access:
+            return blobfile.BlobFile(path, mode, streaming=False)
+        return blobfile.BlobFile(path, mode, partial_writes_on_exc=False)     # what cannot be finished must not appear
+
+
+def size(path: str) -> int:
+    """Bytes of a file.
+
+    :raises OSError, UserError: as `open_file`.
+    """
+    if not is_remote(path):
+        return os.stat(path).st_size
+    with _store(path, "looked up") as blobfile:
+        return blobfile.stat(path).size
 
 
 def join(directory: str, name: str) -> str:
@@ -50,20 +88,25 @@ def join(directory: str, name: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file.
+    """Whether there is such a file or folder.
 
-    :raises UserError: for a URL of a kind that blobfile cannot read.
+    :raises UserError: for a URL that cannot be looked up.
     """
-    if is_remote(path):
-        try:
-            return blobs().exists(path)
-        except blobs().Error as error:
-            raise UserError(f"{path} cannot be looked up ({error}); download it and give the local file") from None
-    return os.path.exists(path)
+    if not is_remote(path):
+        return os.path.exists(path)
+    with _store(path, "looked up") as blobfile:
+        return blobfile.exists(path)
 
 
 def is_directory(path: str) -> bool:
-    return blobs().isdir(path) if is_remote(path) else os.path.isdir(path)
+    """Whether there is such a folder.
+
+    :raises UserError: for a URL that cannot be looked up.
+    """
+    if not is_remote(path):
+        return os.path.isdir(path)
+    with _store(path, "looked up") as blobfile:
+        return blobfile.isdir(path)
 
 
 def absolute(path: str) -> str:
@@ -71,31 +114,40 @@ def absolute(path: str) -> str:
 
 
 def remove(path: str) -> None:
-    """Remove a file; no complaint if there is none."""
-    if is_remote(path):
-        if blobs().exists(path):
-            blobs().remove(path)
-        return
+    """Remove a file; no complaint if there is none.
+
+    :raises OSError: if a local file cannot be removed.
+    :raises UserError: if one in a store cannot be.
+    """
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
+        if not is_remote(path):
+            return os.remove(path)
+        with _store(path, "removed") as blobfile:
+            if blobfile.exists(path):
+                blobfile.remove(path)
 
 
 def rename(path: str, new: str) -> None:
-    if is_remote(path):
-        blobs().copy(path, new, overwrite=True)
-        blobs().remove(path)
-    else:
-        os.replace(path, new)
+    """Give a file another name in the same folder or store; what stood under that name goes.
+
+    :raises OSError, UserError: as `remove`.
+    """
+    if not is_remote(path):
+        return os.replace(path, new)
+    with _store(path, "renamed") as blobfile:
+        blobfile.copy(path, new, overwrite=True)
+        blobfile.remove(path)
 
 
 def list_names(directory: str) -> list[str]:
     """Names in a directory; none if it does not exist."""
-    if is_remote(directory):
-        return [name.rstrip("/") for name in blobs().listdir(directory)] if blobs().exists(directory) else []
-    return os.listdir(directory) if os.path.isdir(directory) else []
+    if not is_remote(directory):
+        return os.listdir(directory) if os.path.isdir(directory) else []
+    with _store(directory, "listed") as blobfile:
+        return [name.rstrip("/") for name in blobfile.listdir(directory)] if blobfile.exists(directory) else []
 
 
-def make_folder(path: str) -> None:
+def make_folder(path: str | os.PathLike[str]) -> None:
     """Create a folder, with those above it, unless it is there; object stores need none.
 
     :raises UserError: if that cannot be done.
@@ -104,7 +156,7 @@ def make_folder(path: str) -> None:
         if not is_remote(path):
             os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}") from None
+        raise UserError(f"cannot create the folder {path}: {error.strerror}; choose another place for it") from None
 
 
 class Checksum:
@@ -124,64 +176,52 @@ class Checksum:
         self.file.flush()
 
 
-def write_whole(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
-    """Let `write` fill a file that appears under `path` only when it is complete and on disk.
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[Checksum], Any], *, durable: bool = True
+) -> dict[str, int]:
+    """Let `write` fill a file that appears under `path`, local or remote, only when it is complete and on disk.
 
+    :param durable: see `atomic.AtomicFile`; an object store is always durable.
     :return: {"size": bytes, "crc32": checksum}.
-    :raises UserError: if the disk is full or the folder cannot be written; what stood under `path` stays.
+    :raises UserError: naming the path, the free space and the remedy if the file cannot be written; what stood under
+        `path` stays.
     """
     if is_remote(path):
-        return write_remote(path, write)
-    partial = f"{path}{PARTIAL}"
-    try:
-        with open(partial, "wb") as file:
-            out = Checksum(file)
-            write(out)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_directory(os.path.dirname(os.path.abspath(path)))
-    except (OSError, RuntimeError) as error:                # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            remove(partial)
-        raise UserError(f"cannot write {path}: {error}{free_space(path)}") from error
+        return _write_remote(os.fspath(path), write)
+    with atomic.AtomicFile(path, durable) as file:
+        out = Checksum(file)
+        write(out)
     return {"size": out.size, "crc32": out.crc32}
 
 
-def write_remote(path: str, write: Callable[[Checksum], None]) -> dict[str, int]:
-    """As `write_whole`; an object store shows an object only when it is complete."""
+def _write_remote(path: str, write: Callable[[Checksum], Any]) -> dict[str, int]:
+    """As `write_atomically`; an object store shows an object only when it is complete."""
     try:
         with open_file(path, "wb") as file:
             out = Checksum(file)
             write(out)
     except Exception as error:                              # each store and network library has errors of its own
-        raise UserError(f"cannot write {path}: {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"cannot write {path}: {reason}. Check your login to the store, its space and the "
+            "network, or choose another folder"
+        ) from error
     return {"size": out.size, "crc32": out.crc32}
 
 
-def sync_directory(directory: str) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(data))
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write a JSON file as `write_atomically` does."""
+    write_bytes(path, json.dumps(content, indent=2).encode())
 
 
 def free_bytes(directory: str) -> int | None:
     """What is left on the disk of a folder; None for an object store, and for a folder that cannot be asked."""
-    if is_remote(directory):
-        return None
-    try:
-        stat = os.statvfs(os.path.abspath(directory))
-    except OSError:
-        return None
-    return stat.f_bavail * stat.f_frsize
-
-
-def free_space(path: str) -> str:
-    free = free_bytes(os.path.dirname(path))
-    return "" if free is None else f". {free / 2**20:.1f} MiB are free there"
+    return None if is_remote(directory) else atomic.free_bytes(directory)
 
 
 def checksum(path: str) -> dict[str, int]:
@@ -199,7 +239,11 @@ def checksum(path: str) -> dict[str, int]:
 
 def files_under(folder: str) -> list[str]:
     """Paths of all files below a folder, relative to it, with slashes."""
-    tree: Iterator[Any] = blobs().walk(folder) if is_remote(folder) else walk(folder)
+    if is_remote(folder):
+        with _store(folder, "listed") as blobfile:
+            tree = list(blobfile.walk(folder))
+    else:
+        tree = walk(folder)
     return [f"{root}/{name}".replace(os.sep, "/")[len(folder) + 1 :] for root, _, names in tree for name in names]
 
 
@@ -214,8 +258,3 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
             continue
         seen.add((place.st_dev, place.st_ino))
         yield root, folders, names
-
-
-def write_json(path: str, content: Any) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=2).encode()))

@@ -50,13 +50,13 @@ class Logger:
         self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output could not write yet
         self.is_stuck = False                                   # whether that was reported
 
-    def logkv(self, key: str, value: Any) -> None:
+    def logkv(self, key: str, val: Any) -> None:
         """See the function of this name."""
-        self.values[key] = _scalar(key, value)
+        self.values[key] = _scalar(key, val)
 
-    def logkv_mean(self, key: str, value: Any) -> None:
+    def logkv_mean(self, key: str, val: Any) -> None:
         """See the function of this name."""
-        value = _scalar(key, value)
+        value = _scalar(key, val)
         if _is_tensor(value) and value.device.type != "mps":     # which has no float64
             value = value.double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -89,7 +89,7 @@ class Logger:
                 rows.pop(0)
         except BrokenPipeError:
             raise
-        except OSError as error:
+        except (OSError, UserError) as error:
             del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
             self.report_failure(error)
             return False
@@ -107,12 +107,21 @@ class Logger:
                     except OSError as error:
                         self.report_failure(error)
 
-    def report_failure(self, error: OSError) -> None:
+    def report_failure(self, error: OSError | UserError) -> None:
         """Print that the log cannot be written, once until it can be again."""
         if not self.is_stuck:
             self.is_stuck = True
-            print(f"the log in {self.directory} cannot be written ({error.strerror}); the run continues, and its "
-                  "rows wait until there is space", file=sys.stderr, flush=True)
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"the log in {self.directory} cannot be written ({reason}); the run continues, and its rows wait "
+                  "until there is space", file=sys.stderr, flush=True)
+
+    def set_level(self, level: int) -> None:
+        """The least level of `log` that is shown."""
+        self.level = level
+
+    def get_dir(self) -> str | None:
+        """Where the files of this log are; None where it has none."""
+        return self.directory
 
     def close(self) -> None:
         """Close all outputs."""
@@ -196,19 +205,24 @@ def scoped_configure(dir: str | os.PathLike | None = None, format_strs: Sequence
         _current = outer
 
 
-def logkv(key: str, value: Any) -> None:
+def get_current() -> Logger:
+    """The log that the functions of this module speak to."""
+    return _current
+
+
+def logkv(key: str, val: Any) -> None:
     """Put a number, or a tensor of one element, into the row; the last value of a key stays."""
-    _current.logkv(key, value)
+    _current.logkv(key, val)
 
 
-def logkv_mean(key: str, value: Any) -> None:
+def logkv_mean(key: str, val: Any) -> None:
     """As `logkv`, but the row gets the mean of all values. A tensor causes no synchronization before `dumpkvs`."""
-    _current.logkv_mean(key, value)
+    _current.logkv_mean(key, val)
 
 
-def logkvs(values: Mapping[str, Any]) -> None:
+def logkvs(d: Mapping[str, Any]) -> None:
     """`logkv` for each item."""
-    for key, value in values.items():
+    for key, value in d.items():
         logkv(key, value)
 
 
@@ -249,7 +263,7 @@ def error(*args: Any) -> None:
 
 def set_level(level: int) -> None:
     """The least level of `log` that is shown, for the current log."""
-    _current.level = level
+    _current.set_level(level)
 
 
 def get_dir() -> str:

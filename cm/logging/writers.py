@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cm.errors import UserError
-from cm.io import untrusted
+from cm.io import storage, untrusted
 
 Row = Mapping[str, Any]
 
@@ -27,10 +27,10 @@ Row = Mapping[str, Any]
 class Output(Protocol):
     """What rows can be written to."""
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Write a row.
 
-        :raises OSError: if it cannot be written; then nothing of it was.
+        :raises OSError | UserError: if it cannot be written; then nothing of it was.
         """
         ...
 
@@ -51,7 +51,7 @@ class TableOutput:
         if path:
             _append(path, "")
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Write a row as a table."""
         cells = [(_shorten(name), _readable(value)) for name, value in sorted(row.items())]
         if not cells:
@@ -106,7 +106,7 @@ class CSVOutput:
         """Replace the file by these rows."""
         replace_file(self.path, _as_csv(self.columns, rows, header=bool(self.columns)))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Append a row; new names become columns, for which the file is rewritten."""
         new = sorted(set(row) - set(self.columns))
         if new:
@@ -144,7 +144,7 @@ class JSONOutput:
         """Replace the file by these lines."""
         replace_file(self.path, "".join(line + "\n" for line in lines))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Append a row."""
         _append(self.path, _as_json(row) + "\n")
 
@@ -162,7 +162,7 @@ class StatsOutput(JSONOutput):
     "timestamp"}. Every value counts as one report; `step` is a plain number.
     """
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Append a row."""
         named = {
             f"{'Loss' if name.startswith('loss') or 'mse' in name else 'Progress'}/{name}": {
@@ -187,7 +187,7 @@ class TensorBoardOutput:
         self.make_writer, self.path, self.rows = SummaryWriter, path, 0
         self.writer = SummaryWriter(str(path))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         """Add a point to each curve."""
         self.rows += 1
         for name, value in row.items():
@@ -286,11 +286,6 @@ def _append(path: Path, text: str) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Replace a file so that it has its old content or the new one, whatever happens in between.
 
-    :raises OSError: if it cannot be written.
+    :raises UserError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    storage.write_bytes(path, text.encode())

@@ -19,7 +19,7 @@ from cm.networks.layers import checkpoint, conv_nd, normalization, without_autoc
 
 
 def _differentiable_kernel() -> AbstractContextManager:
-    """Inside forward-mode differentiation, torch's plain kernel: its fused kernels have no Jacobian-vector product."""
+    """Choose torch's plain kernel inside forward-mode differentiation, for which its fused kernels have no rule."""
     if inside_jvp():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
@@ -29,12 +29,12 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Softmax attention with logits scaled by 1/sqrt(d): [N,3C,...] -> [N,C,...].
 
     The 3C channels are all queries, then all keys, then all values, each as h heads of d channels: the layout of the
-    published consistency models. The result lies channels-last in memory.
+    published consistency models. The result is channels-last in memory.
     """
     n, width, *positions = qkv.shape
     d = width // (3 * num_heads)
-    # The fused kernels want the d numbers of a head side by side. channels_last data lies so already and
-    # this contiguous() is free; on channels-first data the copy is three times faster than strided attention.
+    # The fused kernels need the d numbers of a head contiguous in memory. With channels_last data they are, and this
+    # contiguous() is free; with channels-first data the copy is three times faster than strided attention.
     tokens = qkv.flatten(2).transpose(1, 2).contiguous()                        # [N,T,3C]
     with _differentiable_kernel(), without_autocast(qkv.device):
         if attention_cpu.suits(tokens):
@@ -47,10 +47,10 @@ def qkv_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 class AttentionBlock(nn.Module):
-    """x + proj_out(attention(qkv(norm(x)))): every position of an image looks at every other, [N,C,...] -> same.
+    """x + proj_out(attention(qkv(norm(x)))): attention among all positions of an image, [N,C,...] -> same.
 
     Parameters are named and shaped as in the published checkpoints: `norm`, `qkv` [3C,C,1,1], `proj_out` [C,C,1,1],
-    the last one zero at the start, so that a new block is the identity.
+    the last one initialised to zero, so that a new block is the identity.
 
     :param num_head_channels: width of a head; -1 splits the channels into `num_heads` heads instead.
     :raises UserError: if the heads do not divide the channels.
@@ -72,6 +72,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(conv_nd(dims, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,...] -> same."""
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class AttentionBlock(nn.Module):
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
-    """The number of heads of an attention layer; a `num_head_channels` other than -1 decides, else `num_heads`.
+    """The number of heads of an attention layer: from `num_head_channels` unless that is -1, else `num_heads`.
 
     :raises UserError: if the heads do not divide `channels`.
     """

@@ -1,8 +1,8 @@
 """Softmax attention of bfloat16 data on CPUs: matrix products of a few heads at a time.
 
 torch's fused kernel for CPUs does not reach the speed of their bfloat16 matrix units; batched products do, as long as
-the weights they leave stay in the cache. As with the fused kernels, the backward pass computes the weights anew, so
-no [T,T] is kept. The weights are bfloat16, like those of two einsums under autocast.
+the attention weights fit in the cache. As with the fused kernels, the backward pass recomputes the weights, so no [T,T]
+is kept. The weights are bfloat16, like those of two einsums under autocast.
 
 Shapes: N batch, C channels, T positions, h heads, d head width (C = h d).
 """
@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from cm.networks.jvp import inside_transform
 
-BLOCK = 2**19                                               # numbers of weights at a time: 1 MiB
-LONGEST = 1024                                              # positions up to which one head's weights stay small
+BLOCK = 2**19                                               # attention weights at a time: 1 MiB
+LONGEST = 1024                                              # positions up to which the weights of one head fit
 
 
 def suits(tokens: Tensor) -> bool:
-    """Whether `attention` is the way for [N,T,3C]; compilers and transforms take torch's own operations."""
+    """Whether `attention` applies to [N,T,3C]; compilers and transforms use torch's own operations."""
     return (
         tokens.device.type == "cpu" and tokens.dtype == th.bfloat16 and tokens.shape[1] <= LONGEST
         and not th.compiler.is_compiling() and not inside_transform()
@@ -80,11 +80,11 @@ def _heads(tokens: Tensor, count: int) -> Tensor:
 
 
 def _tokens(heads: Tensor, n: int) -> Tensor:
-    """The way back: [count N,T,d] -> [N,T,count d]."""
+    """The inverse of `_heads`: [count N,T,d] -> [N,T,count d]."""
     return heads.unflatten(0, (-1, n)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _blocks(heads: Tensor) -> Iterator[slice]:
-    """Slices of [B,T,d] whose [T,T] together come to about `BLOCK`."""
+    """Slices of [B,T,d] whose weights [T,T] have about `BLOCK` elements together."""
     step = max(1, BLOCK // heads.shape[1] ** 2)
     return (slice(start, start + step) for start in range(0, len(heads), step))

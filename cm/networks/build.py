@@ -1,6 +1,8 @@
-"""From flags to networks."""
+"""Builds networks from their configuration."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch as th
 from torch import nn
@@ -10,7 +12,7 @@ from cm.networks.edm import EDM_NETWORKS, EDMNetwork
 from cm.networks.unet import UNetModel, attention_factors
 from cm.registry import lookup
 
-PUBLISHED_CLASSES = 1000                                    # of ImageNet, where nothing else is known
+PUBLISHED_CLASSES = 1000                                    # of ImageNet, unless the number is given
 
 Network = UNetModel | EDMNetwork
 
@@ -26,9 +28,9 @@ CHANNEL_MULT = {
 
 
 def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
-    """'1,2,4' -> (1, 2, 4); empty gives the default of the size.
+    """'1,2,4' -> (1, 2, 4); an empty text gives the default of the image size.
 
-    :raises UserError: if it is no list of positive numbers, or the size has no default.
+    :raises UserError: if it is no list of positive numbers, or the image size has no default.
     """
     if not channel_mult:
         if image_size not in CHANNEL_MULT:
@@ -47,12 +49,104 @@ def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
 
 
 def parse_resolutions(attention_resolutions: str) -> tuple[int, ...]:
+    """'32,16,8' -> (32, 16, 8).
+
+    :raises UserError: if it is no list of whole numbers.
+    """
     try:
         return tuple(int(word) for word in attention_resolutions.split(",") if word.strip())
     except ValueError:
         raise UserError(
             f"--attention_resolutions {attention_resolutions!r} is not a list of image sides such as 32,16,8"
         ) from None
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What a network is built from. The fields are flags of `cm.config.schema.ModelConfig`, which explains them."""
+
+    image_size: int
+    num_channels: int
+    num_res_blocks: int
+    channel_mult: str = ""
+    learn_sigma: bool = False
+    class_cond: bool = False
+    use_checkpoint: bool = False
+    attention_resolutions: str = "16"
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    dropout: float = 0.0
+    resblock_updown: bool = False
+    use_fp16: bool = False
+    use_new_attention_order: bool = False
+    num_classes: int = PUBLISHED_CLASSES
+    arch: str = "unet"
+    augment_dim: int = 0
+
+
+def build_network(config: NetworkConfig) -> Network:
+    """The network of a configuration.
+
+    :raises UserError: if there is no such network; the message names the flag.
+    """
+    if config.learn_sigma:
+        raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
+    return _build_unet(config) if config.arch == "unet" else _build_edm(config)
+
+
+def _build_unet(config: NetworkConfig) -> UNetModel:
+    widths = parse_channel_mult(config.channel_mult, config.image_size)
+    factors = attention_factors(config.image_size, parse_resolutions(config.attention_resolutions))
+    if config.augment_dim:
+        raise UserError(f"--augment_dim {config.augment_dim}: the U-Net of --arch unet takes no augmentation labels; "
+                        f"choose one of: {', '.join(EDM_NETWORKS)}")
+    return UNetModel(
+        image_size=config.image_size,
+        in_channels=3,
+        model_channels=config.num_channels,
+        out_channels=3,
+        num_res_blocks=config.num_res_blocks,
+        attention_resolutions=factors,
+        dropout=config.dropout,
+        channel_mult=widths,
+        num_classes=_classes(config) or None,
+        use_checkpoint=config.use_checkpoint,
+        use_fp16=config.use_fp16,
+        num_heads=config.num_heads,
+        num_head_channels=config.num_head_channels,
+        num_heads_upsample=config.num_heads_upsample,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        resblock_updown=config.resblock_updown,
+        use_new_attention_order=config.use_new_attention_order,
+    )
+
+
+def _build_edm(config: NetworkConfig) -> EDMNetwork:
+    widths = parse_channel_mult(config.channel_mult, config.image_size)
+    resolutions = parse_resolutions(config.attention_resolutions)
+    attention_factors(config.image_size, resolutions)               # raises for a resolution that no level has
+    has_own_heads = config.arch == "adm" and config.num_head_channels != -1
+    return lookup(EDM_NETWORKS, config.arch, "arch")(
+        img_resolution=config.image_size,
+        in_channels=3,
+        out_channels=3,
+        label_dim=_classes(config),
+        augment_dim=config.augment_dim,
+        model_channels=config.num_channels,
+        channel_mult=widths,
+        num_blocks=config.num_res_blocks,
+        attn_resolutions=resolutions,
+        dropout=config.dropout,
+        use_checkpoint=config.use_checkpoint,
+        **({"channels_per_head": config.num_head_channels} if has_own_heads else {}),
+    )
+
+
+def _classes(config: NetworkConfig) -> int:
+    """The number of classes, 0 for an unconditional network."""
+    return (config.num_classes or PUBLISHED_CLASSES) if config.class_cond else 0
 
 
 def create_model(
@@ -76,55 +170,18 @@ def create_model(
     arch: str = "unet",
     augment_dim: int = 0,
 ) -> Network:
-    """The network that the flags describe; see `cm.config.schema.ModelConfig`.
+    """`build_network` with the arguments of openai/consistency_models.
 
-    :raises UserError: if the flags describe no network, naming the flag.
+    :raises UserError: as `build_network`.
     """
-    if learn_sigma:
-        raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
-    widths = parse_channel_mult(channel_mult, image_size)
-    resolutions = parse_resolutions(attention_resolutions)
-    factors = attention_factors(image_size, resolutions)
-    classes = (num_classes or PUBLISHED_CLASSES) if class_cond else 0
-    if arch != "unet":
-        return lookup(EDM_NETWORKS, arch, "arch")(
-            img_resolution=image_size,
-            in_channels=3,
-            out_channels=3,
-            label_dim=classes,
-            augment_dim=augment_dim,
-            model_channels=num_channels,
-            channel_mult=widths,
-            num_blocks=num_res_blocks,
-            attn_resolutions=resolutions,
-            dropout=dropout,
-            use_checkpoint=use_checkpoint,
-            **({"channels_per_head": num_head_channels} if arch == "adm" and num_head_channels != -1 else {}),
-        )
-    if augment_dim:
-        raise UserError(f"--augment_dim {augment_dim}: the U-Net of --arch unet takes no augmentation labels; choose "
-                        f"one of: {', '.join(EDM_NETWORKS)}")
-    return UNetModel(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=factors,
-        dropout=dropout,
-        channel_mult=widths,
-        num_classes=classes or None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
+    return build_network(NetworkConfig(
+        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
+        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
+    ))
 
 
 def to_device(model: nn.Module, device: th.device) -> nn.Module:
-    """Put a network where it runs, in the memory format in which its convolutions are fastest."""
-    return model.to(device, memory_format=th.channels_last)
+    """Move a network to a device, in the memory format in which its convolutions are fastest."""
+    # torch's stubs lack this combination of arguments
+    return model.to(device, memory_format=th.channels_last)  # pyright: ignore[reportCallIssue]

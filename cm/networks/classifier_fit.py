@@ -1,4 +1,4 @@
-"""How the small classifiers are trained: in memory, by AdamW, with one cycle of the learning rate."""
+"""The training of the small classifiers: in memory, by AdamW, with one cycle of the learning rate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def fit(
     weight_decay: float,
     progress: bool,
 ) -> None:
-    """Train a network, where it is, on `count` samples in batches drawn with torch's global generator.
+    """Train a network on its device on `count` samples in batches drawn with torch's global generator.
 
-    :param loss_of: indices of a batch's samples, int64 [B] -> their mean loss [].
+    :param loss_of: from the indices of a batch's samples, int64 [B], to their mean loss, a scalar tensor.
     :param lr: the highest learning rate of the cycle.
     """
     device = next(model.parameters()).device
@@ -31,7 +31,7 @@ def fit(
     schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     with tqdm(total=epochs * batches, desc="training the classifier", disable=not progress) as bar:
         for _ in range(epochs):
-            # tensor_split: no batch is so short that its normalisation means nothing
+            # tensor_split makes all batches about equally long, as batch normalisation needs
             for rows in th.randperm(count).to(device).tensor_split(batches):
                 loss = loss_of(rows)
                 optimizer.zero_grad()

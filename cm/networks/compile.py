@@ -1,7 +1,7 @@
 """--compile: networks that run as generated code, by torch.compile.
 
-A network is compiled in place and at its first pass, for each shape of batch on its own: its weights, their names and
-whatever holds it stay as they are. The noise level and N(k) reach it as tensors, so they compile nothing anew.
+A network is compiled in place at its first pass, once for each shape of a batch; its weights, their names and all
+references to it are unchanged. The noise level and N(k) are tensors, so new values do not cause another compilation.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from torch import nn
 
 from cm.errors import UserError
 
-# Online, target and teacher, with and without gradients, whole and last batches. Beyond it torch would raise an error.
+# Online, target and teacher, with and without gradients, full and last batches. Above this limit torch raises.
 GRAPHS = 64
 
 
 def compile_network(model: nn.Module, device: th.device, backend: str = "inductor") -> None:
-    """Let the network's calls run as compiled code; dropout draws the masks that it draws without.
+    """Compile the calls of a network; dropout draws the same masks as without.
 
-    Forward-mode differentiation does not see through it.
+    A compiled network cannot be differentiated in forward mode.
+
+    :param backend: of torch.compile.
 
     :raises UserError: if there is no compiler on this machine.
     """
     options = None
     if backend == "inductor":
-        check_compiler(device)
+        _check_compiler(device)
         options = {"fallback_random": True}                 # torch's own random numbers, so masks can be shared
     th._dynamo.config.recompile_limit = max(GRAPHS, th._dynamo.config.recompile_limit)
     model.compile(backend=backend, dynamic=False, fullgraph=True, options=options)
 
 
-def check_compiler(device: th.device) -> None:
+def _check_compiler(device: th.device) -> None:
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:

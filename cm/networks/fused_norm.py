@@ -1,9 +1,9 @@
 """Group normalisation, scale and shift by an embedding, and SiLU as one operation.
 
 On CPUs torch's group normalisation of channels-last data is up to ten times slower in bfloat16 than its other passes,
-and the three operations keep three activations for the backward pass where one is enough. Here the input alone is
-kept, sums are taken over whole rows of channels, and all arithmetic is in float32 (float64 for float64 data), a few
-images at a time, so that what is in between stays in the cache.
+and the three operations keep three activations for the backward pass where one is enough. Here only the input is kept,
+sums are taken over complete rows of channels, and all arithmetic is in float32 (float64 for float64 data), a few images
+at a time, so that intermediate values stay in the cache.
 
 Shapes: N batch, B images of a block, C channels, G groups, H and W height and width, M = H W C / G numbers of a group.
 """
@@ -22,33 +22,34 @@ from cm.networks.jvp import inside_jvp, inside_transform
 from cm.networks.layers import silu as plain_silu
 from cm.tensors import append_dims
 
-BLOCK = 2**20                                               # numbers that are worked on at a time: 4 MiB of float32
+BLOCK = 2**20                                               # numbers processed at a time: 4 MiB of float32
 
 
 def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
              *, silu: bool = True) -> Tensor:
     """silu(norm(x) (1 + scale) + shift), or without silu: [N,C,...] -> same, in the dtype of x.
 
+    :param norm: its weights, number of groups and eps are used.
     :param scale, shift: [N,C]; neither or both.
     """
     if not _is_fused(x):
-        # torch's forward-mode rule takes no channels-last data
+        # torch's forward-mode rule does not support channels-last data
         y = norm(x.contiguous() if inside_jvp() else x)
-        if scale is not None:
+        if scale is not None and shift is not None:
             y = th.addcmul(append_dims(shift.to(y.dtype), y.ndim), y, 1 + append_dims(scale.to(y.dtype), y.ndim))
         return plain_silu(y) if silu else y
     dtype = th.promote_types(x.dtype, th.float32)
     with th.autocast("cpu", enabled=False):
         a = norm.weight.to(dtype).expand(len(x), -1)                # [N,C]
         b = norm.bias.to(dtype).expand(len(x), -1)
-        if scale is not None:
+        if scale is not None and shift is not None:
             gain = 1 + scale.to(dtype)
             a, b = a * gain, th.addcmul(shift.to(dtype), b, gain)
         return _NormAct.apply(x, a, b, norm.num_groups, norm.eps, silu)
 
 
 def _is_fused(x: Tensor) -> bool:
-    """Whether the rows of channels lie side by side, on a CPU; transforms take torch's own operations."""
+    """Whether x is channels-last data on a CPU, outside of compilers and transforms, which use torch's operations."""
     return (
         not th.compiler.is_compiling() and x.device.type == "cpu" and x.ndim == 4
         and x.is_contiguous(memory_format=th.channels_last) and not inside_transform()
@@ -127,7 +128,7 @@ def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
 def _against_moments(
     a: Tensor, grad_a: Tensor, grad_b: Tensor, mean: Tensor, rstd: Tensor, positions: int
 ) -> tuple[Tensor, Tensor]:
-    """What the mean and the variance take off the gradient of x: constant and factor of x, both [B,C,1,1].
+    """The terms of mean and variance in the gradient of x: a constant and a factor of x, both [B,C,1,1].
 
     dx = rstd (a dy - <a dy> - x_hat <a dy x_hat>), where <> is the mean over a group.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.jvp import depth, inside_jvp
+
+Module = TypeVar("Module", bound=nn.Module)
 
 GROUPS = 32     # the published checkpoints were trained with 32 groups everywhere
 
@@ -29,7 +31,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, e
 
     :param endpoint: divide by half-1 instead, so that the last frequency is 1 / max_period.
     :param timesteps: [N], may be fractional or negative. float64 stays float64, everything else is computed in
-        float32: the published models are called at times near -1500, where half precision resolves only whole steps.
+        float32: the published models are called at times near -1500, where half precision resolves only integers.
+    :raises ValueError: if `timesteps` has more than one axis.
     """
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps must be one number per sample, [N], but have shape {tuple(timesteps.shape)}")
@@ -42,7 +45,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, e
 
 
 def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x), which inside two forward-mode passes is spelt out: torch's own has no second derivative there."""
+    """x sigmoid(x), written out inside two forward-mode passes, where torch's function has no second derivative."""
     return F.silu(x) if depth() < 2 else x * x.sigmoid()
 
 
@@ -50,15 +53,17 @@ class SiLU(nn.SiLU):
     """`silu` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
         return silu(x)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with float32 statistics and weights for half-precision inputs; the output is as the input."""
+    """Group normalisation with float32 statistics and weights for half-precision inputs; keeps the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The CPU kernel takes half inputs with float32 weights and computes in float32; other devices' kernels do not,
-        # and the derivative of neither does. That derivative also wants x [N,C,...] to lie in this order in memory.
+        """[N,C,...] -> same."""
+        # The CPU kernel accepts half inputs with float32 weights and computes in float32. The kernels of other devices
+        # do not, nor does the forward-mode rule, which also needs x [N,C,...] to be contiguous.
         differentiated = inside_jvp()
         if differentiated:
             x = x.contiguous()
@@ -80,7 +85,7 @@ def normalization(channels: int) -> GroupNorm32:
     return GroupNorm32(GROUPS, channels)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
+def zero_module(module: Module) -> Module:
     """Set every parameter of `module` to zero, and return it."""
     for p in module.parameters():
         nn.init.zeros_(p)
@@ -94,12 +99,18 @@ def _by_dims(layers: Sequence[type[nn.Module]], dims: int) -> type[nn.Module]:
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """A 1-, 2- or 3-dimensional convolution; the other arguments are torch's."""
+    """A 1-, 2- or 3-dimensional convolution; the other arguments are torch's.
+
+    :raises ValueError: for other dims.
+    """
     return _by_dims((nn.Conv1d, nn.Conv2d, nn.Conv3d), dims)(*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-    """1-, 2- or 3-dimensional average pooling; the other arguments are torch's."""
+    """1-, 2- or 3-dimensional average pooling; the other arguments are torch's.
+
+    :raises ValueError: for other dims.
+    """
     return _by_dims((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), dims)(*args, **kwargs)
 
 
@@ -116,11 +127,11 @@ def without_autocast(device: th.device) -> AbstractContextManager:
 
 
 def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
-    """Evaluate `func(*inputs)`; with `flag`, forget the activations and compute them again in the backward pass.
+    """Evaluate `func(*inputs)`; with `flag`, do not keep its activations but recompute them in the backward pass.
 
-    The second computation replays the random numbers of the first, so dropout gets the gradients of its own mask.
+    The second computation repeats the random numbers of the first, so dropout uses the same mask.
 
-    :param params: accepted because guided-diffusion's callers pass it; autograd finds the parameters by itself.
+    :param params: has no effect; guided-diffusion's callers pass it, and autograd finds the parameters by itself.
     """
     if flag and th.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False, preserve_rng_state=True)

@@ -1,4 +1,4 @@
-"""A classifier of noisy images, told their noise level: for classifier guidance.
+"""A classifier of noisy images, conditioned on their noise level: for classifier guidance.
 
 Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 4: the encoder half of the U-Net. Input and noise level
 are scaled as for EDM's networks.
@@ -21,12 +21,12 @@ from cm.networks.unet import LayerFactory
 from cm.tensors import append_dims
 
 FORMAT = "noisy classifier 1"
-TIME_SCALE = 1000.0                                         # the embedding's frequencies are made for times this large
+TIME_SCALE = 1000.0                                         # the frequencies of the embedding suit times of this size
 
 
 @dataclass(frozen=True)
 class NoisyClassifierConfig:
-    """What a classifier is built from; saved with its weights."""
+    """The architecture of a classifier; it is saved with the weights."""
 
     image_size: int
     num_classes: int
@@ -39,7 +39,7 @@ class NoisyClassifierConfig:
 
 
 class NoisyClassifier(nn.Module):
-    """x [N,3,H,W] at noise levels sigma [N] -> logits [N,K], of which a softmax makes p(y | x, sigma)."""
+    """x [N,3,H,W] at noise levels sigma [N] -> logits [N,K], whose softmax is p(y | x, sigma)."""
 
     def __init__(self, config: NoisyClassifierConfig):
         super().__init__()
@@ -57,11 +57,12 @@ class NoisyClassifier(nn.Module):
         side = config.image_size >> len(widths) - 1
         self.out = nn.Sequential(
             normalization(outputs[-1]), SiLU(),
-            nn.Conv2d(outputs[-1], outputs[-1], side, groups=outputs[-1]),      # a mean whose weights are learnt
+            nn.Conv2d(outputs[-1], outputs[-1], side, groups=outputs[-1]),      # a mean with learnt weights
             nn.Flatten(), zero_module(linear(outputs[-1], config.num_classes)),
         )
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """[N,3,H,W], [N] -> logits [N,K]."""
         with without_autocast(x.device):                    # gradients of a small network: precision costs little here
             times = TIME_SCALE * self.precond.c_noise(sigma)
             emb = self.time_embed(timestep_embedding(times, self.config.width).to(x.dtype))
@@ -75,12 +76,14 @@ class NoisyClassifier(nn.Module):
 
 
 def to_content(model: NoisyClassifier) -> dict[str, Any]:
-    """What a file of a classifier holds: plain data, read back without running any code."""
+    """The content of a classifier's file: plain data, so that reading it runs no code."""
     return {"format": FORMAT, "config": dataclasses.asdict(model.config), "weights": model.state_dict()}
 
 
 def from_content(content: Any, path: str) -> NoisyClassifier:
-    """The classifier in a file's content, ready to use.
+    """The classifier in a file's content, in evaluation mode and without gradients.
+
+    :param path: of the file, for the message.
 
     :raises UserError: if the file holds something else.
     """

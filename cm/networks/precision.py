@@ -18,5 +18,5 @@ def convert_module_to_f32(module: nn.Module) -> None:
 
 def _convert_convolution(module: nn.Module, dtype: th.dtype) -> None:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        for param in module.parameters(recurse=False):              # and no constants that it may hold
+        for param in module.parameters(recurse=False):              # buffers keep their precision
             param.data = param.data.to(dtype)

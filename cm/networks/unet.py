@@ -43,9 +43,10 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the embedding to those of its children that take one."""
+    """A sequence that passes the embedding to those of its children that take one."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[N,C,...], [N,D] -> [N,C',...]"""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
@@ -62,6 +63,7 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,C',2H,2W]"""
         factors = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
         x = F.interpolate(x, scale_factor=factors, mode="nearest")
         return self.conv(x) if self.use_conv else x
@@ -79,11 +81,12 @@ class Downsample(nn.Module):
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,C',H/2,W/2]"""
         return self.op(x)
 
 
 class ResBlock(TimestepBlock):
-    """A residual block told the time: norm, SiLU, conv, then norm with the embedding, SiLU, dropout, conv.
+    """A residual block conditioned on the time: norm, SiLU, conv, then norm with the embedding, SiLU, dropout, conv.
 
     :param channels: width of the input.
     :param emb_channels: D, width of the embedding.
@@ -141,12 +144,14 @@ class ResBlock(TimestepBlock):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm_in, _, conv_in = self.in_layers
+        assert isinstance(norm_in, nn.GroupNorm)
         h = norm_act(norm_in, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv_in(h)
         emb_out = self.emb_layers(emb).to(h.dtype)                  # [N,C], or [N,2C]: scale, then shift
         norm_out, _, dropout, conv_out = self.out_layers
+        assert isinstance(norm_out, nn.GroupNorm)
         if self.use_scale_shift_norm:
             h = norm_act(norm_out, h, *emb_out.chunk(2, dim=1))
         else:
@@ -156,7 +161,7 @@ class ResBlock(TimestepBlock):
 
 @dataclass(frozen=True)
 class LayerFactory:
-    """Makes the layers of one network, which have these options in common (see UNetModel)."""
+    """Makes the layers of one network from their common options, see UNetModel."""
 
     emb_channels: int
     dropout: float
@@ -168,20 +173,24 @@ class LayerFactory:
     conv_resample: bool
 
     def block(self, channels: int, width: int, up: bool = False, down: bool = False) -> ResBlock:
+        """A residual block of this width; `up` or `down` changes the level."""
         return ResBlock(
             channels, self.emb_channels, self.dropout, width, dims=self.dims, use_checkpoint=self.use_checkpoint,
             use_scale_shift_norm=self.use_scale_shift_norm, up=up, down=down,
         )
 
     def attention(self, channels: int, num_heads: int) -> AttentionBlock:
+        """An attention layer; num_head_channels, if it is not -1, has precedence over num_heads."""
         return AttentionBlock(channels, num_heads, self.num_head_channels, self.use_checkpoint, self.dims)
 
     def downsampling(self, channels: int) -> nn.Module:
+        """The layer from a level to the next one on the way down."""
         if self.resblock_updown:
             return self.block(channels, channels, down=True)
         return Downsample(channels, self.conv_resample, self.dims)
 
     def upsampling(self, channels: int) -> nn.Module:
+        """The layer from a level to the next one on the way up."""
         if self.resblock_updown:
             return self.block(channels, channels, up=True)
         return Upsample(channels, self.conv_resample, self.dims)
@@ -189,7 +198,7 @@ class LayerFactory:
     def encoder(
         self, in_channels: int, widths: Sequence[int], num_res_blocks: int, factors: Container[int], num_heads: int
     ) -> tuple[nn.ModuleList, list[int]]:
-        """The way down, and the width of each of its outputs; attention at the downsampling `factors`."""
+        """The blocks of the way down, and the width of the output of each; attention at the downsampling `factors`."""
         first = conv_nd(self.dims, in_channels, widths[0], 3, padding=1)
         blocks = nn.ModuleList([TimestepEmbedSequential(first)])
         outputs = [widths[0]]
@@ -206,6 +215,7 @@ class LayerFactory:
         return blocks, outputs
 
     def middle(self, channels: int, num_heads: int) -> TimestepEmbedSequential:
+        """The blocks at the lowest resolution: residual, attention, residual."""
         return TimestepEmbedSequential(
             self.block(channels, channels), self.attention(channels, num_heads), self.block(channels, channels)
         )
@@ -213,7 +223,7 @@ class LayerFactory:
     def decoder(
         self, skips: Sequence[int], widths: Sequence[int], num_res_blocks: int, factors: Container[int], num_heads: int
     ) -> nn.ModuleList:
-        """The way up, where each block also reads the encoder's output of the same size, last one first."""
+        """The blocks of the way up; each also reads an output of the encoder of the same size, the last one first."""
         waiting = list(skips)
         channels = waiting[-1]
         blocks = nn.ModuleList()
@@ -241,18 +251,18 @@ class UNetModel(nn.Module):
         `attention_factors` makes them from resolutions. Factors of levels this network does not have are harmless.
     :param dropout: probability, inside the residual blocks.
     :param channel_mult: one multiplier per level; the image halves between levels.
-    :param conv_resample: learnt convolutions at the changes of level; without effect if `resblock_updown`.
+    :param conv_resample: learnt convolutions at the changes of level; no effect with `resblock_updown`.
     :param dims: 1, 2 or 3 dimensional signals.
     :param num_classes: makes the network class-conditional.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
-    :param use_fp16: only recorded; the trainer calls `convert_to_fp16` once it has taken float32 masters.
+    :param use_fp16: only recorded; the trainer calls `convert_to_fp16` after it has copied the float32 master weights.
     :param num_heads: attention heads per layer, if `num_head_channels` is -1.
-    :param num_head_channels: fixed width of a head instead.
+    :param num_head_channels: width of a head; -1 uses `num_heads` instead.
     :param num_heads_upsample: number of heads on the way up, if not `num_heads`; no effect with num_head_channels.
     :param use_scale_shift_norm: see ResBlock.
     :param resblock_updown: residual blocks change the level.
-    :param use_new_attention_order: accepted and without effect, as in the original: the published networks have q, k
-        and v one after the other (cm.networks.attention.qkv_attention) whatever it says.
+    :param use_new_attention_order: has no effect, as in the original: the published networks always have all of q, then
+        all of k, then all of v (cm.networks.attention.qkv_attention).
     :raises UserError: for widths that are no multiple of 32, heads that do not divide them, factors that are no power
         of two, images that cannot be halved often enough.
     """
@@ -302,14 +312,9 @@ class UNetModel(nn.Module):
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
         make = LayerFactory(
-            emb_channels=emb_channels,
-            dropout=dropout,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm,
-            num_head_channels=num_head_channels,
-            resblock_updown=resblock_updown,
-            conv_resample=conv_resample,
+            emb_channels=emb_channels, dropout=dropout, dims=dims, use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm, num_head_channels=num_head_channels,
+            resblock_updown=resblock_updown, conv_resample=conv_resample,
         )
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.input_blocks, skip_widths = make.encoder(in_channels, widths, num_res_blocks, attention, num_heads)
@@ -322,7 +327,7 @@ class UNetModel(nn.Module):
     @property
     def dtype(self) -> th.dtype:
         """The precision of the trunk: float16 after `convert_to_fp16`."""
-        return self.input_blocks[0][0].weight.dtype
+        return next(self.input_blocks.parameters()).dtype
 
     def convert_to_fp16(self) -> None:
         """Make the trunk half precision. Norms compute in float32; embeddings and the output layer stay float32."""
@@ -355,22 +360,24 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb)
         for module in self.output_blocks:
             h = module(th.cat([h, skips.pop()], dim=1), emb)
-        with without_autocast(x.device):        # a few channels cost nothing, and the output is not rounded
+        with without_autocast(x.device):        # the cost is small, and the output is not rounded
             norm, _, conv = self.out
-            return conv(norm_act(norm, h.to(conv.weight.dtype))).to(x.dtype)
+            assert isinstance(norm, nn.GroupNorm)
+            return conv(norm_act(norm, h.to(next(conv.parameters()).dtype))).to(x.dtype)
 
     def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """[N], labels [N] -> [N,D]. Not under autocast: half-precision waves would blur neighbouring noise levels."""
+        """[N], labels [N] -> [N,D]. Not under autocast, whose half precision would merge neighbouring noise levels."""
         with without_autocast(timesteps.device):
             waves = timestep_embedding(timesteps, self.model_channels)
-            emb = self.time_embed(waves.to(self.time_embed[0].weight.dtype))
+            emb = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
             if y is None:
                 return emb
             try:
                 return emb + self.label_emb(y)
             except IndexError:
-                raise ValueError(f"a label in y is not one of the {self.num_classes} classes, 0 to "
-                                 f"{self.num_classes - 1}: {y.tolist()}") from None
+                classes = self.label_emb.num_embeddings
+                raise ValueError(f"a label in y is not one of the {classes} classes, 0 to {classes - 1}: "
+                                 f"{y.tolist()}") from None
 
     def _check_inputs(self, x: Tensor, y: Tensor | None) -> None:
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -395,7 +402,7 @@ class UNetModel(nn.Module):
 def attention_factors(image_size: int, resolutions: Iterable[int], levels: int | None = None) -> tuple[int, ...]:
     """Downsampling factors for `UNetModel` from the resolutions at which attention takes place: 16, 8 at 32 -> 2, 4.
 
-    :param levels: with it, resolutions that are too small for a network of so many levels are errors too.
+    :param levels: number of levels of the network; resolutions below the last one are then errors, too.
     :raises UserError: for a resolution that halving the image never reaches; the message lists those it does.
     """
     reached = {}

@@ -1,5 +1,6 @@
 """Training methods, by the names that --objective and --training_mode give them."""
 
+from cm.objectives.base import Objective
 from cm.objectives.cdm import CDM
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.edm import EDM
@@ -9,16 +10,18 @@ from cm.objectives.stf import STF
 
 __all__ = ["DENOISING", "OBJECTIVES"]
 
-DENOISING = {
+DENOISING: dict[str, type[Objective]] = {
     "edm": EDM,
     "cdm": CDM,
     "stf": STF,
     "sadpm": SADPM,
 }
+"""--objective: the ways to train a diffusion model."""
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "edm": EDM,
     "consistency_distillation": ConsistencyDistillation,
     "consistency_training": ConsistencyTraining,
     "progdist": ProgressiveDistillation,
 }
+"""--training_mode: what kind of model is trained; "edm" stands for all of `DENOISING`."""

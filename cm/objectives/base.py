@@ -1,22 +1,140 @@
-"""What the objectives on a grid of noise levels share: consistency and progressive distillation."""
+"""What an objective is: its loss, the networks it needs besides the trained one, and what it says about its result.
+
+The training loop knows no objective by name. It makes the companions that an objective declares, gives them to the
+loss as `Networks`, steps the optimizers of those that are trained, and keeps in checkpoints what changes.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from cm.objectives.curricula import Curriculum
-from cm.objectives.distances import Distance
-from cm.types import Batch, LossTerms, Networks, NoiseSource
+from cm.diffusion.denoiser import Diffusion
+from cm.distributed import setup as dist
+from cm.objectives.curricula import Curriculum, ema_and_scales
+from cm.objectives.distances import Distance, get_distance
+from cm.objectives.lpips import prepare_lpips
+from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource
+
+ONLINE = "online"
+"""The role of the network that the run is about: its averages are what is sampled from."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A network that an objective needs besides the online one; it has the online network's architecture.
+
+    :param name: its role, and the name of its files in a checkpoint; it ends in "_model".
+    :param origin: where its first weights come from: "online", a copy of the online network at the start; "teacher",
+        the file that --teacher_model_path names; "new", weights drawn for it.
+    :param changes: "never": it stands still, and no checkpoint holds it. "by_objective": `after_step` changes its
+        parameters. "trained": it has an optimizer, and takes the steps that `updates` gives it.
+    :param distillation: whether it is scaled as a consistency function, with D(x, sigma_min) = x.
+    """
+
+    name: str
+    origin: Literal["online", "teacher", "new"]
+    changes: Literal["never", "by_objective", "trained"]
+    distillation: bool = False
+
+
+TARGET = Companion("target_model", "online", "by_objective", distillation=True)
+"""A slowly moving average of the online network, which online outputs are compared with."""
+TEACHER = Companion("teacher_model", "teacher", "never")
+"""A diffusion model that stands still."""
+
+
+class Objective(ABC):
+    """A training method. A subclass is one file and one line in the table of `cm.objectives`."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Flags -> their published values, for those that nobody sets."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The flags that only this objective, and its relatives, use."""
+    companions: ClassVar[tuple[Companion, ...]] = ()
+    updates: ClassVar[Mapping[str, int]] = {ONLINE: 1}
+    """One iteration: how many steps each trained network takes, one network after the other, each on a batch."""
+    distillation: ClassVar[bool] = False
+    """Whether the result is a consistency function, with D(x, sigma_min) = x."""
+    sampler: ClassVar[str] = "heun"
+    """The sampler that fits the result."""
+
+    @classmethod
+    @abstractmethod
+    def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Objective:
+        """The objective that resolved flags describe.
+
+        :param diffusion: the scalings of the online network.
+        :raises UserError: for values that do not go together.
+        """
+
+    @abstractmethod
+    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
+        """The loss of the network that `trains` names; it changes nothing, for a pass may be thrown away."""
+
+    @classmethod
+    def prepare(cls, values: Mapping[str, Any]) -> None:
+        """Find or fetch the files that the objective needs, before the run makes its folder; on every rank."""
+        return None
+
+    @classmethod
+    def distance_of(cls, values: Mapping[str, Any]) -> str:
+        """The name of the distance between two images that flags choose, see `distances`."""
+        return "l2"
+
+    def trains(self, step: int) -> str:
+        """The role of the network that takes an optimizer step at `step`."""
+        place = step % sum(self.updates.values())
+        for role, steps in self.updates.items():
+            if place < steps:
+                return role
+            place -= steps
+        raise AssertionError("an iteration has at least one step")
+
+    def after_step(self, nets: Networks, step: int) -> bool:
+        """Update companions; True asks the loop for a fresh optimizer and fresh averages.
+
+        Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
+        """
+        return False
+
+    def check(self, total_steps: int) -> None:
+        """Find out at the start whether every step of the run is possible.
+
+        :raises UserError: if one is not.
+        """
+        return None
+
+    def logs(self, step: int) -> dict[str, float]:
+        """Numbers for the log's row of a step, besides the loss."""
+        return {}
+
+    @property
+    def history(self) -> LossHistory | None:
+        """What the objective learns from the losses of all ranks, if it does."""
+        return None
+
+    @property
+    def references(self) -> int:
+        """How many reference images every batch must carry."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know besides networks and history, as tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        return None
 
 
 @dataclass
-class GridObjective(ABC):
-    """A loss over one interval, drawn uniformly, of a grid whose fineness the curriculum decides.
+class GridObjective(Objective):
+    """A loss over one interval, drawn uniformly, of a grid of noise levels whose fineness the curriculum decides.
 
     :param curriculum: step -> (target decay rate, num_scales).
     :param levels: (number, device, dtype) -> that many falling noise levels.
@@ -24,16 +142,49 @@ class GridObjective(ABC):
     :param distance: two batches of images -> [N].
     """
 
-    history: ClassVar[None] = None
+    options: ClassVar[tuple[str, ...]] = (
+        "loss_norm", "target_ema_mode", "scale_mode", "start_ema", "start_scales", "end_scales",
+        "distill_steps_per_iter",
+    )
 
     curriculum: Curriculum
     levels: Callable[..., Tensor]
     weight: Callable[[Tensor], Tensor]
     distance: Distance
 
+    @classmethod
+    def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> GridObjective:
+        curriculum = ema_and_scales(
+            target_ema_mode=values["target_ema_mode"],
+            start_ema=values["start_ema"],
+            scale_mode=values["scale_mode"],
+            start_scales=values["start_scales"],
+            end_scales=values["end_scales"],
+            total_steps=values["total_training_steps"],
+            distill_steps_per_iter=values["distill_steps_per_iter"],
+        )
+        return cls.on_grid(diffusion, curriculum)
+
+    @classmethod
+    def prepare(cls, values: Mapping[str, Any]) -> None:
+        if values["loss_norm"] == "lpips":
+            dist.on_main(prepare_lpips)
+
+    @classmethod
+    def distance_of(cls, values: Mapping[str, Any]) -> str:
+        return values["loss_norm"]
+
+    @classmethod
+    def on_grid(cls, diffusion: Diffusion, curriculum: Curriculum) -> GridObjective:
+        """With the noise levels, the weights and the distance of a diffusion."""
+        return cls(curriculum, diffusion.noise_levels, diffusion.weight, get_distance(diffusion.loss_norm))
+
     @abstractmethod
     def intervals(self, num_scales: int) -> int:
-        """How many intervals the loss is over; ValueError if num_scales leaves none."""
+        """How many intervals the loss is over.
+
+        :raises UserError: if num_scales leaves none.
+        """
 
     @abstractmethod
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
@@ -44,3 +195,16 @@ class GridObjective(ABC):
         noise = rng.randn_like(batch.images)
         index = rng.randint(0, self.intervals(num_scales), (len(batch),), device=noise.device)
         return self.terms(nets, batch, noise, index, num_scales)
+
+    def check(self, total_steps: int) -> None:
+        for step in (0, total_steps - 1):                   # not hours later, where the curriculum has gone too far
+            self.intervals(self.curriculum(step)[1])
+
+    def logs(self, step: int) -> dict[str, float]:
+        target_ema, num_scales = self.curriculum(step)
+        return {"target_ema": target_ema, "num_scales": num_scales}
+
+
+def roles(companions: Sequence[Companion], changes: str) -> list[str]:
+    """The names of the companions that change in this way."""
+    return [each.name for each in companions if each.changes == changes]

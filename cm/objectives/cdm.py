@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch as th
 from torch import Tensor
@@ -36,6 +37,8 @@ class CDM(EDM):
     :param martingale_steps: noise levels of a walk, on a Karras grid with both ends; one evaluation fewer of D each.
     :param martingale_sde: what the walk takes equal steps in, see BACKWARD.
     """
+
+    options: ClassVar[tuple[str, ...]] = ("martingale_lambda", "martingale_steps", "martingale_sde")
 
     martingale_lambda: float = 10.0
     martingale_steps: int = 6

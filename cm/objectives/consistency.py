@@ -12,7 +12,7 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.objectives.base import GridObjective
+from cm.objectives.base import TARGET, TEACHER, GridObjective
 from cm.random_util import SharedDropout
 from cm.samplers.heun import Heun
 from cm.tensors import append_dims, update_ema
@@ -24,6 +24,10 @@ class Consistency(GridObjective):
 
     num_scales is the number of noise levels on the grid.
     """
+
+    companions = (TARGET,)
+    distillation = True
+    sampler = "onestep"
 
     @abstractmethod
     def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
@@ -63,6 +67,8 @@ class Consistency(GridObjective):
 
 class ConsistencyDistillation(Consistency):
     """x_t2 by one Heun step along the teacher's ODE."""
+
+    companions = (TARGET, TEACHER)
 
     def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
         if nets.teacher is None:

@@ -7,35 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from cm.diffusion.noise_sampling import LogNormalSampler, LossSecondMomentResampler, ScheduleSampler
+from cm.diffusion.denoiser import Diffusion
+from cm.diffusion.noise_sampling import (
+    LogNormalSampler,
+    LossSecondMomentResampler,
+    ScheduleSampler,
+    create_named_schedule_sampler,
+)
+from cm.objectives.base import Objective
 from cm.tensors import append_dims, mean_flat
 from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 
 
 @dataclass
-class EDM:
+class EDM(Objective):
     """weight(sigma) mean(D(x0 + sigma z, sigma) - x0)^2.
 
-    The other denoising objectives are this one with other `terms`. A field of theirs that has the name of a flag takes
-    its value.
+    The other denoising objectives are this one with other `terms`; their `options` are fields of theirs.
 
     :param weight: the loss weight at noise levels, [N] -> [N].
-    :param schedule_sampler: the law of the noise levels.
+    :param schedule_sampler: the distribution of the noise levels.
     """
-
-    defaults: ClassVar[Mapping[str, Any]] = {}                      # flag -> its value where nobody asks for another
 
     weight: Callable[[Tensor], Tensor]
     schedule_sampler: ScheduleSampler = field(default_factory=LogNormalSampler)
 
     @classmethod
-    def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> EDM:
-        """The objective for a KarrasDenoiser, a law of its noise levels, and values for the other fields by name."""
-        return cls(diffusion.weight, law, **options)
+    def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> EDM:
+        noise_distribution = create_named_schedule_sampler(values["schedule_sampler"], diffusion)
+        return cls.of(diffusion, noise_distribution, {name: values[name] for name in cls.options})
+
+    @classmethod
+    def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> EDM:
+        """With the weights of a diffusion, a distribution of noise levels, and values for the other fields by name."""
+        return cls(diffusion.weight, noise_distribution, **options)
 
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         x0 = batch.images
@@ -49,17 +58,9 @@ class EDM:
         return edm_terms(nets.online, batch.images, noise, sigma, self.weight, batch.cond)
 
     @property
-    def references(self) -> int:
-        """How many reference images every batch must carry."""
-        return 0
-
-    @property
     def history(self) -> LossSecondMomentResampler | None:
-        """The law, if it learns from the losses of all ranks, which the loop hands to it."""
+        """The noise distribution, if it learns from the losses of all ranks."""
         return self.schedule_sampler if isinstance(self.schedule_sampler, LossSecondMomentResampler) else None
-
-    def after_step(self, nets: Networks, step: int) -> bool:
-        return False
 
 
 def edm_terms(

@@ -13,7 +13,7 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.objectives.base import GridObjective
+from cm.objectives.base import Companion, GridObjective
 from cm.samplers.euler import Euler
 from cm.tensors import append_dims
 from cm.types import Batch, LossTerms, Networks
@@ -24,6 +24,9 @@ class ProgressiveDistillation(GridObjective):
 
     num_scales is the number of the student's sampling steps.
     """
+
+    companions = (Companion("teacher_model", "teacher", "by_objective"),)       # the student of the stage before
+    sampler = "progdist"
 
     def intervals(self, num_scales: int) -> int:
         if num_scales < 1:

@@ -1,4 +1,4 @@
-"""Sequence-aware loss: Duan et al. 2023 (SA-DPM, arXiv 2312.12431), equation 11.
+"""Sequence-aware loss: Nguyen, Vu, Nguyen Thanh, Than and Tran, AAAI 2024 (SA-DPM, arXiv 2312.12431), equation 11.
 
 What matters to a sampler is the sum of the errors along its way, so the sum over neighbouring levels is penalised too.
 
@@ -16,6 +16,7 @@ import torch as th
 from torch import Tensor
 
 from cm.diffusion import ddpm_schedule
+from cm.diffusion.denoiser import Diffusion
 from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import karras_earlier
 from cm.objectives.edm import EDM
@@ -37,29 +38,32 @@ class SADPM(EDM):
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"precond": "ddpm"}
+    options: ClassVar[tuple[str, ...]] = ("num_consecutive_steps", "sa_lambda")
 
     num_consecutive_steps: int = 2
     sa_lambda: float = 0.2
     earlier: Earlier = ddpm_schedule.earlier
 
     @classmethod
-    def of(cls, diffusion: Any, law: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
-        """On DDPM's timesteps for a network that is told them; else on a Karras grid as fine as these."""
+    def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
+        """On DDPM's timesteps for a network conditioned on them; else on a Karras grid as fine as these."""
         ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
         on_grid = partial(karras_earlier, n=ddpm_schedule.TIMESTEPS, **ends)
         earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid
-        return cls(diffusion.weight, law, earlier=earlier, **options)
+        return cls(diffusion.weight, noise_distribution, earlier=earlier, **options)
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         x0, K = batch.images, self.num_consecutive_steps
-        levels, total = [self.earlier(sigma, k) for k in range(K)], 0
+        levels = [self.earlier(sigma, k) for k in range(K)]
+        errors, residuals, total = [], [], th.zeros_like(x0)
         for k, (s, is_there) in enumerate(levels):
             z = noise if k == 0 else rng.randn_like(x0)
             error = nets.online(x0 + z * append_dims(s, x0.ndim), s, **batch.cond) - x0
             residual = error * append_dims(self.weight(s).sqrt(), x0.ndim)
-            if k == 0:
-                xs_mse, mse = mean_flat(error.square()), mean_flat(residual.square())
             total = th.where(append_dims(is_there, x0.ndim), total + residual, total)
+            errors.append(error)
+            residuals.append(residual)
+        xs_mse, mse = mean_flat(errors[0].square()), mean_flat(residuals[0].square())
         sequence = mean_flat(total.square()) / K**2
         loss = mse + self.sa_lambda * sequence
         return LossTerms(loss, levels[0][0], {"xs_mse": xs_mse, "mse": mse, "sequence": sequence})

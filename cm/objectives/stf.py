@@ -8,6 +8,7 @@ Shapes: N batch, n references, C channels, H and W height and width, d = C H W.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch as th
 from torch import Tensor
@@ -31,6 +32,8 @@ class STF(EDM):
     :param num_references: how many images a sample's target is made of; they come as `Batch.references`.
     """
 
+    options: ClassVar[tuple[str, ...]] = ("num_references",)
+
     num_references: int = 4096
 
     @property
@@ -43,21 +46,21 @@ class STF(EDM):
                             "open it with references (cm.data.reference_batches), or train with --objective edm")
         x0 = batch.images
         x = x0 + noise * append_dims(sigma, x0.ndim)
-        target, effective = stable_target(x, x0, sigma, batch.references, peers(batch))
+        target, effective = stable_target(x, x0, sigma, batch.references, peers(batch, batch.references))
         terms = error_terms(nets.online(x, sigma, **batch.cond), target, sigma, self.weight)
         return LossTerms(terms.loss, sigma, {**terms.logs, "effective_references": effective})
 
 
-def peers(batch: Batch) -> Tensor:
+def peers(batch: Batch, references: Batch) -> Tensor:
     """Which references a sample's target may contain: bool [N,n].
 
     They share the sample's conditioning: its class, and augmentation labels, of which references that have none count
     as zero, not augmented. The sample itself is left out, since it may be augmented where its reference is not.
     """
-    references, cond = batch.references, batch.cond
-    device = batch.images.device
-    shared = (batch.positions[:, None] != references.positions).to(device)
-    for name, own in cond.items():
+    if batch.positions is None or references.positions is None:
+        raise ValueError("references are told from a sample's own image by their positions: give both batches some")
+    shared = (batch.positions[:, None] != references.positions).to(batch.images.device)
+    for name, own in batch.cond.items():
         own = own.flatten(1) if own.ndim > 1 else own[:, None]      # [N,k]
         theirs = references.cond.get(name)
         theirs = own.new_zeros(1, own.shape[1]) if theirs is None else theirs.reshape(-1, own.shape[1])

@@ -95,7 +95,7 @@ def _read_log(path: Path, problems: list[str]) -> Sequence[Mapping[str, Any]]:
                 text = (path / name).read_text(encoding="utf-8", errors="replace")
             except OSError as error:
                 raise UserError(f"cannot read {path / name}: {error.strerror}") from None
-            rows = list(read(text, name, problems))
+            rows: list[Mapping[str, Any]] = list(read(text, name, problems))
             if not rows:
                 raise UserError(f"{path / name} has no row yet: the run has not logged a step")
             return rows

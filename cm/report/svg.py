@@ -9,12 +9,16 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from cm.report.line_plot import Points, span, ticks
+from markupsafe import Markup
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from cm.report.plots import Points
 
 WIDTH, HEIGHT = 460, 270                                            # in units of the drawing
 LEFT, TOP, RIGHT, BOTTOM = 54, 10, 14, 40                           # margins
@@ -51,7 +55,7 @@ class Axis:
 def plot(
     curves: Sequence[Curve], title: str, x_label: str, x_range: tuple[float, float], *,
     log: bool, smooth: bool, stairs: bool,
-) -> str:
+) -> Markup:
     """An SVG element and its data.
 
     :param x_range: lowest and highest x, that several plots may share.
@@ -84,7 +88,7 @@ def plot(
         })
     parts.append('<g class="pointer"></g>')
     spoken = "; ".join(f"{curve.name} from {curve.points[0][1]:.4g} to {curve.points[-1][1]:.4g}" for curve in curves)
-    return (
+    return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(f"{title}: {spoken}")}">'
         f'{"".join(parts)}</svg><script type="application/json">{as_script(data)}</script>'
     )
@@ -150,23 +154,40 @@ def moving_mean(points: Points, log: bool) -> Points:
 # --- numbers -------------------------------------------------------------------------------------------------------
 
 
+def span(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest value with a margin, never the same."""
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.05 or max(abs(low) * 0.05, 0.5)
+    return low - margin, high + margin
+
+
 def log_span(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value with a little air, never the same."""
+    """Lowest and highest value of a logarithmic axis with a margin, never the same."""
     low, high = span([math.log10(value) for value in values])
     if max(values) == min(values):
         low, high = math.log10(values[0]) - 0.2, math.log10(values[0]) + 0.2
     return 10.0**low, 10.0**high
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the two, evenly spaced."""
+    return between(MaxNLocator(MAX_TICKS - 1, steps=[1, 2, 5, 10]).tick_values(low, high), low, high)
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, with multiples of them where there is room; plain ticks within a small factor."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**p for p in powers for m in factors if low <= m * 10.0**p <= high]
+        most = MAX_TICKS if factors == (1,) else sys.maxsize        # in the end, powers are left out
+        found = between(LogLocator(subs=factors, numticks=most).tick_values(low, high), low, high)
         if len(found) <= MAX_TICKS:
-            return found if len(found) >= 3 else ticks(low, high)
-    every = math.ceil(len(found) / MAX_TICKS)
-    return found[::every]
+            break
+    return found if len(found) >= 3 else ticks(low, high)
+
+
+def between(values: Iterable[float], low: float, high: float) -> list[float]:
+    """Those of the values that an axis from `low` to `high` shows."""
+    rounding = 1e-9 * (high - low)
+    return [float(value) for value in values if low - rounding <= value <= high + rounding]
 
 
 def short(value: float) -> str:

@@ -1,7 +1,7 @@
-"""Samplers: how a denoiser becomes images. Each module holds one solver; `integrate` holds the loop.
+"""Samplers: how a denoiser is turned into images. Each module holds one solver; `integrate` holds the loop.
 
-A sampler is a frozen dataclass whose fields are its options. It has `grid(steps, sigma_min, sigma_max, rho)`, its
-noise levels, and `step` and `last_step`, its solver.
+A sampler is a frozen dataclass whose fields are its options, see `cm.samplers.base.Sampler`. To add one, write its
+module and its line in SAMPLERS.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from cm.registry import lookup
 from cm.samplers.ablation import Ablation
 from cm.samplers.ancestral import Ancestral
+from cm.samplers.base import Sampler
 from cm.samplers.ddim import DDIM
 from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
@@ -25,9 +26,9 @@ from cm.samplers.onestep import OneStep
 from cm.samplers.predictor_corrector import PredictorCorrector
 from cm.samplers.progdist import ProgDist
 
-__all__ = ["SAMPLERS", "Churn", "CountingDenoiser", "integrate", "make_sampler"]
+__all__ = ["SAMPLERS", "Churn", "CountingDenoiser", "Sampler", "integrate", "make_sampler"]
 
-SAMPLERS = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "heun": Heun,
     "euler": Euler,
     "dpm": DPM,
@@ -43,11 +44,11 @@ SAMPLERS = {
 }
 
 
-def make_sampler(name: str, options: Mapping[str, Any]) -> Euler:
-    """The sampler `name` with those of the options that it has.
+def make_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
+    """The sampler `name` with those of the options that are fields of it.
 
     :param options: the options of all samplers, by name, as a command line holds them.
-    :raises ValueError: for a name that is not in SAMPLERS.
+    :raises UserError: for a name that is not in SAMPLERS; the message lists the choices.
     """
     kind = lookup(SAMPLERS, name, "sampler")
     return kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})

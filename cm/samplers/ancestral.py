@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cm.samplers.euler import Euler, lerp_to
+from cm.samplers.base import Sampler, lerp_to
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)
-class Ancestral(Euler):
+class Ancestral(Sampler):
     """One draw of p(x_next | x, x0 = D(x, sigma)) per step, an exponential integrator of the reverse SDE.
 
     Its mean is Euler's step down to sigma_next^2 / sigma; noise brings it up again to sigma_next. The order is the
@@ -23,6 +23,7 @@ class Ancestral(Euler):
     accepts_churn: ClassVar[bool] = False
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        """The mean of p(x_next | x, D(x, sigma)), and one draw of its noise."""
         ratio = sigma_next / sigma
         noise_up = sigma_next * (1 - ratio**2).sqrt()
         mean = lerp_to(D(x, sigma), x, ratio**2)

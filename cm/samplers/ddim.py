@@ -1,7 +1,7 @@
 """DDIM and DDPM sampling: Song et al. 2021 (DDIM, arXiv 2010.02502), equations 12 and 16.
 
 The discrete VP process is the VE process x_t / sqrt(abar_t) at noise levels sigma_t = sqrt((1 - abar_t) / abar_t), so
-that any denoiser can be sampled so. There the step from sigma to sigma' is
+that any denoiser can be sampled in this way. In these coordinates the step from sigma to sigma' is
 x' = D + sqrt(sigma'^2 - s^2) (x - D) / sigma + s z,  s = eta sigma' sqrt(1 - sigma'^2 / sigma^2).
 """
 
@@ -16,17 +16,18 @@ from torch import Tensor
 from cm.diffusion import ddpm_schedule
 from cm.diffusion.schedules import append_zero
 from cm.errors import UserError
-from cm.samplers.euler import Euler, lerp_to
+from cm.samplers.base import Sampler, lerp_to
 from cm.samplers.euler_maruyama import check_eta
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)
-class DDIM(Euler):
-    """One evaluation per step. With eta 0 it is Euler's method, with eta 1 ancestral sampling, on the levels of DDPM.
+class DDIM(Sampler):
+    """One evaluation per step: Euler's method for eta 0 and ancestral sampling for eta 1, on the levels of DDPM.
 
-    :param eta: amount of fresh noise: 0 DDIM, 1 DDPM.
+    :param eta: amount of fresh noise: 0 gives DDIM, 1 gives DDPM (equation 16).
+    :raises UserError: if eta is outside [0, 1].
     """
 
     eta: float = 0.0
@@ -38,17 +39,21 @@ class DDIM(Euler):
         check_eta(self.eta)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        """The levels of `steps` evenly spaced timesteps, of those between sigma_min and sigma_max; then 0."""
+        """The levels of `steps` evenly spaced timesteps between sigma_min and sigma_max, then 0: float64 [steps+1].
+
+        :raises UserError: if there are fewer such timesteps than steps.
+        """
         return append_zero(timestep_grid(steps, sigma_min, sigma_max))
 
-    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
+    def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        """Equation 12 in noise levels, see the module; with eta 0 it uses no random numbers."""
         noise_up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
         mean = lerp_to(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
         return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)
 
 
 def timestep_grid(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """The noise levels of evenly spaced timesteps, falling, the first and last of those between the two: [steps].
+    """The falling noise levels of evenly spaced timesteps between sigma_min and sigma_max, ends included: [steps].
 
     :raises UserError: if there are fewer such timesteps than steps.
     """

@@ -1,6 +1,6 @@
 """The Euler-Maruyama method for the reverse SDE: Song et al. 2021 (arXiv 2011.13456), equation 6, and its relatives.
 
-Between the probability-flow ODE and the reverse SDE lies a family with the same marginals, of which eta chooses one:
+The probability-flow ODE and the reverse SDE belong to one family with the same marginals, and eta chooses a member:
 dx = -(1 + eta^2) sigma score dsigma + eta sqrt(2 sigma) dw, where sigma falls and score = (D - x) / sigma^2.
 """
 
@@ -13,17 +13,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.samplers.euler import Euler, lerp_to
+from cm.samplers.base import Sampler, lerp_to
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(Euler):
+class EulerMaruyama(Sampler):
     """One evaluation per step. The order is the strong one.
 
-    :param eta: amount of fresh noise: 1 the reverse SDE, 0 Euler's method for the ODE.
+    :param eta: amount of fresh noise: 1 gives the reverse SDE, 0 gives Euler's method for the ODE.
     :param s_tmin, s_tmax: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.
+    :raises UserError: if eta is outside [0, 1].
     """
 
     eta: float = 1.0
@@ -36,6 +37,7 @@ class EulerMaruyama(Euler):
         check_eta(self.eta)
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        """One Euler-Maruyama step; without fresh noise at these levels it uses no random numbers."""
         eta = eta_at(sigma, self.eta, self.s_tmin, self.s_tmax)     # [N]
         fall = sigma - sigma_next
         x_next = lerp_to(D(x, sigma), x, 1 - (1 + eta**2) * fall / sigma)
@@ -45,6 +47,7 @@ class EulerMaruyama(Euler):
 
 
 def check_eta(eta: float) -> None:
+    """:raises UserError: if eta is outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta:g} must lie between 0, no fresh noise, and 1, that of the reverse SDE")
 

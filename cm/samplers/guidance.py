@@ -1,7 +1,7 @@
-"""Classifier guidance: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 4, for any sampler.
+"""Classifier guidance for any sampler: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 4.
 
 The score of p(x | y) p(y | x)^(s-1) is that of x plus s grad log p(y | x), and D = x + sigma^2 score. So a guided
-denoiser is D + s sigma^2 grad log p(y | x_sigma, sigma), where the classifier has learnt from noisy images.
+denoiser is D + s sigma^2 grad log p(y | x, sigma), where the classifier was trained on noisy images.
 
 Shapes: N batch, C channels, H and W height and width, K classes.
 """
@@ -23,11 +23,12 @@ from cm.types import Denoiser
 LogProbabilities = Callable[[Tensor, Tensor], Tensor]               # x [N,C,H,W], sigma [N] -> log p(y | x) [N,K]
 
 
-def guided(D: Denoiser, classify: LogProbabilities, scale: float, tell_class: bool = True) -> Denoiser:
-    """D with the pull of a classifier towards the classes y [N].
+def guided(D: Denoiser, classify: LogProbabilities, scale: float, class_cond: bool = True) -> Denoiser:
+    """D plus the gradient of a classifier towards the classes y [N].
 
-    :param classify: logits will do: they are normalised here.
-    :param tell_class: whether D takes y, too.
+    :param classify: may return logits, which are normalised here.
+    :param scale: the paper's s, the strength of the guidance.
+    :param class_cond: whether D is conditioned on y as well.
     """
 
     def denoise(x: Tensor, sigma: Tensor, *, y: Tensor, **cond: Any) -> Tensor:
@@ -36,7 +37,7 @@ def guided(D: Denoiser, classify: LogProbabilities, scale: float, tell_class: bo
 
         # torch.func and not autograd: it differentiates in inference mode and inside a forward-mode pass.
         pull = th.func.grad(log_likelihood)(x)
-        own = {"y": y} if tell_class else {}
+        own = {"y": y} if class_cond else {}
         return D(x, sigma, **own, **cond) + append_dims(scale * sigma**2, x.ndim) * pull
 
     return denoise
@@ -44,16 +45,18 @@ def guided(D: Denoiser, classify: LogProbabilities, scale: float, tell_class: bo
 
 @dataclass(frozen=True)
 class GuidedDiffusion:
-    """A `Diffusion` as far as sampling needs one, guided by a classifier."""
+    """The part of a `Diffusion` that sampling needs, guided by a classifier."""
 
     diffusion: Diffusion
     classify: LogProbabilities
     scale: float
-    tell_class: bool                                                # whether the network takes classes itself
+    class_cond: bool                                                # whether the network is class-conditional
 
     @property
     def scaling(self) -> Precond:
+        """The scalings around the network, those of `diffusion`."""
         return self.diffusion.scaling
 
     def bind(self, model: nn.Module) -> Denoiser:
-        return guided(self.diffusion.bind(model), self.classify, self.scale, self.tell_class)
+        """The guided denoiser of a network; it takes the classes y [N]."""
+        return guided(self.diffusion.bind(model), self.classify, self.scale, self.class_cond)

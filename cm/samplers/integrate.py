@@ -23,7 +23,8 @@ class Churn:
 
     :param s_churn: amount over the whole grid; each step raises sigma by at most the factor sqrt(2).
     :param s_tmin, s_tmax: the noise levels, inclusive, at which noise is added.
-    :param s_noise: standard deviation of that noise.
+    :param s_noise: factor of the standard deviation of that noise.
+    :raises ValueError: if s_churn or s_noise is negative.
     """
 
     s_churn: float = 0.0
@@ -36,14 +37,14 @@ class Churn:
             raise ValueError(f"s_churn and s_noise must not be negative, got {self.s_churn} and {self.s_noise}")
 
     def gamma(self, sigma: float, steps: int) -> float:
-        """By what share sigma rises before the step from there, one of `steps`."""
+        """The share by which sigma rises before the step from there, one of `steps`."""
         return min(self.s_churn / steps, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
 
 
 class CountingDenoiser:
     """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed.
 
-    A forward-mode pass counts as JVP_COST evaluations, one inside another as JVP_COST^2.
+    A forward-mode pass counts as JVP_COST evaluations, and a pass inside a pass as JVP_COST^2.
     """
 
     def __init__(self, D: Denoiser):
@@ -56,7 +57,7 @@ class CountingDenoiser:
 
 
 class RecordingDenoiser:
-    """The denoiser that a solver sees: clipped if asked, remembering its first value in each step."""
+    """The denoiser that a solver calls: it clips if asked, and records its first value in each step."""
 
     def __init__(self, D: Denoiser, clip: bool):
         self.D = D
@@ -67,11 +68,12 @@ class RecordingDenoiser:
         denoised = self.D(x, sigma, **cond)
         if self.clip:
             denoised = denoised.clamp(-1, 1)
-        if not inside_jvp():                                        # there it stands for more than a value
-            self.saw(denoised)
+        if not inside_jvp():                                        # there it carries a tangent, too
+            self.record(denoised)
         return denoised
 
-    def saw(self, denoised: Tensor) -> None:
+    def record(self, denoised: Tensor) -> None:
+        """Keep the denoised image [N,C,H,W] if it is the first one since `first` was last reset to None."""
         if self.first is None:
             self.first = denoised
 
@@ -79,13 +81,13 @@ class RecordingDenoiser:
 def denoise_jvp(
     D: Denoiser, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """D(x, sigma), and how it changes along (dx [N,C,H,W], dsigma [N]) to first order, in one forward-mode pass."""
+    """D(x, sigma) and its first-order change along (dx [N,C,H,W], dsigma [N]), in one forward-mode pass."""
     if dsigma is None:
         denoised, change = jvp(lambda z: D(z, sigma), (x,), (dx,))
     else:
         denoised, change = jvp(lambda z, level: D(z, level), (x, sigma), (dx, dsigma))
     if isinstance(D, RecordingDenoiser):
-        D.saw(denoised)
+        D.record(denoised)
     return denoised, change
 
 
@@ -105,38 +107,39 @@ def integrate(
 
     :param x: [N,C,H,W] at noise level sigmas[0].
     :param sigmas: S+1 falling levels for S steps; a last level of 0 is reached by the sampler's `last_step`.
-    :param rng: asked for noise only where a step uses it.
-    :param churn: only for samplers that say `accepts_churn`.
+    :param rng: noise is drawn from it only where a step uses noise.
+    :param churn: only for samplers with `accepts_churn`.
     :param clip_denoised: clamp every value of D to [-1, 1].
     :param callback: called after each step with its number `i`, where it began (`x`, `sigma`; after churn) and the
-        first denoised image that it saw there (`denoised`).
-    :raises ValueError: for a grid that does not fall, or churn in a sampler that cannot use it.
+        first denoised image of the step (`denoised`).
+    :raises ValueError: for a grid that does not fall.
+    :raises UserError: for churn in a sampler that does not use it.
     """
     levels = [float(sigma) for sigma in sigmas]                     # on the host: the loop branches on them
     steps = len(levels) - 1
     if steps < 1 or levels[-1] < 0 or not all(b < a for a, b in zip(levels, levels[1:])):
         raise ValueError(f"a sampler needs at least two noise levels, falling, none negative; got {levels}")
-    if churn is not None and churn.s_churn > 0 and not getattr(sampler, "accepts_churn", False):
+    if churn is not None and churn.s_churn > 0 and not sampler.accepts_churn:
         raise UserError(f"the sampler {type(sampler).__name__} takes no churn: set s_churn to 0, or use heun or dpm")
 
     def level(sigma: float) -> Tensor:
         return x.new_full((len(x),), sigma)                         # [N]
 
-    D = RecordingDenoiser(D, clip_denoised)
+    recording = RecordingDenoiser(D, clip_denoised)
     for i in progress_bar(range(steps), progress):
         sigma, sigma_next = levels[i], levels[i + 1]
         gamma = churn.gamma(sigma, steps) if churn is not None else 0.0
-        if gamma > 0:
+        if churn is not None and gamma > 0:
             sigma_hat = sigma * (1 + gamma)
             x = x + rng.randn_like(x) * (churn.s_noise * math.sqrt(sigma_hat**2 - sigma**2))
             sigma = sigma_hat
-        D.first, start = None, x
+        recording.first, start = None, x
         if sigma_next > 0:
-            x = sampler.step(D, x, level(sigma), level(sigma_next), rng)
+            x = sampler.step(recording, x, level(sigma), level(sigma_next), rng)
         else:
-            x = sampler.last_step(D, x, level(sigma))
+            x = sampler.last_step(recording, x, level(sigma))
         if callback is not None:
-            callback({"i": i, "x": start, "sigma": sigma, "denoised": D.first})
+            callback({"i": i, "x": start, "sigma": sigma, "denoised": recording.first})
     return x
 
 

@@ -1,8 +1,9 @@
-"""The second-order SDE sampler: Ito-Taylor expansions of the reverse SDE, with forward-mode differentiation.
+"""A sampler of the reverse SDE by Ito-Taylor expansions, with forward-mode differentiation.
 
-Textbook: Kloeden and Platen 1992, the strong scheme of order 1.5 for additive noise. For the exponential form let
-u = sigma^2, h = u - u', W = int dW over the step. The reverse SDE is dX = score dv + dW while u falls, score and D
-are martingales along it, and D moves by J_D dW to first order. Hence with
+The form `taylor` is the strong scheme of order 1.5 for additive noise in Kloeden and Platen 1992 (Numerical Solution
+of Stochastic Differential Equations), section 10.4. For the exponential form let u = sigma^2, h = u - u', and
+W = int dW over the step. The reverse SDE is dX = score dv + dW while u falls, score and D are martingales along it, and
+D moves by J_D dW to first order. Hence with
 A = u' int dW / u and K = W - A:  x' = (u'/u) x + (1 - u'/u) D + A + J_D K.
 
 Shapes: N batch; every coefficient is [N].
@@ -20,7 +21,7 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.networks.jvp import second_derivative
 from cm.registry import lookup
-from cm.samplers.euler import Euler, lerp_to
+from cm.samplers.base import Sampler, lerp_to
 from cm.samplers.euler_maruyama import check_eta, eta_at
 from cm.samplers.integrate import denoise_jvp
 from cm.tensors import append_dims
@@ -31,11 +32,11 @@ LAPLACIANS = ("hutchinson", "none")
 
 
 @dataclass(frozen=True)
-class ItoTaylor(Euler):
+class ItoTaylor(Sampler):
     """Strong order 1.5 and weak order 2, from one forward-mode pass per step.
 
     :param eta: amount of fresh noise, see `EulerMaruyama`; where it is below 1 a step costs one more evaluation.
-    :param ito_form: `exp`, above; `taylor`, the textbook's scheme in sigma.
+    :param ito_form: `exp` is the exponential form above, `taylor` the textbook's scheme in sigma.
     :param ito_laplacian: taylor only: `hutchinson` estimates the Laplacian of D by one random probe, with a pass inside
         a pass; `none` drops it, and the order falls to 1.
     :param s_tmin, s_tmax: exp only: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.
@@ -63,16 +64,19 @@ class ItoTaylor(Euler):
                             f"s_tmin={self.s_tmin:g}, s_tmax={self.s_tmax:g}; use ito_form exp")
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        """A step of the form that `ito_form` names."""
         if self.ito_form == "taylor":
-            return taylor_step(D, x, sigma, sigma_next, rng, self.ito_laplacian == "hutchinson")
-        return exponential_step(D, x, sigma, sigma_next, rng, eta_at(sigma, self.eta, self.s_tmin, self.s_tmax))
+            return _taylor_step(D, x, sigma, sigma_next, rng, self.ito_laplacian == "hutchinson")
+        return _exponential_step(D, x, sigma, sigma_next, rng, eta_at(sigma, self.eta, self.s_tmin, self.s_tmax))
 
 
-def exponential_step(
+def _exponential_step(
     D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource, eta: Tensor
 ) -> Tensor:
-    """The step above for any eta [N]: with p = (1 + eta^2) / 2 the ratio u'/u gets the power p, the noise the factor
-    eta, and D drifts along the probability-flow ODE, linearly in ln(sigma), with the weight 1 - eta^2.
+    """The exponential step of the module for any eta [N], with p = (1 + eta^2) / 2.
+
+    The ratio u'/u gets the power p and the noise gets the factor eta. D drifts along the probability-flow ODE,
+    linearly in ln(sigma), with the weight 1 - eta^2.
     """
     def broad(coefficient: Tensor) -> Tensor:
         return append_dims(coefficient.to(x.dtype), x.ndim)
@@ -93,7 +97,10 @@ def exponential_step(
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Of an exponential step: x' = D + keep (x - D) + A + J K + drift D', with A and K made of two normal numbers."""
+    """The coefficients of an exponential step x' = D + keep (x - D) + A + J K + drift D', float64 [N] each.
+
+    A and K are made of two independent normal numbers z1 and z2.
+    """
 
     keep: Tensor
     drift: Tensor
@@ -103,6 +110,7 @@ class Coefficients:
 
     @classmethod
     def of(cls, sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> Coefficients:
+        """The coefficients from the two noise levels and eta, float64 [N] each."""
         u, u_next, p = sigma**2, sigma_next**2, (1 + eta**2) / 2
         length = (u / u_next).log()
 
@@ -114,7 +122,7 @@ class Coefficients:
         cov_WA = u_next * phi(1 - p)
         cov_AK = cov_WA - var_A
         var_K = (u - u_next) - 2 * cov_WA + var_A
-        rest = (var_K - cov_AK**2 / var_A).clamp(min=0).sqrt()      # rounding may leave less than nothing
+        rest = (var_K - cov_AK**2 / var_A).clamp(min=0).sqrt()      # rounding may make it negative
         return cls(
             keep=(-p * length).exp(),
             drift=(1 - eta**2) * (length - phi(-p)) / 2,
@@ -124,7 +132,7 @@ class Coefficients:
         )
 
 
-def taylor_step(
+def _taylor_step(
     D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource, with_laplacian: bool
 ) -> Tensor:
     """With t = sigma, k = t - t', a = 2 (D - x) / t, b = sqrt(2 t):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.errors import UserError
-from cm.samplers.euler import Euler
+from cm.samplers.base import Sampler
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
@@ -18,11 +18,11 @@ EXAMPLE = "such as ts=(0, 22, 39) with steps=40"
 
 
 @dataclass(frozen=True)
-class Multistep(Euler):
-    """Denoise to the data, add noise up to the next level, and so on; the last image stays free of noise.
+class Multistep(Sampler):
+    """Alternate between denoising to the data and adding noise up to the next level; the last image has no noise.
 
-    :param ts: indices into a Karras grid of `steps` levels, from 0 to steps-1. The last only closes the list:
-        (0, 22, 39) of 40 evaluates the network twice.
+    :param ts: indices into a Karras grid of `steps` levels, from 0 to steps-1. The network is not evaluated at
+        the last one: (0, 22, 39) of 40 evaluates it twice.
     :param sigma_min: the level at which the consistency function gives its images.
     """
 
@@ -32,20 +32,24 @@ class Multistep(Euler):
     accepts_churn: ClassVar[bool] = False
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        """The levels at which the network is evaluated, then 0.
+        """The levels at which the network is evaluated, then 0: float64 [len(ts)].
 
         :raises UserError: if `ts` is missing, or is not rising from 0 to steps-1.
         """
-        ts = check_ts(self.ts, steps)
+        ts = _check_ts(self.ts, steps)
         return append_zero(karras_grid(steps, sigma_min, sigma_max, rho)[ts[:-1]])
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
+        """Denoise, then add noise up to sigma_next."""
         noise_up = (sigma_next**2 - self.sigma_min**2).clamp(min=0).sqrt()
         return D(x, sigma) + rng.randn_like(x) * append_dims(noise_up, x.ndim)
 
 
-def check_ts(ts: Sequence[int] | None, steps: int) -> list[int]:
-    """The indices as a list, if they make sense for a grid of `steps` levels."""
+def _check_ts(ts: Sequence[int] | None, steps: int) -> list[int]:
+    """The indices as a list.
+
+    :raises UserError: if there are none, or they do not rise from 0 to steps-1.
+    """
     if ts is None:
         raise UserError(f"the multistep sampler needs ts, the noise levels to visit, {EXAMPLE}")
     ts = [int(index) for index in ts]

@@ -1,9 +1,12 @@
-"""From a network to images: noise, a grid of noise levels, a solver, and what they cost."""
+"""From a network to images: noise, a grid of noise levels, a solver, and the number of evaluations.
+
+Shapes: N batch, C channels, H and W height and width.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,15 +20,52 @@ from cm.types import Denoiser, NoiseSource, Sampler
 
 
 class BindsNetworks(Protocol):
-    """What sampling needs of a diffusion: the noise levels it knows, and the denoiser of a network."""
+    """What sampling needs of a diffusion: the noise levels of its networks, and the denoiser of a network."""
 
     @property
-    def scaling(self) -> Precond: ...
+    def scaling(self) -> Precond:
+        """The scalings around the network, which limit the noise levels."""
+        ...
 
-    def bind(self, model: nn.Module) -> Denoiser: ...
+    def bind(self, model: nn.Module) -> Denoiser:
+        """The denoiser of a network."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How images are sampled.
+
+    :param steps: of the solver; for multistep the number of noise levels that `ts` points into.
+    :param sampler: a name in SAMPLERS, or a sampler with its options.
+    :param ts: see `cm.samplers.multistep`; used only where `sampler` is the name multistep.
+    :param sigma_min, sigma_max, rho: of the grid; the levels are clipped to those of the network.
+    :param churn: noise added back before the steps.
+    :param clip_denoised: clamp every denoised image to [-1, 1]; the result is always clamped.
+    """
+
+    steps: int
+    sampler: str | Sampler = "heun"
+    ts: Sequence[int] | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    churn: Churn = field(default_factory=Churn)
+    clip_denoised: bool = True
+
+    def make_sampler(self) -> Sampler:
+        """The sampler itself.
+
+        :raises UserError: for a name that is not in SAMPLERS.
+        """
+        if isinstance(self.sampler, str):
+            return make_sampler(self.sampler, {"ts": self.ts, "sigma_min": self.sigma_min})
+        return self.sampler
 
 
 class SampleResult(NamedTuple):
+    """Images and their cost."""
+
     images: Tensor                                                  # [N,C,H,W] in [-1, 1]
     evaluations: int                                                # of the network, per image (NFE)
 
@@ -35,56 +75,43 @@ def sample(
     diffusion: BindsNetworks,
     model: nn.Module,
     shape: Sequence[int],
-    steps: int,
-    clip_denoised: bool = True,
+    options: SampleOptions,
+    *,
+    model_kwargs: Mapping[str, Any] | None = None,
+    generator: NoiseSource | None = None,
+    device: Any = None,
     progress: bool = False,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    device: Any = None,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    sampler: str | Sampler = "heun",
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    generator: NoiseSource | None = None,
-    ts: Sequence[int] | None = None,
 ) -> SampleResult:
-    """Images from noise, and what they cost.
+    """Sample images from noise.
 
     :param shape: (N, C, H, W).
-    :param steps: of the solver; for multistep the number of noise levels that `ts` points into.
-    :param clip_denoised: clamp every denoised image on the way to [-1, 1]; the result is clamped always.
-    :param callback: see `cm.samplers.integrate`.
-    :param model_kwargs: what else the network takes, such as class labels {"y": [N]}.
-    :param device: where to sample; by default where the model is.
-    :param sampler: a name in SAMPLERS, or a sampler made with options of its own.
-    :param s_churn, s_tmin, s_tmax, s_noise: see `cm.samplers.Churn`.
+    :param model_kwargs: the conditioning of the network, such as class labels {"y": [N]}.
     :param generator: the source of all noise; by default torch's global generator.
-    :param ts: multistep only, see `cm.samplers.multistep`.
-    :raises ValueError: for an unknown sampler, an impossible grid, missing or meaningless ts, churn where it is unused.
+    :param device: where to sample; by default where the model is.
+    :param callback: see `cm.samplers.integrate`.
+    :raises UserError: for an unknown sampler, missing or wrong ts, or churn in a sampler that does not use it.
+    :raises ValueError: for an impossible grid.
     """
-    if isinstance(sampler, str):
-        sampler = make_sampler(sampler, {"ts": ts, "sigma_min": sigma_min})
+    sampler = options.make_sampler()
     lowest, highest = diffusion.scaling.levels
-    sigmas = diffusion.scaling.grid(sampler.grid(steps, max(sigma_min, lowest), min(sigma_max, highest), rho))
-    generator = DummyGenerator() if generator is None else generator
+    levels = max(options.sigma_min, lowest), min(options.sigma_max, highest)
+    sigmas = diffusion.scaling.grid(sampler.grid(options.steps, *levels, options.rho))
+    rng = DummyGenerator() if generator is None else generator
     D = CountingDenoiser(diffusion.bind(model))
     x = integrate(
         sampler,
         partial(D, **(model_kwargs or {})),
-        generator.randn(*shape, device=device_of(model) if device is None else device) * sigmas[0].item(),
+        rng.randn(*shape, device=_device_of(model) if device is None else device) * sigmas[0].item(),
         sigmas,
-        generator,
-        churn=Churn(s_churn, s_tmin, s_tmax, s_noise),
-        clip_denoised=clip_denoised,
+        rng,
+        churn=options.churn,
+        clip_denoised=options.clip_denoised,
         progress=progress,
         callback=callback,
     )
     return SampleResult(x.clamp(-1, 1), D.calls)
 
 
-def device_of(model: nn.Module) -> th.device:
+def _device_of(model: nn.Module) -> th.device:
     return next((param.device for param in model.parameters()), th.device("cpu"))

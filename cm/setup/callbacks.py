@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 from cm.config.flags import Settings, defaults_of
-from cm.config.schema import CONSISTENCY_MODES, EvalConfig, SampleConfig, SolverConfig
+from cm.config.schema import EvalConfig, SampleConfig, SolverConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
 from cm.setup.model import model_from
+from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision
 from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
@@ -22,7 +23,7 @@ from cm.types import Callback
 def sampling_settings(settings: Settings) -> Settings:
     """The flags of image_sample.py that draw the images to be looked at."""
     config, mode = settings.section(EvalConfig), settings.values["training_mode"]
-    usual = "onestep" if mode in CONSISTENCY_MODES else {"edm": "heun"}.get(mode, mode)
+    usual = kind_of_result(mode).sampler
     asked = {
         "sampler": config.eval_sampler or usual, "steps": config.eval_steps, "ts": config.eval_ts,
         "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
@@ -49,7 +50,7 @@ def check_flags(settings: Settings) -> None:
             f"--eval_interval {config.eval_interval} needs --eval_ref: an npz of reference images or statistics, such "
             "as `evaluations/fid.py ref` writes"
         )
-    if not rates or config.eval_ema_rate and config.eval_ema_rate not in rates:
+    if not rates or config.eval_ema_rate and config.eval_ema_rate not in map(str, rates):
         raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
     try:
         sampler_of(sampling_settings(settings))

@@ -49,7 +49,8 @@ def open_data(settings: Settings, references: int = 0) -> Any:
     if values["class_cond"]:
         if source.num_classes is None:
             raise UserError(
-                f"--class_cond True, but {data.data_dir} has no class labels (its first image is {source.name(0)})"
+                f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
+                f"no class labels (its first image is {source.name(0)})"
             )
         if not values["num_classes"]:
             settings.replace(num_classes=source.num_classes)

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
 from torch import Tensor
 
+from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.config.flags import Settings, check, convert, defaults_of
-from cm.config.schema import (
-    CONSISTENCY_MODES,
-    TRAINING_MODES,
-    DiffusionConfig,
-    ModelConfig,
-)
+from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.networks.build import parse_channel_mult
+from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
-
-
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
+OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
+"""Flags that change no weights and no meaning of them: each run chooses its own."""
 
 
 def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
-    They stand in the manifest beside it; without one (the published files) they are read off the weights, or stand in
-    an EDM pickle or a folder of diffusers itself. The file is then `settings.sources[flag]`, too.
+    The manifest next to it holds them; without one (the published files) they are read off the weights, or an EDM
+    pickle or a folder of diffusers holds them itself. The file is then `settings.sources[flag]`, too.
 
-    :raises UserError: if the file is missing or no U-Net's, if its weights are not those of one network, if another
-        flag contradicts it, or if it leaves something unsaid that no flag says either.
+    :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
+        one network, if another flag contradicts it, or if it leaves something open that no flag says either.
     """
     path = settings.values[flag]
     source = settings.sources[flag] = WeightsFile(path)
@@ -48,59 +45,108 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
             return source
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
-        inherit_flags(settings, checkpoint.config, also, path)
-        source.training_mode = checkpoint.config.get("training_mode")
-        return source
-    if kind in FOREIGN:
+        known = checkpoint.config
+    elif kind in FOREIGN:
         known, source.weights = FOREIGN[kind](path)
-        inherit_flags(settings, known, also, path)
-        source.training_mode = known["training_mode"]
-        return source
-    weights = dist.load_state_dict(path)
-    side = settings.values["image_size"] if "image_size" in settings.given else None
-    known = openai.model_flags(weights, path, side) | openai.published_mode(path)
-    require_unknown_flags(settings, known, also, path)
+    else:
+        return _inherit_bare(settings, source, also)
     inherit_flags(settings, known, also, path)
+    source.training_mode = known.get("training_mode")
+    return source
+
+
+def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
+    """From weights without a manifest, of which names and shapes tell most."""
+    weights = dist.load_state_dict(source.path)
+    side = settings.values["image_size"] if settings.is_given("image_size") else None
+    known = openai.model_flags(weights, source.path, side) | openai.published_mode(source.path)
+    require_unknown_flags(settings, known, also, source.path)
+    inherit_flags(settings, known, also, source.path)
     heads = {name: settings.values[name] for name in HEADS}
     source.training_mode = known.get("training_mode")
     source.weights = guided_diffusion.to_published_layout(weights, **heads)
     with th.device("meta"):                                 # odd shapes must not ask for more memory than the file has
-        check_weights(model_from(settings), source.weights, path)
+        check_weights(model_from(settings), source.weights, source.path)
     return source
 
 
+def inherit_resumed(settings: Settings) -> None:
+    """Take the architecture from the checkpoint that --resume or --resume_checkpoint names.
+
+    :raises UserError: if there is no such checkpoint, or another flag contradicts it.
+    """
+    resume = settings.values["resume"]
+    if resume not in ("auto", "never"):
+        inherit_flags(settings, dist.on_main(manifest.find, resume).config, (), resume)
+    elif settings.values["resume_checkpoint"]:
+        inherit_checkpoint(settings, "resume_checkpoint")
+
+
 def read_edm_pickle(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Flags and weights of an EDM pickle, on every rank."""
     net = edm_pickle.read(read_everywhere(path), path)
     return net.flags, net.weights
 
 
-# Files that tell their flags themselves -> flags and weights, on every rank.
-FOREIGN = {"EDM pickle": read_edm_pickle, "diffusers folder": diffusers.read}
+FOREIGN: dict[str, Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+    "EDM pickle": read_edm_pickle,
+    "diffusers folder": diffusers.read,
+}
+"""Kinds of files that hold their flags themselves -> a reader of flags and weights, on every rank."""
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
 
 
 def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
-    """Take over what a manifest, or the weights themselves, say about the network."""
-    # Dropout and recomputation change no weights: they are the run's choice.
-    own = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
+    """Take over what a manifest, or the weights themselves, say about the network.
+
+    :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
+    """
     flags = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), *also)
-    names = [name for name in flags if name in known and name not in own]
-    taken = {name: plain_value(name, known[name], path) for name in names}
-    modes = {taken.get("training_mode"), settings.values.get("training_mode")}
-    if "training_mode" in settings.given and modes <= set(CONSISTENCY_MODES):
-        taken.pop("training_mode")                          # however trained, they are the same kind of network
-    if known.get("training_mode") == "edm":                 # the ODE of a diffusion model can be cut anywhere
-        taken = {name: value for name, value in taken.items()
-                 if name not in ("sigma_min", "sigma_max") or name not in settings.given}
-    if "channel_mult" in taken:                             # empty is the same as the default of the size
-        side = taken.get("image_size", settings.values["image_size"])
-        taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
-        if "channel_mult" in settings.given:
-            settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
+    taken = {name: plain_value(name, known[name], path) for name in flags if name in known and name not in OWN}
+    for policy in MERGE_POLICIES:
+        policy(settings, taken, known)
     settings.inherit(taken, f"the checkpoint {path}")
 
 
+Taken = dict[str, Any]
+
+
+def _same_result(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """Consistency models are one kind of network, however they were trained."""
+    modes = [taken.get("training_mode"), settings.values.get("training_mode")]
+    alike = all(mode in OBJECTIVES and OBJECTIVES[mode].distillation for mode in modes)
+    if settings.is_given("training_mode") and alike:
+        del taken["training_mode"]
+
+
+def _free_levels(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """The ODE of a diffusion model can be cut anywhere."""
+    if known.get("training_mode") == "edm":
+        for name in ("sigma_min", "sigma_max"):
+            if settings.is_given(name):
+                taken.pop(name, None)
+
+
+def _one_spelling_of_widths(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """An empty channel_mult is the default of the size."""
+    if "channel_mult" in taken:
+        side = taken.get("image_size", settings.values["image_size"])
+        taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
+        if settings.is_given("channel_mult"):
+            settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
+
+
+MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths)
+"""What may differ between a checkpoint and the flags without being a contradiction."""
+
+
 def plain_value(name: str, value: Any, path: str) -> Any:
-    """A value of a manifest as its flag would take it; a manifest may have been written by anybody."""
+    """A value of a manifest as its flag would take it; a manifest may have been written by anybody.
+
+    :raises UserError: if the flag does not allow it.
+    """
     flag = FLAGS.get(name)
     if flag is None:
         return value
@@ -111,11 +157,15 @@ def plain_value(name: str, value: Any, path: str) -> Any:
 
 
 def spell_channel_mult(channel_mult: str, image_size: int) -> str:
+    """The widths of the levels, written in one way: "1,2,4"."""
     return ",".join(f"{width:g}" for width in parse_channel_mult(channel_mult, image_size))
 
 
 def require_unknown_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
-    """Weights alone do not tell everything, and a wrong guess would load without a word."""
+    """Weights alone do not tell everything, and a wrong guess would load without a warning.
+
+    :raises UserError: naming the flags that are still needed.
+    """
     given = {*known, *settings.given}
     unsaid = {
         "--image_size": "image_size" not in given,

@@ -14,8 +14,8 @@ from cm.config.schema import (
     ModelConfig,
 )
 from cm.errors import UserError
-from cm.karras_diffusion import KarrasDenoiser
-from cm.networks.build import Network, create_model, parse_resolutions
+from cm.networks.build import Network, NetworkConfig, build_network, parse_resolutions
+from cm.objectives.karras_denoiser import KarrasDenoiser
 
 
 def create_diffusion(
@@ -37,8 +37,8 @@ def create_diffusion(
 
 def model_from(settings: Settings, **changes: Any) -> Network:
     """The network of resolved settings, in float32; `changes` override single flags."""
-    config = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
-    return create_model(**config)
+    config: dict[str, Any] = dataclasses.asdict(settings.section(ModelConfig)) | {"use_fp16": False} | changes
+    return build_network(NetworkConfig(**config))
 
 
 def diffusion_from(settings: Settings, distillation: bool, loss_norm: str = "l2") -> KarrasDenoiser:

@@ -1,57 +1,91 @@
-"""The denoising objective of a run, and the settings that it was published with."""
+"""The objective that the flags choose, and the settings that it was published with."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from cm.config.flags import Settings, defaults_of
-from cm.config.schema import (
-    ObjectiveConfig,
-)
-from cm.diffusion.noise_sampling import create_named_schedule_sampler
+from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.schema import ConsistencyConfig, ObjectiveConfig
 from cm.errors import UserError
-from cm.karras_diffusion import KarrasDenoiser
-from cm.objectives import DENOISING
+from cm.objectives import DENOISING, OBJECTIVES
+from cm.objectives.base import Objective
 from cm.registry import lookup
-from cm.types import Objective
+
+PUBLISHED_NOISE = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm", "ddpm")}
+"""Preconditioning -> the noise distribution and loss weight that its authors trained their networks with."""
 
 
-def options_of(kind: type) -> list[str]:
-    """The flags of a denoising objective alone: the fields of its class that have the name of a flag."""
-    fields = {field.name for field in dataclasses.fields(kind)}
-    return [field.name for field in dataclasses.fields(ObjectiveConfig) if field.name in fields]
+def objective_kind(values: Mapping[str, Any]) -> type[Objective]:
+    """The class of the objective: --training_mode's, of which "edm" stands for --objective's.
+
+    :raises UserError: for a name that is in neither table.
+    """
+    if values["training_mode"] != "edm":
+        return lookup(OBJECTIVES, values["training_mode"], "training_mode")
+    return lookup(DENOISING, values["objective"], "objective")
+
+
+def kind_of_result(training_mode: str) -> type[Objective]:
+    """The objective by which a checkpoint was trained, as far as sampling needs it.
+
+    :raises UserError: for a name that is not in the table.
+    """
+    return lookup(OBJECTIVES, training_mode, "training_mode")
 
 
 def apply_objective_defaults(settings: Settings) -> None:
-    """The settings that the objective was published with, where nobody asks for others.
+    """Apply the objective's published defaults to flags that nobody set.
 
     :raises UserError: for a flag that only another objective uses.
     """
-    objective, values = settings.values["objective"], settings.values
-    kind = lookup(DENOISING, objective, "objective")
-    settings.replace(**{name: value for name, value in kind.defaults.items() if name not in settings.given})
-    own, defaults = options_of(kind), defaults_of(ObjectiveConfig)
-    for name in (name for other in DENOISING.values() for name in options_of(other) if name not in own):
+    values = settings.values
+    kind = objective_kind(values)
+    settings.replace(**{name: value for name, value in kind.defaults.items() if not settings.is_given(name)})
+    defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig)
+    users = flags_of_objectives()
+    for name in users.keys() & values.keys() - set(kind.options):
         # A file may hold every flag of another run; there only a value that somebody chose has been lost.
-        by_flag = settings.given.get(name, "").startswith("--")
-        if by_flag or name in settings.given and values[name] != defaults[name]:
-            users = " or ".join(f"--objective {other}" for other in DENOISING if name in options_of(DENOISING[other]))
-            raise UserError(f"{settings.given[name]}: {name}={values[name]!r} is for {users}, but this run has "
-                            f"--objective {objective}, which does not use it; drop it")
+        typed = settings.provenance(name) == Provenance.COMMAND_LINE
+        if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
+            raise UserError(
+                f"{settings.given[name]}: {name}={values[name]!r} is for {' or '.join(users[name])}, but this run has "
+                f"{choice_of(values)}, which does not use it; drop it"
+            )
 
 
-def objective_from(settings: Settings, diffusion: KarrasDenoiser) -> Objective:
-    """The denoising objective that the flags describe."""
-    kind = lookup(DENOISING, settings.values["objective"], "objective")
-    law = create_named_schedule_sampler(settings.values["schedule_sampler"], diffusion)
-    return kind.of(diffusion, law, {name: settings.values[name] for name in options_of(kind)})
+def flags_of_objectives() -> dict[str, list[str]]:
+    """Flag -> the choices of --objective or --training_mode that use it."""
+    users: dict[str, list[str]] = {}
+    for flag, table in (("objective", DENOISING), ("training_mode", OBJECTIVES)):
+        for name, kind in table.items():
+            for option in kind.options:
+                users.setdefault(option, []).append(f"--{flag} {name}")
+    return users
 
 
-# What the authors of each precond trained their networks with.
-PUBLISHED_LAW = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm", "ddpm")}
+def choice_of(values: Mapping[str, Any]) -> str:
+    """The flag that chooses the objective, as a message names it."""
+    mode = values["training_mode"]
+    return f"--objective {values['objective']}" if mode == "edm" else f"--training_mode {mode}"
 
 
 def apply_precond_defaults(settings: Settings) -> None:
-    """The noise levels and weights that the precond was published with, where no flag asks for others."""
-    published = PUBLISHED_LAW.get(settings.values["precond"], {})
-    settings.replace(**{name: value for name, value in published.items() if name not in settings.given})
+    """Apply the noise distribution and weights that the preconditioning was published with, for a diffusion model."""
+    if settings.values["training_mode"] == "edm":
+        published = PUBLISHED_NOISE.get(settings.values["precond"], {})
+        settings.replace(**{name: value for name, value in published.items() if not settings.is_given(name)})
+
+
+def check_teacher(settings: Settings) -> None:
+    """A teacher is given where the objective needs one.
+
+    :raises UserError: if it is not, or a diffusion model is to be trained from one.
+    """
+    values = settings.values
+    needs = any(each.origin == "teacher" for each in objective_kind(values).companions)
+    if needs and not values["teacher_model_path"]:
+        raise UserError(f"--training_mode {values['training_mode']} needs a teacher: give --teacher_model_path")
+    if values["training_mode"] == "edm" and values["teacher_model_path"]:
+        raise UserError(f"--teacher_model_path {values['teacher_model_path']} is for distillation; to begin a "
+                        "diffusion model from other weights, give --resume_checkpoint")

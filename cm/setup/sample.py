@@ -9,9 +9,9 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import loading
-from cm.config.flags import Settings
+from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.schema import (
-    CONSISTENCY_MODES,
+    LARGEST_SEED,
     AblationConfig,
     DiffusionConfig,
     GuidanceConfig,
@@ -24,14 +24,16 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, parse_seeds
 from cm.io import storage
-from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.networks.noisy_classifier import NoisyClassifier, from_content
-from cm.samplers import SAMPLERS, make_sampler
+from cm.objectives.karras_denoiser import KarrasDenoiser
+from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
+from cm.samplers.sample import SampleOptions
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
+from cm.setup.objective import kind_of_result
 from cm.setup.run import on_device, run_precision
 from cm.types import Sampler
 
@@ -75,7 +77,7 @@ def reach_all_levels(settings: Settings) -> None:
         levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]
     if levels is not None:
         for name, level in zip(("sigma_min", "sigma_max"), levels):
-            if settings.given.get(name, "the checkpoint").startswith("the checkpoint"):
+            if settings.provenance(name) <= Provenance.CHECKPOINT:
                 settings.replace(**{name: level})
 
 
@@ -85,8 +87,12 @@ def choose_seeds(settings: Settings) -> tuple[int, ...]:
     :raises UserError: if it is no list of seeds, or another flag contradicts it.
     """
     values, seeds = settings.values, parse_seeds(settings.values["seeds"])
+    if not seeds and settings.is_given("seeds"):
+        raise UserError(f"{settings.given['seeds']} is empty: list seeds such as 0-63, or drop the flag")
     if not seeds:
         return ()
+    if max(seeds) > LARGEST_SEED:
+        raise UserError(f"--seeds: {max(seeds)} is too large; the largest is {LARGEST_SEED}")
     if "num_samples" in settings.given and values["num_samples"] != len(seeds):
         raise UserError(
             f"--seeds {values['seeds']} lists {len(seeds)} images, but {settings.given['num_samples']} asks for "
@@ -130,6 +136,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     """
     config, solver, values = settings.section(SampleConfig), settings.section(SolverConfig), settings.values
     refuse_flags_of_other_samplers(config.sampler, solver)
+    _refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
         "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
@@ -155,10 +162,33 @@ def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
                             "drop one of them")
 
 
-def sampler_options(settings: Settings) -> dict[str, Any]:
-    """What `cm.karras_diffusion.sample` takes from the flags of `SampleConfig` and `SolverConfig`."""
-    names = ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise")
-    return {name: settings.values[name] for name in names} | {"sampler": sampler_of(settings)[0]}
+def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
+    """A flag on the command line that the sampler would ignore is a mistake.
+
+    :raises UserError: naming it and what it is for.
+    """
+    options, defaults = kind.__dataclass_fields__, defaults_of(SampleConfig)
+    unused = {
+        "ts": "" if "ts" in options else "--sampler multistep",
+        "s_churn": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
+        "s_noise": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
+        "s_tmin": "" if kind.accepts_churn or "s_tmin" in options else "samplers that add noise (heun, dpm, sde, ito)",
+        "s_tmax": "" if kind.accepts_churn or "s_tmax" in options else "samplers that add noise (heun, dpm, sde, ito)",
+        "steps": "" if kind.uses_steps else "samplers of several steps",
+    }
+    for name, owner in unused.items():
+        typed = settings.provenance(name) == Provenance.COMMAND_LINE
+        if owner and typed and (name == "steps" or settings.values[name] != defaults[name]):
+            raise UserError(f"--{name} {settings.values[name]} is for {owner}; --sampler {settings.values['sampler']} "
+                            "does not use it; drop it")
+
+
+def sampler_options(settings: Settings) -> SampleOptions:
+    """How the flags of `SampleConfig` and `SolverConfig` ask for the images to be sampled."""
+    values = settings.values
+    churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
+    own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}
+    return SampleOptions(sampler=sampler_of(settings)[0], churn=churn, **own)
 
 
 def load_model(settings: Settings) -> nn.Module:
@@ -172,8 +202,8 @@ def load_model(settings: Settings) -> nn.Module:
 
 def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
     """The scalings around the network of --model_path, by how it was trained."""
-    consistency = settings.values["training_mode"] in CONSISTENCY_MODES
-    return diffusion_from(settings, distillation=consistency)
+    kind = kind_of_result(settings.values["training_mode"])
+    return diffusion_from(settings, distillation=kind.distillation)
 
 
 def load_classifier(settings: Settings) -> NoisyClassifier | None:
@@ -207,8 +237,8 @@ def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> 
     diffusion = sampling_diffusion(settings)
     if classifier is None:
         return diffusion
-    scale, tell_class = settings.values["classifier_scale"], settings.values["class_cond"]
-    return GuidedDiffusion(diffusion, classifier, scale, tell_class)
+    scale, class_cond = settings.values["classifier_scale"], settings.values["class_cond"]
+    return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 
 
 def png_recipe(settings: Settings) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_r
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
 from cm.io.storage import write_json
-from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import to_device
+from cm.objectives.karras_denoiser import KarrasDenoiser
+from cm.samplers.sample import SampleOptions
 from cm.training.loop import TrainLoop
 
 GRIDS, BEST, BEST_FILE = "samples", "best", "best.json"     # two folders and a file in the log's folder
@@ -38,15 +39,27 @@ COLUMNS = 8                                                 # of a grid
 class Metric(Protocol):
     """How far images are from a reference."""
 
-    key: str                                                # column of the log
-    label: str                                              # for people
-    id: str                                                 # of the features that it compares
+    @property
+    def key(self) -> str:
+        """The column of the log."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """Of the features that it compares."""
+        ...
 
     def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
         """The distance of the images of all ranks; the same number on every rank.
 
         :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
         """
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class AverageSampler:
 
     :param make_model: makes a float32 network of the run's architecture.
     :param rate: which average.
-    :param options: what `cm.karras_diffusion.sample` takes.
+    :param options: how the images are sampled.
     """
 
     make_model: Callable[[], nn.Module]
@@ -63,7 +76,7 @@ class AverageSampler:
     plan: SamplingPlan
     precision: str
     rate: str
-    options: Mapping[str, Any]
+    options: SampleOptions
 
     def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
         """The whole average, on every rank; one step of all ranks together."""
@@ -78,7 +91,7 @@ class AverageSampler:
         shares = list(rank_batches(plan, loop.rank, loop.world_size))
         for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
             with at_precision(model, self.precision):       # left before others compute with the images
-                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), **self.options)
+                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
             yield rows, images
 
 
@@ -108,7 +121,7 @@ class SampleGrids:
         sheet = image_grid(images[rows.argsort()], COLUMNS, grid_scale(images.shape[1]))
         sheet.save(content, "png")
         path = os.path.join(folder, f"samples_{step:06d}.png")
-        storage.write_whole(path, lambda file: file.write(content.getvalue()))
+        storage.write_atomically(path, lambda file: file.write(content.getvalue()))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -164,7 +177,7 @@ class Evaluation:
         folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = manifest.list_files(folder)
-        kept = manifest.save(folder, loop.step, {name: average}, loop.config, loop.images_seen)
+        kept = manifest.save(folder, loop.step, {name: average}, loop.flags, loop.images_seen)
         file = manifest.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch as th
@@ -30,8 +30,7 @@ FLOAT = 4                                                   # bytes of a float32
 class PlannedRun:
     """What decides about memory, beside the network.
 
-    :param has_target: a target network of the same shape moves along.
-    :param teacher: "none", "still", or "moving" as in progressive distillation.
+    :param companions: the networks besides the online one, by name, and how each changes; see `Companion`.
     :param on_gpu: whether device and host are different memories.
     """
 
@@ -42,8 +41,7 @@ class PlannedRun:
     ema_device: str = "same"
     shard_ema: bool = False
     shard_optimizer: bool = False
-    has_target: bool = False
-    teacher: str = "none"
+    companions: Mapping[str, str] = field(default_factory=dict)
     on_gpu: bool = True
 
 
@@ -98,13 +96,14 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     else:
         device |= averages
     moving = network + (nbytes(masters) if half else 0)
-    if run.has_target:
-        device["target"] = moving
-    if run.teacher != "none":
-        device["teacher"] = moving if run.teacher == "moving" else network
+    own = device["parameters"] + device["gradients"] + device["optimizer"] + (2 * nbytes(masters) if half else 0)
+    for name, changes in run.companions.items():
+        device[name.removesuffix("_model")] = {"never": network, "by_objective": moving, "trained": own}[changes]
 
-    files = 1 + run.has_target + (run.teacher == "moving") + len(run.ema_rates)
-    checkpoint = files * nbytes([*masters, *model.buffers()]) + sum(states)
+    kept = [changes for changes in run.companions.values() if changes != "never"]
+    files = 1 + len(kept) + len(run.ema_rates)
+    optimizers = 1 + kept.count("trained")
+    checkpoint = files * nbytes([*masters, *model.buffers()]) + optimizers * sum(states)
     return MemoryPlan(device, host, checkpoint)
 
 

@@ -63,16 +63,29 @@ class Steps(Protocol):
     def step(self) -> Any: ...
 
 
+def halve(model: nn.Module) -> None:
+    """Convert the trunk of a network to float16, unless that has been done.
+
+    :raises UserError: if it is no network that can be converted.
+    """
+    convert = getattr(model, "convert_to_fp16", None)
+    if convert is None:
+        raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
+    if all(param.dtype not in HALF for param in model.parameters()):
+        convert()
+
+
 class MasterWeights:
     """The float32 parameters of a network, which itself may compute in half precision.
 
     Averages are made of `master_params` and files are written from them; `master_params_to_model_params`
     copies them into the network. For fp32 and bf16 they are the network's own parameters.
 
-    :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here.
+    :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here. A network that
+        was converted to float16 before, as consistency_models' script does, gets float32 masters of its rounded values.
     :param precision: "fp32", "bf16" or "fp16".
-    :raises ValueError: for an unknown precision, or a model that already is half precision, whose master parameters
-        would be rounded.
+    :raises ValueError: for an unknown precision, or a half-precision model in another precision than fp16, whose
+        master parameters would be rounded.
     """
 
     def __init__(self, model: nn.Module, precision: str) -> None:
@@ -80,14 +93,15 @@ class MasterWeights:
         self.model = model
         self.model_params: list[nn.Parameter] = list(model.parameters())
         self.master_params: list[Tensor] = list(self.model_params)
-        if rounded := [name for name, p in model.named_parameters() if p.dtype in HALF]:
+        rounded = [name for name, p in model.named_parameters() if p.dtype in HALF]
+        if rounded and not (self.use_fp16 and all(p.dtype != th.bfloat16 for p in model.parameters())):
             raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
                              "master parameters would be rounded: pass the float32 model, it is converted here")
         if self.use_fp16:
-            if not hasattr(model, "convert_to_fp16"):
-                raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
-            self.master_params = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.model_params]
-            model.convert_to_fp16()
+            self.master_params = [
+                p.detach().to(th.float32, copy=True).requires_grad_(p.requires_grad) for p in self.model_params
+            ]
+            halve(model)
 
     @property
     def use_fp16(self) -> bool:
@@ -117,7 +131,7 @@ class MasterWeights:
         network is made for them. They may share memory with `master_params`.
         """
         by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
-        state = self.model.state_dict(keep_vars=True)
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {key: by_param.get(id(value), value).detach().cpu().contiguous() for key, value in state.items()}
 
     def params_in(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:

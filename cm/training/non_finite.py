@@ -49,7 +49,8 @@ def describe(parts: Sequence[tuple[Batch, LossTerms]]) -> list[dict]:
     rank, facts = dist.get_rank(), []
     for batch, terms in parts:
         images = ["?"] * len(batch) if batch.indices is None else batch.indices.tolist()
-        columns = zip(batch.positions.tolist(), images, terms.sigma.tolist(), terms.loss.tolist())
+        positions = images if batch.positions is None else batch.positions.tolist()
+        columns = zip(positions, images, terms.sigma.tolist(), terms.loss.tolist())
         for position, image, sigma, loss in columns:
             facts.append({
                 "position": position, "image": image, "sigma": sigma, "loss": loss, "rank": rank,

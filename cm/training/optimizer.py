@@ -95,3 +95,8 @@ def make_optimizer(
     if shares is None or shares.ranks == 1:
         return kind(params, lr=lr, weight_decay=weight_decay)
     return ZeroOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)
+
+
+def rampup(images_seen: int, rampup_kimg: float) -> float:
+    """The factor of a learning rate that rises linearly from 0 over so many thousand images; 1 where that is 0."""
+    return min(1.0, images_seen / (1000 * rampup_kimg)) if rampup_kimg else 1.0

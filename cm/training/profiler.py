@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 class Profile:
     """Traces `steps` training steps after a short warm-up, once per start of a run, and leaves two files of them.
 
-    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do meanwhile is in the trace, too.
+    A run that ends sooner is traced as far as it goes. What callbacks and checkpoints do meanwhile is in the trace.
 
     :param steps: at least 1.
     """
@@ -60,16 +60,18 @@ class Profile:
         """The two files; on rank 0."""
         if device.type == "cuda":
             th.cuda.synchronize(device)
-        self.profiler.stop()
+        profiler = self.profiler
+        assert profiler is not None, "started before the first step that is traced"
+        profiler.stop()
         on_device = device.type == "cuda"
         text = table([
             Cost(event.key, (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6,
                  event.count)
-            for event in self.profiler.key_averages()
+            for event in profiler.key_averages()
         ], steps)
         trace, listing = (os.path.join(logger.get_dir(), name) for name in (TRACE, TABLE))
-        self.profiler.export_chrome_trace(trace)
-        storage.write_whole(listing, lambda file: file.write(text.encode()))
+        profiler.export_chrome_trace(trace)
+        storage.write_atomically(listing, lambda file: file.write(text.encode()))
         self.profiler = None
         logger.log(f"where the time of {steps} steps went, on the {'GPU' if on_device else 'CPU'}:\n{text}"
                    f"trace: {trace} (for chrome://tracing or ui.perfetto.dev)")

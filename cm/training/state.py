@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,31 +15,43 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
+from cm.objectives.base import ONLINE
 from cm.training.mixed_precision import MasterWeights
 
 STATUS = "status.json"
 
 
 def state_dict(loop: Any) -> dict[str, Any]:
-    """name -> state dict, on rank 0; empty on the others, who give their shares. All ranks call it together.
+    """name -> state dict, on rank 0; empty on the others, which give their shards. All ranks call it together.
 
     The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
     draw is a function of the seed and of the position, or the step, it belongs to.
     """
-    trainer = loop.trainer
-    averages = {f"ema_{rate}": loop.averages.gather_to_main(rate) for rate in loop.ema_rate}
-    optimizer = loop.opt.state_dict()
+    trainer, objective = loop.trainer, loop.objective
+    averages = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
+    optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.trained.items()}
     if not dist.is_main():
         return {}
-    memory = {} if loop.objective.history is None else {"memory": loop.objective.history.state_dict()}
-    callbacks = {"watchers": {each.name: each.state_dict() for each in loop.callbacks}} if loop.callbacks else {}
+    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
+    # The keys "memory" and "watchers" are those of every checkpoint so far.
+    rest = {
+        "memory": objective.history and objective.history.state_dict(),
+        "watchers": {each.name: each.state_dict() for each in loop.callbacks},
+        "objective": objective.state_dict(),
+        "trainers": {name: other.state_dict() for name, other in others.items()},
+    }
     return {
         "model": trainer.master_params_to_state_dict(trainer.master_params),
-        **{name: own.master_params_to_state_dict(own.master_params) for name, own in loop.moving.items()},
+        **{name: own.master_params_to_state_dict(own.master_params) for name, own in {**loop.moving, **others}.items()},
         **{name: trainer.master_params_to_state_dict(params) for name, params in averages.items()},
-        "opt": optimizer,
-        "trainer": trainer.state_dict() | memory | callbacks,
+        **optimizers,
+        "trainer": trainer.state_dict() | {name: value for name, value in rest.items() if value},
     }
+
+
+def file_of(role: str) -> str:
+    """The name under which a checkpoint holds the optimizer of a trained network: "opt" for the online one's."""
+    return "opt" if role == ONLINE else f"opt_{role}"
 
 
 def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
@@ -47,23 +60,39 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
     """
     def params(name: str, owner: MasterWeights) -> list[Tensor]:
-        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name))
+        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name) or name)
 
-    changed = changes(checkpoint.config, loop.config)
+    changed = changes(checkpoint.config, loop.flags)
     logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
     loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
-    for name, owner in {"model": loop.trainer, **loop.moving}.items():
+    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
+    for name, owner in {"model": loop.trainer, **loop.moving, **others}.items():
         owner.load_master_params(params(name, owner))
     for rate in loop.ema_rate:
-        loop.averages.load(rate, params(f"ema_{rate}", loop.trainer))
-    loop.opt.load_state_dict(load_part("opt", checkpoint))
-    trainer = load_part("trainer", checkpoint)
-    loop.trainer.load_state_dict(trainer)
+        loop.averages.load(rate.name, params(f"ema_{rate}", loop.trainer))
+    for role, network in loop.trained.items():
+        network.opt.load_state_dict(load_part(file_of(role), checkpoint))
+    rest = load_part("trainer", checkpoint)
+    loop.trainer.load_state_dict(rest)
+    for name, trainer in others.items():
+        trainer.load_state_dict(rest["trainers"][name])
     if loop.objective.history is not None:
-        loop.objective.history.load_state_dict(trainer["memory"])
+        loop.objective.history.load_state_dict(rest["memory"])
+    if "objective" in rest:
+        loop.objective.load_state_dict(_interned(rest["objective"]))
     for callback in loop.callbacks:
-        if callback.name in trainer.get("watchers", {}):
-            callback.load_state_dict(trainer["watchers"][callback.name])
+        if callback.name in rest.get("watchers", {}):
+            callback.load_state_dict(rest["watchers"][callback.name])
+
+
+def _interned(value: Any) -> Any:
+    """The same dicts with the words of their keys as the code has them.
+
+    A file spells a word out once per string object that holds it, and a resumed run shall write the same bytes.
+    """
+    if not isinstance(value, dict):
+        return value
+    return {sys.intern(key) if isinstance(key, str) else key: _interned(each) for key, each in value.items()}
 
 
 def write_status(loop: Any) -> None:
@@ -77,7 +106,7 @@ def write_status(loop: Any) -> None:
     def write() -> None:
         try:
             storage.make_folder(logger.get_dir())
-            storage.write_whole(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
+            storage.write_atomically(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
         except (OSError, UserError) as error:               # the checkpoint is there, and says as much
             logger.warn(f"{STATUS} is as it was: {error}")
 

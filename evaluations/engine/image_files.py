@@ -1,4 +1,4 @@
-"""The images of a folder, a zip or an npz at their own size, read in any sorted choice.
+"""The images of a folder, a zip or an npz, at their own size or cropped as for training, read in any sorted choice.
 
 Shapes: N images, B of a group, H and W height and width.
 """
@@ -6,11 +6,14 @@ Shapes: N images, B of a group, H and W height and width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from cm.data.decode import centre_crop
 from cm.data.sources import ImageSource, open_source
 from cm.errors import UserError
 from evaluations.engine.readers import BatchFile
@@ -22,38 +25,71 @@ class Pictures(Protocol):
     """N images of one size."""
 
     path: str
-    labels: NDArray[np.int64] | None                        # [N]
 
     def __len__(self) -> int: ...
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class labels [N], or None."""
+        ...
+
     def name(self, i: int) -> str:
         """What messages call image i."""
+        ...
 
     def take(self, groups: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
         """The images [B,H,W,3] of each group of indices [B], which ascend within and over the groups.
 
         :raises UserError: if one cannot be read, or is of another size than the first that was read.
         """
+        ...
 
 
 class EncodedPictures:
-    """The images of a folder or a zip."""
+    """The images of a folder or a zip.
 
-    def __init__(self, source: ImageSource):
-        self.source, self.path, self.labels = source, source.data_dir, source.labels
+    :param image_size: side to crop and resize to, as training does; None for the images' own size.
+    """
+
+    def __init__(self, source: ImageSource, image_size: int | None = None):
+        self.source, self.path, self.image_size = source, source.data_dir, image_size
         self._first: tuple[int, tuple[int, ...]] | None = None          # index and shape of the first that was read
 
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class labels [N], or None."""
+        return self.source.labels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W), of the first image unless all are resized."""
+        return (self.image_size, self.image_size) if self.image_size else self._first_size
+
+    @cached_property
+    def _first_size(self) -> tuple[int, int]:
+        height, width = self._pixels(0).shape[:2]
+        return height, width
+
     def name(self, i: int) -> str:
+        """The file's name in the folder or zip."""
         return self.source.name(i)
 
     def take(self, groups: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
+        """The images of each group of indices."""
         for group in groups:
             yield np.stack([self._pixels(i) for i in group.tolist()])
 
     def _pixels(self, i: int) -> NDArray[np.uint8]:
+        if self.image_size:
+            return centre_crop(self.source.load(i), self.image_size)
         pixels = np.asarray(self.source.load(i))            # [H,W,3]
         first, shape = self._first = self._first or (i, pixels.shape)
         if pixels.shape != shape:
@@ -67,21 +103,35 @@ class EncodedPictures:
 class NpzPictures:
     """The images (arr_0) of an npz, streamed in file order.
 
+    :param image_size: side to crop and resize to, as training does; None for the images' own size.
     :raises UserError: if it holds only statistics.
     """
 
-    def __init__(self, file: BatchFile):
-        if not file.has_images:
-            raise UserError(f"{file.path} holds only statistics, no images (arr_0)")
-        self.file, self.path, self.labels = file, file.path, file.labels()
+    def __init__(self, file: BatchFile, image_size: int | None = None):
+        file.check_has_images()
+        assert file.image_shape is not None
+        self.file, self.path, self.image_size = file, file.path, image_size
+        height, width = file.image_shape[1:3]
+        self.size = (image_size, image_size) if image_size else (height, width)
 
     def __len__(self) -> int:
         return len(self.file)
 
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class labels (arr_1), or None."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64] | None:
+        return self.file.labels()
+
     def name(self, i: int) -> str:
+        """Its place in the file."""
         return f"image {i}"
 
     def take(self, groups: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
+        """The images of each group of indices."""
         chunks, start = self.file.batches(CHUNK), 0
         chunk = next(chunks)
         for group in groups:
@@ -89,19 +139,25 @@ class NpzPictures:
             while group[-1] >= start + len(chunk):
                 start, chunk = start + len(chunk), next(chunks)
                 found.append(chunk[group[(group >= start) & (group < start + len(chunk))] - start])
-            yield np.concatenate(found)
+            images = np.concatenate(found)
+            if self.image_size:
+                images = np.stack([centre_crop(Image.fromarray(image), self.image_size) for image in images])
+            yield images
 
 
-def open_pictures(path: str, flag: str) -> Pictures:
+def open_pictures(path: str, flag: str, image_size: int | None = None) -> Pictures:
     """The images at a path: an npz if its name ends so, else what `cm.data.sources.open_source` makes of it.
 
     :param flag: what messages call the path.
+    :param image_size: side to crop and resize to, as training does; None for the images' own size.
     :raises UserError: if there is nothing of that name, or it holds no images.
     """
     if path.lower().endswith(".npz"):
-        return NpzPictures(BatchFile(path))
-    return EncodedPictures(open_source(path, image_size=1, flag=flag))  # that size is for crops, which nobody takes
+        return NpzPictures(BatchFile(path), image_size)
+    # The source's own crops, for which it is given a size, are not asked for.
+    return EncodedPictures(open_source(path, image_size=1, flag=flag), image_size)
 
 
 def width_by_height(shape: tuple[int, ...]) -> str:
+    """Of [H,W,3], as messages say it."""
     return f"{shape[1]}x{shape[0]}"

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cm.errors import UserError
+from cm.io import storage
 
 
-@contextlib.contextmanager
-def new_npz(dest: str) -> Iterator[zipfile.ZipFile]:
-    """An archive that appears under `dest` when the block ends; what stood there stays until then.
+def write_npz(dest: str, fill: Callable[[zipfile.ZipFile], None]) -> None:
+    """Let `fill` write the members of an archive that appears under `dest` when it is complete.
 
-    :raises UserError: if the file cannot be written.
+    :raises UserError: if the file cannot be written; what stood under `dest` stays.
     """
-    partial = f"{dest}.{os.getpid()}.partial"
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            yield archive
-        os.replace(partial, dest)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {dest}: {error}") from error
-        raise
+    def write(file: Any) -> None:
+        with zipfile.ZipFile(cast("IO[bytes]", file), "w", zipfile.ZIP_STORED) as archive:
+            fill(archive)
+
+    storage.write_atomically(dest, write)
 
 
-def add_array(archive: zipfile.ZipFile, name: str, array: NDArray) -> None:
+def add_array(archive: zipfile.ZipFile, name: str, array: NDArray[Any]) -> None:
+    """One member: an array without Python objects."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array(member, array, allow_pickle=False)
+        np.lib.format.write_array(cast("IO[bytes]", member), array, allow_pickle=False)
+
+
+def add_arrays(archive: zipfile.ZipFile, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """A member for each array."""
+    for name, array in arrays.items():
+        add_array(archive, name, array)

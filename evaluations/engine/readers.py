@@ -5,8 +5,10 @@ arr_1           class labels [N], integers
 mu, sigma       mean and covariance of pooled features; mu_s, sigma_s of spatial features
 extractor       identity of the network that mu, sigma come from (published files have none)
 num_images      how many images mu, sigma come from (published files have none)
+image_size      height and width in pixels of the images that mu, sigma come from (published files have none)
+resize          the extractor's resize rule at that time (published files have none)
 
-A file holds images, statistics, or both. Images are streamed out of the zip member, never loaded whole.
+A file holds images, statistics, or both. Images are streamed out of the zip member, never loaded all at once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +26,29 @@ from numpy.typing import NDArray
 from cm.errors import UserError
 from cm.io import untrusted
 from cm.io.untrusted import DAMAGE, Header
+from evaluations.metrics.arrays import Array
+
+Scalar = TypeVar("Scalar", str, int)
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Mean and covariance as stored in a file."""
 
-    mu: NDArray[np.float64]                                 # [D]
-    sigma: NDArray[np.float64]                              # [D,D]
+    mu: Array                                               # [D]
+    sigma: Array                                            # [D,D]
     extractor: str | None = None
     num_images: int | None = None
+    image_size: tuple[int, int] | None = None               # height and width of the images
+    resize: str | None = None                               # what the extractor did to them first
+
+    def arrays(self, suffix: str = "") -> dict[str, NDArray[Any]]:
+        """The arrays of a file, by key; what is not known is left out."""
+        known = {"extractor": self.extractor, "num_images": self.num_images, "image_size": self.image_size,
+                 "resize": self.resize}
+        return {f"mu{suffix}": self.mu, f"sigma{suffix}": self.sigma} | {
+            key: np.asarray(value) for key, value in known.items() if value is not None
+        }
 
 
 class BatchFile:
@@ -57,7 +72,13 @@ class BatchFile:
 
     @property
     def has_images(self) -> bool:
+        """Whether it has arr_0."""
         return self.image_shape is not None
+
+    def check_has_images(self) -> None:
+        """:raises UserError: for statistics alone."""
+        if not self.has_images:
+            raise UserError(f"{self.path} holds only statistics, no images (arr_0)")
 
     def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
         """The images in file order as uint8 [B,H,W,3]; the last batch may be short.
@@ -66,8 +87,7 @@ class BatchFile:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        if not self.has_images:
-            raise UserError(f"{self.path} holds only statistics, no images (arr_0)")
+        self.check_has_images()
         yield from self._slice(batch_size) if self._fortran_order else self._stream(batch_size)
 
     def labels(self) -> NDArray[np.int64] | None:
@@ -105,7 +125,7 @@ class BatchFile:
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{self.path}: {mu_key} or {sigma_key} is not finite; make the statistics again")
         return Statistics(mu.astype(np.float64), sigma.astype(np.float64), self._scalar("extractor", str),
-                          self._scalar("num_images", int))
+                          self._scalar("num_images", int), self._image_size(), self._scalar("resize", str))
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -135,12 +155,15 @@ class BatchFile:
             raise UserError(f"{self.path}: the images (arr_0) are damaged ({error}); write the file again") from None
 
     def _check_images(self) -> tuple[int, int, int, int]:
-        with self._open_images() as (header, _):
-            check_images(header, self.path)
-            self._fortran_order = header.fortran_order
-            return header.shape
+        with self._open_images() as (header, member):
+            sample = first_values(header, member)
+        check_images(header, self.path, sample)             # outside: its UserError is no damage of the archive
+        self._fortran_order = header.fortran_order
+        count, height, width, channels = header.shape
+        return count, height, width, channels
 
     def _stream(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+        assert self.image_shape is not None
         with self._open_images() as (_, member):
             for start in range(0, len(self), batch_size):
                 batch = np.empty((min(batch_size, len(self) - start), *self.image_shape[1:]), np.uint8)
@@ -152,14 +175,22 @@ class BatchFile:
         for start in range(0, len(self), batch_size):
             yield np.ascontiguousarray(images[start : start + batch_size])
 
-    def _load(self, key: str) -> NDArray:
+    def _load(self, key: str) -> NDArray[Any]:
         try:
             with self._archive() as archive:
                 return untrusted.read_member_array(archive, key)
         except DAMAGE as error:
             raise UserError(f"{self.path}: {key} cannot be read: {error}") from None
 
-    def _scalar(self, key: str, kind: type) -> str | int | None:
+    def _image_size(self) -> tuple[int, int] | None:
+        if "image_size" not in self.keys:
+            return None
+        value = self._load("image_size")
+        if value.dtype.kind not in "iu" or value.shape != (2,):
+            raise UserError(f"{self.path}: image_size must be two integers, not {value.dtype} {value.shape}")
+        return int(value[0]), int(value[1])
+
+    def _scalar(self, key: str, kind: type[Scalar]) -> Scalar | None:
         if key not in self.keys:
             return None
         value = self._load(key)
@@ -178,9 +209,36 @@ def read_header(member: BinaryIO, size: int, path: str) -> Header:
         raise UserError(f"{path}: arr_0 has no readable npy header ({error}); write it with np.savez") from None
 
 
-def check_images(header: Header, path: str) -> None:
-    """Say what is wrong with an image array, and how to mend it.
+def first_values(header: Header, member: BinaryIO) -> NDArray[Any] | None:
+    """The values of the first image of a float array, behind its header; None for another type or an empty array.
 
+    :raises DAMAGE: if they cannot be read.
+    """
+    if header.dtype.kind != "f" or 0 in header.shape or len(header.shape) < 2:
+        return None
+    values = np.empty(header.shape[1:], header.dtype)
+    untrusted.read_into(member, values)
+    return values
+
+
+def float_remedy(sample: NDArray[Any] | None) -> str:
+    """How to convert float images, by the range of the first one."""
+    ways = {
+        "from [-1, 1] with": "((x + 1) * 127.5).clip(0, 255).astype(np.uint8)",
+        "from [0, 1] with": "(x * 255).round().clip(0, 255).astype(np.uint8)",
+        "from [0, 255] with": "x.round().clip(0, 255).astype(np.uint8)",
+    }
+    if sample is None or not np.isfinite(sample).all():
+        return ", ".join(f"{start} {way}" for start, way in ways.items())
+    kind = 0 if sample.min() < 0 else 1 if sample.max() <= 1 else 2
+    start, way = list(ways.items())[kind]
+    return f"{start} {way} (the first image lies between {sample.min():.3g} and {sample.max():.3g})"
+
+
+def check_images(header: Header, path: str, sample: NDArray[Any] | None = None) -> None:
+    """Say what is wrong with an image array, and how to convert it.
+
+    :param sample: values of the first image of a float array.
     :raises UserError: unless it is uint8 [N,H,W,3] with N at least 1.
     """
     shape, dtype = header.shape, header.dtype
@@ -189,8 +247,7 @@ def check_images(header: Header, path: str) -> None:
             f"{path}: arr_0 holds pickled Python objects, which are never loaded; save one uint8 array [N,H,W,3]"
         )
     if dtype != np.uint8:
-        remedy = ("from [-1, 1] with ((x + 1) * 127.5).clip(0, 255).astype(np.uint8), from [0, 1] with "
-                  "(x * 255).round().clip(0, 255).astype(np.uint8)") if dtype.kind == "f" else "with x.astype(np.uint8)"
+        remedy = float_remedy(sample) if dtype.kind == "f" else "with x.astype(np.uint8)"
         raise UserError(f"{path}: images (arr_0) are {dtype}, but must be uint8 from 0 to 255; convert them {remedy}")
     if len(shape) == 4 and shape[3] != 3 and shape[1] in (1, 3):
         raise UserError(f"{path}: images (arr_0) of shape {shape} are NCHW, but must be NHWC: x.transpose(0, 2, 3, 1)")

@@ -7,13 +7,11 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
-
 from cm.errors import UserError
 from cm.io.downloads import sha256
 from cm.logging import logger
 from evaluations.defaults import NO_CACHE, cache_folder
-from evaluations.engine.npz_writer import add_array, new_npz
+from evaluations.engine.npz_writer import add_arrays, write_npz
 from evaluations.engine.readers import BatchFile, Statistics
 
 KEPT = 40                                                   # entries; 34 MB each in Inception's features
@@ -31,10 +29,13 @@ class StatisticsCache:
         self.folder = Path(folder)
         self._hashes: dict[str, str] = {}
 
-    def load(self, images: str, extractor_id: str, kind_suffix: str = "", choice: str = "") -> Statistics | None:
+    def load(
+        self, images: str, extractor_id: str, kind_suffix: str = "", choice: str = "", resize: str | None = None
+    ) -> Statistics | None:
         """What is known of the images at a path.
 
         :param choice: which of the images, where not all are meant.
+        :param resize: the extractor's rule; what was computed by another one is not returned.
         """
         path = self._place(images, extractor_id, kind_suffix, choice)
         if not path.exists():
@@ -42,19 +43,18 @@ class StatisticsCache:
         try:
             found = BatchFile(path).statistics()
             os.utime(path)
-            return found if found.extractor == extractor_id else None
+            same = found is not None and found.extractor == extractor_id and resize in (None, found.resize)
+            return found if same else None
         except (UserError, OSError) as error:
-            logger.warn(f"a file of the statistics cache is passed over: {error}")
+            logger.warn(f"a file of the statistics cache is not used: {error}")
             return None
 
     def save(self, images: str, statistics: Statistics, kind_suffix: str = "", choice: str = "") -> None:
         """Keep the statistics of the images at a path."""
-        path = self._place(images, statistics.extractor, kind_suffix, choice)
+        path = self._place(images, str(statistics.extractor), kind_suffix, choice)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with new_npz(str(path)) as archive:
-                for name in ("mu", "sigma", "extractor", "num_images"):
-                    add_array(archive, name, np.asarray(getattr(statistics, name)))
+            write_npz(str(path), lambda archive: add_arrays(archive, statistics.arrays()))
             self._forget_the_oldest()
         except (UserError, OSError) as error:
             logger.warn(f"the statistics are not kept in the cache: {error}")

@@ -12,9 +12,8 @@ from evaluations.defaults import EXTRACTOR_CHOICES, EXTRACTOR_VARIABLE
 from evaluations.features.base import Extractor, Features
 from evaluations.features.inception import InceptionExtractor
 from evaluations.features.inception_files import FILES, find_weights
-from evaluations.features.inception_weights import holds_inception
 from evaluations.features.tf_graph import FrozenGraphExtractor
-from evaluations.features.torchscript import TorchScriptExtractor, is_torchscript, load_torchscript, save_torchscript
+from evaluations.features.torchscript import TorchScriptExtractor, save_torchscript
 
 __all__ = [
     "EXTRACTORS", "Extractor", "Features", "InceptionExtractor", "TorchScriptExtractor", "load_extractor",
@@ -22,6 +21,7 @@ __all__ = [
 ]
 
 EXTRACTORS = {"tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor}
+"""Kinds of extractors; a path alone is of the first kind that `recognizes` it."""
 
 
 def load_extractor(spec: str | None = None, device: th.device | str = "cpu", default: str = "torch") -> Extractor:
@@ -41,14 +41,11 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     elif spec in FILES:
         kind, path = spec, find_weights(spec)
     else:
-        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {EXTRACTOR_CHOICES}")
+        raise UserError(f"the feature extractor {spec} does not exist or is no file; give {EXTRACTOR_CHOICES}; kinds: "
+                        f"{', '.join(EXTRACTORS)}")
     return lookup(EXTRACTORS, kind, "kind of extractor")(path, device)
 
 
 def kind_of(path: str) -> str:
-    """The kind of a file that is there, by what is in it; TorchScript that holds Inception's weights is "torch"."""
-    if path.endswith(".pb"):
-        return "tf"
-    if not is_torchscript(path):
-        return "torch"
-    return "torch" if holds_inception(set(load_torchscript(path, "cpu")[0].state_dict())) else "torchscript"
+    """The kind of a file that is there, by what is in it."""
+    return next(kind for kind, extractor in EXTRACTORS.items() if extractor.recognizes(path))

@@ -22,19 +22,39 @@ ID_DIGITS = 12                                              # of the SHA-256 in 
 
 
 class Features(NamedTuple):
+    """What an extractor gives for N images; None for what it does not have."""
+
     pool: NDArray[np.float32]                               # [N,D]
     spatial: NDArray[np.float32] | None                     # [N,S]
     logits: NDArray[np.float32] | None                      # [N,K]; Inception's without the last layer's bias
 
 
 class Extractor(Protocol):
-    id: str                                                 # kind and hash of the weights; stored beside statistics
-    name: str                                               # for people
-    resize: str                                             # what happens to the images first
-    is_inception: bool                                      # whether published FIDs are in these features
+    """A network that turns images into features."""
+
+    @property
+    def id(self) -> str:
+        """Kind, and hash of the weights and of what is done to the images first; stored with statistics."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The name for people."""
+        ...
+
+    @property
+    def resize(self) -> str:
+        """What happens to the images first, in words."""
+        ...
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether published FIDs are in these features."""
+        ...
 
     def extract(self, images: NDArray[np.uint8]) -> Features:
         """Features of images [N,H,W,3], values 0 to 255."""
+        ...
 
 
 @contextlib.contextmanager
@@ -55,7 +75,7 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy().tobytes())
     return digest.hexdigest()[:ID_DIGITS]
 
 

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, whose features stand in for Inception's where images are tiny and no photos.
+"""A small convolutional classifier, whose features replace Inception's where images are tiny and no photos.
 
 Shapes: N images, B of a batch, H and W height and width, K classes, D = FEATURES.
 """
@@ -40,11 +40,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes, bias=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N,3,H,W] -> features [N,D] and logits [N,K]."""
         features = self.body(images.float() / 127.5 - 1)    # [N,D]
         return features, self.head(self.dropout(features))
 
 
 def conv(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
+    """A 3x3 convolution, its normalisation and a ReLU."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),

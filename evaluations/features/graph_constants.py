@@ -34,7 +34,7 @@ def read_constants(path: str) -> dict[str, NDArray[np.float32]]:
     try:
         for number, node in fields(graph):
             if number == 1:
-                name, tensor = read_node(node)
+                name, tensor = read_node(_message(node))
                 if tensor is not None:
                     constants[name] = tensor
     except (IndexError, ValueError, TypeError) as error:
@@ -47,34 +47,45 @@ def read_node(node: memoryview) -> tuple[str, NDArray[np.float32] | None]:
     name, op, tensor = "", "", None
     for number, value in fields(node):
         if number == 1:
-            name = bytes(value).decode()
+            name = bytes(_message(value)).decode()
         elif number == 2:
-            op = bytes(value).decode()
+            op = bytes(_message(value)).decode()
         elif number == 5:
-            entry = dict(fields(value))
-            if bytes(entry[1]) == b"value":
-                tensor = dict(fields(entry[2])).get(8)
-    return name, read_tensor(tensor) if op == "Const" and tensor is not None else None
+            entry = dict(fields(_message(value)))
+            if bytes(_message(entry[1])) == b"value":
+                tensor = dict(fields(_message(entry[2]))).get(8)
+    return name, read_tensor(_message(tensor)) if op == "Const" and tensor is not None else None
 
 
 def read_tensor(tensor: memoryview) -> NDArray[np.float32] | None:
     """A TensorProto of floats, or None for another type."""
-    dtype, shape, content, listed = None, (), None, []
+    dtype: int | memoryview | None = None
+    shape: tuple[int, ...] = ()
+    content: memoryview | None = None
+    listed: list[NDArray[np.float32]] = []
     for number, value in fields(tensor):
         if number == 1:
             dtype = value
         elif number == 2:
-            shape = tuple(dict(fields(dim)).get(1, 0) for key, dim in fields(value) if key == 2)
+            dims = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
+            shape = tuple(dim for dim in dims if isinstance(dim, int))
         elif number == 4:
-            content = value
+            content = _message(value)
         elif number == 5:                                   # packed, or one by one
-            listed.append(np.frombuffer(value, "<f4"))
+            listed.append(np.frombuffer(_message(value), "<f4"))
     if dtype != DT_FLOAT:
         return None
     values = np.frombuffer(content, "<f4") if content is not None else np.concatenate(listed or [np.zeros(1, "<f4")])
     if len(values) < np.prod(shape, dtype=np.int64):        # the last value stands for all that follow
         values = np.concatenate([values, np.repeat(values[-1:], np.prod(shape, dtype=np.int64) - len(values))])
     return values.reshape(shape).astype(np.float32)         # a copy of its own, which torch may take
+
+
+def _message(value: int | memoryview) -> memoryview:
+    """:raises TypeError: for a number where a message or a text should be."""
+    if isinstance(value, int):
+        raise TypeError("a number where a message should be")
+    return value
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
 from evaluations.features.base import Features, as_rows, full_float32, hash_weights
 from evaluations.features.inception_v3 import SIDE
-from evaluations.features.inception_weights import read_inception
+from evaluations.features.inception_weights import holds_inception, read_inception
+from evaluations.features.preprocessing import sidecar_of
+from evaluations.features.torchscript import is_torchscript, load_torchscript
 
 
 class InceptionExtractor:
@@ -26,6 +30,16 @@ class InceptionExtractor:
         network = read_inception(path)
         self.id = f"torch-{hash_weights(network.state_dict())}"
         self.network = network.to(device)
+
+    @staticmethod
+    def recognizes(path: str) -> bool:
+        """Whether a file is read as these weights: TorchScript if it has their names and no description of another way
+        to treat images; any other file always, since its reader says best what is wrong with it.
+        """
+        if not is_torchscript(path):
+            return True
+        described = os.path.exists(sidecar_of(path))
+        return not described and holds_inception(set(load_torchscript(path, "cpu")[0].state_dict()))
 
     @th.inference_mode()
     def extract(self, images: NDArray[np.uint8]) -> Features:

@@ -42,6 +42,7 @@ def find_weights(kind: str) -> str:
 
 
 def find_here(kind: str) -> str:
+    """As `find_weights`, for this process alone."""
     files = FILES[kind]
     found = next((file for file in files if path_of(file).exists()), files[0])
     if not path_of(found).exists():

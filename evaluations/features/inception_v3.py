@@ -24,6 +24,8 @@ EPS = 1e-3                                                  # of the normalisati
 
 
 class InceptionOutput(NamedTuple):
+    """What the network gives for N images."""
+
     pool: Tensor                                            # [N,2048]
     spatial: Tensor                                         # [N,17,17,7]
     logits: Tensor                                          # [N,1008], without the last layer's bias
@@ -68,7 +70,9 @@ class InceptionV3(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> InceptionOutput:
+        """uint8 or float images [N,3,H,W] in 0..255, resized and scaled here."""
         x = (tf1_bilinear(images.float(), SIDE, SIDE) - 128) / 128
+        spatial = x
         for name, layer in self.layers.named_children():
             x = layer(x)
             if name == SPATIAL_BLOCK:
@@ -112,8 +116,12 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(th.zeros(channels, channels_in, *shape))
         for name in ("beta", "mean", "var"):
             self.register_buffer(name, th.zeros(channels))
+        self.beta: Tensor
+        self.mean: Tensor
+        self.var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,channels,H',W']."""
         x = F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
         return F.batch_norm(x, self.mean, self.var, bias=self.beta, eps=EPS).relu_()
 
@@ -127,6 +135,7 @@ class Branches(nn.Module):
             self.add_module(name, branch)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,sum of the branches' channels,H',W']."""
         return th.cat([branch(x) for branch in self.children()], 1)
 
 
@@ -147,6 +156,7 @@ class LargeBlock(nn.Module):
         self.tower_2_conv = Conv(channels_in, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,8,8] -> [N,2048,8,8]."""
         forked = self.tower_conv(x)
         forked_1 = self.tower_1_conv_1(self.tower_1_conv(x))
         return th.cat([
@@ -180,17 +190,21 @@ def middle_block(width: int) -> Branches:
 
 
 def tower(*convs: Conv, pool: nn.Module | None = None) -> nn.Sequential:
+    """Convolutions one after the other, behind a pool if there is one."""
     names = ["conv", *(f"conv_{i}" for i in range(1, len(convs)))]
     return nn.Sequential(OrderedDict([*([("pool", pool)] if pool else []), *zip(names, convs)]))
 
 
 def row(channels_in: int, channels: int) -> Conv:
+    """A convolution of 1x7 that keeps the size."""
     return Conv(channels_in, channels, (1, 7), padding=(0, 3))
 
 
 def column(channels_in: int, channels: int) -> Conv:
+    """A convolution of 7x1 that keeps the size."""
     return Conv(channels_in, channels, (7, 1), padding=(3, 0))
 
 
 def average_pool() -> nn.Module:
+    """Averages over 3x3 that keep the size and leave the padding out."""
     return nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)

@@ -125,6 +125,7 @@ def conv_names() -> list[dict[str, str]]:
 
 
 def tensorflow_name(name: str) -> str:
+    """The name in the TensorFlow graph of the convolution that is called `name` here."""
     forks = re.sub(r"\.(tower(?:_\d)?)_(mixed_)?conv", lambda m: f".{m[1]}.{'mixed.' if m[2] else ''}conv", name)
     return forks.replace(".", "/")
 

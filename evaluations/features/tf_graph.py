@@ -1,6 +1,6 @@
 """TensorFlow's frozen Inception-v3 as an extractor: the graph behind guided-diffusion's published numbers.
 
-TensorFlow is an extra (`pip install consistency-toolkit[tf]`) and is imported when a graph is opened.
+TensorFlow is an extra (`pip install '.[tf]'`) and is imported when a graph is opened.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class FrozenGraphExtractor:
         self.name = f"{'Inception-v3' if self.is_inception else os.path.basename(path)} on TensorFlow"
         self.id = f"tf-{sha256(path)[:ID_DIGITS]}"
 
+    @staticmethod
+    def recognizes(path: str) -> bool:
+        """Whether a file is a graph, by its name."""
+        return path.endswith(".pb")
+
     def extract(self, images: NDArray[np.uint8]) -> Features:
         """Features of images [N,H,W,3] uint8."""
         pool, spatial = self.session.run(self.outputs, {self.images: images.astype(np.float32)})
@@ -56,13 +61,18 @@ class FrozenGraphExtractor:
 
 
 def import_tensorflow(path: str) -> Any:
+    """The package, with full float32.
+
+    :param path: of the graph, for the message.
+    :raises UserError: if it is not installed.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")      # it greets with a page of notes otherwise
     try:
         import tensorflow as tf
     except ImportError as error:
         raise UserError(
-            f"{path} is a TensorFlow graph, and TensorFlow is not there ({error}): run `pip install "
-            "consistency-toolkit[tf]`, or give `--inception torch:PATH`, which takes the weights out of the same file"
+            f"{path} is a TensorFlow graph, and TensorFlow is not installed ({error}): run `pip install "
+            "'.[tf]'` in the repository, or give `--inception torch:PATH`, which reads the weights from the same file"
         ) from None
     tf.config.experimental.enable_tensor_float_32_execution(False)
     return tf

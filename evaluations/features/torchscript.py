@@ -6,6 +6,7 @@ Shapes: N images, H and W height and width, D pooled features.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import warnings
@@ -22,6 +23,7 @@ from cm.errors import UserError
 from cm.io import untrusted
 from cm.io.downloads import sha256
 from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
+from evaluations.features.preprocessing import Preprocessing, read_preprocessing
 
 DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote
 OUTPUT_NAMES = ("features", "logits", "spatial")
@@ -34,20 +36,38 @@ class TorchScriptExtractor:
     forward takes `return_features`, as the published Inception-v3 in TorchScript does, is called with it; logits are
     then the features times its `output.weight`.
 
-    :raises UserError: if the file is missing or is no TorchScript file.
+    With a description next to it (`evaluations.features.preprocessing`), images are resized and normalised first, and
+    the module is called with float32 [N,3,S,S], as networks of torchvision's kind are. The description is then part of
+    `id`.
+
+    :raises UserError: if the file is missing or is no TorchScript file, or the description is wrong.
     """
 
     def __init__(self, path: str, device: th.device | str = "cpu"):
         self.path, self.device = path, device
         self.module, description = load_torchscript(path, device)
         weights = dict(self.module.state_dict())
-        self.id = f"torchscript-{hash_weights(weights) if weights else sha256(path)[:ID_DIGITS]}"
-        self.is_inception = any(tuple(weight.shape) == INCEPTION_HEAD for weight in weights.values())
+        self.preprocessing = read_preprocessing(path)
+        network = hash_weights(weights) if weights else sha256(path)[:ID_DIGITS]
+        self.id = f"torchscript-{_with_preprocessing(network, self.preprocessing)}"
+        # Published FIDs are of uint8 images and Inception's own resize.
+        self.is_inception = self.preprocessing is None and any(
+            tuple(weight.shape) == INCEPTION_HEAD for weight in weights.values()
+        )
         stem = os.path.splitext(os.path.basename(path))[0]
-        self.name = description.get("name") or ("Inception-v3" if self.is_inception else stem)
-        self.resize = description.get("resize") or "as the TorchScript module does it"
-        self.takes_flag = "return_features" in (arg.name for arg in self.module.forward.schema.arguments)
+        sidecar_name = None if self.preprocessing is None else self.preprocessing.name
+        self.name = sidecar_name or description.get("name") or ("Inception-v3" if self.is_inception else stem)
+        self.resize = (
+            self.preprocessing.rule if self.preprocessing is not None
+            else description.get("resize") or "as the TorchScript module does it"
+        )
+        self.takes_flag = "return_features" in _arguments_of(self.module)
         self.head = weights.get("output.weight") if self.takes_flag else None
+
+    @staticmethod
+    def recognizes(path: str) -> bool:
+        """Whether a file is TorchScript."""
+        return is_torchscript(path)
 
     @th.inference_mode()
     def extract(self, images: NDArray[np.uint8]) -> Features:
@@ -58,19 +78,38 @@ class TorchScriptExtractor:
         x = th.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(self.device)       # [N,3,H,W]
         try:
             with full_float32(self.device):
+                if self.preprocessing is not None:
+                    x = self.preprocessing(x)               # [N,3,S,S] float32
                 output = self.module(x, return_features=True) if self.takes_flag else self.module(x)
         except th.OutOfMemoryError:
             raise
         except RuntimeError as error:
             cause = [line for line in str(error).splitlines() if line.strip()][-1]
             raise UserError(
-                f"{self.path} failed on uint8 images {tuple(x.shape)}, as an extractor is called: {cause}"
+                f"{self.path} failed on {str(x.dtype).removeprefix('torch.')} images {tuple(x.shape)}, as an extractor "
+                f"is called: {cause}{'' if self.preprocessing is not None else _SIDECAR_HINT.format(self.path)}"
             ) from error
         parts = name_outputs(output, self.path)
         if self.head is not None:
             parts["logits"] = parts["features"].float() @ self.head.float().T             # [N,K]
         arrays = {name: as_rows(part, len(x), name, self.path) for name, part in parts.items()}
         return Features(arrays["features"], arrays.get("spatial"), arrays.get("logits"))
+
+
+def _arguments_of(module: th.jit.ScriptModule) -> list[str]:
+    """The names of what a module's forward takes."""
+    forward: Any = module.forward                           # a ScriptMethod, of which the stubs know nothing
+    return [argument.name for argument in forward.schema.arguments]
+
+
+_SIDECAR_HINT = ". If it takes normalised floats, describe them in {}.json"
+
+
+def _with_preprocessing(network: str, preprocessing: Preprocessing | None) -> str:
+    """The hash of a network and of what is done to images before it."""
+    if preprocessing is None:
+        return network
+    return hashlib.sha256(f"{network} {preprocessing.identity}".encode()).hexdigest()[:ID_DIGITS]
 
 
 # --- TorchScript files ---------------------------------------------------------------------------------------------
@@ -123,7 +162,7 @@ def description_in(text: bytes | str, path: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{path}: its {DESCRIPTION_FILE} is not JSON: {error}") from None
     if not isinstance(description, dict) or not all(isinstance(value, str) for value in description.values()):
-        raise UserError(f"{path}: its {DESCRIPTION_FILE} is to hold names and texts: {untrusted.shown(description)}")
+        raise UserError(f"{path}: its {DESCRIPTION_FILE} must hold names and texts: {untrusted.shown(description)}")
     return description
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluations.metrics.arrays import Array, as_gaussian, as_points
+from evaluations.metrics.base import POOLED, SPATIAL, STORED, FeatureKind, Metric, Number, Settings, Side
+from evaluations.metrics.points import Ranks
+
+CLIPPED = 1e-4                                              # share of negative eigenvalues that no rounding explains
+NO_SPREAD = 1e-9                                            # variance, as a share of the squared mean, of equal images
 
 WAITING = 512                                               # points whose products are taken at once, which is quicker
 
@@ -23,7 +29,7 @@ class Moments:
 
     @property
     def Q(self) -> Array:
-        """[D,D]."""
+        """Sum of x x^T: [D,D]."""
         self._take_in()
         return self._Q
 
@@ -33,17 +39,17 @@ class Moments:
             self._Q += x.T @ x
             self._waiting, self._count = [], 0
 
-    def update(self, features: Array) -> None:
-        """Take in features [B,D].
+    def update(self, values: Array, start: int = 0) -> None:
+        """Take in features [B,D]; where they stand in the set (`start`) does not matter.
 
         :raises ValueError: if the shape does not fit or a feature is not finite.
         """
-        x = as_points(features, "features", np.float64)
+        x = as_points(values, "features", np.float64)
         if x.shape[1] != len(self.s):
             raise ValueError(f"features have {x.shape[1]} dimensions; these moments were begun with {len(self.s)}")
         self.n += len(x)
         self.s += x.sum(0)
-        self._waiting.append(x.copy() if x is features else x)                  # the caller may use its array again
+        self._waiting.append(x.copy() if x is values else x)                    # the caller may use its array again
         self._count += len(x)
         if self._count >= WAITING:
             self._take_in()
@@ -62,6 +68,16 @@ class Moments:
         self.n += n
         self.s += s
         self._Q += Q
+
+    def sums(self) -> list[NDArray[Any]]:
+        """n [1], s [D] and Q [D,D]; copies."""
+        return [np.array([self.n]), self.s.copy(), self.Q.copy()]
+
+    def with_sums(self, sums: list[NDArray[Any]]) -> Moments:
+        """Moments of such sums."""
+        total = Moments(len(self.s))
+        total.add_sums(int(sums[0][0]), sums[1], sums[2])
+        return total
 
     def finalize(self) -> tuple[Array, Array]:
         """mu [D] and sigma [D,D], normalised by n - 1 like np.cov.
@@ -116,5 +132,50 @@ def frechet(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> Frechet:
 
 
 def negative_share(eigenvalues: Array) -> float:
+    """The negative ones among eigenvalues [D], as a share of the sum of their sizes."""
     size = np.abs(eigenvalues).sum()
     return float(np.abs(eigenvalues.clip(max=0)).sum() / size) if size else 0.0
+
+
+class FrechetMetric(Metric):
+    """FID from pooled features, sFID from spatial ones.
+
+    :param key: of the result.
+    :param names: of the result, in Inception's features and in those of another network.
+    """
+
+    def __init__(self, key: str, kind: FeatureKind, names: tuple[str, str]):
+        self.key, self.moments, self.output, self.results = key, kind, kind.field, {key: names}
+
+    def least(self, settings: Settings) -> int:
+        """A covariance needs two images, unless statistics are stored."""
+        return 2
+
+    def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
+        """The distance, computed on rank 0."""
+        assert self.moments is not None
+        parts, warnings = ranks.on_main(_distance_and_warnings, ref, sample, self.moments)
+        return {self.key: Number(parts.distance, clipped=parts.clipped, warnings=warnings)}
+
+
+def _distance_and_warnings(ref: Side, sample: Side, kind: FeatureKind) -> tuple[Frechet, tuple[str, ...]]:
+    a, b = ref.gaussian(kind), sample.gaussian(kind)
+    parts = frechet(a.mu, a.sigma, b.mu, b.sigma)
+    reasons = []
+    for side, each in ((ref, a), (sample, b)):
+        if np.trace(each.sigma) <= NO_SPREAD * float(each.mu @ each.mu):
+            reasons.append(f"the {side.role} ({side.path}) are all but identical: their features have no spread, so "
+                           "the number says only how far that one image is from the other set")
+        elif parts.clipped > CLIPPED and each.source == STORED and (
+            negative_share(np.linalg.eigvalsh(each.sigma)) > CLIPPED
+        ):
+            reasons.append(f"the covariance stored in {side.path} has negative eigenvalues, so its statistics are "
+                           "damaged; make them again")
+    if parts.clipped > CLIPPED and not reasons:
+        reasons.append(f"negative eigenvalues beyond rounding, {parts.clipped:.1g} of all, were set to 0")
+    return parts, tuple(reasons)
+
+
+FRECHET_KEY = "frechet_distance"
+FID = FrechetMetric(FRECHET_KEY, POOLED, ("FID", "Frechet distance"))
+SFID = FrechetMetric("spatial_frechet_distance", SPATIAL, ("sFID", "Spatial Frechet distance"))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluations.defaults import SPLIT_SIZE
 from evaluations.metrics.arrays import Array, as_points
+from evaluations.metrics.base import Metric, Number, Settings, Side
+from evaluations.metrics.points import Ranks
 
 
 class InceptionScore:
@@ -22,12 +27,12 @@ class InceptionScore:
         self.seen = 0
         self.chunks: dict[int, tuple[int, float, Array]] = {}       # number -> (n, sum p ln p, sum p [K])
 
-    def update(self, logits: Array, start: int | None = None) -> None:
+    def update(self, values: Array, start: int | None = None) -> None:
         """Take in logits [B,K] of images start, start+1, ... of the set (by default: those after the last update).
 
         :raises ValueError: if the shape does not fit or a logit is not finite.
         """
-        x = as_points(logits, "logits", np.float64)
+        x = as_points(values, "logits", np.float64)
         first = self.seen if start is None else start
         self.seen = first + len(x)
         log_p = x - x.max(1, keepdims=True)
@@ -57,6 +62,24 @@ class InceptionScore:
         for number, sums in other.chunks.items():
             self.add(number, *sums)
 
+    def sums(self) -> list[NDArray[Any]]:
+        """One array [chunks,2+K]: n, sum p ln p and sum p of every chunk up to the last one seen."""
+        if not self.chunks:
+            return [np.zeros((0, 2))]
+        classes = len(next(iter(self.chunks.values()))[2])
+        table = np.zeros((max(self.chunks) + 1, 2 + classes))
+        for number, (n, p_log_p, p) in self.chunks.items():
+            table[number] = n, p_log_p, *p
+        return [table]
+
+    def with_sums(self, sums: list[NDArray[Any]]) -> InceptionScore:
+        """A score of the chunks in such an array."""
+        total = InceptionScore(self.split_size)
+        for number, row in enumerate(sums[0]):
+            if row[0]:
+                total.add(number, int(row[0]), float(row[1]), row[2:])
+        return total
+
     def per_chunk(self) -> Array:
         """The score of each chunk, in file order."""
         scores = []
@@ -74,6 +97,25 @@ class InceptionScore:
         if not self.chunks:
             raise ValueError("an Inception Score needs at least 1 image")
         return float(self.per_chunk().mean())
+
+
+class Score(Metric):
+    """The Inception Score of the samples."""
+
+    results = {"inception_score": ("Inception Score", "Classifier score")}
+    output, of_samples_alone = "logits", True
+
+    def make_partial(self, settings: Settings, labels: NDArray[np.int64] | None) -> InceptionScore:
+        """A score of no image."""
+        return InceptionScore(settings.split_size)
+
+    def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
+        """The mean over chunks."""
+        return {"inception_score": Number(sample.partial(self).finalize())}
+
+    def reported(self, settings: Settings, smaller: int) -> dict[str, Any]:
+        """The size of a chunk."""
+        return {"split_size": settings.split_size}
 
 
 def inception_score(logits: Array, split_size: int = SPLIT_SIZE) -> float:

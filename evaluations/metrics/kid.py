@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from evaluations.metrics.arrays import Array, as_pair
+from evaluations.metrics.base import Metric, Number, Settings, Side, bar
+from evaluations.metrics.points import PointSet, Ranks
+
+KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 
 
 class KernelDistance(NamedTuple):
@@ -30,12 +33,26 @@ def kid(
 
     :raises ValueError: if a set is smaller than a subset, or dimensions differ.
     """
-    ref, sample = as_pair(ref, sample)
-    draws = kid_draws(len(ref), len(sample), subsets, subset_size, seed)
-    values = np.array([
-        squared_mmd(sample[i].astype(np.float64), ref[j].astype(np.float64))
-        for i, j in tqdm(draws, "kernel distance", subsets, unit="subset", disable=not progress)
-    ])
+    ref_points, sample_points = as_pair(ref, sample)
+    return kid_of_sets(PointSet(ref_points), PointSet(sample_points), subsets, subset_size, seed, progress=progress)
+
+
+def kid_of_sets(
+    ref: PointSet, sample: PointSet, subsets: int, subset_size: int, seed: int, *, progress: bool = False
+) -> KernelDistance:
+    """As `kid`, of sets that may lie on several ranks, which share the subsets; one step of all ranks together.
+
+    :raises ValueError: if a set is smaller than a subset.
+    """
+    ranks, values = ref.ranks, np.zeros(subsets)
+    with bar("kernel distance", subsets, "subset", progress and ranks.rank == 0) as shown:
+        draws = kid_draws(ref.count, sample.count, subsets, subset_size, seed)
+        for number, (sample_places, ref_places) in enumerate(draws):
+            x, y = sample.rows(sample_places), ref.rows(ref_places)
+            if number % ranks.count == ranks.rank:
+                values[number] = squared_mmd(x, y)
+            shown.update(1)
+    values = ranks.sum(values)
     return KernelDistance(float(values.mean()), float(values.std()), values)
 
 
@@ -70,6 +87,27 @@ def squared_mmd(x: Array, y: Array) -> float:
 
 
 def cubic_kernel(x: Array, y: Array) -> Array:
-    """[M,D], [N,D] -> [M,N]."""
+    """(x.y/D + 1)^3 of every pair: [M,D], [N,D] -> [M,N]."""
     base = x @ y.T / x.shape[1] + 1
     return base * base * base
+
+
+class KernelMetric(Metric):
+    """KID, in subsets of `KID_SUBSET_SIZE` images or as many as the smaller set has."""
+
+    results = {"kernel_distance": ("KID", "Kernel distance")}
+    needs_points = True
+
+    def least(self, settings: Settings) -> int:
+        """The unbiased estimate leaves each point's kernel with itself out, so there must be two."""
+        return 2
+
+    def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
+        """The mean over subsets, with their standard deviation."""
+        size = min(KID_SUBSET_SIZE, ref.points.count, sample.points.count)
+        distance = kid_of_sets(ref.points, sample.points, KID_SUBSETS, size, KID_SEED, progress=settings.progress)
+        return {"kernel_distance": Number(distance.mean, distance.std)}
+
+    def reported(self, settings: Settings, smaller: int) -> dict[str, Any]:
+        """Number, seed and size of the subsets."""
+        return {"kid_subsets": KID_SUBSETS, "kid_seed": KID_SEED, "kid_subset_size": min(KID_SUBSET_SIZE, smaller)}

@@ -5,20 +5,22 @@ Shapes: N reference points, M samples, D feature dimensions, B and C rows and co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from tqdm.auto import tqdm
 
 from evaluations.defaults import NEIGHBOURS
 from evaluations.metrics.arrays import Array, as_pair, as_points
+from evaluations.metrics.base import Metric, Number, Settings, Side, bar
+from evaluations.metrics.points import PointSet, Ranks, blocks
 
 BLOCK = 2048                                                # rows and columns of distances held at a time
 
 
 class PrecisionRecall(NamedTuple):
+    """Two shares, between 0 and 1."""
+
     precision: float
     recall: float
 
@@ -38,54 +40,118 @@ def precision_recall(
 
     Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric", section 2: a set's manifold is the union of balls
     around its points that reach to the k-th nearest neighbour.
-    Beside the features this takes 2 block (block + D) numbers of `dtype` and k per point: 64 MiB at 2048-d float32,
+    Besides the features this takes 2 block (block + D) numbers of `dtype` and k per point: 64 MiB at 2048-d float32,
     whatever N and M.
 
     :param dtype: of the distances; float32 suffices because both sets are first shifted by the reference mean. float16
         imitates guided-diffusion, which shifts nothing: its numbers are off in the second or third digit.
     :raises ValueError: if k does not lie between 1 and the smaller set's size - 1, or dimensions differ.
     """
-    ref, sample = as_pair(ref, sample)
-    dtype = np.dtype(dtype)
+    ref_points, sample_points = as_pair(ref, sample)
+    return precision_recall_of_sets(
+        PointSet(ref_points), PointSet(sample_points), k, dtype=dtype, block=block, progress=progress
+    )
+
+
+def precision_recall_of_sets(
+    ref: PointSet, sample: PointSet, k: int = NEIGHBOURS, *, dtype: DTypeLike = np.float32, block: int = BLOCK,
+    progress: bool = False,
+) -> PrecisionRecall:
+    """As `precision_recall`, of sets that may lie on several ranks: their points stay there, and a block at a time is
+    broadcast. One step of all ranks together.
+
+    :raises ValueError: if k does not lie between 1 and the smaller set's size - 1.
+    """
+    most = min(ref.count, sample.count) - 1
+    if not 1 <= k <= most:
+        raise ValueError(f"k={k} must lie between 1 and the smaller set's size - 1 ({most})")
+    ranks, dtype = ref.ranks, np.dtype(dtype)
     if dtype == np.float16 and not fit_half(ref, sample):
         dtype = np.dtype(np.float32)
-    shift = centre(ref) if dtype != np.float16 else np.zeros(ref.shape[1], ref.dtype)
-    total = pairs(len(ref), len(sample), block)
-    with tqdm(None, "precision and recall", total, unit="pair", unit_scale=True, disable=not progress) as bar:
-        options = {"shift": shift, "dtype": dtype, "block": block, "bar": bar}
-        ref_radii = manifold_radii(ref, k, **options)
-        sample_radii = manifold_radii(sample, k, **options)
-        hits = manifold_hits(ref, ref_radii, sample, sample_radii, **options)
-    return PrecisionRecall(float(hits.samples.mean()), float(hits.reference.mean()))
+    shift = ref.mean() if dtype != np.float16 else np.zeros(ref.points.shape[1], ref.points.dtype)
+    with bar("precision and recall", _pairs_here(ref, sample, block), "pair", progress and ranks.rank == 0) as shown:
+        work = _Work(shift, dtype, block, shown)
+        ref_radii, sample_radii = _radii(ref, k, work), _radii(sample, k, work)
+        hits = _hits(ref, ref_radii, sample, sample_radii, work)
+    recalled = int(ranks.sum(np.array(hits.reference.sum(), np.int64)))
+    return PrecisionRecall(float(hits.samples.sum() / sample.count), recalled / ref.count)
 
 
 def manifold_radii(
     points: Array, k: int = NEIGHBOURS, *, shift: Array | None = None, dtype: DTypeLike = np.float32,
-    block: int = BLOCK, bar: tqdm | None = None,
+    block: int = BLOCK,
 ) -> Array:
     """Squared distance [N] of each point [N,D] to its k-th nearest neighbour, itself (but no twin of it) left out.
 
     :param shift: [D] taken from every point against cancellation; by default the mean of the points.
-    :param bar: told of the pairs that are done.
     :raises ValueError: if k does not lie between 1 and N - 1.
     """
-    points = as_points(points, "points")
-    if not 1 <= k < len(points):
-        raise ValueError(f"k={k} must lie between 1 and the number of points - 1 ({len(points) - 1})")
-    shift = centre(points) if shift is None else shift
-    nearest = np.full((len(points), k), np.inf, dtype)      # the k smallest so far
-    for rows in blocks(len(points), block):
-        x = shifted(points[rows], shift, dtype)
-        for columns in blocks(rows.start, block):           # the matrix is symmetric: one triangle serves both sides
-            distance = squared_distances(x, shifted(points[columns], shift, dtype))
+    of = PointSet(as_points(points, "points"))
+    if not 1 <= k < of.count:
+        raise ValueError(f"k={k} must lie between 1 and the number of points - 1 ({of.count - 1})")
+    return _radii(of, k, _Work(of.mean() if shift is None else shift, dtype, block))
+
+
+def manifold_hits(
+    ref: Array, ref_radii: Array, sample: Array, sample_radii: Array, *, shift: Array, dtype: DTypeLike = np.float32,
+    block: int = BLOCK,
+) -> Hits:
+    """Which samples [M,D] lie within a reference point's squared radius [N], and the other way round."""
+    return _hits(PointSet(ref), ref_radii, PointSet(sample), sample_radii, _Work(shift, dtype, block))
+
+
+class _Work(NamedTuple):
+    """How distances are taken."""
+
+    shift: Array                                            # [D], taken from every point
+    dtype: DTypeLike
+    block: int
+    bar: Any = None                                         # advanced by the pairs that are done
+
+    def done(self, x: Array, y: Array) -> None:
+        if self.bar is not None:
+            self.bar.update(len(x) * len(y))
+
+    def shifted(self, points: Array) -> Array:
+        return (points - self.shift).astype(self.dtype, copy=False)
+
+
+def _radii(of: PointSet, k: int, work: _Work) -> Array:
+    """Squared distance [n] of this rank's points to their k-th nearest neighbours in the complete set."""
+    here, rank = of.points, of.ranks.rank
+    nearest = np.full((len(here), k), np.inf, work.dtype)   # the k smallest so far
+    for owner, columns, others in of.blocks(work.block):
+        y = work.shifted(others)
+        for rows in blocks(len(here), work.block):
+            if owner == rank and rows.start < columns.start:
+                continue                                    # the matrix is symmetric: one triangle serves both sides
+            x = work.shifted(here[rows])
+            distance = squared_distances(x, y)
+            if owner == rank and rows.start == columns.start:
+                np.fill_diagonal(distance, np.inf)
+            elif owner == rank:
+                keep_nearest(nearest[columns], distance.T)
             keep_nearest(nearest[rows], distance)
-            keep_nearest(nearest[columns], distance.T)
-        distance = squared_distances(x, x)
-        np.fill_diagonal(distance, np.inf)
-        keep_nearest(nearest[rows], distance)
-        if bar is not None:
-            bar.update(len(x) * rows.stop)
+            work.done(x, y)
     return nearest.max(1)
+
+
+def _hits(ref: PointSet, ref_radii: Array, sample: PointSet, sample_radii: Array, work: _Work) -> Hits:
+    """Of the samples those of all ranks, in the order of ranks; of the reference this rank's."""
+    ranks, here = ref.ranks, ref.points
+    in_ref, in_samples = [], np.zeros(len(here), bool)
+    for owner, columns, others in sample.blocks(work.block):
+        radii = ranks.broadcast(sample_radii[columns] if owner == ranks.rank else None, owner)
+        y, found = work.shifted(others), np.zeros(len(others), bool)
+        for rows in blocks(len(here), work.block):
+            x = work.shifted(here[rows])
+            distance = squared_distances(x, y)
+            found |= (distance <= ref_radii[rows, None]).any(0)
+            in_samples[rows] |= (distance <= radii).any(1)
+            work.done(x, y)
+        in_ref.append(found)
+    anywhere = ranks.max(np.concatenate(in_ref).astype(np.uint8))
+    return Hits(anywhere.astype(bool), in_samples)
 
 
 def keep_nearest(nearest: Array, distance: Array) -> None:
@@ -96,40 +162,18 @@ def keep_nearest(nearest: Array, distance: Array) -> None:
     nearest[:] = np.partition(np.concatenate([nearest, distance], 1), k - 1, axis=1)[:, :k]
 
 
-def manifold_hits(
-    ref: Array, ref_radii: Array, sample: Array, sample_radii: Array,
-    *, shift: Array, dtype: DTypeLike = np.float32, block: int = BLOCK, bar: tqdm | None = None,
-) -> Hits:
-    """Which samples [M,D] lie within a reference point's squared radius [N], and the other way round."""
-    in_ref = np.zeros(len(sample), bool)
-    in_samples = np.zeros(len(ref), bool)
-    for rows in blocks(len(ref), block):
-        x = shifted(ref[rows], shift, dtype)
-        for columns in blocks(len(sample), block):
-            distance = squared_distances(x, shifted(sample[columns], shift, dtype))
-            in_ref[columns] |= (distance <= ref_radii[rows, None]).any(0)
-            in_samples[rows] |= (distance <= sample_radii[columns]).any(1)
-        if bar is not None:
-            bar.update(len(x) * len(sample))
-    return Hits(in_ref, in_samples)
-
-
 def pairs(num_ref: int, num_sample: int, block: int) -> int:
     """Distances that are taken in blocks: about half of each set's own, and those between the sets."""
     own = [sum((rows.stop - rows.start) * rows.stop for rows in blocks(n, block)) for n in (num_ref, num_sample)]
     return sum(own) + num_ref * num_sample
 
 
-def blocks(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def centre(points: Array) -> Array:
-    return points.mean(0, dtype=np.float64).astype(points.dtype)
-
-
-def shifted(points: Array, shift: Array, dtype: DTypeLike) -> Array:
-    return (points - shift).astype(dtype, copy=False)
+def _pairs_here(ref: PointSet, sample: PointSet, block: int) -> int:
+    """As `pairs`, of this rank's points."""
+    own = [(len(each.points), each.count) for each in (ref, sample)]
+    return pairs(own[0][0], own[1][0], block) - own[0][0] * own[1][0] + own[0][0] * sample.count + sum(
+        here * (count - here) for here, count in own
+    )
 
 
 def squared_distances(x: Array, y: Array) -> Array:
@@ -151,7 +195,28 @@ def half_distances(x: Array, y: Array) -> Array:
     return (norms_x[:, None] - 2 * product + norms_y).clip(min=0)
 
 
-def fit_half(*sets: Array) -> bool:
+def fit_half(ref: PointSet, sample: PointSet) -> bool:
     """Whether no squared distance can leave the range of float16; beyond it guided-diffusion falls back to float32."""
-    longest = max(float(np.einsum("nd,nd->n", points, points).max()) for points in sets)
-    return 4 * longest < float(np.finfo(np.float16).max)
+    return 4 * max(ref.longest(), sample.longest()) < float(np.finfo(np.float16).max)
+
+
+class PrecisionRecallMetric(Metric):
+    """Improved precision and recall."""
+
+    results = {"precision": ("Precision", "Precision"), "recall": ("Recall", "Recall")}
+    needs_points = True
+
+    def least(self, settings: Settings) -> int:
+        """A point's k-th neighbour is another point."""
+        return settings.k + 1
+
+    def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
+        """Both shares."""
+        found = precision_recall_of_sets(
+            ref.points, sample.points, settings.k, dtype=settings.pr_dtype, progress=settings.progress
+        )
+        return {"precision": Number(found.precision), "recall": Number(found.recall)}
+
+    def reported(self, settings: Settings, smaller: int) -> dict[str, Any]:
+        """Neighbours, and the type of distances."""
+        return {"k": settings.k, "pr_dtype": settings.pr_dtype}

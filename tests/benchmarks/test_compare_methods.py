@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import compare_methods
 from bench import contest
-from bench.dot_plot import dot_plot
 
 from cm.config.schema import SAMPLER_NAMES
 
@@ -43,9 +41,3 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
     assert Image.open(tmp_path / "distances.png").size[0] == 900 and (tmp_path / "samples.png").exists()
     kept = json.loads((tmp_path / "edm_0" / "scores.json").read_text())
     assert kept[0]["distance"] == scores[0].distance, "a second call takes them from here"
-
-
-def test_a_plot_of_nothing_or_of_values_without_a_logarithm_is_an_error():
-    for rows in ({}, {"a": [1.0, 0.0]}):
-        with pytest.raises(ValueError, match="positive"):
-            dot_plot(rows, "x")

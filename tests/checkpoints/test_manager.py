@@ -168,7 +168,7 @@ def fail_at(monkeypatch, directory, step):
 
     def full(path, content):
         if path.endswith(f"ema_0.9_{step:06d}.pt"):
-            return storage.write_whole(path, lambda file: (file.write(b"half"), os.write(full_device, b"x")))
+            return storage.write_atomically(path, lambda file: (file.write(b"half"), os.write(full_device, b"x")))
         return real(path, content)
 
     full_device = os.open("/dev/full", os.O_WRONLY)
@@ -315,16 +315,16 @@ def store(tmp_path, monkeypatch):
 
     fake = types.SimpleNamespace(
         BlobFile=Object,
-        configure=lambda retry_limit: None, listdir=listdir, remove=objects.pop,
+        configure=lambda **_: None, listdir=listdir, remove=objects.pop,
         exists=lambda path: path in objects or bool(listdir(path)),
         isdir=lambda path: path not in objects and bool(listdir(path)),
         stat=lambda path: types.SimpleNamespace(size=len(objects[path])),
         copy=lambda path, new, overwrite: objects.__setitem__(new, objects[path]),
     )
     monkeypatch.setitem(sys.modules, "blobfile", fake)
-    storage.blobs.cache_clear()
+    storage._blobfile.cache_clear()
     yield types.SimpleNamespace(objects=objects, broken=broken)
-    storage.blobs.cache_clear()
+    storage._blobfile.cache_clear()
 
 
 def test_checkpoints_in_a_store(images, straight, tmp_path, store):

@@ -93,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="cannot write .*x.pt.*No space left.*MiB are free"):
-        storage.write_whole(str(path), breaks)
+        storage.write_atomically(str(path), breaks)
     assert th.load(path, weights_only=True)["a"].tolist() == [1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 

@@ -1,6 +1,8 @@
 """Flags: their table, their sources and their order, and every kind of bad input."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,7 @@ def test_choices_are_the_tables():
     from cm.objectives.distances import DISTANCES
     from cm.random_util import GENERATORS
     from cm.samplers import SAMPLERS
-    from cm.training.loop import OPTIMIZERS
+    from cm.training.optimizer import OPTIMIZERS
 
     def choices(section, name):
         return set(section.__dataclass_fields__[name].metadata["choices"])
@@ -198,7 +200,7 @@ def test_a_flag_by_its_other_name(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("lamda: 0.5\n")
     by_flag = parse("", *EDM, argv=["--config", str(file), "--lamda", "0.7"])
-    assert by_flag.values["sa_lambda"] == 0.7 and by_flag.given["sa_lambda"] == "--lamda"
+    assert by_flag.values["sa_lambda"] == 0.7 and str(by_flag.given["sa_lambda"]) == "--lamda"
     assert "lamda" not in by_flag.values
     assert parse("", *EDM, argv=["--config", str(file)]).values["sa_lambda"] == 0.5
     assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["sa_lambda"] == 0.3
@@ -219,3 +221,79 @@ def test_a_boolean_flag_alone_is_true():
     values = parse("", *SAMPLE, PngConfig, argv=["--subdirs", "--class_cond", "--seeds", "0-3"]).values
     assert values["subdirs"] is True and values["class_cond"] is True and values["seeds"] == "0-3"
     assert parse("", PngConfig, argv=["--subdirs", "False"]).values["subdirs"] is False
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--lr", "nan"], "--lr: lr=nan is not a finite number"),
+    (["--sigma_max", "inf"], "--sigma_max: sigma_max=inf is not a finite number"),
+    (["--lr", "-1e-3"], "--lr: lr=-0.001 is too small; the least is 0"),
+    (["--dropout", "1.5"], "dropout=1.5 is too large; it must be below 1"),
+    (["--dropout", "1"], "dropout=1.0 is too large"),
+    (["--augment", "1.2"], "augment=1.2 is too large; the largest is 1"),
+    (["--seed", str(2**63)], f"seed={2**63} is too large; the largest is {2**63 - 1}"),
+    (["--microbatch", "-2"], "microbatch=-2 is too small; the least is -1"),
+])
+def test_impossible_numbers(argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse("", *EDM, argv=argv)
+
+
+def test_every_float_flag_refuses_what_is_no_number():
+    sections = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)]
+    floats = [(kind, field) for kind in sections for field in dataclasses.fields(kind) if field.type == "float"]
+    assert len(floats) > 20
+    for kind, field in floats:
+        for value in ("nan", "-inf", *(() if field.metadata["infinite"] else ("inf",))):
+            with pytest.raises(UserError, match=field.name):
+                parse("", kind, argv=[f"--{field.name}", value])
+
+
+def test_infinity_where_it_has_a_meaning():
+    assert parse("", SampleConfig, argv=["--s_tmax", "inf"]).values["s_tmax"] == float("inf")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("lr: 1e-4\nseed: 3\nlr: 1e-2\n", "line 3: lr is given twice, first in line 1"),
+    ('{"lr": 1e-4,\n "lr": 1e-2}', "line 2: lr is given twice, first in line 1"),
+    ("seed: 1\ncheckpoint_dir:\n", "line 2: checkpoint_dir has no value"),
+    ('{"checkpoint_dir": null}', "line 1: checkpoint_dir has no value"),
+    ("log_interval: true\n", "log_interval=True is not a int"),
+    ("lr: false\n", "lr=False is not a float"),
+    ("log_dir: yes\n", "log_dir=True is not a str"),
+])
+def test_config_files_that_mean_something_else_than_they_seem_to(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse("", *EDM, argv=["--config", str(file)])
+
+
+@pytest.mark.parametrize("section, name", [
+    (RunConfig, "log_dir"), (TrainConfig, "checkpoint_dir"), (TrainConfig, "resume"),
+    (TrainConfig, "resume_checkpoint"),
+    (DataConfig, "data_dir"), (EvalConfig, "eval_ref"), (ConsistencyConfig, "teacher_model_path"),
+    (SampleConfig, "model_path"), (PngConfig, "outdir"),
+])
+def test_every_path_may_begin_with_the_home_folder(tmp_path, monkeypatch, section, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: ~/x\n")
+    for argv in ([f"--{name}", "~/x"], [f"--{name}=~/x"], ["--config", "~/run.yaml"]):
+        assert parse("", section, argv=argv).values[name] == f"{tmp_path}/x"
+
+
+def test_a_flag_given_twice_is_refused(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse("", *EDM, argv=["--lr", "1e-4", "--lr=1e-2"])
+    assert leaving.value.code == 2 and "--lr is given 2 times; give it once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sections, theirs, ours", [
+    (SAMPLE, "--network", "--model_path"), (SAMPLE, "--class", "--class_label"), (EDM, "--cond", "--class_cond"),
+    (EDM, "--fp16", "--use_fp16"), (EDM, "--batch", "--global_batch_size"), (EDM, "--stf", "--objective stf"),
+    (EDM, "--transfer", "--resume_checkpoint"),
+])
+def test_flags_of_other_tools_are_known(capsys, sections, theirs, ours):
+    with pytest.raises(SystemExit):
+        parse("", *sections, argv=[theirs, "1"])
+    assert f"Did you mean {ours}" in capsys.readouterr().err

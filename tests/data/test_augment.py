@@ -12,16 +12,16 @@ import torch as th
 from cm.config.flags import parse
 from cm.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.data import augment
-from cm.data.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, apply, augmented, warp
+from cm.data.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, _warp, apply, augmented
 from cm.data.loader import load_data
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.random_util import DummyGenerator, SampleStreams
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from cm.setup import data as run_data
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from cm.types import Batch
 from support.mpi import mpi_program
 from support.training import BATCH
@@ -63,11 +63,11 @@ def test_nothing_is_nothing_and_flips_are_exact():
 def test_whole_pixels_are_exact(dx, dy):
     """Content moves right and down; what comes in is mirrored at the border."""
     inverse = th.tensor([[1, 0, -dx], [0, 1, -dy]], dtype=th.float64).expand(5, 2, 3)
-    result = warp(PICTURES, inverse)
+    result = _warp(PICTURES, inverse)
     rows, columns = (np.arange(n) - d for n, d in ((8, dy), (10, dx)))
     expected = PICTURES[:, :, mirror(rows, 8)][:, :, :, mirror(columns, 10)]
     th.testing.assert_close(result, expected, rtol=0, atol=5e-11)           # the printed filter is exact to 1e-12
-    th.testing.assert_close(warp(PICTURES.float(), inverse), expected.float(), rtol=0, atol=5e-5)   # places in float32
+    th.testing.assert_close(_warp(PICTURES.float(), inverse), expected.float(), rtol=0, atol=5e-5)   # places in float32
 
 
 def mirror(index, n):
@@ -288,7 +288,7 @@ def test_the_network_is_told_in_training_and_not_in_sampling(images, tmp_path):
     th.manual_seed(0)
     assert not th.equal(model.of_labels.weight, Told().of_labels.weight)
     model.seen.clear()
-    sample(KarrasDenoiser(loss_norm="l2"), model, (2, 3, 8, 8), steps=2, sampler="euler", generator=DummyGenerator())
+    sample(KarrasDenoiser(loss_norm="l2"), model, (2, 3, 8, 8), SampleOptions(2, "euler"), generator=DummyGenerator())
     assert model.seen == [None] * 2
 
 

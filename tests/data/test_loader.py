@@ -315,7 +315,7 @@ def test_a_broken_image_is_named_in_one_line(tmp_path, workers):
     with pytest.raises(UserError) as failure:
         next(stream)
     assert str(failure.value) == (
-        f"{tmp_path}: image 2 (a_2.png) cannot be read: it is no picture. Replace or remove it."
+        f"{tmp_path}: image 2 (a_2.png) cannot be read: it is not an image. Replace or remove it."
     )
 
 

@@ -19,6 +19,7 @@ from cm.data.decode import centre_crop
 from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io import storage
+from support.read_images import read_all
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 NAMED = ["cat_0.png", "cat_1.png", "ant_0.png", "dog_0.png", "ant_1.png", "dog_1.png"]      # classes 1 1 0 2 0 2
@@ -166,10 +167,6 @@ def test_small_sets_are_decoded_once(tmp_path, store, monkeypatch):
     assert not source.in_memory and len(decoded) == 4
 
 
-def read_all(source, results):
-    results.put(source.images(np.arange(len(source)))[::-1].copy())
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_zip_can_be_read_in_other_processes(tmp_path, start):
     source = open_source(as_zip(tmp_path, files(NAMED)), 8)
@@ -228,8 +225,8 @@ def test_members_that_unpack_without_end_are_named(tmp_path, monkeypatch):
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat_0.png", bytes(10**6))
-    monkeypatch.setattr(image_sources, "PICTURE_BYTES", 10**5)
-    with pytest.raises(UserError, match="cat_0.png.* it has 1000000 bytes, more than a picture"):
+    monkeypatch.setattr(image_sources, "IMAGE_BYTES", 10**5)
+    with pytest.raises(UserError, match="cat_0.png.* it has 1000000 bytes, more than an image"):
         open_source(str(path), 8).image(0)
     path.write_bytes(path.read_bytes().replace((10**6).to_bytes(4, "little"), (10**4).to_bytes(4, "little")))
     with pytest.raises(UserError, match="cat_0.png.* Bad CRC-32"):
@@ -351,8 +348,8 @@ def sixteen_bit():
 
 @STORES
 @pytest.mark.parametrize(("data", "reason"), [
-    (b"hello", "it is no picture"),
-    (b"", "it is no picture"),
+    (b"hello", "it is not an image"),
+    (b"", "it is not an image"),
     (encoded(PIXELS[0])[:100], "[Tt]runcated|broken"),
     (encoded(PIXELS[0], "JPEG")[:300], "[Tt]runcated"),
     (sixteen_bit(), "not 8 bits deep"),

@@ -13,7 +13,7 @@ from cm.diffusion.preconditioning import PRECONDS, ConsistencyPrecond, EDMPrecon
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import SampleStreams
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from cm.setup.objective import apply_precond_defaults
 from support import golden
 from support.gaussian import Gaussian
@@ -174,8 +174,8 @@ def test_sampling_stays_within_the_levels_that_the_network_knows(name):
     lowest, highest = diffusion.scaling.levels
     assert (diffusion.sigma_min, diffusion.sigma_max) == (max(lowest, 1e-4), min(highest, 1e3))
     images = sample(
-        diffusion, WANTED[name](), (500, 1, 2, 2), 60, sigma_min=1e-4, sigma_max=1e3,
-        generator=SampleStreams(0, range(500)), clip_denoised=False,
+        diffusion, WANTED[name](), (500, 1, 2, 2),
+        SampleOptions(60, sigma_min=1e-4, sigma_max=1e3, clip_denoised=False), generator=SampleStreams(0, range(500)),
     ).images
     assert images.mean().item() == pytest.approx(0.1, abs=0.02)     # standard error 0.2 / sqrt(2000) = 0.0045
     assert images.std().item() == pytest.approx(0.2, abs=0.015)

@@ -183,8 +183,8 @@ def test_urls_are_read_through_blobfile(tmp_path, monkeypatch):
     th.save({"a": th.ones(3)}, tmp_path / "x.pt")
     content = (tmp_path / "x.pt").read_bytes()
     monkeypatch.setattr(blobfile, "stat", lambda path: types.SimpleNamespace(size=len(content)))
-    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: io.BytesIO(content))
+    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode, **_: io.BytesIO(content))
     assert dist.load_state_dict("gs://bucket/x.pt")["a"].tolist() == [1, 1, 1]
-    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: io.BytesIO(content[:-1]))
+    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode, **_: io.BytesIO(content[:-1]))
     with pytest.raises(UserError, match=f"ended after {len(content) - 1} of {len(content)} bytes"):
         dist.load_state_dict("gs://bucket/x.pt")

@@ -14,12 +14,12 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
-from evaluations.defaults import METRIC_NAMES
 from evaluations.engine.readers import Statistics
 from evaluations.engine.statistics_cache import KEPT, StatisticsCache
 from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
 from evaluations.features.torchscript import quiet_torchscript
+from evaluations.metrics import default_names
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid
@@ -28,6 +28,7 @@ from support.mpi import python
 
 ROOT = Path(__file__).resolve().parents[2]
 DIM, CLASSES = 6, 4
+METRIC_NAMES = default_names()
 
 
 class Features2(nn.Module):

@@ -10,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluations.engine.over_ranks import Share, kid_over_ranks, precision_recall_over_ranks
 from evaluations.metrics.frechet import Moments, frechet, frechet_distance
 from evaluations.metrics.inception_score import InceptionScore, inception_score
-from evaluations.metrics.kid import kid, squared_mmd
-from evaluations.metrics.precision_recall import manifold_hits, manifold_radii, precision_recall
+from evaluations.metrics.kid import kid, kid_of_sets, squared_mmd
+from evaluations.metrics.points import PointSet
+from evaluations.metrics.precision_recall import (
+    manifold_hits,
+    manifold_radii,
+    precision_recall,
+    precision_recall_of_sets,
+)
 
 GOLDEN = np.load(Path(__file__).parents[1] / "data" / "golden_metrics.npz", allow_pickle=False)
 
@@ -299,7 +304,7 @@ def test_memory_of_precision_and_recall_is_bounded():
 
 def test_precision_and_recall_refuse_what_they_cannot_use():
     x = np.ones((4, 2))
-    with pytest.raises(ValueError, match=r"k=4 must lie between 1 and the number of points - 1 \(3\)"):
+    with pytest.raises(ValueError, match=r"k=4 must lie between 1 and the smaller set's size - 1 \(3\)"):
         precision_recall(x, x, 4)
     with pytest.raises(ValueError, match="k=0"):
         precision_recall(x, x, 0)
@@ -324,12 +329,12 @@ def test_points_in_a_share_give_the_same_numbers(block):
     shares = []
     for points in golden("features_ref", "features_sample"):
         order = np.random.default_rng(0).permutation(len(points))               # a share may lie in any order
-        shares.append(Share(points[order], order, len(points)))
+        shares.append(PointSet(points[order], order, len(points)))
     for k in (1, 3, 5):
-        result = precision_recall_over_ranks(*shares, k, block)
+        result = precision_recall_of_sets(*shares, k, block=block)
         assert result == (expected(f"precision_k{k}"), expected(f"recall_k{k}"))
-    result = kid_over_ranks(*shares, 10, 100, 2020)
+    result = kid_of_sets(*shares, 10, 100, 2020)
     assert result.mean == pytest.approx(expected("kid_mean_10x100_seed2020"), abs=1e-12)
     assert result.std == pytest.approx(expected("kid_std_10x100_seed2020"), abs=1e-12)
     with pytest.raises(ValueError, match="k=500 must lie between 1 and the smaller set's size - 1"):
-        precision_recall_over_ranks(*shares, 500, block)
+        precision_recall_of_sets(*shares, 500, block=block)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from cm.errors import UserError
-from evaluations.defaults import METRIC_NAMES
 from evaluations.evaluator import evaluate, report
 from evaluations.features import load_extractor
 from evaluations.features.graph_constants import read_constants
 from evaluations.fid import calc, ref
+from evaluations.metrics import default_names
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid
@@ -86,7 +86,7 @@ def test_the_tiny_graph_gives_what_its_definition_gives(folder, tiny, extractor)
 
 def test_the_evaluators_numbers_through_tensorflow(folder, tiny, extractor):
     """End to end from two files, against the definitions on features that never saw TensorFlow."""
-    metrics = [name for name in METRIC_NAMES if name != "sfid"]      # 2023 dimensions cost a test too many seconds
+    metrics = [name for name in default_names() if name != "sfid"]      # 2023 dimensions cost a test too many seconds
     result = evaluate(folder / "ref.npz", folder / "sample.npz", extractor, metrics=metrics, batch_size=16,
                       split_size=20)
     (pool, _, _), (sample, _, logits) = (by_hand(images_of(folder / f"{name}.npz"), tiny) for name in ("ref", "sample"))
@@ -177,5 +177,5 @@ def test_graphs_that_are_not_inceptions_are_refused(folder, tmp_path, tiny):
 
 def test_without_tensorflow_the_remedy_is_named(folder, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)    # import then raises ImportError
-    with pytest.raises(UserError, match=r"pip install consistency-toolkit\[tf\].*--inception torch:PATH"):
+    with pytest.raises(UserError, match=r"pip install '\.\[tf\]'.*--inception torch:PATH"):
         load_extractor(f"{folder}/tiny.pb")

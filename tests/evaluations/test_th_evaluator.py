@@ -7,12 +7,13 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
-from evaluations.engine.accumulator import moments_over_ranks
+from evaluations.engine.ranks import JobRanks, over_ranks
 from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.evaluator import evaluate, report
 from evaluations.features import load_extractor, save_torchscript
+from evaluations.metrics import default_names
 from evaluations.metrics.frechet import Moments
-from evaluations.th_evaluator import METRICS, ThEvaluator
+from evaluations.th_evaluator import ThEvaluator
 from support.mpi import mpi_program, mpiexec
 
 N = 31
@@ -76,14 +77,14 @@ def store_statistics(path, images, network, **extra):
 
 @pytest.fixture(scope="module")
 def theirs(folder, extractor):
-    found = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), extractor, metrics=list(METRICS),
+    found = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), extractor, metrics=list(default_names()),
                      split_size=10)
     return found["metrics"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 31])
 def test_the_numbers_are_the_evaluators(folder, extractor, samples, theirs, batch_size):
-    ours = make(folder, extractor, metrics=list(METRICS), batch_size=batch_size, split_size=10)
+    ours = make(folder, extractor, metrics=list(default_names()), batch_size=batch_size, split_size=10)
     found = ours.evaluate(batches(samples, batch_size))
     # Convolutions of batches of other sizes round differently in float32: 1e-7 of the features.
     assert values(found) == {key: pytest.approx(fields["value"], rel=1e-5) for key, fields in theirs.items()}
@@ -100,13 +101,14 @@ def test_three_ranks_give_the_numbers_of_one(folder, extractor, tmp_path):
         import numpy as np
         from cm.distributed import setup as dist
         from evaluations.features import load_extractor
-        from evaluations.th_evaluator import METRICS, ThEvaluator
+        from evaluations.metrics import default_names
+        from evaluations.th_evaluator import ThEvaluator
 
         def main():
             dist.setup_dist()
             images = np.load("{folder}/samples.npz")["arr_0"]
             evaluator = ThEvaluator("{folder}/ref.npz", load_extractor("{folder}/4.ts"), 8, batch_size=16,
-                                    metrics=list(METRICS), split_size=10)
+                                    metrics=list(default_names()), split_size=10)
             mine = {{0: [(4, images[4:12]), (24, images[24:])], 1: [], 2: [(0, images[:4]), (12, images[12:24])]}}
             results = evaluator.evaluate(mine[dist.get_rank()])
             from_file = evaluator.evaluate_file("{folder}/samples.npz")
@@ -119,7 +121,7 @@ def test_three_ranks_give_the_numbers_of_one(folder, extractor, tmp_path):
         """)
     assert done.rc == 0, done
     in_memory, from_file = json.loads(done.stdout)
-    alone = make(folder, extractor, metrics=list(METRICS), split_size=10)
+    alone = make(folder, extractor, metrics=list(default_names()), split_size=10)
     same = values(alone.evaluate_file(str(folder / "samples.npz")))
     assert from_file == pytest.approx(same, rel=1e-9)        # the same batches; float64 sums in another order
     assert in_memory == pytest.approx(same, rel=1e-5)        # other batches
@@ -143,10 +145,22 @@ def test_what_cannot_be_had_is_left_out_or_refused(folder, extractor, samples, t
     with pytest.raises(UserError, match="kid cannot be computed: it needs images .*stored.npz holds only statistics"):
         make(tmp_path, extractor, stored, metrics=["fid", "kid"])
     everything = make(folder, extractor, metrics=None)
-    assert everything.metrics == tuple(METRICS) and not everything.skipped
+    assert everything.metrics == default_names() and not everything.skipped
     with pytest.raises(UserError, match="different sizes .*ref.npz 8x8, the images to come 16x16"):
         ThEvaluator(str(folder / "ref.npz"), extractor, 16)
     assert evaluator.evaluate([(0, samples)])["frechet_distance"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_labels_come_from_files_alone(folder, extractor, samples, tmp_path):
+    labels = np.random.default_rng(1).integers(0, 3, N)
+    np.savez(tmp_path / "labelled.npz", samples, labels)
+    evaluator = make(folder, extractor, metrics=["class_accuracy"])
+    found = evaluator.evaluate_file(str(tmp_path / "labelled.npz"))["class_accuracy"]
+    assert found.value == (extractor.extract(samples).logits.argmax(1) == labels).mean()
+    with pytest.raises(UserError, match="class_accuracy needs class labels, and images in memory have none"):
+        evaluator.evaluate([(0, samples)])
+    with pytest.raises(UserError, match=r"needs class labels \(arr_1\), and .*samples.npz has none"):
+        evaluator.evaluate_file(str(folder / "samples.npz"))
 
 
 def test_the_reference_is_measured_once(folder, extractor, samples, tmp_path):
@@ -197,7 +211,7 @@ def test_what_makes_no_number_is_refused(folder, extractor, samples, tmp_path):
 def test_moments_are_left_as_they_were():
     moments = Moments(2)
     moments.update(np.array([[1.0, 2.0], [3.0, 5.0]]))
-    total = moments_over_ranks(moments)
+    total = over_ranks(moments, JobRanks())
     assert total.n == 2 and np.array_equal(total.s, [4, 7])
     total.s += 1
     assert np.array_equal(moments.s, [4, 7])

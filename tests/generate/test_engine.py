@@ -10,6 +10,7 @@ from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rank_batches, sample_to_npz
 from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import create_model
+from cm.samplers.sample import SampleOptions
 from cm.setup.sample import choose_seeds
 
 
@@ -67,7 +68,7 @@ def draw(model, directory, **options):
     directory.mkdir()
     plan = SamplingPlan(**{"image_size": 8, "seed": 1, "num_classes": 5, "batch_size": 4, **options})
     diffusion = KarrasDenoiser(loss_norm="l2")
-    result = sample_to_npz(model, diffusion, plan, str(directory), "fp32", sampler="euler", steps=3)
+    result = sample_to_npz(model, diffusion, plan, str(directory), "fp32", SampleOptions(3, "euler"))
     return dict(np.load(result.paths["samples"]))
 
 

@@ -1,5 +1,7 @@
 """Sharing stages changes no image, and saves what it promises."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch as th
@@ -8,10 +10,11 @@ from cm.generate.engine import SamplingPlan, draw, labels_of, rank_batches
 from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import naive_evaluations, read_range, search_schedule
 from cm.karras_diffusion import KarrasDenoiser
+from cm.samplers.sample import SampleOptions
 from support.naive import naive_search
 
 PLAN = SamplingPlan(num_samples=7, batch_size=3, image_size=4, seed=1, num_classes=5)
-OPTIONS = {"sampler": "multistep", "steps": 40}
+OPTIONS = SampleOptions(40, "multistep")
 STAGE_BYTES = 7 * 3 * 4 * 4 * 4                                     # the images of one stage in float32
 
 
@@ -32,7 +35,7 @@ class Network(th.nn.Module):
 def images(network, denoiser_of, ts):
     """All images of a schedule: [7,4,4,3]."""
     batches = [
-        draw(network, denoiser_of(batch), PLAN, indices, labels_of(indices, PLAN), ts=ts, **OPTIONS)[0]
+        draw(network, denoiser_of(batch), PLAN, indices, labels_of(indices, PLAN), replace(OPTIONS, ts=ts))[0]
         for batch, indices in enumerate(rank_batches(PLAN, 0, 1))
     ]
     return np.concatenate(batches)

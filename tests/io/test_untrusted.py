@@ -158,7 +158,7 @@ def test_postscript_in_a_png_does_not_start_ghostscript(tmp_path, monkeypatch):
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a_0.png").write_bytes(script)
-    refused(lambda path: open_source(path, 8).image(0), tmp_path / "set", "a_0.png.*it is no picture")
+    refused(lambda path: open_source(path, 8).image(0), tmp_path / "set", "a_0.png.*it is not an image")
     refused(lambda path: edit_tasks.read_mask(path, 8), tmp_path / "set" / "a_0.png", "cannot be read")
     assert not (tmp_path / "executed").exists()
     with Image.open(io.BytesIO(script)) as picture, pytest.raises(OSError):
@@ -317,7 +317,7 @@ def test_folders_hold_pipes_devices_and_links_to_themselves(tmp_path, little_mem
 
 
 def test_files_and_labels_of_absurd_size(tmp_path, little_memory, monkeypatch):
-    monkeypatch.setattr(sources, "PICTURE_BYTES", 2**20)
+    monkeypatch.setattr(sources, "IMAGE_BYTES", 2**20)
     (tmp_path / "a_0.png").write_bytes(png())
     with open(tmp_path / "b_0.png", "wb") as file:
         file.truncate(2**40)                                        # a hole: it takes no room on the disk

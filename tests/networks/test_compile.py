@@ -27,7 +27,7 @@ from cm.random_util import get_generator
 from cm.samplers import SAMPLERS
 from cm.setup import run as run_util
 from cm.setup import sample as sample_util
-from cm.training.consistency import CMTrainLoop
+from cm.train_util import CMTrainLoop
 
 CPU = th.device("cpu")
 
@@ -161,7 +161,7 @@ def test_without_a_compiler_the_flag_is_refused_with_the_remedy(monkeypatch):
         run_util.on_device(sampling_settings("--compile", "True"), network())
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs Triton"):
-        compiling.check_compiler(th.device("cuda"))
+        compiling._check_compiler(th.device("cuda"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which torch.compile needs on a CPU")

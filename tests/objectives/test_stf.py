@@ -69,7 +69,8 @@ def test_against_the_definition(sigma):
     """Differences and squares one by one, in float64; more references than fit in a chunk."""
     batch = draw_batch(6, CHUNK + 40)
     x = batch.images + sigma * th.randn(batch.images.shape, generator=th.Generator().manual_seed(1))
-    target, effective = stable_target(x, batch.images, th.full((6,), sigma), batch.references, peers(batch))
+    may = peers(batch, batch.references)
+    target, effective = stable_target(x, batch.images, th.full((6,), sigma), batch.references, may)
     y = batch.references.images.double() / 127.5 - 1                # the sample's own image is among them
     for i in range(6):
         logits = th.stack([-(x[i].double() - one).square().sum() / (2 * sigma**2) for one in y])
@@ -86,7 +87,8 @@ def test_near_twins_are_told_apart_at_low_noise():
     pixels[1, 0, 0, 0] = 201
     images, sigma = pixels.float() / 127.5 - 1, 0.005
     batch = Batch(images[:1], {}, th.tensor([0]), references=Batch(pixels, {}, th.tensor([0, 1])))
-    target, _ = stable_target(images[:1], images[:1], th.tensor([sigma]), batch.references, peers(batch))
+    may = peers(batch, batch.references)
+    target, _ = stable_target(images[:1], images[:1], th.tensor([sigma]), batch.references, may)
     shared = 1 / (1 + math.exp((1 / 127.5) ** 2 / (2 * sigma**2)))
     assert (target - images[0])[0, 0, 0, 0].item() == pytest.approx(shared / 127.5, abs=1e-6)
 
@@ -188,7 +190,7 @@ def test_on_the_mixture_it_tends_to_the_optimal_denoiser(sigma):
 def test_only_references_of_the_samples_class():
     labels = th.arange(10) % 3
     batch = draw_batch(6, 10, cond={"y": labels[3:9]}, reference_cond={"y": labels})
-    found = peers(batch)
+    found = peers(batch, batch.references)
     for i in range(6):
         expected = [j for j in range(10) if labels[j] == labels[3 + i] and j != 3 + i]
         assert found[i].nonzero().flatten().tolist() == expected
@@ -199,14 +201,14 @@ def test_augmentation_of_others_does_not_leak():
     augmented = th.zeros(6, 9)
     augmented[[0, 4], 2] = 1.0
     batch = draw_batch(6, 10, cond={"augment_labels": augmented})   # references as they are in the data set
-    found = peers(batch)
+    found = peers(batch, batch.references)
     assert found.any(1).tolist() == [False, True, True, True, False, True]
     x, sigma = batch.images + 1.0, th.full((6,), 50.0)
     target, effective = stable_target(x, batch.images, sigma, batch.references, found)
     assert th.equal(target[[0, 4]], batch.images[[0, 4]]) and effective[0] == 1 and effective[1] > 8
     batch.references.cond["augment_labels"] = th.cat([th.zeros(3, 9), augmented, th.zeros(1, 9)])
-    assert peers(batch)[0].nonzero().flatten().tolist() == [7]      # its twin in labels
-    assert not peers(batch)[1][[3, 7]].any()
+    assert peers(batch, batch.references)[0].nonzero().flatten().tolist() == [7]      # its twin in labels
+    assert not peers(batch, batch.references)[1][[3, 7]].any()
 
 
 def test_the_network_is_told_its_own_conditioning():
@@ -231,9 +233,9 @@ def test_microbatches_do_not_change_the_loss():
 def test_half_precision_does_not_reach_the_target():
     batch = draw_batch(6, 10)
     x, sigma = batch.images + 0.3, th.full((6,), 0.5)
-    expected, _ = stable_target(x, batch.images, sigma, batch.references, peers(batch))
+    expected, _ = stable_target(x, batch.images, sigma, batch.references, peers(batch, batch.references))
     with th.autocast("cpu", th.bfloat16):
-        target, _ = stable_target(x, batch.images, sigma, batch.references, peers(batch))
+        target, _ = stable_target(x, batch.images, sigma, batch.references, peers(batch, batch.references))
     assert th.equal(target, expected)
 
 

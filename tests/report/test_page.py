@@ -1,5 +1,7 @@
 """The report of real runs, looked at in a real browser, and as text."""
 
+import html
+import html.parser
 import json
 import os
 import re
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from cm.errors import UserError
-from cm.report.html import run_names
+from cm.report.names import run_names
 from cm.report.page import duration, evenly
 from support.as_module import as_module
 from support.browser import chromium, needs_browser, screenshot
@@ -117,7 +119,7 @@ def test_hostile_text_is_text(folder, tmp_path, capsys):
 def test_the_page_needs_nothing_but_itself(page):
     bare = page.replace('"http://www.w3.org/2000/svg"', "")                 # the name of a language, never fetched
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?:|fetch\(|<link(?! rel="icon")', bare)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in html.unescape(page)
 
 
 def test_everything_asked_for_is_on_the_page(folder, page):
@@ -153,6 +155,48 @@ def test_names_that_are_no_text_are_written_all_the_same(tmp_path, capsys):
     assert "<h2>run?</h2>" in (run / "report.html").read_text(encoding="utf-8")
 
 
+class Elements(html.parser.HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+EVIL = "<img src=x onerror=\"alert(1)\"></script><script>alert(1)</script>'{{ 7 * 7 }}\x1b[31m\x07"
+
+
+def test_hostile_text_is_escaped(tmp_path, capsys):
+    """Names, columns, flags, files and values, and names with control characters and bytes that are no UTF-8."""
+    run = tmp_path / os.fsdecode(b"a&<b>'\"onload=x \x1b[31m \xff")
+    run.mkdir()
+    rows = [{"step": step, "loss": 1 / step, EVIL: step} for step in (1, 2)]
+    (run / "progress.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.json").write_text(json.dumps({EVIL: EVIL, "total_training_steps": EVIL, "training_mode": [EVIL]}))
+    (run / "best.json").write_text(json.dumps({"metric": EVIL, "value": EVIL, "settings": {"num_samples": EVIL}}))
+    (run / f"{EVIL.replace('/', '')}.json").write_text(
+        json.dumps({"metrics": {EVIL: {"value": EVIL}}, "label": [EVIL], "value": EVIL}))
+    report(run, run)
+    shown = capsys.readouterr().out
+    written = (run / "report.html").read_text(encoding="utf-8")
+    for text in (written, shown):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    elements = Elements(written)
+    assert not [attributes for tag, attributes in elements.found if tag == "img"], "there are no pictures of samples"
+    figures = [tag for tag, attributes in elements.found if attributes.get("class") == "plot"]
+    assert len([tag for tag, _ in elements.found if tag == "script"]) == len(figures) + 1
+    assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
+    assert elements.text.count("<img src=x onerror") >= 10 and "{{ 7 * 7 }}" in elements.text
+    assert "a&<b>'\"onload=x ?[31m ?" in elements.text
+
+
 def test_distances_of_different_features_are_said_not_to_be_comparable(folder, page, tmp_path):
     assert "not comparable" not in page
     run = tmp_path / "other"
@@ -173,7 +217,7 @@ def test_distances_of_different_features_are_said_not_to_be_comparable(folder, p
 @pytest.mark.parametrize("words, message", [
     (["{}/nowhere"], "nowhere is no folder"),
     (["{}/slow", "{}/slow/samples"], "samples has no log"),
-    (["{}/slow", "--out", "{}/tiny.ts/report.html"], "cannot write"),
+    (["{}/slow", "--out", "{}/tiny.ts/report.html"], "cannot create the folder .*tiny.ts"),
 ])
 def test_bad_input_is_one_clear_error(folder, words, message):
     with pytest.raises(UserError, match=message):

@@ -165,15 +165,15 @@ def test_iddpms_grid():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_laws(schedule):
-    law = Ablation(schedule=schedule, sigma_min=0.01, sigma_max=100.0).law
+def test_noise_schedules(schedule):
+    c = Ablation(schedule=schedule, sigma_min=0.01, sigma_max=100.0).noise_schedule
     sigma, derivative, inverse = laws(schedule, 0.01, 100.0)
     t = th.linspace(0.05, 0.95, 7, dtype=F64)
-    for ours, theirs, at in ((law.sigma, sigma, t), (law.slope, derivative, t), (law.time, inverse, law.sigma(t))):
+    for ours, theirs, at in ((c.sigma, sigma, t), (c.slope, derivative, t), (c.time, inverse, c.sigma(t))):
         th.testing.assert_close(ours(at), th.tensor([theirs(value) for value in at.tolist()], dtype=F64))
     step = 1e-6
-    th.testing.assert_close(law.slope(t), (law.sigma(t + step) - law.sigma(t - step)) / (2 * step), rtol=1e-7, atol=0)
-    th.testing.assert_close(law.time(law.sigma(t)), t)
+    th.testing.assert_close(c.slope(t), (c.sigma(t + step) - c.sigma(t - step)) / (2 * step), rtol=1e-7, atol=0)
+    th.testing.assert_close(c.time(c.sigma(t)), t)
 
 
 @pytest.mark.parametrize("options, message", [

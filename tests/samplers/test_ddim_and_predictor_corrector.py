@@ -11,8 +11,8 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers import CountingDenoiser, integrate, make_sampler
 from cm.samplers.ddim import DDIM, timestep_grid
-from cm.samplers.predictor_corrector import PredictorCorrector, norm
-from cm.samplers.sample import sample
+from cm.samplers.predictor_corrector import PredictorCorrector, _norm
+from cm.samplers.sample import SampleOptions, sample
 from support.gaussian import Gaussian, Mixture, Scripted, stored
 
 ALL = (0.0, math.inf)                                               # sigma_min and sigma_max that cut nothing off
@@ -47,7 +47,7 @@ def test_a_network_of_ddpm_is_told_whole_timesteps():
             return 0 * x
 
     diffusion = KarrasDenoiser(precond="ddpm", loss_norm="l2", sigma_max=200.0)
-    sample(diffusion, Network(), (2, 3, 4, 4), steps=5, sampler="ddim", sigma_max=200.0)
+    sample(diffusion, Network(), (2, 3, 4, 4), SampleOptions(5, "ddim", sigma_max=200.0))
     assert told == [999, 749, 499, 250, 0]
 
 
@@ -154,7 +154,7 @@ def test_every_sample_has_its_own_step_size():
     whole = PredictorCorrector().step(Mixture.stored().D, x, *levels_of(x, 2.0, 1.7), Scripted(z, z))
     half = PredictorCorrector().step(Mixture.stored().D, x[:3], *levels_of(x[:3], 2.0, 1.7), Scripted(z[:3], z[:3]))
     th.testing.assert_close(half, whole[:3])
-    assert norm(th.ones(2, 3, 2, 2)).tolist() == pytest.approx([math.sqrt(12)] * 2)
+    assert _norm(th.ones(2, 3, 2, 2)).tolist() == pytest.approx([math.sqrt(12)] * 2)
 
 
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])

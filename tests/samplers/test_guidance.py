@@ -61,7 +61,7 @@ def test_guidance_moves_the_posterior_mean_from_the_mixture_to_the_component(sca
     sigma = th.linspace(0.1, 5, len(x), dtype=x.dtype)
     y = th.arange(len(x)) % 3
     own = th.stack([component(k).D(x, sigma) for k in range(3)])[y, th.arange(len(x))]
-    D = guided(bed.D, log_posterior, scale, tell_class=False)
+    D = guided(bed.D, log_posterior, scale, class_cond=False)
     expected = bed.D(x, sigma) + scale * (own - bed.D(x, sigma))
     th.testing.assert_close(D(x, sigma, y=y), expected, rtol=1e-9, atol=1e-10)
     with th.inference_mode():
@@ -71,7 +71,7 @@ def test_guidance_moves_the_posterior_mean_from_the_mixture_to_the_component(sca
 def test_a_forward_mode_pass_goes_through_the_guided_denoiser():
     bed, x, v = Mixture.stored(), stored("st_x")[1], stored("st_z1")
     sigma, y = th.full((len(x),), 0.8, dtype=x.dtype), th.full((len(x),), 2)
-    D = guided(bed.D, log_posterior, 1.0, tell_class=False)
+    D = guided(bed.D, log_posterior, 1.0, class_cond=False)
     with th.inference_mode():
         change = jvp(lambda z: D(z, sigma, y=y), (x,), (v,))[1]
     s = component(2).s
@@ -97,7 +97,7 @@ def test_guided_samplers_draw_from_the_class(name):
     rng = th.Generator().manual_seed(0)
     x = 80 * th.randn(2000, 2, generator=rng, dtype=th.float64)
     y = th.full((2000,), 1)
-    D = guided(Mixture.stored().D, log_posterior, 1.0, tell_class=False)
+    D = guided(Mixture.stored().D, log_posterior, 1.0, class_cond=False)
     end = integrate(make_sampler(name, {}), lambda z, sigma: D(z, sigma, y=y), x, append_zero(karras_grid(40)), th)
     th.testing.assert_close(end.mean(0), component(1).mu, rtol=0, atol=0.06)
     assert end.std(0).tolist() == pytest.approx([component(1).s] * 2, rel=0.05)
@@ -148,7 +148,7 @@ def test_guidance_brings_digits_of_the_class(guide):
     x = 80 * th.randn(50, 3, SIDE, SIDE, generator=th.Generator().manual_seed(0))
     shares = []
     for scale in (0.0, 3.0):
-        denoise = guided(D, classifier, scale, tell_class=False)
+        denoise = guided(D, classifier, scale, class_cond=False)
         with th.inference_mode():
             end = integrate(make_sampler("heun", {}), lambda z, sigma: denoise(z, sigma, y=y),  # noqa: B023
                             x, append_zero(karras_grid(10)), th)
@@ -195,9 +195,19 @@ def room(tmp_path_factory):
 def flags(room, script, *options):
     network = [word for name, value in NETWORK.items() for word in (f"--{name}", value)]
     mode = "edm" if script == "image_sample.py" else "consistency_distillation"
-    return [str(word) for word in (
-        "--model_path", room / "model.pt", *network, "--training_mode", mode, *options
-    )]
+    return overridden(["--model_path", room / "model.pt", *network, "--training_mode", mode, *options])
+
+
+def overridden(words):
+    """The words of a command line, where a later --flag VALUE takes the place of an earlier one."""
+    pairs = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            pairs[word] = []
+            last = pairs[word]
+        else:
+            last.append(word)
+    return [word for name, values in pairs.items() for word in (name, *values)]
 
 
 @pytest.fixture
@@ -301,7 +311,7 @@ def test_edits_take_the_new_samplers_and_a_guide(command, guide, options):
     (("--sampler", "ddim", "--rho", 3), "--rho 3.0 belongs to --sampler .*, not to ddim"),
     (("--sampler", "sde", "--snr", 0.2), "--snr 0.2 belongs to --sampler pc, not to sde"),
     (("--sampler", "sde", "--ito_form", "taylor"), "--ito_form taylor belongs to --sampler ito, not to sde"),
-    (("--sampler", "ito", "--s_churn", 1), "takes no churn"),
+    (("--sampler", "ito", "--s_churn", 1), "--s_churn 1.0 is for samplers with churn"),
     (("--sampler", "ddim", "--eta", 1.5), "eta=1.5 must lie between 0"),
     (("--classifier_scale", 2), "--classifier_scale 2 needs a classifier: give --classifier_path"),
     (("--classifier_path", "nowhere.pt"), "--classifier_path nowhere.pt: no such file"),

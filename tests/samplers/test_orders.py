@@ -12,7 +12,7 @@ import pytest
 import torch as th
 
 from cm.networks.jvp import JVP_COST
-from cm.report.line_plot import COLOURS
+from cm.report.plots import COLOURS
 from cm.samplers import integrate
 from cm.samplers.ancestral import Ancestral
 from cm.samplers.ddim import DDIM

@@ -6,14 +6,20 @@ import torch as th
 from cm.errors import UserError
 from cm.karras_diffusion import karras_sample
 from cm.random_util import SampleStreams
+from cm.samplers import Churn
 from cm.samplers.heun import Heun
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from support import golden
 from support.denoisers import Plain, diffusion, net
 from support.gaussian import Scripted
 
 CASES = golden.from_json("sample/cases_json")
 BAD_TS = "multistep_0_3_5_notend"                                   # ends with noise in its images: refused here
+
+
+def options_of(args: dict) -> SampleOptions:
+    churn = {name: value for name, value in args.items() if name in ("s_churn", "s_tmin", "s_tmax", "s_noise")}
+    return SampleOptions(**{name: args[name] for name in args if name not in churn}, churn=Churn(**churn))
 
 
 def draws_used(args: dict) -> list[int]:
@@ -37,8 +43,8 @@ def test_golden_samplers(name):
     case, noise = CASES[name], golden.tensor("sample/noise")
     source = Scripted(*noise[draws_used(case["args"])])
     result = sample(
-        diffusion(case["distillation"]), net("model"), (2, 3, 32, 32), generator=source,
-        model_kwargs={"y": golden.tensor("sample/y")}, **case["args"],
+        diffusion(case["distillation"]), net("model"), (2, 3, 32, 32), options_of(case["args"]), generator=source,
+        model_kwargs={"y": golden.tensor("sample/y")},
     )
     golden.assert_close(result.images, f"sample/{name}")
     assert result.evaluations == case["nfe"]

@@ -17,7 +17,8 @@ from cm.config.schema import (
     TrainConfig,
 )
 from cm.karras_diffusion import KarrasDenoiser
-from cm.samplers.sample import sample
+from cm.samplers import Churn
+from cm.samplers.sample import SampleOptions, sample
 from cm.setup.model import model_from
 from cm.setup.sample import sampler_of
 
@@ -52,9 +53,12 @@ def test_published_samplers(name, evaluations):
     values = settings.values
     solver, _ = sampler_of(settings)
     result = sample(
-        KarrasDenoiser(loss_norm="l2"), lambda x, t: 0 * x, (1, 3, 2, 2), values["steps"], sampler=solver,
-        clip_denoised=values["clip_denoised"], device="cpu",
-        **{key: values[key] for key in ("s_churn", "s_tmin", "s_tmax", "s_noise")},
+        KarrasDenoiser(loss_norm="l2"), lambda x, t: 0 * x, (1, 3, 2, 2),
+        SampleOptions(
+            values["steps"], solver, clip_denoised=values["clip_denoised"],
+            churn=Churn(**{key: values[key] for key in ("s_churn", "s_tmin", "s_tmax", "s_noise")}),
+        ),
+        device="cpu",
     )
     assert result.evaluations == evaluations
     assert (values["clip_denoised"], values["rounding"]) == (False, "nearest")

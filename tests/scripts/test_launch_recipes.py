@@ -17,7 +17,8 @@ import yaml
 
 from cm.config.schema import ModelConfig
 from cm.networks.build import create_model
-from cm.setup import run
+from cm.setup import dry_run as set_up_dry_run
+from cm.setup import train as set_up
 from support.mpi import clean_environment, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +113,9 @@ def dry_run(monkeypatch, tmp_path):
         script, *flags = command_of(name, "--dry_run", REFS=str(tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *flags])
         module = script_of(script)
-        monkeypatch.setattr(run, "dry_run", found.append)
-        if hasattr(module, "dry_run"):
-            monkeypatch.setattr(module, "dry_run", found.append)
+        monkeypatch.setattr(set_up_dry_run, "dry_run", found.append)
+        monkeypatch.setattr(set_up, "dry_run", found.append)
+        if "_train.py" in script:                                   # which read their flags in `main`
             module.main()
         else:
             module.main(module.read_flags())

@@ -5,18 +5,16 @@ import dataclasses
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import DataConfig, DiffusionConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from cm.config.schema import TRAINING_SECTIONS, ObjectiveConfig
 from cm.errors import UserError
 from cm.objectives import DENOISING
 from cm.setup.data import open_data
 from cm.setup.model import diffusion_from
-from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_from, options_of
-
-SECTIONS = (ModelConfig, DiffusionConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig)
+from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_kind
 
 
 def settings_of(*argv):
-    settings = parse("", *SECTIONS, argv=argv)
+    settings = parse("", *TRAINING_SECTIONS, argv=argv, training_mode="edm")
     apply_objective_defaults(settings)
     apply_precond_defaults(settings)
     return settings
@@ -24,7 +22,7 @@ def settings_of(*argv):
 
 def objective_of(*argv):
     settings = settings_of(*argv)
-    return objective_from(settings, diffusion_from(settings, distillation=False))
+    return objective_kind(settings.values).from_flags(diffusion_from(settings, distillation=False), settings.values)
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -45,7 +43,7 @@ def test_flags_arrive(argv, expected):
 
 def test_every_flag_belongs_to_an_objective():
     flags = {field.name for field in dataclasses.fields(ObjectiveConfig)} - {"objective"}
-    assert set().union(*map(options_of, DENOISING.values())) == flags
+    assert set().union(*(kind.options for kind in DENOISING.values())) == flags
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -11,7 +11,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
-from cm.training.consistency import CMTrainLoop, TrainLoop
+from cm.train_util import CMTrainLoop, TrainLoop
 
 BATCH = 8
 

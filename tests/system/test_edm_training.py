@@ -14,7 +14,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
 from cm.networks.edm import SongUNet
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from support import edm_pickles
 from support.mpi import mpiexec
 

@@ -11,7 +11,8 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
-from cm.training.consistency import CMTrainLoop, TrainLoop
+from cm.samplers.sample import SampleOptions
+from cm.train_util import CMTrainLoop, TrainLoop
 from evaluations.metrics.frechet import Moments, frechet_distance
 
 BATCH = 64
@@ -41,13 +42,13 @@ def moments(images):
     return pixels.finalize()
 
 
-def distance(model, diffusion, **options):
+def distance(model, diffusion, sampler, steps):
     """Frechet distance of samples from the real digits, in pixels."""
     source = open_source("digits", 8)
     rng = np.random.default_rng(0)
     labels = source.labels[rng.choice(len(source), SAMPLES)]
     plan = SamplingPlan(SAMPLES, SAMPLES, 8, seed=0, num_classes=10)
-    images, _ = draw(model, diffusion, plan, np.arange(SAMPLES), labels, **options)
+    images, _ = draw(model, diffusion, plan, np.arange(SAMPLES), labels, SampleOptions(steps, sampler))
     return frechet_distance(*moments(source.images(np.arange(len(source)))), *moments(images))
 
 

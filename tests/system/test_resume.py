@@ -141,4 +141,4 @@ def test_a_larger_batch_goes_on_where_the_data_were(images, tmp_path):
     assert training.images_seen == 16
     training.run_loop()
     assert [row[1] for row in curve(tmp_path)] == [8, 16, 20, 24]
-    assert th.equal(training.parts[-1][0].positions, th.arange(20, 24))
+    assert th.equal(training.microbatches[-1][0].positions, th.arange(20, 24))

@@ -19,9 +19,10 @@ from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
+from cm.samplers.sample import SampleOptions
 from cm.setup.callbacks import check_flags, sampling_settings
+from cm.train_util import TrainLoop
 from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
-from cm.training.consistency import TrainLoop
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.in_training import open_metric
@@ -135,8 +136,7 @@ def network():
 
 def sampler():
     plan = SamplingPlan(num_samples=1, batch_size=5, image_size=8, seed=42, num_classes=None)
-    options = {"sampler": "euler", "steps": 2}
-    return AverageSampler(network, KarrasDenoiser(loss_norm="l2"), plan, "fp32", "0.5", options)
+    return AverageSampler(network, KarrasDenoiser(loss_norm="l2"), plan, "fp32", "0.5", SampleOptions(2, "euler"))
 
 
 def evaluation(values, **settings):
@@ -172,15 +172,15 @@ def kept(directory):
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_save_error):
-    real, full = storage.write_whole, []
+    real, full = storage.write_atomically, []
 
-    def write_whole(path, write):
+    def write_atomically(path, write):
         if "/best/" in path and "000004" in path:
             full.append(path)
             raise OSError(28, "No space left on device")
         return real(path, write)
 
-    monkeypatch.setattr(storage, "write_whole", write_whole)
+    monkeypatch.setattr(storage, "write_atomically", write_atomically)
     callback = evaluation([5.0, 3.0, 4.0])
     training = loop(tmp_path, 6, callback, on_save_error=on_save_error)
     if on_save_error == "stop":

@@ -12,8 +12,10 @@ from cm.config.flags import parse
 from cm.config.schema import RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.logging import logger
-from cm.training.durations import EmaRate, parse_rates, rampup, resolve_durations, steps_of
+from cm.setup.durations import resolve_durations, steps_of
+from cm.training.ema_rates import EmaRate, parse_rates
 from cm.training.loop import as_batch
+from cm.training.optimizer import rampup
 from cm.training.throughput import Ticks, spell_time, status_line
 from support.training import BATCH, loop, run
 

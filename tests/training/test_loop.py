@@ -11,7 +11,7 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from cm.training.loop import NonFiniteError, as_batch, last_step, parse_rates
 from cm.types import Batch
 from support.training import BATCH, MODES, PROGDIST, digest, loop, network, run, second_moment, stream

@@ -16,7 +16,8 @@ from cm.distributed.sharding import partition
 from cm.errors import UserError
 from cm.logging import logger
 from cm.networks.layers import GroupNorm32
-from cm.setup.run import dry_run, loop_arguments
+from cm.setup.dry_run import dry_run
+from cm.setup.train import loop_config
 from cm.training import state
 from cm.training.ema import EMA, Background
 from cm.training.memory_estimate import PlannedRun, activations, plan
@@ -153,6 +154,8 @@ PROGRAM = """
     from cm.training.callbacks import AverageSampler
     from cm.training.callbacks import Evaluation
 
+    COMPANIONS = {{"consistency_training": {{"target_model": "by_objective"}},
+                  "progdist": {{"teacher_model": "by_objective"}}}}
     SHARED = dict(shard_ema=True, shard_optimizer=True, ema_device="cpu")
 
     class Falling:
@@ -199,8 +202,8 @@ PROGRAM = """
                 case = CASES[name]
                 run = PlannedRun(
                     precision="fp16" if case.get("use_fp16") else "fp32", optimizer=case.get("optimizer", "radam"),
-                    ema_rates=["0.5", "0.9"], ranks=2, has_target=case.get("mode") == "consistency_training",
-                    teacher="moving" if case.get("mode") == "progdist" else "none", on_gpu=False, **flags)
+                    ema_rates=["0.5", "0.9"], ranks=2, on_gpu=False,
+                    companions=COMPANIONS.get(case.get("mode"), {{}}), **flags)
                 planned = plan(meta_network(), run, dist.get_rank()).device
                 said[f"{{name}} {{bool(flags)}}"] = [planned, held_bytes(training)]
         # a run of one process goes on here with shares
@@ -298,7 +301,8 @@ def test_a_rank_without_a_share_and_a_saved_optimizer_that_does_not_fit():
 def test_a_checkpoint_is_as_large_as_planned(images, tmp_path):
     run(images, tmp_path, 1, mode="progdist", use_fp16=True)
     on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
-    planned = plan(meta_network(), PlannedRun("fp16", "radam", ["0.5", "0.9"], teacher="moving")).checkpoint
+    run_ = PlannedRun("fp16", "radam", ["0.5", "0.9"], companions={"teacher_model": "by_objective"})
+    planned = plan(meta_network(), run_).checkpoint
     # A file adds a header of some hundred bytes to each of its tensors.
     tensors = 4 * 60 + 3 * 60
     assert planned < on_disk < planned + 700 * tensors
@@ -355,8 +359,8 @@ def test_averages_on_the_host_leave_the_device():
 def test_a_dry_run_says_what_a_rank_will_hold(capsys):
     settings = settings_of("configs/digits/cd.yaml", "--dry_run_ranks", "4", "--shard_ema", "True", "--microbatch", "3",
                            "--ema_rate", "0.9,0.99", "--precision", "fp16")
-    asked = {"shard_ema": True, "shard_optimizer": False, "ema_device": "same"}
-    assert loop_arguments(settings).items() >= asked.items(), "what a run itself would be told"
+    config = loop_config(settings)
+    assert (config.shard_ema, config.shard_optimizer, config.ema_device) == (True, False, "same"), "as the run itself"
     dry_run(settings)
     said = capsys.readouterr()
     memory, parameters = json.loads(said.out)["memory"], json.loads(said.out)["parameters"]

@@ -200,10 +200,20 @@ def test_masters_are_not_rounded():
     assert not th.equal(original["input_blocks.0.0.weight"], original["input_blocks.0.0.weight"].half().float())
 
 
-def test_a_half_precision_model_is_refused():
+def test_a_network_that_is_half_precision_already_gets_float32_masters_of_its_values():
+    model = Toy()
+    before = model.conv.weight.detach().clone()
+    model.convert_to_fp16()
+    trainer = MixedPrecisionTrainer(model=model, precision="fp16")
+    master = trainer.master_params[0]
+    assert master.dtype == th.float32 and th.equal(master, before.half().float())
+    assert model.conv.weight.dtype == th.float16
+
+
+def test_a_half_precision_model_is_refused_in_other_precisions():
     model = Toy()
     model.convert_to_fp16()
-    for precision in PRECISIONS:
+    for precision in set(PRECISIONS) - {"fp16"}:
         with pytest.raises(ValueError, match="conv.weight and 1 more parameters are already half precision"):
             MixedPrecisionTrainer(model=model, precision=precision)
 

@@ -12,7 +12,7 @@ from cm.data.loader import load_data
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import create_model
-from cm.training.consistency import TrainLoop
+from cm.train_util import TrainLoop
 from cm.training.profiler import TABLE, TRACE, WARM_UP, Cost, Profile, table
 from support.mpi import mpiexec
 

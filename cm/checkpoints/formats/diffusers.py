@@ -16,10 +16,8 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints.formats import tensor_file
-from cm.config.schema import CONSISTENCY_MODES
+from cm.checkpoints.formats import safetensor_files
 from cm.distributed import setup as dist
-from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import storage
 
@@ -137,15 +135,10 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
             theirs[name] = rows.flatten(1) if is_matrix else rows
     for sub in ("unet", "scheduler"):
         storage.make_folder(os.path.join(folder, sub))
-    tensor_file.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
-    write_json(os.path.join(folder, "unet", "config.json"), config)
-    write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
-    write_json(os.path.join(folder, "model_index.json"), index)
-
-
-def write_json(path: str, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2).encode()
-    storage.write_whole(path, lambda file: file.write(text))
+    safetensor_files.write(os.path.join(folder, "unet", WEIGHTS[0]), theirs)
+    storage.write_json(os.path.join(folder, "unet", "config.json"), config)
+    storage.write_json(os.path.join(folder, "scheduler", "scheduler_config.json"), scheduler)
+    storage.write_json(os.path.join(folder, "model_index.json"), index)
 
 
 def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,9 +149,6 @@ def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags["arch"] != "unet" or flags["precond"] != "edm":
         raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
                         f"{flags['arch']} and {flags['precond']}")
-    if flags["training_mode"] not in CONSISTENCY_MODES:
-        raise UserError(f"a {PIPELINE} holds consistency models alone; this one was trained as "
-                        f"{flags['training_mode']}")
     widths = _level_widths(flags)
     if widths[0] != flags["num_channels"]:
         raise UserError(f"diffusers needs a first level of num_channels={flags['num_channels']}, but channel_mult "
@@ -220,7 +210,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, file = dist.on_main(_read_settings, folder)
     path = os.path.join(folder, "unet", file)
     is_pickle = file.endswith(".bin")
-    theirs = dist.load_state_dict(path) if is_pickle else tensor_file.read(read_everywhere(path), path)
+    theirs = dist.load_state_dict(path) if is_pickle else safetensor_files.read(path)
     flags = _flags_of(config, folder)
     thirds: dict[str, list[Tensor]] = {}
     weights: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
-"""The networks of Karras et al. 2022 (EDM, arXiv 2206.00364), by the name that --arch gives them.
+"""The networks of Karras et al. 2022 (EDM, arXiv 2206.00364), by their names in --arch.
 
-Their constructors have EDM's argument names; SONG holds how the two variants of SongUNet differ.
+The constructors have EDM's argument names; SONG holds the differences of the two variants of SongUNet.
 """
 
 from __future__ import annotations

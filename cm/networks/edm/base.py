@@ -1,4 +1,4 @@
-"""What the EDM networks share: levels, the way through them, inputs, precision.
+"""The common part of the EDM networks: levels, forward pass, checks of inputs, precision.
 
 Shapes: N batch, C channels, H and W height and width, E embedding width, K classes, A augmentation labels.
 """
@@ -26,10 +26,13 @@ class EDMNetwork(nn.Module):
     :param in_channels: channels of the input.
     :param label_dim: number of classes, 0 for none.
     :param augment_dim: length of the augmentation labels, 0 for none.
-    :param widths: of each level; the image halves between levels.
-    :param attn_resolutions: sides of the images at which attention takes place; those of no level are harmless.
+    :param widths: channels of each level; the image halves between levels.
+    :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
     :raises UserError: for images that cannot be halved often enough.
     """
+
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
 
     def __init__(
         self,
@@ -53,10 +56,10 @@ class EDMNetwork(nn.Module):
     def encoder(
         self, first: int, num_blocks: int, options: BlockOptions, residual: Callable[[int, int], ConvDown] | None = None
     ) -> nn.ModuleDict:
-        """The way down.
+        """The layers of the way down.
 
         :param first: width of the first convolution.
-        :param residual: makes the layer that brings the image to a lower level, from its width and that level's.
+        :param residual: makes the layer that adds the image to a lower level, from the widths of both.
         """
         layers = nn.ModuleDict()
         channels, image_channels = first, self.in_channels
@@ -76,8 +79,8 @@ class EDMNetwork(nn.Module):
         return layers
 
     def decoder(self, num_blocks: int, options: BlockOptions, attends_often: bool) -> nn.ModuleDict:
-        """The way up from `enc`; the last block of a level attends, or all do if `attends_often`."""
-        skips = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+        """The layers of the way up from `enc`; attention in the last block of a level, or in all if `attends_often`."""
+        skips = [layer.out_channels for layer in self.enc.values() if isinstance(layer, (Conv, UNetBlock))]
         channels = skips[-1]
         layers = nn.ModuleDict()
         for level, width in reversed(list(enumerate(self.widths))):
@@ -99,7 +102,7 @@ class EDMNetwork(nn.Module):
 
     @abstractmethod
     def embed(self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """[N], [N,K], [N,A] -> [N,E]"""
+        """The conditioning of the blocks: [N], [N,K], [N,A] -> [N,E]."""
 
     @abstractmethod
     def output(self, x: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class EDMNetwork(nn.Module):
 
     @property
     @abstractmethod
-    def last_conv(self) -> nn.Module:
+    def last_conv(self) -> Conv:
         """The convolution that makes the image."""
 
     def forward(
@@ -124,9 +127,9 @@ class EDMNetwork(nn.Module):
         """
         self._check_inputs(x, augment_labels)
         labels = self._one_hot(y, len(x))
-        if augment_labels is None and self.augment_dim:             # zeros, so that all parameters have gradients
+        if augment_labels is None and self.augment_dim:             # with zeros, all parameters get gradients
             augment_labels = noise_labels.new_zeros(len(x), self.augment_dim)
-        # Not under autocast: half-precision waves would blur neighbouring noise levels.
+        # Not under autocast, whose half precision would merge neighbouring noise levels.
         with without_autocast(x.device):
             emb = self.embed(noise_labels, labels, augment_labels)
         h = x.to(self.dtype)
@@ -140,7 +143,7 @@ class EDMNetwork(nn.Module):
         for name, layer in self.dec.items():
             if isinstance(layer, UNetBlock):
                 h = layer(th.cat([h, skips.pop()], dim=1) if "_block" in name else h, emb)
-        with without_autocast(x.device):        # a few channels cost nothing, and the output is not rounded
+        with without_autocast(x.device):        # the cost is small, and the output is not rounded
             return self.output(h.to(self.last_conv.weight.dtype)).to(x.dtype)
 
     def _one_hot(self, y: Tensor | None, n: int) -> Tensor | None:
@@ -180,7 +183,7 @@ class EDMNetwork(nn.Module):
     @property
     def dtype(self) -> th.dtype:
         """The precision of the trunk: float16 after `convert_to_fp16`."""
-        return next(iter(self.enc.values())).weight.dtype
+        return next(self.enc.parameters()).dtype
 
     def convert_to_fp16(self) -> None:
         """Make the trunk half precision. Norms compute in float32; embeddings and the output layer stay float32."""

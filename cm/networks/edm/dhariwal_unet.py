@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 class DhariwalUNet(EDMNetwork):
-    """The function of UNetModel with residual resampling and scale-shift norm, under other names.
+    """UNetModel with residual resampling and scale-shift norm, under other parameter names.
 
     :param img_resolution, in_channels, label_dim, augment_dim: see EDMNetwork.
     :param out_channels: channels of the output.
@@ -27,7 +27,7 @@ class DhariwalUNet(EDMNetwork):
     :param num_blocks: residual blocks per level (one more on the way up).
     :param attn_resolutions: sides of the images at which attention takes place.
     :param dropout: probability, inside the residual blocks.
-    :param channels_per_head: of attention.
+    :param channels_per_head: width of an attention head.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     """
 
@@ -71,17 +71,20 @@ class DhariwalUNet(EDMNetwork):
         self.out_conv = init_zero(Conv(widths[0], out_channels, 3))
 
     @property
-    def last_conv(self) -> nn.Module:
+    def last_conv(self) -> Conv:
+        """The convolution that makes the image."""
         return self.out_conv
 
     def embed(self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """The conditioning of the blocks: [N], [N,K], [N,A] -> [N,E]."""
         emb = timestep_embedding(noise_labels, self.model_channels).to(self.map_layer0.weight.dtype)
-        if augment_labels is not None:
+        if augment_labels is not None and self.map_augment is not None:
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         emb = self.map_layer1(self.act(self.map_layer0(emb)))
-        if labels is not None:
+        if labels is not None and self.map_label is not None:
             emb = emb + self.map_label(labels.to(emb.dtype))
         return self.act(emb)
 
     def output(self, x: Tensor) -> Tensor:
+        """The last layers: [N,C,H,W] -> [N,out_channels,H,W]."""
         return self.out_conv(norm_act(self.out_norm, x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch as th
 import torch.nn.functional as F
@@ -20,15 +21,17 @@ from cm.networks.fused_norm import norm_act
 from cm.networks.layers import GROUPS, GroupNorm32, checkpoint
 from cm.tensors import append_dims
 
+Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d")
+
 CHANNELS_PER_GROUP = 4                                              # at least
 
 
 @dataclass(frozen=True)
 class Init:
-    """Random weights and biases of a layer.
+    """The initialisation of a layer's weights and biases.
 
     :param mode: xavier_uniform (variance 2 / (fan_in + fan_out)), kaiming_uniform or kaiming_normal (1 / fan_in).
-    :param weight, bias: factors of the two; a bias is drawn like the weights of its layer.
+    :param weight, bias: factors of weights and biases; a bias has the distribution of the weights of its layer.
     """
 
     mode: str
@@ -36,8 +39,8 @@ class Init:
     bias: float = 0.0
 
     @th.no_grad()
-    def __call__(self, layer: nn.Module) -> nn.Module:
-        """The same layer, a linear one or a convolution, with fresh parameters."""
+    def __call__(self, layer: Layer) -> Layer:
+        """Initialise a linear layer or a convolution in place, and return it."""
         area = math.prod(layer.weight.shape[2:])
         fan_in, fan_out = layer.weight.shape[1] * area, layer.weight.shape[0] * area
         variance = 2 / (fan_in + fan_out) if self.mode == "xavier_uniform" else 1 / fan_in
@@ -51,9 +54,9 @@ class Init:
 
 
 def group_norm(channels: int, eps: float) -> GroupNorm32:
-    """At most 32 groups of at least 4 channels.
+    """Group normalisation with at most 32 groups of at least 4 channels.
 
-    :raises UserError: if the channels cannot be shared among the groups.
+    :raises UserError: if the groups do not divide the channels.
     """
     groups = min(GROUPS, channels // CHANNELS_PER_GROUP)
     if groups == 0 or channels % groups:
@@ -65,20 +68,20 @@ def group_norm(channels: int, eps: float) -> GroupNorm32:
 # --- resampling ------------------------------------------------------------------------------------------------------
 
 
-def make_filter(taps: Sequence[float]) -> Tensor:
-    """The separable filter [1,1,k,k] of these weights, with sum 1."""
+def _make_filter(taps: Sequence[float]) -> Tensor:
+    """The separable filter [1,1,k,k] with these weights, scaled to sum 1."""
     row = th.as_tensor(taps, dtype=th.float32)
     return (row[:, None] * row / row.sum() ** 2)[None, None]
 
 
-def downsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
-    """Filter, then keep every other pixel of every other row; zeros surround the image."""
+def _downsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
+    """Filter with zero padding, then keep every other pixel of every other row: [N,C,H,W] -> [N,C,H/2,W/2]."""
     channels, k = x.shape[1], smooth.shape[-1]
     return F.conv2d(x, smooth.to(x.dtype).expand(channels, 1, k, k), groups=channels, stride=2, padding=padding)
 
 
-def upsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
-    """Zeros between all pixels, then filter, four times as bright."""
+def _upsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
+    """Insert zeros between the pixels, then filter with four times the weights: [N,C,H,W] -> [N,C,2H,2W]."""
     channels, k = x.shape[1], smooth.shape[-1]
     smooth = (4 * smooth).to(x.dtype).expand(channels, 1, k, k)
     return F.conv_transpose2d(x, smooth, groups=channels, stride=2, padding=padding)
@@ -87,22 +90,28 @@ def upsample(x: Tensor, smooth: Tensor, padding: int) -> Tensor:
 class Resample(nn.Module):
     """Halve ("down") or double ("up") height and width."""
 
+    resample_filter: Tensor                                         # [1,1,k,k]
+
     def __init__(self, direction: str, taps: Sequence[float]) -> None:
         super().__init__()
         self.direction = direction
-        self.register_buffer("resample_filter", make_filter(taps))
+        self.register_buffer("resample_filter", _make_filter(taps))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,C,H/2,W/2] or [N,C,2H,2W]."""
         return resample(x, self.direction, self.resample_filter)
 
 
 def resample(x: Tensor, direction: str, smooth: Tensor) -> Tensor:
+    """`_downsample` for "down", else `_upsample`, with the padding that centres the filter `smooth` [1,1,k,k]."""
     padding = (smooth.shape[-1] - 1) // 2
-    return downsample(x, smooth, padding) if direction == "down" else upsample(x, smooth, padding)
+    return _downsample(x, smooth, padding) if direction == "down" else _upsample(x, smooth, padding)
 
 
 class Conv(nn.Conv2d):
     """A convolution that keeps the size, after a change of resolution if there is a direction, "up" or "down"."""
+
+    resample_filter: Tensor                                         # [1,1,k,k], with a direction only
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, direction: str = "", taps: Sequence[float] = (1, 1)
@@ -110,24 +119,28 @@ class Conv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
         self.direction = direction
         if direction:
-            self.register_buffer("resample_filter", make_filter(taps))
+            self.register_buffer("resample_filter", _make_filter(taps))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N,C,H,W] -> [N,out_channels,H',W']"""
         if self.direction:
             x = resample(x, self.direction, self.resample_filter)
         return super().forward(x)
 
 
 class ConvDown(nn.Conv2d):
-    """A convolution at full resolution, then half of it: NCSN++ feeds the image to its lower levels through these."""
+    """A convolution, then half the resolution: NCSN++ feeds the image to its lower levels through these layers."""
+
+    resample_filter: Tensor                                         # [1,1,k,k]
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, taps: Sequence[float]) -> None:
-        # The filter's border belongs to the convolution, which sees zeros there.
+        # The convolution provides the border of the filter, too; beyond the image it reads zeros.
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2 + (len(taps) - 1) // 2)
-        self.register_buffer("resample_filter", make_filter(taps))
+        self.register_buffer("resample_filter", _make_filter(taps))
 
     def forward(self, x: Tensor) -> Tensor:
-        return downsample(super().forward(x), self.resample_filter, 0)
+        """[N,C,H,W] -> [N,out_channels,H/2,W/2]"""
+        return _downsample(super().forward(x), self.resample_filter, 0)
 
 
 # --- the residual block ----------------------------------------------------------------------------------------------
@@ -135,9 +148,9 @@ class ConvDown(nn.Conv2d):
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What the blocks of one network have in common.
+    """The common options of the blocks of one network.
 
-    :param adaptive_scale: the embedding scales and shifts the second norm's output; otherwise it is added before.
+    :param adaptive_scale: the embedding scales and shifts the second norm's output; otherwise it is added before that.
     :param skip_scale: factor of every sum of two paths.
     :param resample_proj: a change of resolution has a 1x1 convolution on the skip path even at equal width.
     :param taps: weights of the resampling filter.
@@ -161,7 +174,7 @@ class BlockOptions:
 
 
 class UNetBlock(nn.Module):
-    """Norm, SiLU, conv, embedding, norm, SiLU, dropout, conv, beside a skip path; then attention if asked.
+    """Norm, SiLU, conv, embedding, norm, SiLU, dropout, conv, with a skip path; then attention if asked for.
 
     :param direction: "up", "down" or "": what the first convolution and the skip path do to the resolution.
     """
@@ -203,12 +216,13 @@ class UNetBlock(nn.Module):
         h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.options.skip_scale
         if self.num_heads:
-            x = (x + self.attend(x)) * self.options.skip_scale
+            x = (x + self._attend(x)) * self.options.skip_scale
         return x
 
-    def attend(self, x: Tensor) -> Tensor:
-        # Rows of published weights go channel by channel, q k v in each. Sorting the rows costs less than sorting
-        # what they compute.
+    def _attend(self, x: Tensor) -> Tensor:
+        # The rows of published weights are q, k and v of each channel in turn. Sorting the rows costs less than
+        # sorting their outputs.
+        assert self.qkv.bias is not None
         weight, bias = (rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
                         for rows in (self.qkv.weight, self.qkv.bias))
         qkv = F.conv2d(norm_act(self.norm2, x, silu=False), weight, bias)

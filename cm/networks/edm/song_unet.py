@@ -20,7 +20,7 @@ EPS = 1e-6
 
 
 class PositionalEmbedding(nn.Module):
-    """Waves of geometrically spaced lengths, up to 10000: DDPM++ was made for times 0 to 999."""
+    """Waves of geometrically spaced lengths, up to 10000: DDPM++ was designed for times 0 to 999."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,9 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """Waves of random frequencies, which belong to the weights."""
+    """Waves of random frequencies, which are part of the published weights."""
+
+    freqs: Tensor                                                   # [channels/2]
 
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class FourierEmbedding(nn.Module):
 
 
 EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
-ENCODERS = {"standard": False, "residual": True}                    # whether lower levels see the image, too
+ENCODERS = {"standard": False, "residual": True}                    # whether the lower levels read the image, too
 
 
 class SongUNet(EDMNetwork):
@@ -59,6 +61,9 @@ class SongUNet(EDMNetwork):
     :param num_blocks: residual blocks per level (one more on the way up).
     :param attn_resolutions: sides of the images at which attention, of one head, takes place.
     :param dropout: probability, inside the residual blocks.
+    :param embedding_type: of the time, see EMBEDDINGS.
+    :param encoder_type: see ENCODERS.
+    :param resample_filter: weights of the resampling filter.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     """
 
@@ -108,18 +113,24 @@ class SongUNet(EDMNetwork):
         self.dec[f"{full}_aux_conv"] = init_zero(Conv(widths[0], out_channels, 3))
 
     @property
-    def last_conv(self) -> nn.Module:
-        return self.dec[f"{self.img_resolution}x{self.img_resolution}_aux_conv"]
+    def last_conv(self) -> Conv:
+        """The convolution that makes the image."""
+        conv = self.dec[f"{self.img_resolution}x{self.img_resolution}_aux_conv"]
+        assert isinstance(conv, Conv)
+        return conv
 
     def embed(self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """The conditioning of the blocks: [N], [N,K], [N,A] -> [N,E]."""
         cosines, sines = self.map_noise(noise_labels).chunk(2, dim=1)
         emb = th.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
-        if labels is not None:
+        if labels is not None and self.map_label is not None:
             emb = emb + self.map_label(labels.to(emb.dtype) * math.sqrt(self.label_dim))
-        if augment_labels is not None:
+        if augment_labels is not None and self.map_augment is not None:
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         return self.act(self.map_layer1(self.act(self.map_layer0(emb))))
 
     def output(self, x: Tensor) -> Tensor:
+        """The last layers: [N,C,H,W] -> [N,out_channels,H,W]."""
         norm = self.dec[f"{self.img_resolution}x{self.img_resolution}_aux_norm"]
+        assert isinstance(norm, nn.GroupNorm)
         return self.last_conv(norm_act(norm, x))

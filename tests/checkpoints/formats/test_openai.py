@@ -101,7 +101,7 @@ def test_a_published_file_comes_by_url(bare, monkeypatch):
     url = "https://openaipublic.blob.core.windows.net/consistency/" + bare.name
     opened = []
 
-    def blob_file(path, mode):
+    def blob_file(path, mode, **_):
         opened.append((path, mode))
         return io.BytesIO(bare.read_bytes())
 

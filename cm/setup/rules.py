@@ -1,0 +1,59 @@
+"""The order in which the flags of a training run are resolved: one table, read from top to bottom.
+
+A rule may set what the command line, a file and a checkpoint leave open, and refuse what contradicts them; see
+`Provenance` for which wins. After the last rule nothing changes any more, and components take frozen sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from cm.config.flags import Settings
+from cm.config.schema import TrainConfig
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.setup import durations
+from cm.setup.callbacks import check_flags
+from cm.setup.data import share_of_batch
+from cm.setup.inherit import inherit_checkpoint, inherit_resumed
+from cm.setup.model import drop_unreachable_attention
+from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
+
+Rule = Callable[[Settings], None]
+
+
+def resolve(settings: Settings, rules: Sequence[Rule]) -> None:
+    """Apply the rules in their order, on every rank."""
+    for rule in rules:
+        rule(settings)
+
+
+def resolve_durations(settings: Settings) -> None:
+    """Turn the durations that are given in images into steps; see `cm.setup.durations`."""
+    train, rank, world_size = settings.section(TrainConfig), dist.get_rank(), dist.get_world_size()
+    _, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
+    durations.resolve_durations(settings, global_batch)
+
+
+def inherit_teacher(settings: Settings) -> None:
+    """Take the architecture from the teacher, which must be a diffusion model.
+
+    :raises UserError: if it is a consistency model.
+    """
+    if not settings.values["teacher_model_path"]:
+        return
+    teacher = inherit_checkpoint(settings, "teacher_model_path")
+    if teacher.training_mode and kind_of_result(teacher.training_mode).distillation:
+        raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
+
+
+TRAINING: tuple[Rule, ...] = (
+    resolve_durations,                                      # kimg and ticks become steps
+    check_teacher,
+    inherit_teacher,                                        # the architecture, from the file that is distilled
+    inherit_resumed,                                        # or from the one that --resume, --resume_checkpoint name
+    drop_unreachable_attention,                             # of the default attention resolutions
+    apply_objective_defaults,                               # where nobody set the flag
+    apply_precond_defaults,
+    check_flags,                                            # of samples and measurements during training
+)

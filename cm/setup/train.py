@@ -1,0 +1,101 @@
+"""One set-up for every training command: from flags to a loop that runs."""
+
+from __future__ import annotations
+
+import torch as th
+from torch import nn
+
+from cm.checkpoints import loading
+from cm.config.flags import Settings
+from cm.config.schema import ConsistencyConfig, TrainConfig
+from cm.distributed import setup as dist
+from cm.objectives.base import Companion, Objective
+from cm.setup import rules
+from cm.setup.callbacks import open_callbacks
+from cm.setup.data import augment, open_data, share_of_batch
+from cm.setup.dry_run import dry_run
+from cm.setup.model import diffusion_from, model_from
+from cm.setup.objective import objective_kind
+from cm.setup.run import on_device, run_precision, save_config, start_run
+from cm.training.config import CompanionNetwork, LoopConfig, RunParts
+from cm.training.loop import TrainLoop
+from evaluations.in_training import open_metric
+
+
+def train(settings: Settings) -> None:
+    """Train what the flags describe, or resume it; on every rank.
+
+    :raises UserError: on every rank, for flags that do not go together and files that cannot be used.
+    """
+    dist.setup_dist(settings.values["timeout_seconds"])
+    rules.resolve(settings, rules.TRAINING)
+    if settings.dry_run:
+        return dry_run(settings)
+    kind = objective_kind(settings.values)
+    kind.prepare(settings.values)
+    start_run(settings)
+    diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
+    objective = kind.from_flags(diffusion, settings.values)
+    data = open_data(settings, references=objective.references)
+    callbacks = open_callbacks(settings, open_metric)
+    model, companions = make_networks(settings, objective)
+    parts = RunParts(
+        model=model, diffusion=diffusion, objective=objective, data=augment(settings, data, model),
+        companions=companions, callbacks=callbacks, start=settings.sources.get("resume_checkpoint"),
+        flags=dict(settings.values),
+    )
+    loop = TrainLoop(loop_config(settings), parts)
+    loop.resume()
+    dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
+    loop.run_loop()
+
+
+def make_networks(settings: Settings, objective: Objective) -> tuple[nn.Module, dict[str, CompanionNetwork]]:
+    """The online network and the companions that the objective declares, on this rank's device.
+
+    The online network starts from the teacher's weights, if a teacher is given.
+    """
+    th.manual_seed(settings.values["seed"])
+    model = model_from(settings)
+    teacher = None
+    if source := settings.sources.get("teacher_model_path"):
+        teacher = model_from(settings, dropout=settings.section(ConsistencyConfig).teacher_dropout)
+        loading.fit(teacher, source.take(), source.path)
+        model.load_state_dict(teacher.state_dict())
+    companions = {}
+    for each in objective.companions:
+        network = model_from(settings) if each.origin != "teacher" or teacher is None else teacher
+        if each.origin == "online":
+            network.load_state_dict(model.state_dict())
+        companions[each.name] = placed(settings, each, network)
+    return on_device(settings, model), companions
+
+
+def placed(settings: Settings, companion: Companion, network: nn.Module) -> CompanionNetwork:
+    """A companion on this rank's device, as its role has it."""
+    on_device(settings, network)
+    if companion.origin == "teacher":
+        network.eval()
+    network.requires_grad_(companion.changes == "trained")
+    kind = objective_kind(settings.values)
+    diffusion = diffusion_from(settings, companion.distillation, kind.distance_of(settings.values))
+    return CompanionNetwork(network, diffusion)
+
+
+def loop_config(settings: Settings) -> LoopConfig:
+    """What the loop takes from the flags."""
+    train = settings.section(TrainConfig)
+    batch_size, global_batch = share_of_batch(
+        train.global_batch_size, train.batch_size, dist.get_rank(), dist.get_world_size()
+    )
+    same_names = (
+        "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
+        "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
+        "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
+        "ema_device", "shard_ema", "shard_optimizer",
+    )
+    return LoopConfig(
+        batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),
+        seed=settings.values["seed"], with_ticks=train.tick_kimg > 0,
+        **{name: getattr(train, name) for name in same_names},
+    )

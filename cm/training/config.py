@@ -1,0 +1,104 @@
+"""What a training loop is made of: plain settings, and the objects that a set-up has built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cm.checkpoints.loading import WeightsFile
+from cm.diffusion.denoiser import Diffusion
+from cm.objectives.base import Objective
+from cm.types import Callback
+
+DataSource = Iterator[Any] | Callable[[int], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The plain settings of a loop.
+
+    :param batch_size: images per step on this rank.
+    :param lr: learning rate.
+    :param ema_rate: decay rates of the weight averages, a number or a comma-separated string; see `ema_rates`.
+    :param log_interval, save_interval: steps between two rows of the log, and two checkpoints.
+    :param microbatch: images per forward pass; -1 for all at once.
+    :param global_batch_size: images per step over all ranks, where the ranks' shares differ; None for `batch_size` on
+        each.
+    :param lr_anneal_steps: steps over which the learning rate falls linearly to 0; 0 for never.
+    :param lr_rampup_kimg: thousand images over which the learning rate rises from 0.
+    :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
+    :param ema_rampup_ratio: see `EmaRate`.
+    :param resume_checkpoint: model file to start from, with its optimizer and averages where they are next to it.
+    :param resume: "auto" resumes from the newest checkpoint of the run, "never" refuses to; or the path of a
+        checkpoint to resume from: a manifest, its folder or one of its files.
+    :param precision: "fp32", "bf16" or "fp16"; None for what `use_fp16` says.
+    :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
+    :param keep_checkpoints, milestone_interval, on_save_error: see `CheckpointManager`.
+    :param ema_device: where the averages are kept; see `EMA`.
+    :param shard_ema, shard_optimizer: divide averages, and the optimizer's state, among the ranks.
+    :param with_ticks: rows of the log are ticks, with a status line.
+    """
+
+    batch_size: int
+    lr: float
+    ema_rate: str | float
+    log_interval: int
+    save_interval: int
+    microbatch: int = -1
+    global_batch_size: int | None = None
+    weight_decay: float = 0.0
+    optimizer: str = "radam"
+    lr_anneal_steps: int = 0
+    lr_rampup_kimg: float = 0.0
+    total_training_steps: int = 0
+    ema_rampup_ratio: float = 0.0
+    use_fp16: bool = False
+    fp16_scale_growth: float = 1e-3
+    precision: str | None = None
+    seed: int = 0
+    resume_checkpoint: str = ""
+    resume: str = "auto"
+    checkpoint_dir: str = ""
+    keep_checkpoints: int = 0
+    milestone_interval: int = 0
+    on_save_error: str = "stop"
+    ema_device: str = "same"
+    shard_ema: bool = False
+    shard_optimizer: bool = False
+    with_ticks: bool = False
+
+
+@dataclass
+class CompanionNetwork:
+    """A companion of the online network, and the scalings with which it is a denoiser."""
+
+    model: nn.Module
+    diffusion: Diffusion
+
+
+@dataclass
+class RunParts:
+    """The objects of a run.
+
+    :param model: the online network, in float32, on its device.
+    :param diffusion: the scalings around it.
+    :param objective: what to minimise.
+    :param data: an iterator of batches (`Batch`, or guided-diffusion's pairs of images and conditioning), or a
+        function from the number of samples already consumed by the entire run to such an iterator.
+    :param companions: the networks that the objective declares, by name.
+    :param callbacks: what is called after each step; their state is part of a checkpoint.
+    :param start: the file `resume_checkpoint`, where it has been read already.
+    :param flags: resolved flags, saved with every checkpoint.
+    """
+
+    model: nn.Module
+    diffusion: Diffusion
+    objective: Objective
+    data: DataSource
+    companions: Mapping[str, CompanionNetwork] = field(default_factory=dict)
+    callbacks: Sequence[Callback] = ()
+    start: WeightsFile | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)

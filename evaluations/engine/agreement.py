@@ -1,0 +1,105 @@
+"""Whether two sides may be compared: one network, one size of images, one resize rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.logging import logger
+from evaluations.engine.readers import Statistics, check_same_size
+from evaluations.engine.side import Side
+from evaluations.features.base import Extractor
+from evaluations.metrics.base import FeatureKind
+
+
+class Origin(NamedTuple):
+    """What a side's mean and covariance come from, as far as it is known."""
+
+    dim: int
+    extractor: str | None
+    size: tuple[int, int] | None                            # height and width of the images
+    resize: str | None
+    is_stored: bool
+
+
+def origin_of(side: Side, kind: FeatureKind, extractor: Extractor | None, dim: int) -> Origin:
+    """Of the features of one kind.
+
+    :param extractor: the one at hand, with `dim` features of this kind.
+    """
+    stored = side.stored.get(kind)
+    if stored is not None:
+        return Origin(len(stored.mu), stored.extractor, stored.image_size, stored.resize, True)
+    size = None if side.images is None else side.images.size
+    if extractor is None:
+        return Origin(dim, None, size, None, False)
+    return Origin(dim, extractor.id, size, extractor.resize, False)
+
+
+def check_agreement(kind: FeatureKind, ref: Side, sample: Side, extractor: Extractor | None, dim: int) -> None:
+    """:raises UserError: if means and covariances of two networks, sizes of images or resize rules would be compared.
+
+    :param extractor: the one at hand, with `dim` features of this kind.
+    """
+    origins = [(side, origin_of(side, kind, extractor, dim)) for side in (ref, sample)]
+    (_, a), (_, b) = origins
+    if a.dim != b.dim or _differ(a.extractor, b.extractor):
+        described = [
+            f"{side.path}: {each.dim} features of {each.extractor or 'an extractor it does not name'}, "
+            f"{'stored in the file' if each.is_stored else 'computed now'}" for side, each in origins
+        ]
+        raise UserError(
+            f"the two sides are not seen by the same network ({'; '.join(described)}): give the extractor that the "
+            f"stored statistics come from, or a file without mu{kind.suffix} and sigma{kind.suffix}"
+        )
+    if a.is_stored or b.is_stored:
+        _check_preparation(ref, a, sample, b)
+
+
+def _check_preparation(ref: Side, a: Origin, sample: Side, b: Origin) -> None:
+    if a.size and b.size and _differ(a.size, b.size):
+        square = f" --image_size {b.size[0]}" if b.size[0] == b.size[1] else ""
+        raise UserError(
+            f"the statistics of {ref.path} are of images of {_shown(a.size)} and those of {sample.path} of "
+            f"{_shown(b.size)} (height x width), and distances between two sizes mean nothing: make the reference "
+            f"again from images prepared like the samples (fid.py ref{square})"
+        )
+    if _differ(a.resize, b.resize):
+        raise UserError(
+            f"the statistics of {ref.path} were made with the resize rule '{a.resize}' and those of {sample.path} "
+            f"with '{b.resize}': make one of them again with the other's extractor file"
+        )
+
+
+def check_features(path: str, stored: Statistics, extractor: Extractor, dim: int) -> None:
+    """:raises UserError: if the statistics of a file are not of this extractor's `dim` features."""
+    if len(stored.mu) != dim or _differ(stored.extractor, extractor.id):
+        raise UserError(
+            f"{path} stores {len(stored.mu)} features of {stored.extractor or 'an extractor it does not name'}, and "
+            f"the extractor given is {extractor.id} with {dim}: give the one that the statistics come from"
+        )
+
+
+def notice_unrecorded(side: Side, kinds: Iterable[FeatureKind]) -> None:
+    """Say in one line, on rank 0, that a file's statistics do not record what they could be checked by."""
+    stored = [side.stored[kind] for kind in kinds if kind in side.stored]
+    names = (("image size", "image_size"), ("resize rule", "resize"), ("extractor", "extractor"))
+    missing = [name for name, field in names if any(getattr(each, field) is None for each in stored)]
+    if missing and dist.is_main():
+        logger.log(f"notice: {side.path} does not record the {' and '.join(missing)} of its statistics, so they "
+                   "are taken to match")
+
+
+def check_image_sizes(sides: Iterable[Side]) -> None:
+    """:raises UserError: unless the images that the extractor will see have one size."""
+    check_same_size({side.path: side.images.size for side in sides if side.images is not None})
+
+
+def _differ(a: object, b: object) -> bool:
+    return a is not None and b is not None and a != b
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
