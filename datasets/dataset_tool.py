@@ -37,20 +37,25 @@ from cm.io import atomic, storage
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)                # the first that a zip can hold: the time of day is none of its content
-CHUNK = 16                                      # images that a process takes at a time
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)                # the first that a zip can hold: a member has no date
+CHUNK = 16                                      # images that a process is given at a time
 
 
 # ---- one image ----
 
 
 class Shape(NamedTuple):
+    """A size in pixels."""
+
     width: int
     height: int
 
 
 def parse_resolution(text: str) -> Shape:
-    """'64x48' or '64,48'; '64' is 64x64."""
+    """'64x48' or '64,48' as a shape; '64' is 64x64.
+
+    :raises argparse.ArgumentTypeError: for any other text.
+    """
     match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", text)
     if not match or not int(match[1]) or not int(match[2] or match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form WxH, such as 64x64")
@@ -58,19 +63,21 @@ def parse_resolution(text: str) -> Shape:
 
 
 def resize(image: Image.Image, size: Shape | None) -> Image.Image:
+    """The image in another size; None leaves it as it is."""
     return image if size is None or image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def centre_crop(image: Image.Image, size: Shape) -> Image.Image:
+def center_crop(image: Image.Image, size: Shape) -> Image.Image:
     """The largest square in the middle, in RGB, resized."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return resize(image.convert("RGB").crop((left, top, left + side, top + side)), size)
 
 
-def centre_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
-    """The middle rows in the proportions of `size`, resized, between black bars that make a square; None if the image
-    is smaller than that.
+def center_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
+    """The middle rows in the proportions of `size`, resized, with black bars above and below that make a square.
+
+    None if the image is smaller than that.
     """
     rows = round(size.width * image.height / image.width)
     if image.width < size.width or rows < size.height:
@@ -83,13 +90,17 @@ def centre_crop_wide(image: Image.Image, size: Shape) -> Image.Image | None:
 
 
 def transform(image: Image.Image, kind: str, size: Shape | None) -> Image.Image | None:
-    if size is None or kind == "none":
+    """An image as --transform and --resolution ask for it; None if it is too small for that.
+
+    :param size: None only for the kind "none".
+    """
+    if kind == "none" or size is None:
         return resize(image, size)
-    return centre_crop(image, size) if kind == "center-crop" else centre_crop_wide(image, size)
+    return center_crop(image, size) if kind == "center-crop" else center_crop_wide(image, size)
 
 
 class Made(NamedTuple):
-    """What became of image i: its PNG, or why there is none (nothing to say if it was too small)."""
+    """The result for image i: its PNG, or a complaint why there is none; neither if it was too small."""
 
     i: int
     png: bytes = b""
@@ -114,16 +125,18 @@ def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     return Made(i, file.getvalue(), image.mode, image.size)
 
 
-_make: Callable[[int], Made] | None = None      # in a process of the pool: `make` with all but the number
+_make: Callable[[int], Made] | None = None      # in a process of the pool: `make` with all arguments but the number
 
 
-def begin(source: RawImages, kind: str, size: Shape | None) -> None:
+def start_worker(source: RawImages, kind: str, size: Shape | None) -> None:
+    """Prepare a process of the pool for `make_in_worker`, so that the source is sent to it only once."""
     global _make
     _make = partial(make, source=source, kind=kind, size=size)
 
 
-def make_here(i: int) -> Made:
-    assert _make is not None, "begin() starts every process of the pool"
+def make_in_worker(i: int) -> Made:
+    """`make` for image i, in a process that `start_worker` has prepared."""
+    assert _make is not None, "the pool calls `start_worker` first"
     return _make(i)
 
 
@@ -131,13 +144,19 @@ def make_here(i: int) -> Made:
 
 
 class Destination(Protocol):
-    def write(self, name: str, data: bytes) -> None: ...
+    """Where files are written; it appears under its name only when it is complete."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Add a file; `name` may have one folder in it."""
+        ...
 
     def finish(self) -> None:
         """Let the destination appear."""
+        ...
 
     def give_up(self) -> None:
-        """Leave nothing behind."""
+        """Remove what was written."""
+        ...
 
 
 class ZipDestination:
@@ -150,16 +169,19 @@ class ZipDestination:
         self.archive = zipfile.ZipFile(self.target.file, "w", zipfile.ZIP_STORED)
 
     def write(self, name: str, data: bytes) -> None:
+        """Add a member."""
         member = zipfile.ZipInfo(name, ZIP_DATE)
-        member.external_attr = 0o644 << 16                          # else it unpacks as a file that nobody may read
+        member.external_attr = 0o644 << 16                          # otherwise nobody may read the unpacked file
         self.archive.writestr(member, data)
 
     def finish(self) -> None:
+        """Let the zip appear."""
         self.archive.close()
         self.target.commit()
 
     def give_up(self) -> None:
-        with contextlib.suppress(OSError):                          # its last words may not fit on the disk either
+        """Remove the unfinished zip."""
+        with contextlib.suppress(OSError):                          # its directory may not fit on the disk either
             self.archive.close()
         self.target.discard()
 
@@ -175,11 +197,13 @@ class FolderDestination:
         self.partial.mkdir(parents=True)
 
     def write(self, name: str, data: bytes) -> None:
+        """Add a file."""
         path = self.partial / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)                                      # in a folder that is not there yet for others
 
     def finish(self) -> None:
+        """Let the folder appear."""
         atomic.sync_tree(self.partial)
         if self.path.exists():
             self.path.rmdir()
@@ -187,10 +211,15 @@ class FolderDestination:
         atomic.sync_directory(self.path.parent)
 
     def give_up(self) -> None:
+        """Remove the unfinished folder."""
         atomic.remove_tree(str(self.partial))
 
 
 def open_destination(dest: str) -> Destination:
+    """A zip or a folder, by the end of the name.
+
+    :raises UserError: if it cannot be written, or is a folder that is not empty.
+    """
     path = Path(dest)
     try:
         return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
@@ -204,19 +233,19 @@ def open_destination(dest: str) -> Destination:
 
 
 def member_name(i: int) -> str:
-    """1000 images a folder."""
+    """The name of image i; a folder has 1000 images."""
     return f"{i // 1000:05d}/img{i:08d}.png"
 
 
 class Uniform:
-    """Holds that all images are alike: square, a power of two in size, all grey or all in colour."""
+    """Checks that all images are alike: square, with a power of two as side, all gray or all in color."""
 
     def __init__(self, source: RawImages):
         self.source = source
         self.first: Made | None = None
 
     def check(self, made: Made) -> None:
-        """:raises UserError: if this image is not as the first; the message names both."""
+        """:raises UserError: if this image is not like the first one; the message names both."""
         name, (width, height) = self.source.name(made.i), made.size
         if self.first is None:
             self.first = made
@@ -233,23 +262,26 @@ class Uniform:
 
 
 def describe(made: Made) -> str:
+    """'64x64 RGB', for an error message."""
     return f"{made.size[0]}x{made.size[1]} {'grey' if made.mode == 'L' else 'RGB'}"
 
 
 def convert(
     source: RawImages, dest: Destination, count: int, kind: str, size: Shape | None, workers: int
 ) -> Counter:
-    """Write the first `count` images and their labels: how many were written, were too small, and are unreadable.
+    """Write the first `count` images and their labels; returns how many are written, too small, and unreadable.
 
-    Image i of the source keeps its number, whatever became of those before it.
+    Image i of the source keeps its number even if earlier ones are left out.
+
+    :raises UserError: if the images are not alike, or none can be used.
     """
     outcomes: Counter = Counter()
     labels, uniform = [], Uniform(source)
     with (
-        multiprocessing.Pool(workers, begin, (source, kind, size)) as pool,
+        multiprocessing.Pool(workers, start_worker, (source, kind, size)) as pool,
         tqdm(total=count, unit="image", disable=None) as progress,
     ):
-        for made in pool.imap(make_here, range(count), CHUNK):
+        for made in pool.imap(make_in_worker, range(count), CHUNK):
             progress.update()
             if made.complaint:
                 outcomes["unreadable"] += 1
@@ -269,20 +301,15 @@ def convert(
 
 
 def summary(outcomes: Counter) -> str:
+    """The counts of `convert` as text."""
     return (f"{outcomes['written']} images written, {outcomes['too small']} too small and left out, "
             f"{outcomes['unreadable']} unreadable and left out")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status."""
+    """Convert as the flags say; returns the exit status."""
     args = parse(argv)
-    if args.transform != "none" and args.resolution is None:
-        raise UserError(f"--transform {args.transform} needs --resolution, such as 64x64")
-    if args.resolution and args.transform != "center-crop-wide" and args.resolution.width != args.resolution.height:
-        raise UserError(f"--resolution {args.resolution.width}x{args.resolution.height}: images must be square; only "
-                        "--transform center-crop-wide, which adds black bars, takes another shape")
-    if args.workers < 1 or (args.max_images is not None and args.max_images < 1):
-        raise UserError(f"--workers {args.workers} and --max-images {args.max_images} must be at least 1")
+    check_flags(args)
     source = open_raw(args.source, args.max_images)
     count = min(len(source), args.max_images or len(source))
     dest = open_destination(args.dest)
@@ -299,7 +326,19 @@ def main(argv: list[str] | None = None) -> int:
     return SOME_UNREADABLE if outcomes["unreadable"] else 0
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """:raises UserError: for flags that contradict each other, or numbers below 1."""
+    if args.transform != "none" and args.resolution is None:
+        raise UserError(f"--transform {args.transform} needs --resolution, such as 64x64")
+    if args.resolution and args.transform != "center-crop-wide" and args.resolution.width != args.resolution.height:
+        raise UserError(f"--resolution {args.resolution.width}x{args.resolution.height}: images must be square; only "
+                        "--transform center-crop-wide, which adds black bars, takes another shape")
+    if args.workers < 1 or (args.max_images is not None and args.max_images < 1):
+        raise UserError(f"--workers {args.workers} and --max-images {args.max_images} must be at least 1")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a command line, by default that of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, metavar="PATH",
                         help="cifar-10-python.tar.gz, train-images-idx3-ubyte.gz, an lmdb folder, a folder or a .zip")

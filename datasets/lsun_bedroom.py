@@ -29,12 +29,15 @@ from cm.io import atomic, storage
 
 
 class Entry(NamedTuple):
+    """An image of the database."""
+
     key: str                                    # its name in the database
-    path: Path                                  # the image to be
-    data: bytes                                 # an encoded picture; empty where the image is there already
+    path: Path                                  # where the image is to be written
+    data: bytes                                 # an encoded picture; empty if the image exists already
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Convert as the flags say."""
     args = parse(argv)
     if args.image_size < 1 or args.workers < 1:
         raise UserError(f"--image-size {args.image_size} and --workers {args.workers} must be at least 1")
@@ -53,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a command line, by default that of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lmdb", type=Path, help="folder of the database, containing data.mdb")
     parser.add_argument("out", type=Path, help="output folder; created if missing")
@@ -63,11 +67,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def export(database: Any, out: Path, image_size: int, prefix: str, workers: int) -> Counter:
-    """Write all images; how many were written, were there, and are unreadable. The latter are named as they come."""
+    """Write all images; returns how many are written, were there, and are unreadable, each of which is named."""
     count: Counter = Counter()
     entries = read_entries(database, out, prefix)
     with (
-        ThreadPoolExecutor(workers) as pool,                        # Pillow works outside of Python's lock
+        ThreadPoolExecutor(workers) as pool,                        # Pillow releases Python's lock
         tqdm(total=database.stat()["entries"], unit="image", disable=None) as progress,
     ):
         while chunk := list(islice(entries, 16 * workers)):
@@ -82,14 +86,14 @@ def export(database: Any, out: Path, image_size: int, prefix: str, workers: int)
 def read_entries(database: Any, out: Path, prefix: str) -> Iterator[Entry]:
     """All entries in the order of their keys; unreadable ones keep their number."""
     there = {file.name for file in os.scandir(out)}
-    with database.begin(buffers=True) as transaction:               # data that is not wanted is not even read
+    with database.begin(buffers=True) as transaction:               # data that is not needed is not read
         for i, (key, data) in enumerate(transaction.cursor()):
             path = out / f"{prefix}_{i:07d}.png"
             yield Entry(bytes(key).decode(errors="replace"), path, b"" if path.name in there else bytes(data))
 
 
 def convert(entry: Entry, image_size: int) -> tuple[str, str]:
-    """Write one image, whole or not at all: what became of it, and a complaint or nothing."""
+    """Write one image, completely or not at all: the outcome for `export`, and a complaint or nothing."""
     if not entry.data:
         return ("there", "") if entry.path.exists() else ("unreadable", f"{entry.key} is empty: skipped")
     try:

@@ -10,10 +10,23 @@ accuracy.
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
+from cm.data.sources import ImageSource, open_source
+from cm.errors import UserError
+from cm.io.storage import write_json
+
+SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
+Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
 
 
 @dataclass(frozen=True)
@@ -36,37 +49,15 @@ class ClassifierConfig:
 
 
 def read_flags() -> Settings:
-    return parse(__doc__.splitlines()[0], ClassifierConfig)
+    """The flags of the command line."""
+    return parse((__doc__ or "").splitlines()[0], ClassifierConfig)
 
 
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
+def main(settings: Settings) -> None:
+    """Train one classifier, and write it with its accuracy on images that it was not trained on."""
+    from cm.distributed import setup as dist
+    from evaluations.features.classifier import stratified_split
 
-import os
-import time
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from cm.checkpoints import serialization
-from cm.data.sources import ImageSource, open_source
-from cm.distributed import setup as dist
-from cm.errors import UserError
-from cm.io.storage import write_json
-from cm.networks.build import parse_channel_mult, parse_resolutions
-from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
-from cm.networks.unet import attention_factors
-from cm.training.classifier import accuracy_at, train_noisy_classifier
-from evaluations.features import TorchScriptExtractor, save_torchscript
-from evaluations.features.classifier import accuracy, stratified_split, train_classifier
-
-SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
-
-
-def main() -> None:
-    settings = read_flags()
     config = settings.section(ClassifierConfig)
     if settings.dry_run:
         return print(settings.as_text())
@@ -94,13 +85,14 @@ def main() -> None:
     print("\n".join(lines))
 
 
-Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
-
-
 def train_extractor(
     config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Facts for the JSON file, and what else to say."""
+    """Write a feature extractor to `out`: facts for the JSON file, and lines to print."""
+    from cm.distributed import setup as dist
+    from evaluations.features import TorchScriptExtractor, save_torchscript
+    from evaluations.features.classifier import accuracy, train_classifier
+
     model = train_classifier(
         *training, num_classes,
         epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev(),
@@ -115,7 +107,14 @@ def train_extractor(
 def train_guide(
     config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """As `train_extractor`; the accuracy at the lowest noise level stands for that of clean images."""
+    """As `train_extractor`, for a guide; the accuracy at the lowest noise level stands for that of clean images."""
+    from cm.checkpoints import serialization
+    from cm.distributed import setup as dist
+    from cm.networks.build import parse_channel_mult, parse_resolutions
+    from cm.networks.noisy_classifier import NoisyClassifierConfig, to_content
+    from cm.networks.unet import attention_factors
+    from cm.training.classifier import accuracy_at, train_noisy_classifier
+
     widths = parse_channel_mult("", config.image_size)
     sides = [config.image_size >> level for level in range(len(widths))]
     attended = [side for side in parse_resolutions(config.classifier_attention_resolutions) if side in sides]
@@ -146,4 +145,4 @@ def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[np.uint8]
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

@@ -7,47 +7,41 @@ python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
-
-
-def read_flags() -> Settings:
-    return parse(__doc__, ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
-
-
-def with_names(words: Sequence[str]) -> list[str]:
-    """SOURCE and DEST at the front get the flags that they stand for."""
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    named = [part for flag, word in zip(("--source", "--dest"), words[:count]) for part in (flag, word)]
-    return [*named, *words[min(count, 2):]]
-
-
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
-
-from collections.abc import Mapping
-from typing import Any
-
-from cm.checkpoints import loading, manifest
-from cm.checkpoints.formats import diffusers
-from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
-from cm.script_util import model_and_diffusion_defaults
-from cm.setup.dry_run import dry_run
-from cm.setup.inherit import inherit_checkpoint
-from cm.setup.model import model_from
-from cm.setup.objective import kind_of_result
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
-def main() -> None:
-    settings = read_flags()
+def read_flags() -> Settings:
+    """The flags of the command line."""
+    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
+
+
+def with_names(arguments: Sequence[str]) -> list[str]:
+    """SOURCE and DEST at the front become --source SOURCE --dest DEST."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    named = [part for pair in zip(("--source", "--dest"), arguments[:count]) for part in pair]
+    return [*named, *arguments[min(count, 2):]]
+
+
+def main(settings: Settings) -> None:
+    """Convert --source to --dest."""
+    from cm.checkpoints import loading
+    from cm.checkpoints.formats import diffusers
+    from cm.distributed import setup as dist
+    from cm.setup.dry_run import dry_run
+    from cm.setup.inherit import inherit_checkpoint
+    from cm.setup.model import model_from
+    from cm.setup.objective import kind_of_result
+
     dist.setup_dist()
     config = settings.section(ConvertConfig)
     for name in ("source", "dest"):
@@ -72,7 +66,10 @@ def main() -> None:
 
 
 def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:
-    """A checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
+    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
+    from cm.checkpoints import manifest
+    from cm.script_util import model_and_diffusion_defaults
+
     storage.make_folder(folder)
     known = {**model_and_diffusion_defaults(), "training_mode": ""}
     manifest.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
@@ -80,6 +77,9 @@ def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) ->
 
 def manifest_of(path: str) -> Mapping[str, Any]:
     """The flags of the run that made a checkpoint; none for a file without a manifest."""
+    from cm.checkpoints import manifest
+    from cm.distributed import setup as dist
+
     checkpoint = dist.on_main(manifest.beside, path)
     return {} if checkpoint is None else checkpoint.config
 
@@ -87,7 +87,7 @@ def manifest_of(path: str) -> Mapping[str, Any]:
 def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
     """How many noise levels the grid had at the end of training.
 
-    :raises UserError: if nothing tells.
+    :raises UserError: if neither the checkpoint nor a flag says it.
     """
     if trained.get("scale_mode") == "fixed":
         return trained["start_scales"]
@@ -100,4 +100,4 @@ def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

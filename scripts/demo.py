@@ -6,25 +6,7 @@ and resumes an interrupted one; `make demo-clean` deletes all results.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from cm.config import early_exit
-from cm.config.flags import Parser
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"),
-                        help="folder for all files of the demo [default: runs/demo]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks for training and sampling [default: 2]")
-    parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
-    parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
-    return parser
-
-
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(make_parser().parse_args)
-
+import argparse
 import json
 import os
 import shlex
@@ -32,9 +14,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from cm.config import early_exit
+from cm.config.flags import Parser
 from cm.data.sources import open_source
 from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
@@ -42,6 +27,17 @@ from cm.io.atomic import AtomicFile
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "configs" / "digits"
 REAL_SEED = 7
+
+
+def read_flags() -> argparse.Namespace:
+    """The flags of the command line."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"),
+                        help="folder for all files of the demo [default: runs/demo]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks for training and sampling [default: 2]")
+    parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
+    parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
+    return parser.parse_args()
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,11 @@ METHODS = {
 
 
 class Demo:
+    """The stages of the demo; each writes its files to `out` and is skipped if they exist.
+
+    :param extra: flags added to every training stage.
+    """
+
     def __init__(self, out: Path, ranks: int, num_samples: int, extra: list[str]):
         self.out, self.ranks, self.num_samples, self.extra = out, ranks, num_samples, extra
         out.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,7 @@ class Demo:
     # --- stages ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        """All stages in their order, then the table."""
         start = time.monotonic()
         self.reference()
         self.classifier()
@@ -86,13 +88,14 @@ class Demo:
         rows = [self.evaluate(key, method) for key, method in METHODS.items()]
         picture, report = self.picture(), self.report("edm", "cd", "ct")
         print("\n" + table(rows, self.classifier_accuracy()))
-        print(f"\n{time.monotonic() - start:.0f} s in all. The picture: {picture}; the trainings: {report}")
+        print(f"\n{time.monotonic() - start:.0f} s in total. The picture: {picture}; the trainings: {report}")
 
     def reference(self) -> None:
         """The real digits as a batch for the evaluator."""
         path = self.out / "real.npz"
         if not path.exists():
             source = open_source("digits", 8)
+            assert source.labels is not None, "digits have classes"
             with AtomicFile(path) as file:
                 np.savez(file, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
 
@@ -105,6 +108,7 @@ class Demo:
         )
 
     def train(self, run: str, script: str, *options: str) -> None:
+        """A training run on `ranks` ranks, by the preset of its name."""
         self.stage(
             f"training {run}", self.out / run / "finished",
             [f"scripts/{script}", "--config", str(PRESETS / f"{run}.yaml"),
@@ -114,6 +118,7 @@ class Demo:
         (self.out / run / "finished").touch()
 
     def sample(self, key: str, method: Method) -> None:
+        """Samples of a method."""
         self.stage(
             f"sampling {method.name}", self.out / key / "finished",
             ["scripts/image_sample.py", "--model_path", str(self.checkpoint(method.run)),
@@ -170,18 +175,21 @@ class Demo:
             return
         started = any(product.parent.glob("checkpoint_*.json"))
         full = [*(mpiexec(ranks) if ranks else []), sys.executable, *command]
-        print(f"\n[{name}]{' going on where it was' if started else ''}\n$ {shlex.join(full)}", flush=True)
+        print(f"\n[{name}]{' resuming' if started else ''}\n$ {shlex.join(full)}", flush=True)
         status = subprocess.run(full, cwd=ROOT, env=os.environ | {"OPENAI_LOG_FORMAT": "log,csv,json"}).returncode
         if status:
-            sys.exit(f"demo: the stage {name!r} ended with status {status}; its messages stand above")
+            sys.exit(f"demo: the stage {name!r} ended with status {status}; see its messages above")
 
     def checkpoint(self, run: str) -> Path:
+        """The newest averaged weights of a training run."""
         return sorted((self.out / run).glob("ema_*.pt"))[-1]
 
     def samples(self, key: str) -> Path:
+        """The npz of a method's samples."""
         return next((self.out / key).glob("samples_*.npz"))
 
     def classifier_accuracy(self) -> str:
+        """The held-out accuracy of the feature extractor, to print."""
         facts = self.out / "classifier.json"
         return f"{json.loads(facts.read_text())['held_out_accuracy']:.1%}" if facts.exists() else "unknown"
 
@@ -189,7 +197,7 @@ class Demo:
 def table(rows: list[dict], classifier_accuracy: str) -> str:
     """The comparison, as text. The features are a digit classifier's: these are not Inception numbers."""
     head = ("method", "NFE", "Frechet distance*", "precision*", "recall*", "class accuracy*", "images/s")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         m = {name: result["value"] for name, result in row["metrics"].items()}
         lines.append((
@@ -197,7 +205,7 @@ def table(rows: list[dict], classifier_accuracy: str) -> str:
             f"{m['recall']:.3f}", f"{m['class_accuracy']:.1%}", f"{row['images_per_second']:.0f}",
         ))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     text.append(
         "* in the features of the digit classifier trained in this demo (held-out accuracy "
@@ -207,12 +215,14 @@ def table(rows: list[dict], classifier_accuracy: str) -> str:
 
 
 def mpiexec(ranks: int) -> list[str]:
-    beside = Path(sys.executable).with_name("mpiexec")
-    return [str(beside if beside.exists() else "mpiexec"), "-n", str(ranks)]
+    """The start of a command on several ranks, by the mpiexec of this Python environment if it has one."""
+    own = Path(sys.executable).with_name("mpiexec")
+    return [str(own if own.exists() else "mpiexec"), "-n", str(ranks)]
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    """Run the demo as the flags say."""
+    args = early_exit.parse_or_exit(read_flags)
     Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run()
 
 

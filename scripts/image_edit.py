@@ -6,39 +6,41 @@ python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,
 
 from __future__ import annotations
 
-from cm.config import early_exit
-from cm.config.flags import Settings, parse
-from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
-
-
-def read_flags() -> Settings:
-    return parse(
-        __doc__, EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
-    )
-
-
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
-
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cm.distributed import setup as dist
-from cm.generate.edit_tasks import EditJob, edit_images, make_job
-from cm.generate.engine import SamplingResult, at_precision, collect_to_npz
+from cm.config import early_exit
+from cm.config.flags import Settings, parse
+from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
 from cm.generate.grids import grid_scale, labelled_rows, save_picture
 from cm.io.storage import write_json
 from cm.logging import logger
-from cm.setup.dry_run import dry_run
-from cm.setup.run import open_log, run_precision
-from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
+
+if TYPE_CHECKING:
+    from cm.generate.edit_tasks import EditJob
+    from cm.generate.engine import SamplingResult
 
 COLUMNS = 8                                                 # images in the comparison
 
 
-def main() -> None:
-    settings = read_flags()
+def read_flags() -> Settings:
+    """The flags of the command line, with the defaults of this command."""
+    return parse(
+        __doc__ or "", EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
+    )
+
+
+def main(settings: Settings) -> None:
+    """Edit all images on all ranks."""
+    from cm.distributed import setup as dist
+    from cm.generate.edit_tasks import edit_images, make_job
+    from cm.generate.engine import at_precision, collect_to_npz
+    from cm.setup.dry_run import dry_run
+    from cm.setup.run import open_log, run_precision
+    from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
+
     dist.setup_dist()
     inherit_model(settings)
     if settings.dry_run:
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
-    """Leave a comparison and a summary beside the results; on rank 0."""
+    """Write a comparison and a summary next to the results, and log them; call it on rank 0."""
     config = settings.section(EditConfig)
     stem = result.paths["samples"].removesuffix(".npz")
     summary = result.paths | {
@@ -90,4 +92,4 @@ def comparison(job: EditJob, result: SamplingResult) -> list[tuple[str, np.ndarr
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

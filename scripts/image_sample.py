@@ -8,6 +8,12 @@ mpiexec -n 8 python scripts/image_sample.py --model_path runs/edm/ema_0.9999_600
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import (
@@ -20,46 +26,40 @@ from cm.config.schema import (
     SeedsConfig,
     SolverConfig,
 )
-
-
-def read_flags() -> Settings:
-    return parse(
-        __doc__, SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
-        RunConfig, seed=42,
-    )
-
-
-if __name__ == "__main__":                                  # the imports below take seconds
-    early_exit.parse_or_exit(read_flags)
-
-import os
-from dataclasses import replace
-
-import numpy as np
-
-from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate.engine import SHOWN, PngResult, SamplingPlan, SamplingResult, sample_to_npz, sample_to_pngs
 from cm.generate.grids import grid_scale, image_grid, save_picture
 from cm.generate.png import PngFolder
 from cm.io.storage import write_json
 from cm.logging import logger
-from cm.setup.dry_run import dry_run
-from cm.setup.run import open_log, run_precision
-from cm.setup.sample import (
-    choose_seeds,
-    guided_diffusion,
-    inherit_model,
-    load_classifier,
-    load_model,
-    png_recipe,
-    sampler_options,
-    sampling_plan,
-)
+
+if TYPE_CHECKING:
+    from cm.generate.engine import PngResult, SamplingPlan, SamplingResult
 
 
-def main() -> None:
-    settings = read_flags()
+def read_flags() -> Settings:
+    """The flags of the command line, with the defaults of this command."""
+    return parse(
+        __doc__ or "", SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
+        RunConfig, seed=42,
+    )
+
+
+def main(settings: Settings) -> None:
+    """Sample all images on all ranks."""
+    from cm.distributed import setup as dist
+    from cm.generate.engine import sample_to_npz, sample_to_pngs
+    from cm.setup.dry_run import dry_run
+    from cm.setup.run import open_log, run_precision
+    from cm.setup.sample import (
+        choose_seeds,
+        guided_diffusion,
+        inherit_model,
+        load_classifier,
+        load_model,
+        sampler_options,
+        sampling_plan,
+    )
+
     dist.setup_dist()
     config = inherit_model(settings)
     seeds = choose_seeds(settings)
@@ -68,7 +68,7 @@ def main() -> None:
 
     pngs, classifier = settings.section(PngConfig), load_classifier(settings)
     plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
-    options = sampler_options(settings)         # tried out before anything is loaded
+    options = sampler_options(settings)         # checked before anything is loaded
     folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
     open_log(settings)
     if folder:
@@ -89,19 +89,24 @@ def main() -> None:
 
 
 def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> PngFolder:
-    """The folder of --outdir, which holds no images of another model or other flags.
+    """The folder of --outdir.
 
-    :raises UserError: if it does.
+    :raises UserError: if it holds images of another model or of other flags, or the noise has no seeds.
     """
+    from cm.distributed import setup as dist
+    from cm.setup.sample import png_recipe
+
     if plan.generator == "dummy":
-        raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --outdir")
+        raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
     dist.on_main(folder.claim, png_recipe(settings))
     return folder
 
 
 def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> None:
-    """Leave a grid of the first images in the log directory; on rank 0."""
+    """Write a grid of the first images to the log directory, and log what was done; call it on rank 0."""
+    from cm.generate.engine import SHOWN
+
     shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
     grid_path = os.path.join(logger.get_dir(), "grid.png")
     save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.image_size)))
@@ -111,7 +116,7 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
 
 
 def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> None:
-    """Leave a grid and a summary beside the npz; on rank 0."""
+    """Write a grid and a summary next to the npz, and log them; call it on rank 0."""
     path = result.paths["samples"]
     summary = {
         "samples": path,
@@ -134,4 +139,4 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> 
 
 
 if __name__ == "__main__":
-    dist.run(main)
+    early_exit.run_script(read_flags, main)

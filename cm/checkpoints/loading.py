@@ -1,4 +1,4 @@
-"""Weights from a file, read once, into a network, or a message that says what does not fit."""
+"""Loading the weights of a file, read once, into a network; errors say what does not fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cm.io import storage
 
 
 def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
-    """Names and shapes of a state dict must be the network's own.
+    """Compare names and shapes of a state dict with those of a network.
 
     :raises UserError: naming the first names and shapes that differ.
     """
@@ -42,26 +42,32 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 @th.no_grad()
 def copy_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Take over what is part of a network but no parameter, such as the random frequencies of NCSN++."""
+    """Copy what is part of a network but no parameter, such as the random frequencies of NCSN++."""
     for name, buffer in model.named_buffers():
         buffer.copy_(weights[name])
 
 
 def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
-    """Load a state dict into a network that it fits; see `check`."""
+    """Load a state dict into a network.
+
+    :raises UserError: if it does not fit, see `check`.
+    """
     check(model, weights, source)
     model.load_state_dict(weights)
 
 
 def make(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
-    """Give a network on the meta device these tensors, in its own dtypes: no weight is drawn, and none copied."""
+    """Give a network on the meta device these tensors, in its own dtypes: none is initialized first, and none copied.
+
+    :raises UserError: if they do not fit, see `check`.
+    """
     check(model, weights, source)
     model.load_state_dict({name: weights[name].to(own.dtype) for name, own in model.state_dict().items()}, assign=True)
 
 
 @dataclass
 class WeightsFile:
-    """A path, and its weights if they had to be read to know the network."""
+    """A file of weights; it holds them if they had to be read already to know the network."""
 
     path: str
     training_mode: str | None = None                        # what the network was trained as, where that is known
@@ -76,7 +82,7 @@ class WeightsFile:
 
 
 def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
-    """What lies there, empty for nothing, and the manifest beside it; for one rank."""
+    """The kind of file at a path, empty if there is none, and the manifest next to it; for one rank."""
     if diffusers.is_folder(path):
         return "diffusers folder", None
     kind = "EDM pickle" if path.endswith(".pkl") else "file of weights"

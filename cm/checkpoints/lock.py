@@ -1,4 +1,4 @@
-"""One job for a run's folder: a second one is refused as long as the first lives."""
+"""A lock on a run's folder: a second job is refused as long as the first one lives."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _held: dict[str, IO[str]] = {}
 
 
 def take(directory: str) -> None:
-    """Lock a folder, made if need be, until this process ends in whatever way; on one rank.
+    """Lock a folder, created if necessary, until this process ends; on one rank.
 
-    It is a record lock of the kernel (fcntl), which a killed process leaves no trace of, which loader processes do
-    not inherit, and which NFS passes on to other machines. Where the file system has no locks, a warning is all.
+    It is a record lock of the kernel (fcntl): it disappears with a killed process, loader processes do not inherit it,
+    and NFS applies it to other machines. On a file system without locks there is only a warning.
 
-    :raises UserError: if another process has it.
+    :raises UserError: if another process has the lock.
     """
     directory = os.path.realpath(directory)
     if directory in _held:

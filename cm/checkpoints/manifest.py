@@ -40,6 +40,7 @@ def parse_name(path: str) -> tuple[str, int] | None:
 
 
 def manifest_name(step: int) -> str:
+    """10 -> 'checkpoint_000010.json'."""
     return f"checkpoint_{step:06d}.json"
 
 
@@ -72,23 +73,29 @@ class Checkpoint:
 
     @property
     def manifest(self) -> str:
+        """The path of its manifest."""
         return storage.join(self.directory, manifest_name(self.step))
 
     def write_manifest(self) -> None:
+        """Write the manifest, which makes the checkpoint exist.
+
+        :raises UserError: if it cannot be written.
+        """
         content = {"format": FORMAT, **asdict(self)}
         del content["directory"]                # a checkpoint may be moved
         storage.write_json(self.manifest, content)
 
     def path(self, name: str) -> str | None:
-        """Where the file of `name` lies ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
+        """The path of the file of `name` ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
         file = file_name(name, self.step)
         return storage.join(self.directory, file) if file in self.files else None
 
     def names(self) -> list[str]:
+        """What it holds: 'model', 'ema_0.9999', 'opt', ..."""
         return [parsed[0] for file in self.files if (parsed := parse_name(file))]
 
-    def can_go_on(self) -> bool:
-        """Whether training can; of an old milestone only the averages are kept."""
+    def can_resume(self) -> bool:
+        """Whether training can resume from it; of an old milestone only the averages are kept."""
         return "model" in self.names()
 
     def problem(self) -> str | None:
@@ -109,7 +116,7 @@ def save(
     """Write a checkpoint; call it on one rank.
 
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
-    :raises UserError: if something cannot be written; earlier checkpoints stay as they are, and of this one nothing.
+    :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
     begun = storage.join(directory, manifest_name(step) + PARTIAL)
@@ -117,9 +124,9 @@ def save(
         storage.make_folder(directory)
         free = storage.free_bytes(directory)
         if free is not None and free < needed:
-            raise UserError(f"there is no room in {directory}")
+            raise UserError(f"there is not enough space in {directory}")
         if not storage.is_remote(directory):
-            storage.write_bytes(begun, b"")     # should this process be killed now, `remove_partial` finds the files
+            storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
@@ -129,17 +136,17 @@ def save(
         with contextlib.suppress(OSError):
             storage.remove(begun)
     except (UserError, OSError) as error:
-        for file in files:                      # a full disk is not to stay full of what nobody can use
+        for file in files:                      # what nobody can use must not fill a full disk
             with contextlib.suppress(Exception):
                 storage.remove(storage.join(directory, file))
         with contextlib.suppress(Exception):
             storage.remove(begun)
         free = storage.free_bytes(directory)
-        room = "" if free is None else f", and {free:,} bytes are free there"
+        space = "" if free is None else f", and {free:,} bytes are free there"
         raise UserError(
-            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{room}. Earlier checkpoints "
-            "are as they were. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
-            "look at the folder, or choose another --checkpoint_dir"
+            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{space}. Earlier checkpoints "
+            "are unchanged. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
+            "check the permissions of the folder, or choose another --checkpoint_dir"
         ) from error
     return checkpoint
 
@@ -152,7 +159,7 @@ def read(path: str) -> Checkpoint:
     try:
         with storage.open_file(path) as file:
             content = untrusted.parse_json(untrusted.read_file(file, MANIFEST_BYTES))
-        check_files(content["files"])
+        _check_files(content["files"])
         return Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
@@ -161,11 +168,11 @@ def read(path: str) -> Checkpoint:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
 
 
-def check_files(files: dict[str, dict[str, int]]) -> None:
-    """:raises ValueError: unless each is a plain name with size and checksum: a manifest speaks of its own folder."""
+def _check_files(files: dict[str, dict[str, int]]) -> None:
+    """:raises ValueError: unless each is a plain name, of a file in the same folder, with size and checksum."""
     for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
         if untrusted.escapes(name) or "/" in name or "\\" in name:
-            raise ValueError(f"{untrusted.shown(name)} is no name of a file beside it")
+            raise ValueError(f"{untrusted.shown(name)} is no name of a file next to it")
         if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("size", "crc32")] != [int, int]:
             raise ValueError(f"{untrusted.shown(name)} has no size and checksum")
 
@@ -176,24 +183,24 @@ def steps(directory: str) -> list[int]:
 
 
 def newest(directory: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a folder; damaged ones are passed over with a warning."""
+    """The newest complete checkpoint of a folder, None without one; damaged ones are skipped with a warning."""
     for step in reversed(steps(directory)):
         name = manifest_name(step)
         try:
             checkpoint = read(storage.join(directory, name))
-            if not checkpoint.can_go_on():
+            if not checkpoint.can_resume():
                 continue
             problem = checkpoint.problem()
+            if problem is None:
+                return checkpoint
         except UserError as error:
             problem = str(error)
-        if problem is None:
-            return checkpoint
-        logger.warn(f"passing over {name} in {directory}: {problem}")
+        logger.warn(f"skipping {name} in {directory}: {problem}")
     return None
 
 
 def find(path: str) -> Checkpoint:
-    """The checkpoint that a person means by a manifest, the folder it is in (the newest there), or one of its files.
+    """The checkpoint that a path stands for: its manifest, one of its files, or the folder whose newest it is.
 
     :raises UserError: if there is none, or it is damaged.
     """
@@ -207,17 +214,17 @@ def find(path: str) -> Checkpoint:
     checkpoint = beside(path) if parse_name(path) else read(path)
     if checkpoint is None:
         raise UserError(
-            f"--resume {path}: no manifest lies beside these weights, so the rest of the run is not known; "
+            f"--resume {path}: there is no manifest next to these weights, so the state of the run is not known; "
             "to start a new run from them, use --resume_checkpoint"
         )
-    problem = checkpoint.problem() if checkpoint.can_go_on() else "only its averages were kept"
+    problem = checkpoint.problem() if checkpoint.can_resume() else "only its averages were kept"
     if problem:
         raise UserError(f"--resume {path}: {problem}")
     return checkpoint
 
 
 def beside(path: str) -> Checkpoint | None:
-    """The checkpoint that a weights file belongs to, if its manifest lies beside it."""
+    """The checkpoint that a weights file belongs to, if its manifest is in the same folder."""
     parsed = parse_name(path)
     if parsed is None:
         return None
@@ -226,7 +233,7 @@ def beside(path: str) -> Checkpoint | None:
 
 
 def remove_partial(directory: str) -> None:
-    """Remove what a killed save left behind: half files, and complete files of a checkpoint that got no manifest.
+    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
 
     Files of other programs stay, whatever their names end in.
     """

@@ -11,25 +11,28 @@ import torch as th
 from cm.io.storage import write_atomically
 
 PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDict)
-"""What lies in a checkpoint beside tensors, dicts and lists."""
+"""Types of what a checkpoint may hold other than tensors, dicts and lists."""
 
 
 def save_tensors(path: str, content: Any) -> dict[str, int]:
-    """`torch.save` of what is the same file wherever its tensors are."""
-    return write_atomically(path, lambda file: th.save(on_cpu(content), cast(IO[bytes], file)))
+    """`torch.save` that gives the same bytes on whatever device the tensors are; returns size and CRC-32 of the file.
+
+    :raises UserError: if it cannot be written.
+    """
+    return write_atomically(path, lambda file: th.save(_on_cpu(content), cast(IO[bytes], file)))
 
 
-def on_cpu(content: Any) -> Any:
-    """Nested dicts and lists with their tensors on the CPU; those that are there already are not copied.
+def _on_cpu(content: Any) -> Any:
+    """Nested dicts and lists with their tensors on the CPU; those that are already there are not copied.
 
-    :raises TypeError: for an object that no reader would take back, since readers take only data.
+    :raises TypeError: for any other object, as readers accept only data.
     """
     if isinstance(content, th.Tensor):
         return content.cpu()
     if type(content) is dict:
-        return {key: on_cpu(value) for key, value in content.items()}
+        return {key: _on_cpu(value) for key, value in content.items()}
     if type(content) is list:
-        return [on_cpu(value) for value in content]
+        return [_on_cpu(value) for value in content]
     if type(content) not in PLAIN:
         raise TypeError(f"a checkpoint holds tensors and plain values, not {type(content).__name__}: {content!r}")
     return content

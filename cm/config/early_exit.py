@@ -1,13 +1,16 @@
-"""What a command answers before its heavy imports: --help, and mistakes in its flags.
+"""What a command does before its heavy imports: answer --help, and mistakes in its flags.
 
     def read_flags() -> Settings: ...
 
+    def main(settings: Settings) -> None:
+        import torch                            # takes seconds
+        ...
+
     if __name__ == "__main__":
-        command.answer(read_flags)
-    import torch                            # takes seconds
+        early_exit.run_script(read_flags, main)
 
 Knows nothing of MPI or torch. What it does depends on the command line alone, which is the same on every rank, so that
-all ranks leave or all go on.
+all ranks leave or all continue.
 """
 
 from __future__ import annotations
@@ -15,34 +18,56 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 from cm.distributed import failure
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
 
+Flags = TypeVar("Flags")
+
 SKEW_S = 1.0
-"""That ranks may start apart: a launcher ends all when one is gone, and rank 0 shall have spoken before."""
+"""How far apart ranks may start: a launcher ends all when one is gone, and rank 0 must have printed before."""
 
 
-def parse_or_exit(read_flags: Callable[[], object]) -> None:
-    """Leave if `read_flags` has printed --help, or finds a mistake: one message, status 2 on every rank.
+def run_script(read_flags: Callable[[], Flags], main: Callable[[Flags], None]) -> None:
+    """Read the flags once, import torch, and call `main` with them under `dist_util.run`."""
+    flags = parse_or_exit(read_flags)
+    from cm.distributed import setup
 
-    Mistakes in a --config file are left to the reading of the flags that follows, where the ranks know each other:
-    the file may be missing on one machine only.
+    setup.run(lambda: main(flags))
+
+
+def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
+    """What `read_flags` returns. If it prints --help or finds a mistake, end: one message, and status 2 on all ranks.
+
+    A mistake in a --config file is reported after the ranks have met: the file may be missing on one machine only.
     """
     try:
-        read_flags()
+        return read_flags()
     except UserError as error:
         if any(word.partition("=")[0] == "--config" for word in sys.argv[1:]):
-            return
+            _fail_after_joining(error)
         if launcher_rank() == 0:
-            failure.say(failure.short_report(error) or str(error))
+            failure.say(f"error: {error}")
         leave(failure.status_of(error))
     except SystemExit as leaving:
         leave(failure.status_of(leaving))
 
 
-def leave(status: int) -> None:
+def _fail_after_joining(error: UserError) -> NoReturn:
+    """Raise the error in a job whose ranks know each other, so that it ends them all."""
+    from cm.distributed import setup
+
+    def fail() -> None:
+        raise error
+
+    setup.run(fail)
+    raise error
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; with an error among several ranks, only after rank 0 has had time to print it."""
     if status and launcher_size() > 1:
         failure.flush()
         time.sleep(SKEW_S)

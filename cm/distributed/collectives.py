@@ -1,14 +1,14 @@
-"""What the ranks of a job say to each other: objects, sums, arrays, parameters, files.
+"""Collectives: objects, sums, arrays, parameters and files that all ranks exchange.
 
-Every function is one step of all ranks together, and for a single process simply does what it says without any
-messages. Reach them through `cm.distributed.setup`, whose `setup_dist` opens the process group that they use.
+Every function must be called by all ranks; in a single process it needs no process group and sends nothing. They are
+re-exported by `cm.distributed.setup`, whose `setup_dist` opens the process group that they use.
 """
 
 import mmap
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import torch as th
@@ -22,9 +22,9 @@ from cm.io import storage, untrusted
 Result = TypeVar("Result")
 
 MESSAGE_BYTES = 256 * 2**20
-"""Largest single broadcast: bounds the copies that messages need, not what can be sent."""
+"""Bytes of the largest single broadcast: this bounds the copies that messages need, not what can be sent."""
 SHARED = 8
-"""How much larger than their file tensors may be, as tied weights share one place in it."""
+"""How many times larger than their file tensors may be, as tied weights share their bytes in it."""
 CPU = th.device("cpu")
 LOOKALIKES = {
     b"<!doctype html": "it is a web page, not the file that a link on it leads to",
@@ -42,27 +42,28 @@ def ranks() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     if launcher_size() > 1:
-        raise RuntimeError(f"this is one of {launcher_size()} ranks: call dist_util.setup_dist() before they speak")
+        raise RuntimeError(f"this is one of {launcher_size()} ranks: call dist_util.setup_dist() first")
     return 1
 
 
-def on_rank(rank: int) -> bool:
+def _on_rank(rank: int) -> bool:
+    """Whether this is that rank, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == rank
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     if ranks() > 1:
-        dist.all_reduce(th.zeros(1))                # on the CPU, so by gloo whatever the GPUs are at
+        dist.all_reduce(th.zeros(1))                # on the CPU, so by gloo, whatever the GPUs are doing
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
     """What rank `src` passed, on every rank; anything that can be pickled."""
     if ranks() == 1:
         return obj
-    held = [obj if on_rank(src) else None]
+    held = [obj if _on_rank(src) else None]
     dist.broadcast_object_list(held, src, device=CPU)
-    return obj if on_rank(src) else held[0]
+    return obj if _on_rank(src) else held[0]
 
 
 def all_gather_object(obj: Any) -> list[Any]:
@@ -93,15 +94,17 @@ def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
 def gather_to_main(array: np.ndarray) -> list[np.ndarray] | None:
     """Every rank's array in the order of ranks, on rank 0; None elsewhere.
 
-    Shapes may differ and types may too. Only rank 0 needs the memory.
+    Shapes and dtypes may differ between ranks. Only rank 0 needs the memory.
+
+    :raises TypeError: for an array of Python objects.
     """
-    array = np.require(array, requirements="CW")    # torch warns of arrays that cannot be written
+    array = np.require(array, requirements=["C", "W"])    # torch warns of arrays that cannot be written
     if array.dtype.hasobject:
         raise TypeError("gather_to_main sends plain numbers; use all_gather_object for Python objects")
     if ranks() == 1:
         return [array]
     forms = all_gather_object((array.shape, array.dtype.str))
-    if not on_rank(0):
+    if not _on_rank(0):
         if array.size:
             dist.send(th.from_numpy(array.reshape(-1).view(np.uint8)), dst=0)
         return None
@@ -116,12 +119,12 @@ def gather_to_main(array: np.ndarray) -> list[np.ndarray] | None:
 def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]] | None:
     """Every rank's tensors in the order of ranks, on rank 0 and its CPU; None elsewhere.
 
-    Ranks may hold different numbers and kinds of them. They travel one at a time, and lie in memory as they lay.
+    Ranks may hold different numbers and kinds of them. They are sent one at a time, and keep their strides.
     """
     if ranks() == 1:
         return [[tensor.detach().to(CPU) for tensor in tensors]]
     forms = all_gather_object([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
-    if not on_rank(0):
+    if not _on_rank(0):
         for tensor in tensors:
             if tensor.numel():
                 dist.send(tensor.detach().to(CPU).reshape(-1).view(th.uint8), dst=0)
@@ -151,7 +154,7 @@ def sync_params(params: Iterable[Tensor], src: int = 0) -> None:
 
 
 def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of one type and device, each at most MESSAGE_BYTES unless a single tensor is larger."""
+    """Consecutive tensors of one dtype and device, at most MESSAGE_BYTES together unless a single one is larger."""
     bucket, size = [], 0
     for param in params:
         alike = bucket and (param.dtype, param.device) == (bucket[0].dtype, bucket[0].device)
@@ -172,19 +175,19 @@ def on_main(function: Callable[..., Result], *args: Any) -> Result:
     if ranks() == 1:
         return function(*args)
     result = error = None
-    if on_rank(0):
+    if _on_rank(0):
         try:
             result = function(*args)
         except Exception as caught:
             error = caught
-    result, told = broadcast_object((result, _portable(error)))
-    if error is not None or told is not None:
-        raise error or told
+    result, received = broadcast_object((result, _portable(error)))
+    if error is not None or received is not None:
+        raise error or received
     return result
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The exception, or one that says the same if it cannot travel."""
+    """The exception, or one with the same message if it cannot be pickled."""
     try:
         same = pickle.loads(pickle.dumps(error))
     except Exception:
@@ -193,24 +196,25 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
-    """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. Never runs code from it.
+    """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. No code in it is executed.
 
     :param path: a local path, or a URL that blobfile knows (gs://, az://, https://...blob.core.windows.net).
     :raises FileNotFoundError: on every rank, if rank 0 does not find it.
     :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
     """
     content = read_everywhere(path)
+    stream = cast(IO[bytes], content)               # an mmap has the methods of a file, but not the type
     try:
         if content[:4] == b"PK\3\4":
-            untrusted.open_zip(content)             # torch itself would unpack a bomb
+            untrusted.open_zip(stream)              # torch would unpack a zip bomb
             content.seek(0)
-        loaded = th.load(content, map_location=map_location, weights_only=True)
+        loaded = th.load(stream, map_location=map_location, weights_only=True)
         _check_extent(loaded, len(content))
         return loaded
     except th.OutOfMemoryError:
         raise
-    except Exception as error:                      # pickles and archives that are damaged or made up raise many kinds
-        why = kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
+    except Exception as error:                      # damaged or forged pickles and archives raise many kinds
+        why = _kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
         raise UserError(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
             "tensors and plain values only; if it should be one, fetch or write it again"
@@ -218,7 +222,7 @@ def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
 
 
 def _check_extent(content: Any, file_bytes: int) -> None:
-    """A tensor may be a view that repeats its values without end, and every copy of it would be spelt out.
+    """Refuse views that repeat their values very often: a copy of such a tensor would take all memory.
 
     :raises ValueError: if the tensors are much larger than the file they come from.
     """
@@ -234,14 +238,17 @@ def _check_extent(content: Any, file_bytes: int) -> None:
         raise ValueError(f"its tensors would take {total:,} bytes, the file has only {file_bytes:,}")
 
 
-def kind_of(content: mmap.mmap) -> str:
-    """What often lies where weights should, told by its first bytes; empty for anything else."""
+def _kind_of(content: mmap.mmap) -> str:
+    """What a file is that often stands where weights should be, by its first bytes; empty for anything else."""
     start = content[:200].lstrip().lower()
     return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
 
 
 def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
-    """The bytes of a file, read once and sent to every rank; as a file in memory, which needs no second copy."""
+    """The bytes of a file on every rank, read once, by rank 0; a map in memory, which torch reads without a copy.
+
+    :raises UserError: if the file is empty or ends too early.
+    """
     read: list[mmap.mmap] = []
 
     def read_here() -> int:

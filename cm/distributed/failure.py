@@ -1,7 +1,7 @@
 """How a job of several ranks ends when something goes wrong: one report, and every rank gone within seconds.
 
-Nothing here is a collective. The ranks tell each other of their failure through a key-value store, in which a word
-left behind needs no listener, and every wait has a limit.
+Nothing here is a collective. A rank records its failure in a key-value store, which works whether or not the others
+answer, and every wait has a limit.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from cm.errors import UserError
 Result = TypeVar("Result")
 
 LIMIT_S = 10.0
-"""From the first failure to the end of this process, whatever hangs on the way."""
+"""From the first failure to the end of this process, whatever hangs in between."""
 ANSWER_S = 1.5
 """For the store to answer, and for the other ranks to fail in the same way."""
 LEAVE_S = 0.5
 """Between the report of a failure and the end: for the launcher to pass the report on."""
 SILENCE_S = 4.0
-"""How long a rank that was not the first to fail waits for the first to end the job."""
+"""How long a rank that was not the first to fail waits for the first one to end the job."""
 
 USER_ERRORS = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 USER_STATUS = 2
@@ -39,16 +39,16 @@ HINTS = {
 
 
 class Overdue(RuntimeError):
-    """The ranks were asked to stop and did not."""
+    """The ranks were asked to stop and did not in time."""
 
 
 class Ranks(NamedTuple):
-    """What ending a job needs to know about it."""
+    """What is needed to end a job."""
 
     rank: int
     size: int
     store: Any                                  # a torch.distributed.Store, or None
-    abort: Callable[[int], None]                # takes every rank down with this status; may return if it cannot
+    abort: Callable[[int], None]                # ends every rank with this status; may return if it cannot
 
 
 def status_of(error: BaseException) -> int:
@@ -66,7 +66,7 @@ def status_of(error: BaseException) -> int:
 
 
 def short_report(error: BaseException) -> str | None:
-    """All there is to say about a failure that needs no traceback; None if it needs one."""
+    """The report of a failure that needs no traceback; None if it needs one."""
     if isinstance(error, (UserError, Overdue)):
         return f"error: {error}"
     if isinstance(error, USER_ERRORS):
@@ -81,35 +81,40 @@ def short_report(error: BaseException) -> str | None:
 
 
 def long_report(error: BaseException) -> str:
-    """The traceback, and what usually helps."""
+    """The traceback, and a hint where one is known."""
     hints = [hint for sign, hint in HINTS.items() if sign in str(error)]
     return "".join([*traceback.format_exception(error), *hints]).rstrip()
 
 
 def exit_process(error: BaseException) -> None:
-    """End a program of one process, if `error` has a short report; for any other, Python does it best."""
+    """End a program of one process, if `error` has a short report; any other is left to Python's traceback."""
     report = short_report(error)
     if report is not None:
         say(report)
         raise SystemExit(status_of(error)) from None
 
 
+def exit_after(seconds: float) -> None:
+    """End this process after that time with the tracebacks of its threads, unless `faulthandler` cancels it."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+
+
 def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
-    """Report `error` if no other rank has reported one, and take every rank down.
+    """Report `error` if no other rank has reported one, and end every rank.
 
     :param thread: the name of the thread that failed, if it is not the main one.
     """
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True, file=sys.__stderr__)
-    first, report = is_first(ranks), short_report(error)
+    exit_after(LIMIT_S)
+    first, report = _is_first(ranks), short_report(error)
     who = f"rank {ranks.rank} of {ranks.size}" + (f", thread {thread}" if thread else "")
-    if report is not None and await_all(ranks):
+    if report is not None and _await_all(ranks):
         if first:
             say(report)
-        leave_together(ranks, status_of(error))
+        _leave_together(ranks, status_of(error))
     if not first:
-        time.sleep(SILENCE_S)                   # rarely ends: the first to fail takes this rank along
+        time.sleep(SILENCE_S)                   # rarely passes: the first to fail ends this rank too
     if report is None:
-        say(f"{who} failed{silent_peers(error, ranks)}\n{long_report(error)}")
+        say(f"{who} failed{_silent_peers(error, ranks)}\n{long_report(error)}")
     elif report:
         say(f"{who}: {report}")
     flush()
@@ -118,29 +123,30 @@ def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     os._exit(status_of(error))
 
 
-def leave_together(ranks: Ranks, status: int) -> NoReturn:
-    """Every rank ends by itself; an abort would only add noise."""
+def _leave_together(ranks: Ranks, status: int) -> NoReturn:
+    """End this rank, as every other does by itself; an abort would only add messages of the launcher."""
     flush()
-    # Time for the report, which a launcher cuts short when another rank is gone, and for a last look at rank 0's store.
+    # Time for the report, which a launcher cuts off once a rank is gone, and for the last reads of rank 0's store.
     time.sleep(LEAVE_S * (2 if ranks.rank == 0 else 1))
     os._exit(status)
 
 
 def flush() -> None:
+    """Write out what stdout and stderr still hold; never raises."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
 
 
 def say(text: str) -> None:
-    """To stderr in one piece, so that the lines of two ranks do not mix."""
+    """Write to stderr in one piece, so that the lines of two ranks do not mix; never raises."""
     with contextlib.suppress(Exception):
         sys.stderr.write(f"{text}\n" if text else "")
         sys.stderr.flush()
 
 
 def within(seconds: float, ask: Callable[[], Result], default: Result) -> Result:
-    """`ask()`, or `default` if it fails or takes too long: whoever should answer may be gone."""
+    """`ask()`, or `default` if it fails or takes too long: the process that should answer may be gone."""
     answer = [default]
 
     def work() -> None:
@@ -153,8 +159,8 @@ def within(seconds: float, ask: Callable[[], Result], default: Result) -> Result
     return answer[0]
 
 
-def is_first(ranks: Ranks) -> bool:
-    """Leave word of this rank's failure; True if it is the first of the job, or if nobody can tell."""
+def _is_first(ranks: Ranks) -> bool:
+    """Record this rank's failure; True if it is the first of the job, or if that cannot be known."""
     if ranks.store is None:
         return ranks.rank == 0
 
@@ -165,28 +171,28 @@ def is_first(ranks: Ranks) -> bool:
     return within(ANSWER_S, check_in, default=True)
 
 
-def silent(ranks: Ranks) -> list[int]:
-    """Ranks that have left no word of a failure."""
+def _silent(ranks: Ranks) -> list[int]:
+    """Ranks that have recorded no failure."""
     return [rank for rank in range(ranks.size) if not ranks.store.check([f"failed/{rank}"])]
 
 
-def await_all(ranks: Ranks) -> bool:
-    """True if every rank has failed too, give or take a moment."""
+def _await_all(ranks: Ranks) -> bool:
+    """True if every rank fails too within ANSWER_S."""
     if ranks.store is None:
         return False
 
     def poll() -> bool:
-        while silent(ranks):
+        while _silent(ranks):
             time.sleep(0.02)
         return True
 
     return within(ANSWER_S, poll, default=False)
 
 
-def silent_peers(error: BaseException, ranks: Ranks) -> str:
-    """After a timeout: the ranks that everybody else has waited for in vain."""
+def _silent_peers(error: BaseException, ranks: Ranks) -> str:
+    """After a timeout: which ranks the others have waited for, as the end of a sentence; empty for other errors."""
     if ranks.store is None or not any(sign in str(error).lower() for sign in ("timed out", "timeout")):
         return ""
-    await_all(ranks)
-    missing = within(ANSWER_S, lambda: silent(ranks), default=[])
+    _await_all(ranks)
+    missing = within(ANSWER_S, lambda: _silent(ranks), default=[])
     return f" waiting; no word from rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}" if missing else ""

@@ -1,6 +1,6 @@
-"""How this process was started, read off its environment: launcher, rank, cores, GPUs, addresses.
+"""How this process was started, according to its environment: launcher, rank, cores, GPUs, addresses.
 
-Knows nothing of MPI or torch, so it is quick to import and every rule in it can be tested without starting a job.
+Uses neither MPI nor torch, so it is quick to import and every rule in it can be tested without starting a job.
 """
 
 import array
@@ -23,7 +23,7 @@ class Launch(NamedTuple):
 
     launcher: str
     rank: int
-    size: int                   # ranks in the whole job; 0 when the launcher does not say
+    size: int                   # ranks in the job; 0 if the launcher does not announce it
     by_mpi: bool                # the ranks meet through MPI, not through MASTER_ADDR and MASTER_PORT
 
 
@@ -48,7 +48,7 @@ LAUNCHERS = (
 
 
 def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
-    """Every launcher that left its mark in `env`, the innermost first; empty for a plain `python`."""
+    """Every launcher whose variables are in `env`, the innermost first; empty for a plain `python`."""
     found = []
     for name, evidence, rank, size, by_mpi in LAUNCHERS:
         if evidence in env and rank in env:
@@ -57,17 +57,17 @@ def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
 
 
 def launcher_rank(env: Mapping[str, str] = os.environ) -> int:
-    """The rank in the whole job before anybody has spoken to the other ranks; 0 for a plain `python`."""
+    """The rank in the job, known before the ranks have met; 0 for a plain `python`."""
     return next((launch.rank for launch in announcements(env)), 0)
 
 
 def launcher_size(env: Mapping[str, str] = os.environ) -> int:
-    """The largest job any launcher speaks of; 1 for a plain `python`."""
+    """The largest job that any launcher announces; 1 for a plain `python`."""
     return max([1, *(launch.size for launch in announcements(env))])
 
 
 def pmi_answers(env: Mapping[str, str] = os.environ) -> bool:
-    """False if mpiexec's variables are here but its connection is not: MPI would kill this process as it starts."""
+    """False if mpiexec's variables are set but its connection is closed: MPI would end this process as it starts."""
     if "PMI_RANK" not in env or "PMI_PORT" in env:
         return True
     try:
@@ -83,7 +83,7 @@ def started_by_pmix(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
-    """Ask mpiexec itself to end every rank, before MPI has started: without it the others would wait in MPI for ever.
+    """Ask mpiexec to end every rank, before MPI has started: otherwise the others would wait in MPI for ever.
 
     One line of the PMI-1 wire protocol, which the process managers of MPICH, Intel MPI and MVAPICH read.
     """
@@ -92,7 +92,7 @@ def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
 
 
 def refusal(launch: Launch, why: str) -> UserError:
-    """The error for a launcher that speaks of several ranks which this process cannot reach."""
+    """The error for a launcher that announces several ranks which this process cannot reach."""
     if launch.launcher == "srun":
         remedy = (
             "start with `srun --mpi=pmi2`, with `mpiexec` inside the allocation, or with torchrun; "
@@ -109,7 +109,7 @@ def refusal(launch: Launch, why: str) -> UserError:
 
 
 def machine() -> str:
-    """A name that two processes share if they run on the same machine; host names alone are not always unique."""
+    """A name of this machine; it includes the boot id, because host names are not always unique."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{socket.gethostname()} {file.read().strip()}"
@@ -144,10 +144,10 @@ def share_of_cores(mine: Collection[int], of_machine: Sequence[Collection[int]])
 
 
 def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int]:
-    """One GPU for each rank of a machine, as an index into what that rank sees.
+    """One GPU for each rank of a machine, as an index into the GPUs that this rank sees.
 
-    In the order of ranks each takes the first GPU nobody has yet. So ranks that see the same GPUs spread over them,
-    and ranks that a launcher has given one each stay there.
+    In the order of ranks each takes the first GPU that is still free. So ranks that see the same GPUs spread over them,
+    and ranks that a launcher has given one GPU each keep it.
 
     :param visible: for each rank of this machine, the unique names of the GPUs it sees.
     :raises UserError: if there are more ranks than GPUs.
@@ -168,7 +168,7 @@ def choose_gpus(visible: Sequence[Sequence[str]]) -> list[int]:
 
 
 def interface_addresses() -> dict[str, str]:
-    """IPv4 address of each network interface, {"lo": "127.0.0.1", ...}; empty where the system cannot be asked."""
+    """IPv4 address of each network interface, {"lo": "127.0.0.1", ...}; empty on systems other than Linux."""
     if sys.platform != "linux":
         return {}
     import fcntl
@@ -186,22 +186,22 @@ def interface_addresses() -> dict[str, str]:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface with this address."""
+    """The network interface with this address; None if there is none."""
     return next((name for name, own in interface_addresses().items() if own == address), None)
 
 
 def own_addresses() -> list[str]:
     """Addresses at which another machine might reach this one, the likeliest first; loopback is left out."""
     try:
-        by_name = [info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    except OSError:                                                 # a host name that nobody knows
+        by_name = [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    except OSError:                                                 # a host name that cannot be resolved
         by_name = []
     addresses = dict.fromkeys([*by_name, *interface_addresses().values()])
     return [address for address in addresses if not address.startswith("127.")]
 
 
 def probe(addresses: Sequence[str], port: int) -> dict[str, str]:
-    """Which of `addresses` answer at `port`, each with the address of this machine that the connection leaves from."""
+    """Which of `addresses` answer at `port`, each with this machine's own address in the connection."""
 
     def local_end(address: str) -> str | None:
         try:

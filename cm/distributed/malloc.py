@@ -1,8 +1,8 @@
 """How the C library keeps memory that a process has freed.
 
-glibc returns large blocks to the system as soon as they are freed, and the activations of the next step are made of
-new pages, each of which costs a fault and is filled with zeros first. Kept blocks cost nothing, as the next step takes
-them again: the peak stays what it was.
+glibc returns large blocks to the system as soon as they are freed, so the activations of the next step are made of
+new pages, each of which costs a page fault and is filled with zeros first. Blocks that are kept are used again by the
+next step, and the peak of memory does not change.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ BY_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABL
 
 
 def keep_freed_blocks(env: Mapping[str, str] = os.environ) -> bool:
-    """Ask the C library to keep freed blocks of up to 32 MiB; whether it does.
+    """Ask the C library to keep freed blocks of up to 32 MiB.
 
-    Nothing is asked where the user has set one of `BY_THE_USER`, nor of a C library that is not glibc.
+    :return: whether it does; False if the user has set one of `BY_THE_USER`, or the C library is not glibc.
     """
     if any(name in env for name in BY_THE_USER):
         return False

@@ -1,7 +1,7 @@
-"""Which rank keeps what of a list of tensors: whole tensors, balanced by size.
+"""Which rank keeps which tensors of a list: complete tensors, balanced by size.
 
-Whole, because then every element is computed by the same instruction as without sharing, so results agree bit for bit,
-and a file of all shares is put together tensor by tensor.
+Tensors are not divided, so every element is computed by the same instruction as without sharding, results agree bit
+for bit, and a file of all shards is put together tensor by tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sharding:
-    """The shares of all ranks, seen from one of them.
+    """The shards of all ranks, seen from one of them.
 
     :param owners: for each tensor the rank that keeps it.
     """
@@ -25,17 +25,19 @@ class Sharding:
     ranks: int
 
     def of(self, rank: int, items: Sequence[Item]) -> list[Item]:
-        """Those of one rank, out of a list with an item for each tensor."""
+        """The items of one rank, from a list with an item for each tensor."""
         return [item for item, owner in zip(items, self.owners, strict=True) if owner == rank]
 
     def mine(self, items: Sequence[Item]) -> list[Item]:
+        """The items of this rank."""
         return self.of(self.rank, items)
 
 
 def partition(sizes: Sequence[int], rank: int, ranks: int) -> Sharding:
-    """Largest first, each to the rank that has least: the largest share exceeds the mean by less than one tensor.
+    """Assign tensors to ranks, largest first, each to the rank that has the fewest elements.
 
-    It is at most 4/3 - 1/(3 ranks) of the best that whole tensors allow (Graham 1969, doi 10.1137/0117039).
+    The largest shard exceeds the mean by less than one tensor, and is at most 4/3 - 1/(3 ranks) of the best that
+    undivided tensors allow (Graham 1969, doi 10.1137/0117039).
 
     :param sizes: elements of each tensor.
     """

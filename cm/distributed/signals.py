@@ -1,11 +1,11 @@
 """A request to stop: SIGTERM, SIGINT or SIGUSR1 ends training after the step at hand, with a checkpoint.
 
-    stopping.listen()                       # before the imports that take seconds
+    signals.listen()                        # before the imports that take seconds
     ...
-    signum = agree_with_the_other_ranks(stopping.requested())
+    signum = agree_with_the_other_ranks(signals.requested())
 
-A signal only leaves a word here. A rank that is blocked in a message to its peers runs no signal handler of Python's,
-so the word is left by a thread, to which the C library's own handler writes; the thread also keeps the time: where
+A signal is only recorded here. A rank that is blocked in a message to its peers runs no signal handler of Python's,
+so it is a thread that records it, to which the C library's own handler writes. The thread also watches the time: if
 the ranks have not agreed to stop within the grace period, because one of them hangs, it ends the job.
 """
 
@@ -24,14 +24,14 @@ from cm.distributed import failure, launchers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_S = 60.0
-"""From a signal to the agreement of all ranks to stop, unless told otherwise. A save does not count."""
+"""Default time between a stop signal and all ranks agreeing to stop; time spent saving is not counted."""
 LOADER_S = 5
-"""A loader process that is told to end keeps serving so long: the signal may have gone to all processes of a job."""
+"""How long a loader process continues after SIGTERM: the signal may have gone to all processes of a job."""
 TICK_S = 0.05
 
 
-class _Word:
-    """What has been heard so far."""
+class _State:
+    """The signal that was received, and what the ranks have done about it since."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -39,53 +39,53 @@ class _Word:
         self.grace_s = GRACE_S
         self.unhurried = 0                  # how many saves are under way
         self.agreed = False
-        self.ears: socket.socket | None = None
+        self.receiver: socket.socket | None = None
 
 
-_word = _Word()
+_state = _State()
 
 
 def listen() -> None:
-    """From now on the signals leave a word instead of ending this process. To be called in the main thread.
+    """From now on the signals are recorded and do not end this process. To be called in the main thread.
 
     A second SIGINT ends the job at once.
     """
-    if _word.ears is not None:
+    if _state.receiver is not None:
         return
-    ears, mouth = socket.socketpair()
-    mouth.setblocking(False)
-    _word.ears = ears
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    _state.receiver = receiver
     for signum in SIGNALS:
-        signal.signal(signum, _leave_it_to_the_thread)
-    signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(ears,), name="stopping", daemon=True).start()
-    os.register_at_fork(after_in_child=_in_a_child)
+        signal.signal(signum, _ignore)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(receiver,), name="stopping", daemon=True).start()
+    os.register_at_fork(after_in_child=_reset_in_child)
 
 
 def requested() -> int:
     """The number of the first signal that this process got, or 0."""
-    return _word.signum
+    return _state.signum
 
 
 def allow(grace_s: float) -> None:
     """Set the grace period, in seconds."""
-    _word.grace_s = grace_s
+    _state.grace_s = grace_s
 
 
 def agreed() -> None:
-    """All ranks are about to save and leave: the grace period has served its purpose."""
-    _word.agreed = True
+    """All ranks are about to save and leave: the grace period no longer applies."""
+    _state.agreed = True
 
 
 @contextlib.contextmanager
 def unhurried() -> Iterator[None]:
-    """While a checkpoint is written the grace period stands still, and it begins anew after it."""
-    _word.unhurried += 1
+    """While a checkpoint is written the grace period does not run; it starts again after it."""
+    _state.unhurried += 1
     try:
         yield
     finally:
-        _word.unhurried -= 1
-        _word.since = time.monotonic()
+        _state.unhurried -= 1
+        _state.since = time.monotonic()
 
 
 def outlive_the_signal() -> None:
@@ -94,34 +94,34 @@ def outlive_the_signal() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LOADER_S))
 
 
-def _leave_it_to_the_thread(*_: object) -> None:
-    """A handler of Python's must be there, or the signal would do what it does by default."""
+def _ignore(*_: object) -> None:
+    """Do nothing: without a handler of Python's the signal would have its default effect."""
 
 
-def _in_a_child() -> None:
-    """A forked process has no thread that listens, and must not speak to its parent's."""
+def _reset_in_child() -> None:
+    """Undo `listen` in a forked process: it has no such thread, and must not write to its parent's."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for signum in (signal.SIGINT, signal.SIGUSR1):          # Ctrl-C reaches it too; its parent decides when it ends
         signal.signal(signum, signal.SIG_IGN)
 
 
-def _watch(ears: socket.socket) -> None:
+def _watch(receiver: socket.socket) -> None:
     while True:
-        heard, _, _ = select.select([ears], [], [], TICK_S if _word.signum else None)
-        for signum in ears.recv(64) if heard else b"":
+        ready, _, _ = select.select([receiver], [], [], TICK_S if _state.signum else None)
+        for signum in receiver.recv(64) if ready else b"":
             if signum in SIGNALS:
-                _hear(signum)
+                _record(signum)
         if _is_overdue():
             _end(failure.Overdue(
-                f"no stop within {_word.grace_s:g} s of {name_of(_word.signum)}: some rank hangs, or a step takes "
-                "longer than that (--grace_seconds); the newest checkpoint is as it was"
+                f"no stop within {_state.grace_s:g} s of {name_of(_state.signum)}: some rank hangs, or a step takes "
+                "longer than that (--grace_seconds); the newest checkpoint is unchanged"
             ))
 
 
-def _hear(signum: int) -> None:
-    if not _word.signum:
-        _word.since, _word.signum = time.monotonic(), signum
+def _record(signum: int) -> None:
+    if not _state.signum:
+        _state.since, _state.signum = time.monotonic(), signum
         if launchers.launcher_rank() == 0:
             again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
             failure.say(f"\n{name_of(signum)}: stopping after this step, with a checkpoint{again}")
@@ -130,12 +130,12 @@ def _hear(signum: int) -> None:
 
 
 def _is_overdue() -> bool:
-    running = _word.signum and not _word.agreed and not _word.unhurried
-    return bool(running) and time.monotonic() - _word.since > _word.grace_s
+    running = _state.signum and not _state.agreed and not _state.unhurried
+    return bool(running) and time.monotonic() - _state.since > _state.grace_s
 
 
 def _end(error: BaseException) -> None:
-    """End the job the way a failed thread does."""
+    """End the job as a failed thread does."""
     try:
         threading.excepthook(threading.ExceptHookArgs((type(error), error, None, threading.current_thread())))
     finally:
@@ -143,4 +143,5 @@ def _end(error: BaseException) -> None:
 
 
 def name_of(signum: int) -> str:
+    """15 -> 'SIGTERM'."""
     return signal.Signals(signum).name

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -38,20 +38,13 @@ from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, 
 from cm.generate.npz import to_uint8
 from cm.io import untrusted
 from cm.io.storage import open_file
-from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.registry import lookup
 from cm.samplers import Churn, CountingDenoiser
+from cm.samplers.sample import BindsNetworks
 from cm.types import NoiseSource, Sampler
 
-EditMaker = Callable[[Tensor, NoiseSource], Edit]           # from images [N,3,S,S] and the noise of their samples
-
-OPTIONS = {                                                 # flags that mean something to one task only
-    "mask": "inpaint", "mask_box": "inpaint",
-    "superres_factor": "superres", "low_resolution": "superres",
-    "stroke_start": "stroke",
-    "interpolate_pairs": "interpolate", "interpolate_weights": "interpolate",
-    "denoise_sigma": "denoise", "add_noise": "denoise",
-}
+EditMaker = Callable[[Tensor, NoiseSource], Edit]
+"""Makes an edit of images [N,3,S,S] and the noise source of their samples."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,12 @@ class EditJob:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What an edit leaves: its results and, of images, what it knew of them."""
+        """What is written: the results and, if the edit has images, the known part of them."""
         return ("samples",) if self.source is None else ("samples", "inputs")
 
     def originals(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these results, [n,S,S,3] uint8; images are used again when there are fewer than results."""
+        """The images of these results, [n,S,S,3] uint8; images are used again if there are fewer than results."""
+        assert self.source is not None, "interpolation has no images"
         images = self.source.images(indices % len(self.source))
         repeats = self.plan.image_size // self.source.image_size
         return images.repeat(repeats, axis=1).repeat(repeats, axis=2)
@@ -96,18 +90,23 @@ class EditJob:
         return pixels.float().div_(127.5).sub_(1)
 
     def noise(self, indices: np.ndarray) -> NoiseSource:
+        """The random streams of these results."""
         if self.arcs is None:
             return noise_of(indices, self.plan)
         start, end = (noise_of(ends, self.plan) for ends in self.arcs.ends[indices].T)
         return Between(start, end, th.from_numpy(self.arcs.weights[indices]))
 
     def labels(self, indices: np.ndarray) -> np.ndarray | None:
-        """--class_label, or else the image's own class, or else a random one; between two samples, the first one's."""
+        """The classes [n]: --class_label, or else the image's own, or else a random one.
+
+        A result between two samples has the class of the first. None if the network has no classes.
+        """
         if self.arcs is not None:
             return labels_of(self.arcs.ends[indices, 0], self.plan)
-        if self.plan.num_classes is None or self.plan.class_label >= 0 or self.source.labels is None:
+        own = None if self.source is None else self.source.labels
+        if self.plan.num_classes is None or self.plan.class_label >= 0 or own is None:
             return labels_of(indices, self.plan)
-        return self.source.labels[indices % len(self.source)]
+        return own[indices % len(own)]
 
 
 def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: Tensor) -> EditJob:
@@ -116,20 +115,26 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     :raises UserError: for whatever is missing, contradicts itself, or does not fit the network's images.
     """
     config, values = settings.section(EditConfig), settings.values
-    refuse_options_of_others(config)
-    levels = (values[name] for name in ("sigma_min", "sigma_max", "rho"))
-    make_edit = lookup(MAKERS, config.task, "task")(config, plan.image_size, *levels)
+    task = lookup(TASKS, config.task, "task")
+    _refuse_options_of_others(config)
+    space = ImageSpace(plan.image_size, *(values[name] for name in ("sigma_min", "sigma_max", "rho")))
+    make_edit = task.prepare(config, space)
     churn = Churn(*(values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")))
-    source, arcs = (None, find_arcs(config)) if config.task == "interpolate" else (find_images(config, plan), None)
-    count = len(arcs.weights) if arcs else config.num_samples or len(source)
+    source = arcs = None
+    if config.task == "interpolate":
+        arcs = _find_arcs(config)
+        count = len(arcs.weights)
+    else:
+        source = _find_images(config, plan)
+        count = config.num_samples or len(source)
     return EditJob(
         replace(plan, num_samples=count), make_edit, sampler, sigmas, churn, config.clip_denoised, source, arcs
     )
 
 
 @th.inference_mode()
-def edit_images(job: EditJob, model: nn.Module, diffusion: KarrasDenoiser, indices: np.ndarray) -> RankSamples:
-    """The results of these indices, and what was known."""
+def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indices: np.ndarray) -> RankSamples:
+    """The results of these indices, and the known part of their images."""
     labels = job.labels(indices)
     if len(indices) == 0:
         return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0)
@@ -143,13 +148,29 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: KarrasDenoiser, indic
     return RankSamples({kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}, labels, D.calls)
 
 
-# --- one maker a task: from its flags to edits -----------------------------------------------------------------------
+# --- the tasks: from flags to edits ----------------------------------------------------------------------------------
 
 
-def inpaint_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
+class ImageSpace(NamedTuple):
+    """What the network makes: the side of its images in pixels, and the noise levels of its grid."""
+
+    size: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+
+
+class Task(NamedTuple):
+    """One --task: how its edits are made, and which flags of `EditConfig` only it has."""
+
+    prepare: Callable[[EditConfig, ImageSpace], EditMaker]
+    options: tuple[str, ...] = ()
+
+
+def _prepare_inpainting(config: EditConfig, space: ImageSpace) -> EditMaker:
     if bool(config.mask) == bool(config.mask_box):
         raise UserError("--task inpaint needs either --mask FILE (white is known) or --mask_box top,left,height,width")
-    mask = read_mask(config.mask, size) if config.mask else box_mask(config.mask_box, size)
+    mask = read_mask(config.mask, space.size) if config.mask else _box_mask(config.mask_box, space.size)
     if mask.all():
         raise UserError(f"--mask {config.mask}: every pixel is known, so there is nothing to fill in; 0 is unknown")
     if not mask.any():
@@ -160,30 +181,37 @@ def inpaint_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: fl
     return lambda images, rng: Inpaint(images, th.from_numpy(mask))
 
 
-def colorize_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
+def _prepare_colorization(config: EditConfig, space: ImageSpace) -> EditMaker:
     return lambda images, rng: Colorize(images)
 
 
-def superres_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
-    check_factor(config.superres_factor, (size, size))
+def _prepare_superres(config: EditConfig, space: ImageSpace) -> EditMaker:
+    check_factor(config.superres_factor, (space.size, space.size))
     return lambda images, rng: SuperRes(images, config.superres_factor)
 
 
-def stroke_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
-    last = max(config.steps - 2, 0)                         # below that there is no noise to take away
+def _prepare_strokes(config: EditConfig, space: ImageSpace) -> EditMaker:
+    last = max(config.steps - 2, 0)                         # lower levels have no noise to remove
     if config.stroke_start > last:
         raise UserError(
-            f"--stroke_start {config.stroke_start} is no index into {config.steps} noise levels to begin at; "
+            f"--stroke_start {config.stroke_start} is no index into {config.steps} noise levels to start at; "
             f"choose 0 to {last}, or other --steps"
         )
-    sigma = karras_grid(config.steps, sigma_min, sigma_max, rho)[config.stroke_start].item()
+    sigma = karras_grid(config.steps, space.sigma_min, space.sigma_max, space.rho)[config.stroke_start].item()
     return lambda images, rng: Stroke(images, sigma)
 
 
-def denoise_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
+def _prepare_interpolation(config: EditConfig, space: ImageSpace) -> EditMaker:
+    if config.images:
+        raise UserError(f"--images {config.images}: interpolation is between two noises; drop it or --task")
+    return lambda images, rng: Interpolate(images)
+
+
+def _prepare_denoising(config: EditConfig, space: ImageSpace) -> EditMaker:
     sigma = config.denoise_sigma
-    if not sigma_min <= sigma <= sigma_max:
-        raise UserError(f"--denoise_sigma {sigma}: the network knows noise levels from {sigma_min} to {sigma_max}")
+    if not space.sigma_min <= sigma <= space.sigma_max:
+        raise UserError(f"--denoise_sigma {sigma}: the network knows noise levels from {space.sigma_min} to "
+                        f"{space.sigma_max}")
 
     def make(images: Tensor, rng: NoiseSource) -> Edit:
         return Denoise(images + sigma * rng.randn_like(images) if config.add_noise else images, sigma)
@@ -191,33 +219,28 @@ def denoise_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: fl
     return make
 
 
-def interpolate_maker(config: EditConfig, size: int, sigma_min: float, sigma_max: float, rho: float) -> EditMaker:
-    if config.images:
-        raise UserError(f"--images {config.images}: interpolation goes between two noises; drop it or --task")
-    return lambda images, rng: Interpolate(images)
-
-
-MAKERS = {
-    "inpaint": inpaint_maker,
-    "colorize": colorize_maker,
-    "superres": superres_maker,
-    "stroke": stroke_maker,
-    "interpolate": interpolate_maker,
-    "denoise": denoise_maker,
+TASKS = {
+    "inpaint": Task(_prepare_inpainting, ("mask", "mask_box")),
+    "colorize": Task(_prepare_colorization),
+    "superres": Task(_prepare_superres, ("superres_factor", "low_resolution")),
+    "stroke": Task(_prepare_strokes, ("stroke_start",)),
+    "interpolate": Task(_prepare_interpolation, ("interpolate_pairs", "interpolate_weights")),
+    "denoise": Task(_prepare_denoising, ("denoise_sigma", "add_noise")),
 }
 
 
 # --- reading flags ---------------------------------------------------------------------------------------------------
 
 
-def refuse_options_of_others(config: EditConfig) -> None:
+def _refuse_options_of_others(config: EditConfig) -> None:
+    owners = {option: name for name, task in TASKS.items() for option in task.options}
     for field in fields(config):
-        task = OPTIONS.get(field.name, config.task)
+        task = owners.get(field.name, config.task)
         if task != config.task and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name} belongs to --task {task}, not to {config.task}; drop one of them")
 
 
-def find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
+def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
     if not config.images:
         raise UserError(f"--images is missing: --task {config.task} needs a folder, an EDM zip or an npz of images")
     shrink = config.superres_factor if config.low_resolution else 1
@@ -250,9 +273,9 @@ def read_mask(path: str, size: int) -> np.ndarray:
     return mask.astype(bool)
 
 
-def box_mask(box: str, size: int) -> np.ndarray:
+def _box_mask(box: str, size: int) -> np.ndarray:
     """[S,S] boolean, False inside top,left,height,width."""
-    numbers = parse_numbers("mask_box", box, int, "8,8,16,16 for top,left,height,width")
+    numbers = _parse_numbers("mask_box", box, int, "8,8,16,16 for top,left,height,width")
     if len(numbers) != 4 or min(numbers) < 0 or min(numbers[2:]) == 0:
         raise UserError(f"--mask_box {box} is not top,left,height,width in pixels, such as 8,8,16,16")
     top, left, height, width = numbers
@@ -263,15 +286,15 @@ def box_mask(box: str, size: int) -> np.ndarray:
     return mask
 
 
-def find_arcs(config: EditConfig) -> Arcs:
-    weights = parse_numbers("interpolate_weights", config.interpolate_weights, float, "0,0.5,1")
+def _find_arcs(config: EditConfig) -> Arcs:
+    weights = _parse_numbers("interpolate_weights", config.interpolate_weights, float, "0,0.5,1")
     if not weights or min(weights) < 0 or max(weights) > 1:
         raise UserError(f"--interpolate_weights {config.interpolate_weights!r} must lie between 0 and 1")
-    pairs = np.array(find_pairs(config), np.int64)          # [P,2]
+    pairs = np.array(_find_pairs(config), np.int64)          # [P,2]
     return Arcs(pairs.repeat(len(weights), axis=0), np.tile(np.array(weights), len(pairs)), len(weights))
 
 
-def find_pairs(config: EditConfig) -> list[tuple[int, int]]:
+def _find_pairs(config: EditConfig) -> list[tuple[int, int]]:
     if not config.interpolate_pairs:
         count = config.num_samples or 2
         if count < 2:
@@ -281,15 +304,15 @@ def find_pairs(config: EditConfig) -> list[tuple[int, int]]:
         raise UserError("--num_samples and --interpolate_pairs both say what to interpolate; drop one of them")
     pairs = []
     for pair in config.interpolate_pairs.split(","):
-        ends = parse_numbers("interpolate_pairs", pair, int, "0:1,4:7", separator=":")
+        ends = _parse_numbers("interpolate_pairs", pair, int, "0:1,4:7", separator=":")
         if len(ends) != 2 or min(ends) < 0 or ends[0] == ends[1]:
             raise UserError(f"--interpolate_pairs: {pair!r} is not a pair of two sample indices such as 0:1")
         pairs.append((ends[0], ends[1]))
     return pairs
 
 
-def parse_numbers(flag: str, text: str, kind: type, example: str, separator: str = ",") -> list[Any]:
+def _parse_numbers(flag: str, text: str, kind: type, example: str, separator: str = ",") -> list[Any]:
     try:
-        return [kind(word) for word in text.split(separator)]
+        return [kind(part) for part in text.split(separator)]
     except ValueError:
         raise UserError(f"--{flag} {text!r} is no list of numbers such as {example}") from None

@@ -1,7 +1,7 @@
 """Zero-shot editing: Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithm 4.
 
-An edit says where to begin and what every denoised image must agree with. `constrained` wraps that around a denoiser,
-so that every sampler can edit; the loop is `cm.samplers.integrate`.
+An edit says where sampling starts and what every denoised image must agree with. `constrained` applies that to a
+denoiser, so that every sampler can edit; the loop is `cm.samplers.integrate`.
 
 Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1].
 """
@@ -26,17 +26,17 @@ LUMA = (0.2989, 0.5870, 0.1140)                                     # weights of
 
 
 class Edit:
-    """From images [N,C,H,W]: begin with noise added to what is known, agree with nothing."""
+    """The base of all edits, of images [N,C,H,W]: start from them with noise added, keep nothing of them."""
 
     def __init__(self, images: Tensor):
-        self.known = images                                         # [N,C,H,W], a picture to begin from and to show
+        self.known = images                                         # [N,C,H,W], the images to start from and to show
 
     def levels(self, sigmas: Tensor) -> Tensor:
-        """The noise levels of this edit, of those in a sampler's grid."""
+        """The noise levels that this edit visits, from those of a sampler's grid."""
         return sigmas
 
     def begin(self, sigma: float, rng: NoiseSource) -> Tensor:
-        """[N,C,H,W] at noise level sigma, the first of `levels`."""
+        """Where sampling starts, [N,C,H,W] at noise level sigma, the first of `levels`."""
         return self.known + sigma * rng.randn_like(self.known)
 
     def project(self, x0: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ class Edit:
 
 
 class Constraint(Edit):
-    """A part of the images is kept, and the network fills in the rest.
+    """Keep a part of the images, and let the network fill in the rest.
 
     In the paper's letters, A is orthogonal and Omega marks the coordinates to fill in. Only the space that the kept
-    coordinates span matters, so that no A is needed: `part` is the orthogonal projection to that space.
+    coordinates span matters, so no A is needed: `part` is the orthogonal projection to that space.
     """
 
     def __init__(self, images: Tensor):
@@ -59,7 +59,7 @@ class Constraint(Edit):
         self.known = self.picture()
 
     def part(self, x: Tensor) -> Tensor:
-        """What of x [N,C,H,W] is kept."""
+        """The part of x [N,C,H,W] that is kept, as an orthogonal projection."""
         raise NotImplementedError
 
     def picture(self) -> Tensor:
@@ -67,6 +67,7 @@ class Constraint(Edit):
         return self.kept
 
     def project(self, x0: Tensor) -> Tensor:
+        """x0 [N,C,H,W] with its own kept part replaced by that of the images."""
         return self.kept + (x0 - self.part(x0))
 
 
@@ -87,9 +88,11 @@ class Inpaint(Constraint):
         super().__init__(images)
 
     def part(self, x: Tensor) -> Tensor:
+        """The known pixels of x [N,C,H,W], the others 0."""
         return x * self.mask
 
     def picture(self) -> Tensor:
+        """The known pixels on black."""
         return self.kept - (1 - self.mask)
 
 
@@ -102,12 +105,13 @@ class Colorize(Constraint):
         super().__init__(images)
 
     def part(self, x: Tensor) -> Tensor:
+        """The brightness of x [N,C,H,W]."""
         return self.direction * (self.direction * x).sum(1, keepdim=True)
 
     def picture(self) -> Tensor:
-        """The grey image of this brightness."""
-        grey = (self.direction * self.kept).sum(1, keepdim=True) / self.direction.sum()
-        return grey.expand_as(self.kept)
+        """The gray image of this brightness."""
+        gray = (self.direction * self.kept).sum(1, keepdim=True) / self.direction.sum()
+        return gray.expand_as(self.kept)
 
 
 class SuperRes(Constraint):
@@ -123,6 +127,7 @@ class SuperRes(Constraint):
         super().__init__(images)
 
     def part(self, x: Tensor) -> Tensor:
+        """The patch means of x [N,C,H,W]."""
         return F.interpolate(F.avg_pool2d(x, self.factor), scale_factor=self.factor, mode="nearest")
 
 
@@ -140,9 +145,9 @@ def check_factor(factor: int, size: Sequence[int]) -> None:
 
 
 class Stroke(Edit):
-    """Redraw images, such as coarse strokes, from a middle noise level on: Meng et al. 2022 (SDEdit, 2108.01073).
+    """Redraw images, such as coarse strokes, starting at a middle noise level: Meng et al. 2022 (SDEdit, 2108.01073).
 
-    :param sigma: the level to begin at; more noise keeps less of the strokes.
+    :param sigma: the noise level to start at; more noise keeps less of the strokes.
     """
 
     def __init__(self, images: Tensor, sigma: float):
@@ -150,11 +155,12 @@ class Stroke(Edit):
         self.sigma = sigma
 
     def levels(self, sigmas: Tensor) -> Tensor:
+        """`sigma`, and the levels of the grid below it."""
         return th.cat([sigmas.new_tensor([self.sigma]), sigmas[sigmas < self.sigma]])
 
 
 class Denoise(Edit):
-    """Images that are noisy already, denoised in one step.
+    """Denoise images that are already noisy, in one step.
 
     :param sigma: the standard deviation of their noise.
     """
@@ -164,14 +170,16 @@ class Denoise(Edit):
         self.sigma = sigma
 
     def levels(self, sigmas: Tensor) -> Tensor:
+        """`sigma`, then 0."""
         return sigmas.new_tensor([self.sigma, 0.0])
 
     def begin(self, sigma: float, rng: NoiseSource) -> Tensor:
+        """The images themselves: they have their noise."""
         return self.known
 
 
 class Interpolate(Edit):
-    """Images between two others. All of that is in the noise, see `Between`; of `images` only the shape matters."""
+    """Images between two others. What is between is the noise, see `Between`; of `images` only the shape matters."""
 
     def __init__(self, images: Tensor):
         super().__init__(th.zeros_like(images))
@@ -179,7 +187,9 @@ class Interpolate(Edit):
 
 @dataclass(frozen=True)
 class Between:
-    """Normal draws on the arc from those of one source to those of another: at both ends they are the sources' own.
+    """A noise source whose normal draws lie on the arc from those of one source to those of another.
+
+    At both ends they are the sources' own. Other numbers are those of `start`: an arc keeps no other distribution.
 
     :param weight: [N], 0 at the start and 1 at the end.
     """
@@ -189,17 +199,29 @@ class Between:
     weight: Tensor
 
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
-        ends = (source.randn(*shape, dtype=dtype, device=device) for source in (self.start, self.end))
-        return slerp(*ends, self.weight)
+        """Standard normal numbers of a shape [N, ...]."""
+        start, end = (source.randn(*shape, dtype=dtype, device=device) for source in (self.start, self.end))
+        return slerp(start, end, self.weight)
 
     def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
         return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+        """Uniform numbers in [0, 1) of a shape [N, ...], those of `start`."""
+        return self.start.rand(*shape, dtype=dtype, device=device)
+
+    def randint(
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+    ) -> Tensor:
+        """Integers in low..high-1 of a shape [N, ...], those of `start`."""
+        return self.start.randint(low, high, size, dtype=dtype, device=device)
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Spherical linear interpolation of samples [N,...], weight [N]: a at weight 0, b at weight 1.
 
-    Where the two point the same or the opposite way, and no arc is distinguished, it is linear.
+    Where the two have the same or opposite directions, so that no arc is determined, it is linear.
     """
     w = weight.to(a.device, th.float64)
     cosine = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
@@ -218,9 +240,9 @@ EDITS = {**CONSTRAINTS, "stroke": Stroke, "interpolate": Interpolate, "denoise":
 
 
 def constrained(D: Denoiser, edit: Edit, clip: bool = True) -> Denoiser:
-    """A denoiser whose every image agrees with what the edit knows.
+    """A denoiser whose every image agrees with what the edit keeps.
 
-    :param clip: clamp to [-1, 1], before the projection: after it, that would undo it.
+    :param clip: clamp to [-1, 1], before the projection: a clamp after it could undo it.
     """
 
     def denoise(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
@@ -235,7 +257,7 @@ def run_edit(
     D: Denoiser, edit: Edit, sampler: Sampler, sigmas: Tensor, rng: NoiseSource, *, churn: Churn | None = None,
     clip_denoised: bool = True,
 ) -> Tensor:
-    """The edited images [N,C,H,W]; they agree with what the edit knows whatever the sampler's last step does.
+    """The edited images [N,C,H,W]; they agree with what the edit keeps whatever the sampler's last step does.
 
     :param sigmas: the grid of the sampler, see `Sampler.grid`.
     """
@@ -244,13 +266,13 @@ def run_edit(
     return edit.project(integrate(sampler, constrained(D, edit, clip_denoised), x, levels, rng, churn=churn))
 
 
-# --- doors under the names of openai/consistency_models --------------------------------------------------------------
-# They begin from x [N,C,H,W], noise of level t_max, visit the levels ts of a Karras grid, and return the edited images
-# and the kept part; distiller(x, sigma [N]) is the consistency function.
+# --- the names of openai/consistency_models --------------------------------------------------------------------------
+# These functions start from x [N,C,H,W], noise of level t_max, visit the levels ts of a Karras grid, and return the
+# edited images and the kept part; distiller(x, sigma [N]) is the consistency function.
 
 
 @th.no_grad()
-def replace_and_denoise(
+def _replace_and_denoise(
     distiller: Denoiser, edit: Edit, x: Tensor, ts: Sequence[int], t_min: float, t_max: float, rho: float, steps: int,
     generator: NoiseSource | None,
 ) -> Tensor:
@@ -265,16 +287,16 @@ def iterative_inpainting(
 ) -> tuple[Tensor, Tensor]:
     """Fill in where the mask is 0, see `Inpaint`; the second value shows the known pixels on black."""
     edit = Inpaint(images.to(x), mask)
-    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.known
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.known
 
 
 def iterative_colorization(
     distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
     rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Colour images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
+    """Color images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
     edit = Colorize(images.to(x))
-    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
 
 
 def iterative_superres(
@@ -283,4 +305,4 @@ def iterative_superres(
 ) -> tuple[Tensor, Tensor]:
     """Sharpen images of known patch means, see `SuperRes`; the second value holds the means."""
     edit = SuperRes(images.to(x), factor)
-    return replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept

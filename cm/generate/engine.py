@@ -1,4 +1,4 @@
-"""Sample images over all ranks: exactly as many as asked, each depending on the seed and its own index alone."""
+"""Sample images over all ranks: exactly as many as asked for, each depending on the seed and its own index alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import numpy as np
 import torch as th
@@ -18,9 +19,8 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.npz import NpzWriter, to_uint8
 from cm.generate.png import PngFolder, PngWriter
-from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.random_util import get_generator, labels_for
-from cm.samplers.sample import SampleOptions, sample
+from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
 
 SHOWN = 64                                      # images in a grid
@@ -41,7 +41,7 @@ class SamplingPlan:
     rounding: str = "truncate"
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
-        """The sample indices that stand in these rows of the result."""
+        """The sample indices of these rows of the result."""
         return np.asarray(self.seeds, np.int64)[rows] if self.seeds else rows
 
 
@@ -56,6 +56,8 @@ class RankSamples:
 
 @dataclass(frozen=True)
 class SamplingResult:
+    """What sampling to npz files left."""
+
     paths: dict[str, str]                       # of the npz of each kind, on rank 0
     first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,3], on rank 0: to look at
     evaluations: int                            # network evaluations per image (NFE)
@@ -64,6 +66,8 @@ class SamplingResult:
 
 @dataclass(frozen=True)
 class PngResult:
+    """What sampling to a folder of PNGs did."""
+
     drawn: int                                  # images
     there: int                                  # images that an earlier run has left
     evaluations: int                            # network evaluations per image (NFE) on this rank; 0 if it drew none
@@ -71,7 +75,9 @@ class PngResult:
 
 
 def rank_batches(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """The rows of the result that this rank makes, round by round; every rank has as many rounds, some of them empty.
+    """The rows of the result that this rank makes, round by round.
+
+    Every rank has the same number of rounds; in the last one some ranks may have no row.
     """
     per_round = plan.batch_size * world_size
     for first in range(0, plan.num_samples, per_round):
@@ -85,10 +91,10 @@ def parse_seeds(seeds: str) -> tuple[int, ...]:
     :raises UserError: if a part is neither a number nor a rising range, or a seed is named twice.
     """
     found: list[int] = []
-    for word in seeds.split(",") if seeds.strip() else []:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+    for part in seeds.split(",") if seeds.strip() else []:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--seeds {seeds!r}: {word.strip()!r} is neither a number nor a rising range such as 0-63")
+            raise UserError(f"--seeds {seeds!r}: {part.strip()!r} is neither a number nor a rising range such as 0-63")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if twice := [seed for seed, times in Counter(found).items() if times > 1]:
         raise UserError(f"--seeds {seeds!r} names {twice[0]} twice")
@@ -96,6 +102,7 @@ def parse_seeds(seeds: str) -> tuple[int, ...]:
 
 
 def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
+    """The classes [n] of these samples: the plan's, or else drawn for each; None if the network has no classes."""
     if plan.num_classes is None:
         return None
     if plan.class_label >= 0:
@@ -103,10 +110,18 @@ def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
     return np.asarray(labels_for(indices, plan.seed, plan.num_classes), np.int64)
 
 
+class ConvertsToFp16(Protocol):
+    """A network that can be converted in place."""
+
+    def convert_to_fp16(self) -> None:
+        """Let the network compute in float16."""
+        ...
+
+
 def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
     """The context in which a float32 model samples in fp32, bf16 or fp16."""
     if precision == "fp16":
-        model.convert_to_fp16()
+        cast(ConvertsToFp16, model).convert_to_fp16()
     if precision == "bf16":
         return th.autocast(dist.dev().type, dtype=th.bfloat16)
     return nullcontext()
@@ -114,7 +129,7 @@ def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
 
 @th.inference_mode()
 def draw(
-    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, indices: np.ndarray, labels: np.ndarray | None,
+    model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, indices: np.ndarray, labels: np.ndarray | None,
     options: SampleOptions,
 ) -> tuple[np.ndarray, int]:
     """Images of these indices: [n,H,W,3] uint8, and the network evaluations each took."""
@@ -129,6 +144,7 @@ def draw(
 
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
+    """[0,H,W,3] uint8: what a rank without work contributes."""
     return np.zeros((0, plan.image_size, plan.image_size, 3), np.uint8)
 
 
@@ -138,15 +154,15 @@ def noise_of(indices: np.ndarray, plan: SamplingPlan) -> NoiseSource:
 
 
 def condition(labels: np.ndarray | None) -> dict[str, th.Tensor]:
-    """What the network is told about these classes."""
+    """The network's keyword arguments for these classes."""
     return {} if labels is None else {"y": th.as_tensor(labels, device=dist.dev())}
 
 
 def sample_to_npz(
-    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, directory: str, precision: str,
+    model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, directory: str, precision: str,
     options: SampleOptions,
 ) -> SamplingResult:
-    """Draw the plan on all ranks."""
+    """Draw the plan on all ranks, into an npz in `directory`."""
 
     def make(indices: np.ndarray) -> RankSamples:
         labels = labels_of(indices, plan)
@@ -160,23 +176,24 @@ def sample_to_npz(
 def collect_to_npz(
     make: Callable[[np.ndarray], RankSamples], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
 ) -> SamplingResult:
-    """Make the plan's images on all ranks; rank 0 writes each round as it comes, the others hold only their own.
+    """Make the plan's images on all ranks; rank 0 writes each round when it is complete, and the other ranks hold
+    only their own part.
 
-    :param make: from sample indices [n], which may be none, to images of these `kinds`.
+    :param make: from sample indices [n], where n may be 0, to images of these `kinds`.
     """
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
-    writers = open_writers(plan, directory, kinds) if main else {}
+    writers = _open_writers(plan, directory, kinds) if main else {}
     bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
     with bar:
         for own in rank_batches(plan, dist.get_rank(), dist.get_world_size()):
             drawn = make(plan.indices(own))
             evaluations = max(evaluations, drawn.evaluations)
-            whose, labels, *images = (
-                gather_rows(rows) for rows in (own, drawn.labels, *(drawn.images[kind] for kind in kinds))
-            )
-            for kind, rows in zip(writers, images):
-                writers[kind].put(whose, rows, labels)
-            bar.update(0 if whose is None else len(whose))
+            rows, labels = gather_rows(own), gather_rows(drawn.labels)
+            for kind in kinds:
+                images = gather_rows(drawn.images[kind])
+                if rows is not None and images is not None:         # on rank 0
+                    writers[kind].put(rows, images, labels)
+            bar.update(0 if rows is None else len(rows))
     first_images = {kind: writer.images[:SHOWN].copy() for kind, writer in writers.items()}
     extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
     paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
@@ -184,13 +201,13 @@ def collect_to_npz(
 
 
 def sample_to_pngs(
-    model: nn.Module, diffusion: KarrasDenoiser, plan: SamplingPlan, folder: PngFolder, precision: str,
+    model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, folder: PngFolder, precision: str,
     options: SampleOptions,
 ) -> PngResult:
     """Draw those of the plan's seeds that have no image in the folder yet; each rank writes what it makes.
 
-    Every batch has the full size, the last one filled up with its last seed: with the same batch size a seed's image
-    then has the same bits whichever seeds are asked beside it.
+    Every batch has the full size; the last one is padded with its last seed. With the same batch size a seed's image
+    then has the same bits, whichever other seeds are asked for.
     """
     seeds = plan.indices(np.arange(plan.num_samples)).tolist()
     missing = tuple(dist.on_main(folder.missing, seeds))
@@ -213,12 +230,13 @@ def sample_to_pngs(
     return PngResult(len(missing), len(seeds) - len(missing), evaluations, time.monotonic() - start)
 
 
-def open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
+def _open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
+    """An open npz for each kind of image."""
     size, with_labels = plan.image_size, plan.num_classes is not None
     return {kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind) for kind in kinds}
 
 
 def gather_rows(rows: np.ndarray | None) -> np.ndarray | None:
-    """The rows of all ranks on rank 0, None elsewhere and where there are none."""
+    """The rows of all ranks on rank 0; None on the others, and if there are no rows."""
     parts = None if rows is None else dist.gather_to_main(rows)
     return None if parts is None else np.concatenate(parts)

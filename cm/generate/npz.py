@@ -1,4 +1,4 @@
-"""What sampling leaves on disk: an npz of uint8 images in constant memory, and a PNG grid to look at."""
+"""What sampling writes to disk: an npz of uint8 images, in constant memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ COPIED_AT_ONCE = 2**22                                      # bytes
 def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
     """[N,C,H,W] in [-1, 1] -> [N,H,W,C] uint8, truncating as guided-diffusion does.
 
-    :param nearest: round instead: pixels that came from uint8 are found again, where truncation loses a level of some.
+    :param nearest: round to the nearest level instead. Pixels that came from uint8 then stay what they were, where
+        truncation lowers some by one level.
     """
     pixels = ((images + 1) * 127.5).clamp(0, 255)
     pixels = (pixels.round() if nearest else pixels).to(th.uint8)

@@ -1,7 +1,7 @@
-"""A folder with one PNG for each seed, which a stopped run can go on filling.
+"""A folder with one PNG for each seed, which a restarted run completes.
 
-Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. Beside them lies
-sampling.json, which says how the images were made: a folder never holds images of two kinds.
+Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. sampling.json, next
+to them, says how the images were made: a folder never holds images of two kinds.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from cm.io import atomic, storage
 RECIPE = "sampling.json"
 PER_FOLDER = 1000
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-ENCODERS = 2                                    # threads; zlib works outside of Python's lock
+ENCODERS = 2                                    # threads; zlib releases Python's lock
 WAITING = 256                                   # images that may wait for an encoder
 
 
 class PngFolder:
-    """Where the images of seeds lie.
+    """Where the images of seeds are.
 
     :param subdirs: a folder for each 1000 seeds.
     """
@@ -38,14 +38,15 @@ class PngFolder:
         self.outdir, self.subdirs = Path(outdir), subdirs
 
     def path(self, seed: int) -> Path:
+        """The file of a seed."""
         folder = self.outdir / f"{seed - seed % PER_FOLDER:06d}" if self.subdirs else self.outdir
         return folder / f"{seed:06d}.png"
 
     def claim(self, recipe: Mapping[str, Any]) -> None:
-        """Make the folder, or see that what lies in it was made in the same way; for one process.
+        """Make the folder, or check that what it contains was made in the same way; for one process.
 
-        :param recipe: all that the images depend on, as JSON knows it.
-        :raises UserError: naming what differs, or if images are there without a recipe, or it cannot be written.
+        :param recipe: all that the images depend on, as JSON can hold it.
+        :raises UserError: naming what differs, or if there are images without a recipe, or it cannot be written.
         """
         wanted, path = json.loads(json.dumps(dict(recipe))), self.outdir / RECIPE
         try:
@@ -61,30 +62,34 @@ class PngFolder:
         except OSError as error:
             raise UserError(f"--outdir {self.outdir}: {atomic.write_failure(path, error)}") from None
         except json.JSONDecodeError:
-            raise UserError(f"{path} is damaged, so nobody knows how the images beside it were made: "
+            raise UserError(f"{path} is damaged, so it is not known how the images next to it were made: "
                             "choose another --outdir") from None
 
     def compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """:raises UserError: naming the first value in which two recipes differ."""
         for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
                 raise UserError(
                     f"--outdir {self.outdir} holds images made with {name}={found.get(name)!r}, and this run has "
-                    f"{name}={wanted.get(name)!r}: choose another --outdir, or the same model and flags to go on"
+                    f"{name}={wanted.get(name)!r}: choose another --outdir, or the same model and flags to resume"
                 )
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
         """Those of the seeds, in their order, that have no image yet, or a damaged one."""
-        return [seed for seed in seeds if not is_whole(self.path(seed))]
+        return [seed for seed in seeds if not _is_complete(self.path(seed))]
 
     def read(self, seeds: Iterable[int]) -> np.ndarray:
-        """The images of seeds, as far as they lie here: uint8 [n,H,W,3]."""
-        return np.stack([np.asarray(Image.open(self.path(seed))) for seed in seeds if is_whole(self.path(seed))])
+        """The images of those seeds that have one: uint8 [n,H,W,3]."""
+        return np.stack([np.asarray(Image.open(self.path(seed))) for seed in seeds if _is_complete(self.path(seed))])
 
 
 class PngWriter:
-    """Encodes and writes images beside the work that makes them: `with PngWriter(folder) as writer: writer.put(...)`.
+    """Encodes and writes images in threads, while others are drawn.
 
-    Files appear whole or not at all. Leaving the block waits for all of them.
+        with PngWriter(folder) as writer:
+            writer.put(seeds, images)
+
+    Files appear complete or not at all. Leaving the block waits for all of them.
     """
 
     def __init__(self, folder: PngFolder):
@@ -105,13 +110,14 @@ class PngWriter:
 
         :raises UserError: if this or an earlier one cannot be written.
         """
-        self._waiting += [self._pool.submit(write_png, self.folder.path(seed), img) for seed, img in zip(seeds, images)]
+        for seed, image in zip(seeds, images):
+            self._waiting.append(self._pool.submit(_write_png, self.folder.path(seed), image))
         while self._waiting and (len(self._waiting) > WAITING or self._waiting[0].done()):
             self._waiting.popleft().result()
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """[H,W,3] uint8.
+def _write_png(path: Path, image: np.ndarray) -> None:
+    """Write an image, [H,W,3] uint8.
 
     :raises UserError: if it cannot be written.
     """
@@ -119,11 +125,11 @@ def write_png(path: Path, image: np.ndarray) -> None:
     save_picture(path, Image.fromarray(image), durable=False)       # a file that a power cut damages is drawn again
 
 
-def is_whole(path: Path) -> bool:
-    """Whether there is a PNG to its last byte: after a power cut a file may be there without its content."""
+def _is_complete(path: Path) -> bool:
+    """Whether there is a PNG with its last byte: after a power cut a file may exist without its content."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
-    except OSError:                                                 # none, or shorter than that
+    except OSError:                                                 # no file, or a shorter one
         return False

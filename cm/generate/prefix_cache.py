@@ -1,8 +1,8 @@
 """Multistep sampling of many schedules that begin alike: the stages they share are evaluated once.
 
-The noise of a sample's k-th stage does not depend on the schedule, so schedules with the same beginning see the same
-images up to its end. `CachedDiffusion` stands in for the diffusion in `cm.generate.engine.draw` and answers from memory
-there; noise and arithmetic are those of any other sampling, so the images are too.
+The noise of a sample's k-th stage does not depend on the schedule, so schedules with the same prefix have the
+same images up to its end. `CachedDiffusion` replaces the diffusion in `cm.generate.engine.draw` and takes these images
+from memory; noise and arithmetic are those of any other sampling, so the images are too.
 
 Shapes: N samples of a batch, C channels, H and W height and width.
 """
@@ -17,29 +17,29 @@ from typing import Any
 from torch import Tensor, nn
 
 from cm.diffusion.preconditioning import Precond
-from cm.objectives.karras_denoiser import KarrasDenoiser
+from cm.samplers.sample import BindsNetworks
 from cm.types import Denoiser
 
 Prefix = tuple[int, ...]
 
 
 class PrefixCache:
-    """The last denoised images of shared beginnings, [N,C,H,W] a batch, on the CPU and in the type they came in.
+    """The last denoised images of shared prefixes, [N,C,H,W] for each batch, on the CPU and in their own dtype.
 
     :param limit_bytes: memory for them on this rank; what does not fit is evaluated again.
     """
 
-    def __init__(self, diffusion: KarrasDenoiser, limit_bytes: float):
+    def __init__(self, diffusion: BindsNetworks, limit_bytes: float):
         self.diffusion = diffusion
         self.free_bytes = limit_bytes
         self.evaluations = 0                                        # images that went through the network
-        self.turned_away = 0                                        # images that found no room
+        self.not_held = 0                                        # images that did not fit in the memory
         self._shared: set[Prefix] = set()
         self._held: dict[tuple[Prefix, int], Tensor] = {}
 
-    def share(self, beginnings: Iterable[Prefix]) -> None:
-        """Remember these beginnings of schedules from now on, and forget others."""
-        self._shared = set(beginnings)
+    def share(self, prefixes: Iterable[Prefix]) -> None:
+        """Store the images of these prefixes of schedules from now on, and drop those of others."""
+        self._shared = set(prefixes)
         for key in [key for key in self._held if key[0] not in self._shared]:
             self.free_bytes += self._held.pop(key).nbytes
 
@@ -47,43 +47,47 @@ class PrefixCache:
         """For one sampling along `ts` of the batch with that number, always of the same samples."""
         return CachedDiffusion(self, ts, batch)
 
-    def recall(self, beginning: Prefix, batch: int) -> Tensor | None:
-        return self._held.get((beginning, batch))
+    def recall(self, prefix: Prefix, batch: int) -> Tensor | None:
+        """The last denoised images of a prefix, on the CPU; None if they are not held."""
+        return self._held.get((prefix, batch))
 
-    def offer(self, beginning: Prefix, batch: int, denoised: Tensor) -> None:
-        if beginning not in self._shared:
+    def offer(self, prefix: Prefix, batch: int, denoised: Tensor) -> None:
+        """Store these images if the prefix is shared and they fit."""
+        if prefix not in self._shared:
             return
         if denoised.nbytes > self.free_bytes:
-            self.turned_away += len(denoised)
+            self.not_held += len(denoised)
             return
         self.free_bytes -= denoised.nbytes
-        self._held[beginning, batch] = denoised.cpu()
+        self._held[prefix, batch] = denoised.cpu()
 
 
 @dataclass(frozen=True)
 class CachedDiffusion:
-    """A `KarrasDenoiser` as far as sampling needs one, whose network is asked only for what is not held."""
+    """What sampling needs of a `KarrasDenoiser`; its network is evaluated only for images that are not held."""
 
-    stages: PrefixCache
+    cache: PrefixCache
     ts: Prefix
     batch: int
 
     @property
     def scaling(self) -> Precond:
-        return self.stages.diffusion.scaling
+        """The preconditioning of the diffusion behind it."""
+        return self.cache.diffusion.scaling
 
     def bind(self, model: nn.Module) -> Denoiser:
-        network = self.stages.diffusion.bind(model)
-        lengths = count(1)                                          # multistep asks once for each index, in order
+        """A denoiser for one sampling, which must ask for the stages of `ts` in their order."""
+        network = self.cache.diffusion.bind(model)
+        lengths = count(1)                                          # multistep evaluates each index once, in order
 
         def D(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-            beginning = self.ts[: next(lengths)]
-            held = self.stages.recall(beginning, self.batch)
+            prefix = self.ts[: next(lengths)]
+            held = self.cache.recall(prefix, self.batch)
             if held is not None:
                 return held.to(x.device, non_blocking=True)
             denoised = network(x, sigma, **cond)
-            self.stages.evaluations += len(x)
-            self.stages.offer(beginning, self.batch, denoised)
+            self.cache.evaluations += len(x)
+            self.cache.offer(prefix, self.batch, denoised)
             return denoised
 
         return D

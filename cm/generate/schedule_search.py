@@ -10,7 +10,7 @@ the list, so a schedule of n indices evaluates the network n-1 times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,13 +20,14 @@ Schedule = tuple[int, ...]
 
 
 def ternary_search(score: Callable[[int], float], low: int, high: int) -> int:
-    """The index in low..high, both included, with the lowest score; the lower of equals.
+    """The index in low..high, both included, with the lowest score; the lower index of equal scores.
 
-    Two probes cut what is left in three, and the worse side goes. They stand at Fibonacci numbers rather than at thirds
-    (Kiefer 1953), so that one of them serves in the next round again: 38 indices take 8 scores at most. Where
-    the score has one valley the answer is its bottom; otherwise it is the best index that was scored.
+    Two probes divide the remaining indices into three parts, and the outer part next to the worse probe is dropped. The
+    probes are at Fibonacci numbers rather than at thirds (Kiefer 1953), so that one of them is used again in the next
+    round: 38 indices take 8 scores at most. If the score has one valley the answer is its bottom; otherwise it is the
+    best index that was scored.
 
-    :param score: called once for an index at most.
+    :param score: called at most once for an index.
     :raises ValueError: if low > high.
     """
     if low > high:
@@ -34,13 +35,13 @@ def ternary_search(score: Callable[[int], float], low: int, high: int) -> int:
     scores: dict[int, float] = {}
 
     def at(index: int) -> float:
-        if index > high:                                            # the interval is filled up to a Fibonacci number
+        if index > high:                                            # the interval is extended to a Fibonacci number
             return math.inf
         if index not in scores:
             scores[index] = score(index)
         return scores[index]
 
-    first, a, b = low, 1, 2                                         # b-1 indices are left, from `first` on
+    first, a, b = low, 1, 2                                         # b-1 indices remain, starting at `first`
     while first + b - 2 < high:
         a, b = b, a + b
     while b > 2:
@@ -62,15 +63,17 @@ class Interval:
     high: int
 
     def filled(self, point: int) -> Schedule:
+        """The schedule with the point in its place."""
         return (*self.ts[: self.place], point, *self.ts[self.place :])
 
     @property
-    def beginning(self) -> Schedule:
+    def prefix(self) -> Schedule:
         """The part of the schedule that all candidates share from the start."""
         return self.ts[: self.place]
 
     @property
     def size(self) -> int:
+        """How many indices the point may have."""
         return self.high - self.low + 1
 
 
@@ -82,13 +85,13 @@ class SearchRange:
     low: int
     high: int
 
-    def gaps(self, ts: Schedule) -> list[Interval]:
-        """The places of `ts` with room for a point."""
-        gaps = [
+    def intervals(self, ts: Schedule) -> list[Interval]:
+        """The places in `ts` where another point fits."""
+        intervals = [
             Interval(ts, place, max(left + 1, self.low), min(right - 1, self.high))
             for place, (left, right) in enumerate(pairwise(ts), start=1)
         ]
-        return [gap for gap in gaps if gap.size > 0]
+        return [interval for interval in intervals if interval.size > 0]
 
 
 def read_range(begin: str, end: str, steps: int, num_ts: int) -> SearchRange:
@@ -97,31 +100,44 @@ def read_range(begin: str, end: str, steps: int, num_ts: int) -> SearchRange:
     :param begin: the points before the search, such as 0 or 0,10; they stay in the schedule.
     :param end: the points after it, closed by steps-1, such as 39 or 30,39; or one index below steps-1, the highest
         that a point may have.
-    :param num_ts: how many points there must be room for.
-    :raises UserError: if that makes no schedule, or has too little room.
+    :param num_ts: how many points must fit in between.
+    :raises UserError: if that makes no schedule, or fewer points fit.
     """
-    before, after = read_indices("begin", begin), read_indices("end", end)
-    asked = f"--begin {begin} --end {end} with --steps {steps}"
-    if before[0] != 0:
-        raise UserError(f"{asked}: --begin must start at 0, the noise level that sampling starts from")
-    if after[-1] > steps - 1:
-        raise UserError(f"{asked}: the noise levels are 0 to {steps - 1}")
-    if len(after) > 1 and after[-1] != steps - 1:
-        raise UserError(f"{asked}: a list of later points must be closed by steps-1 = {steps - 1}")
-    if any(b <= a for a, b in pairwise(before + after)):
-        raise UserError(f"{asked}: the indices must rise, and --begin must end below where --end begins")
+    before, after = _read_indices("begin", begin), _read_indices("end", end)
     is_limit = after[-1] < steps - 1
     ts = before + ((steps - 1,) if is_limit else after)
     space = SearchRange(ts, before[-1] + 1, after[0] if is_limit else after[0] - 1)
-    room = sum(gap.size for gap in space.gaps(ts))
-    if num_ts > room:
-        raise UserError(f"{asked}: there is room for {room} more points, and --num_ts asks for {num_ts}")
+    problem = _problem_of(before, after, steps)
+    if not problem:
+        fitting = sum(interval.size for interval in space.intervals(ts))
+        problem = f"{fitting} more points fit, and --num_ts asks for {num_ts}" if num_ts > fitting else ""
+    if problem:
+        raise UserError(f"--begin {begin} --end {end} with --steps {steps}: {problem}")
     return space
 
 
-def read_indices(flag: str, text: str) -> Schedule:
+def _problem_of(before: Schedule, after: Schedule, steps: int) -> str:
+    """Why these indices make no schedule; empty if they do."""
+    if before[0] != 0:
+        return "--begin must start at 0, the noise level that sampling starts from"
+    if after[-1] > steps - 1:
+        return f"the noise levels are 0 to {steps - 1}"
+    if len(after) > 1 and after[-1] != steps - 1:
+        return f"a list of later points must be closed by steps-1 = {steps - 1}"
+    if any(b <= a for a, b in pairwise(before + after)):
+        return "the indices must rise, and --begin must end below where --end begins"
+    return ""
+
+
+def as_text(ts: Sequence[int]) -> str:
+    """(0, 22, 39) -> '0,22,39', as --ts takes it."""
+    return ",".join(map(str, ts))
+
+
+def _read_indices(flag: str, text: str) -> tuple[int, ...]:
+    """The inverse of `as_text`, for indices of at least 0."""
     try:
-        indices = tuple(int(word) for word in text.split(","))
+        indices = tuple(int(part) for part in text.split(","))
     except ValueError:
         indices = ()
     if not indices or min(indices) < 0:
@@ -141,6 +157,7 @@ class Round:
 
     @property
     def point(self) -> int:
+        """The index that was added."""
         return next(index for index in self.ts if index not in self.before)
 
 
@@ -148,52 +165,52 @@ def search_schedule(
     score: Callable[[Schedule], float],
     space: SearchRange,
     num_ts: int,
-    share: Callable[[list[Schedule]], None] = lambda beginnings: None,
+    share: Callable[[list[Schedule]], None] = lambda prefixes: None,
 ) -> Iterator[Round]:
-    """Add `num_ts` points, each where the score is lowest among all gaps, and yield each round when it is done.
+    """Add `num_ts` points, each where the score is lowest among all intervals, and yield each round when it is done.
 
-    :param score: lower is better; asked again for a schedule it has seen where rounds meet, so it should remember.
-    :param share: told before each round with which beginnings its schedules start.
+    :param score: lower is better; called again for the last round's schedule, so it should store its results.
+    :param share: called before each round with the prefixes that its schedules share.
     """
     ts = space.ts
     for _ in range(num_ts):
-        gaps = space.gaps(ts)
-        share([gap.beginning for gap in gaps])
+        intervals = space.intervals(ts)
+        share([interval.prefix for interval in intervals])
         before_score = score(ts)
-        tried = {point: value for gap in gaps for point, value in search_gap(score, gap).items()}
+        tried = {point: value for each in intervals for point, value in _search_interval(score, each).items()}
         point = min(tried, key=lambda index: (tried[index], index))
         found = tuple(sorted((*ts, point)))
         yield Round(ts, before_score, found, tried[point], dict(sorted(tried.items())))
         ts = found
 
 
-def search_gap(score: Callable[[Schedule], float], gap: Interval) -> dict[int, float]:
-    """The scores of the points that the search tried in one gap, its best among them."""
+def _search_interval(score: Callable[[Schedule], float], interval: Interval) -> dict[int, float]:
+    """The scores of the points that the search tried in one interval, its best among them."""
     tried = {}
 
     def at(point: int) -> float:
-        tried[point] = score(gap.filled(point))
+        tried[point] = score(interval.filled(point))
         return tried[point]
 
-    ternary_search(at, gap.low, gap.high)
+    ternary_search(at, interval.low, interval.high)
     return tried
 
 
 def best_schedule(rounds: Iterable[Round]) -> tuple[Schedule, float]:
-    """The schedule with the lowest score on the way, the shorter of equals: more points need not help."""
-    stations = [station for r in rounds for station in ((r.before, r.before_score), (r.ts, r.score))]
-    return min(stations, key=lambda station: (station[1], len(station[0])))
+    """The schedule with the lowest score of all rounds, the shorter of equal ones: more points need not help."""
+    scored = [each for r in rounds for each in ((r.before, r.before_score), (r.ts, r.score))]
+    return min(scored, key=lambda each: (each[1], len(each[0])))
 
 
 def naive_evaluations(space: SearchRange, rounds: Iterable[Round]) -> int:
     """Network evaluations per image of the same search with probes at thirds, each sampled from the start."""
-    return sum(textbook_scores(gap.size) * len(r.before) for r in rounds for gap in space.gaps(r.before))
+    return sum(textbook_scores(each.size) * len(r.before) for r in rounds for each in space.intervals(r.before))
 
 
 def textbook_scores(size: int) -> int:
-    """How often a ternary search that remembers nothing scores, among `size` indices.
+    """How often a ternary search that stores no score computes one, among `size` indices.
 
-    It scores at both thirds until at most three indices are left, and then each of those.
+    It scores at both thirds until at most three indices remain, and then each of those.
     """
     width, scores = size - 1, 0
     while width >= 3:

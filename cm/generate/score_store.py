@@ -1,4 +1,4 @@
-"""The scores of a long search on disk: after an interruption the same command goes on, another one is refused."""
+"""The scores of a long search on disk: after an interruption the same command resumes, another one is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE_BYTES = 64 * 2**20                                            # the larges
 
 @dataclass
 class ScoreStore:
-    """Every score so far, and on what they depend; written after each. Use it on all ranks together."""
+    """Every score so far, and what they depend on; written after each. To be used on all ranks together."""
 
     path: str
     conditions: dict[str, Any]
@@ -35,6 +35,10 @@ class ScoreStore:
         return self.scores[name]
 
     def save(self) -> None:
+        """Write the file; call it on rank 0.
+
+        :raises UserError: if it cannot be written.
+        """
         content = dataclasses.asdict(self)
         del content["path"]
         write_json(self.path, content)
@@ -44,28 +48,28 @@ def open_score_store(path: str, conditions: Mapping[str, Any]) -> ScoreStore:
     """The scores at that path, or a new one; call it on rank 0.
 
     :param conditions: all that the scores depend on, as JSON can hold it.
-    :raises UserError: if the one there is damaged, or its conditions differ.
+    :raises UserError: if the file there is damaged, or its conditions differ.
     """
     if not os.path.exists(path):
         return ScoreStore(path, dict(conditions))
     try:
         with open(path, "rb") as file:
             content = untrusted.parse_json(untrusted.read_file(file, STATE_BYTES))
-        there, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
-        store = ScoreStore(path, there, scores, int(content["network_evaluations"]))
+        stored, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
+        store = ScoreStore(path, stored, scores, int(content["network_evaluations"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start anew"
+            f"{path} is not the state of a search ({type(error).__name__}: {error}); remove it to start again"
         ) from None
-    differing = [name for name in {**there, **conditions} if there.get(name) != conditions.get(name)]
+    differing = [name for name in {**stored, **conditions} if stored.get(name) != conditions.get(name)]
     if differing:
         facts = [
-            f"{name} was {untrusted.shown(there.get(name))} and is now {untrusted.shown(conditions.get(name))}"
+            f"{name} was {untrusted.shown(stored.get(name))} and is now {untrusted.shown(conditions.get(name))}"
             for name in differing[:10]
         ]
         raise UserError(
             f"{path} is of a search with other settings: {'; '.join(facts)}. Choose another --log_dir, or give "
-            "the same settings to go on"
+            "the same settings to resume it"
         )
-    logger.log(f"going on with {len(scores)} scores of {path}")
+    logger.log(f"resuming with {len(scores)} scores of {path}")
     return store

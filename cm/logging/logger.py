@@ -1,12 +1,12 @@
 """Rows of numbers and lines of text, to the screen and to files: guided-diffusion's logger, names and files kept.
 
     logger.configure(dir, rank=dist_util.get_rank())
-    logger.logkv_mean("loss", loss)         # a tensor waits on its device until the row is written
+    logger.logkv_mean("loss", loss)         # a tensor stays on its device until the row is written
     logger.logkv("step", step)
     logger.dumpkvs()
 
 Formats: "stdout" and "log" (log.txt) show tables, "csv" (progress.csv) and "json" (progress.json, an object a line)
-hold one row a dump, "tensorboard" (tb/) makes curves. A directory that already holds a log is gone on with: old rows
+hold one row a dump, "tensorboard" (tb/) makes curves. A log that is already in the directory is continued: old rows
 stay, and a new column appears in the old rows as an empty cell.
 """
 
@@ -30,37 +30,45 @@ from cm.logging.writers import FORMATS, Output, TableOutput
 from cm.registry import lookup
 
 WAITING_ROWS = 10_000
-"""How many rows are kept in memory for a full disk; of more the oldest are lost."""
+"""How many rows are kept in memory while the disk is full; if there are more, the oldest are lost."""
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
 class Logger:
-    """A row in the making, and where it goes. The functions of this module speak to the current one."""
+    """The current row, and the outputs that rows are written to. The functions of this module use the current logger.
+
+    :param directory: None: rows and text go to the screen only.
+    :param level: least level of the text that is shown.
+    """
 
     def __init__(self, directory: str | None, outputs: Sequence[Output], level: int = INFO):
         self.directory, self.outputs, self.level = directory, outputs, level
         self.values: dict[str, Any] = {}
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
-        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output had no room for
-        self.is_stuck = False                                   # and that this has been said
+        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output could not write yet
+        self.is_stuck = False                                   # whether that was reported
 
     def logkv(self, key: str, val: Any) -> None:
-        self.values[key] = scalar(key, val)
+        """See the function of this name."""
+        self.values[key] = _scalar(key, val)
 
     def logkv_mean(self, key: str, val: Any) -> None:
-        value = scalar(key, val)
-        if is_tensor(value) and value.device.type != "mps":     # which has no float64
+        """See the function of this name."""
+        value = _scalar(key, val)
+        if _is_tensor(value) and value.device.type != "mps":     # which has no float64
             value = value.double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.counts[key] = self.counts.get(key, 0) + 1
 
     def row(self) -> dict[str, Any]:
+        """The row so far, as plain numbers."""
         means = {key: total / self.counts[key] for key, total in self.sums.items()}
-        return to_numbers({**self.values, **means})
+        return _to_numbers({**self.values, **means})
 
     def dumpkvs(self) -> dict[str, Any]:
+        """See the function of this name."""
         row = self.row()
         if self.level < DISABLED:
             self.is_stuck = not all([self.write_row(output, row) for output in self.outputs])
@@ -69,8 +77,9 @@ class Logger:
         return row
 
     def write_row(self, output: Output, row: dict[str, Any]) -> bool:
-        """Hand a row on, after those that wait: a full disk is no reason to end a run, so rows of numbers wait for room
-        (tables and lines for people are lost). Returns whether it did not have to.
+        """Write a row to an output, after those that wait for it; returns whether all could be written.
+
+        A full disk is no reason to end a run, so rows of numbers wait until there is space. Tables are lost.
         """
         rows = self.waiting.setdefault(id(output), [])
         rows.append(row)
@@ -82,11 +91,12 @@ class Logger:
             raise
         except (OSError, UserError) as error:
             del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
-            self.complain(error)
+            self.report_failure(error)
             return False
         return True
 
     def log(self, *args: Any, level: int = INFO) -> None:
+        """See the function of this name."""
         if self.level <= level:
             for output in self.outputs:
                 if isinstance(output, TableOutput):
@@ -95,14 +105,15 @@ class Logger:
                     except BrokenPipeError:
                         raise
                     except OSError as error:
-                        self.complain(error)
+                        self.report_failure(error)
 
-    def complain(self, error: OSError | UserError) -> None:
+    def report_failure(self, error: OSError | UserError) -> None:
+        """Print that the log cannot be written, once until it can be again."""
         if not self.is_stuck:
             self.is_stuck = True
             reason = error.strerror if isinstance(error, OSError) else error
-            print(f"the log in {self.directory} cannot be written ({reason}); the run goes on, and its rows "
-                  "wait for room", file=sys.stderr, flush=True)
+            print(f"the log in {self.directory} cannot be written ({reason}); the run continues, and its rows wait "
+                  "until there is space", file=sys.stderr, flush=True)
 
     def set_level(self, level: int) -> None:
         """The least level of `log` that is shown."""
@@ -113,7 +124,7 @@ class Logger:
         return self.directory
 
     def close(self) -> None:
-        """Close the outputs."""
+        """Close all outputs."""
         for output in self.outputs:
             output.close()
 
@@ -130,14 +141,14 @@ def configure(
     resume_step: int | None = None,
     also: Sequence[str] = (),
 ) -> None:
-    """Start a log, or go on with the one that is there.
+    """Start a log, or continue the one that is in the directory.
 
-    :param dir: made if it does not exist; by default $OPENAI_LOGDIR, else a new folder in the system's temporary one.
+    :param dir: created if necessary; by default $OPENAI_LOGDIR, else a new folder in the system's temporary one.
     :param format_strs: names from `FORMATS`; by default $OPENAI_LOG_FORMAT, else stdout, log and csv.
     :param log_suffix: added to the names of the files.
     :param rank: only rank 0 writes, unless $OPENAI_LOG_FORMAT_MPI names formats for the others, whose files then end
-        in -rank001 and so on. By default what the launcher says.
-    :param also: formats of rank 0 beside those.
+        in -rank001 and so on. By default the launcher's.
+    :param also: further formats of rank 0.
     :param resume_step: the step a resumed run starts from; rows after it are dropped.
     :raises UserError: if the directory cannot be made or written, or there is no such format.
     """
@@ -145,13 +156,13 @@ def configure(
     rank = launcher_rank() if rank is None else rank
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
-        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
+        format_strs = _names(os.environ.get("OPENAI_LOG_FORMAT_MPI", ""))
     elif format_strs is None:
-        format_strs = words(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
+        format_strs = _names(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
     if rank == 0:
         format_strs = [*format_strs, *also]
     makers = [lookup(FORMATS, name, "log format") for name in format_strs]
-    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or default_directory())
+    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or _default_directory())
     if "://" in dir:
         raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
     directory = Path(dir).expanduser().absolute()
@@ -168,13 +179,13 @@ def configure(
 
 
 def drop_after(step: int) -> None:
-    """Forget the rows whose `step` is larger, because the run goes on from there and will write them again."""
+    """Remove the rows whose `step` is larger, because the run resumes from there and will write them again."""
     for output in _current.outputs:
         output.drop_after(step)
 
 
 def reset() -> None:
-    """Close the log; from here on text and tables go to the screen only."""
+    """Close the log; from now on text and tables go to the screen only."""
     global _current
     if _current is not _default:
         _current.close()
@@ -183,7 +194,7 @@ def reset() -> None:
 
 @contextlib.contextmanager
 def scoped_configure(dir: str | os.PathLike | None = None, format_strs: Sequence[str] | None = None) -> Iterator[None]:
-    """Another log for a while."""
+    """Use another log inside the `with` block."""
     global _current
     outer, _current = _current, _default
     try:
@@ -205,7 +216,7 @@ def logkv(key: str, val: Any) -> None:
 
 
 def logkv_mean(key: str, val: Any) -> None:
-    """As `logkv`, but the row gets the mean of all values. A tensor costs no synchronisation until then."""
+    """As `logkv`, but the row gets the mean of all values. A tensor causes no synchronization before `dumpkvs`."""
     _current.logkv_mean(key, val)
 
 
@@ -216,7 +227,7 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 
 def getkvs() -> dict[str, Any]:
-    """The row as it stands."""
+    """The row so far."""
     return _current.row()
 
 
@@ -231,18 +242,22 @@ def log(*args: Any, level: int = INFO) -> None:
 
 
 def debug(*args: Any) -> None:
+    """`log` at level DEBUG."""
     log(*args, level=DEBUG)
 
 
 def info(*args: Any) -> None:
+    """`log` at level INFO."""
     log(*args, level=INFO)
 
 
 def warn(*args: Any) -> None:
+    """`log` at level WARN."""
     log(*args, level=WARN)
 
 
 def error(*args: Any) -> None:
+    """`log` at level ERROR."""
     log(*args, level=ERROR)
 
 
@@ -252,9 +267,10 @@ def set_level(level: int) -> None:
 
 
 def get_dir() -> str:
-    """Where the log is; configures one if there is none yet."""
+    """The directory of the log; configures one if there is none yet."""
     if _current.directory is None:
         configure()
+    assert _current.directory is not None, "`configure` sets it"
     return _current.directory
 
 
@@ -268,33 +284,35 @@ def profile_kv(scopename: str) -> Iterator[None]:
         _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - begun
 
 
-def default_directory() -> str:
+def _default_directory() -> str:
+    """A new folder in the system's temporary one, named by the time, as in guided-diffusion."""
     stamp = datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
     return os.path.join(tempfile.gettempdir(), stamp)
 
 
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _names(text: str) -> list[str]:
+    """'csv, json' -> ['csv', 'json']."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def is_tensor(value: Any) -> bool:
-    """Told without importing torch, which a program that only reads logs need not have loaded."""
+def _is_tensor(value: Any) -> bool:
+    """Decided without importing torch, which a program that only reads logs does not need."""
     return hasattr(value, "detach")
 
 
-def scalar(key: str, value: Any) -> Any:
+def _scalar(key: str, value: Any) -> Any:
     """A plain value, or a tensor without its graph."""
-    shape = tuple(value.shape) if is_tensor(value) else np.shape(value)
+    shape = tuple(value.shape) if _is_tensor(value) else np.shape(value)
     if np.prod(shape) != 1:
         raise ValueError(f"{key!r} has shape {shape}; a row holds single numbers: log its mean")
-    return value.detach().reshape(()) if is_tensor(value) else value
+    return value.detach().reshape(()) if _is_tensor(value) else value
 
 
-def to_numbers(row: dict[str, Any]) -> dict[str, Any]:
+def _to_numbers(row: dict[str, Any]) -> dict[str, Any]:
     """Tensors and numpy scalars as plain numbers, with one transfer for all tensors of a device and type."""
     numbers, kinds = dict(row), {}
     for key, value in row.items():
-        if is_tensor(value):
+        if _is_tensor(value):
             kinds.setdefault((value.device, value.dtype), []).append(key)
         elif isinstance(value, (np.generic, np.ndarray)):
             numbers[key] = value.item()

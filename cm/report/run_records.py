@@ -1,7 +1,7 @@
-"""What a run has left in its folder, read back: the log, the flags, pictures of samples, the best, summaries.
+"""The files in a run's folder, read back: the log, the flags, pictures of samples, the best checkpoint, summaries.
 
-Files are only read. What cannot be read is left out and named in `problems`, so that a report of a run that crashed, or
-is still running, says what it lacks.
+Files are only read. What cannot be read is left out and named in `problems`, so that the report of a run that crashed,
+or is still running, says what is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,12 @@ from cm.errors import UserError
 SUMMARY_BYTES = 2**20                                               # a larger JSON file is no summary
 OWN_FILES = re.compile(r"(config|best|checkpoint_\d+|progress.*|.*_state)\.json")
 STEP = "step"
+MUST_BE_FINITE = ("loss", "grad_norm")                              # columns where nan or inf is a problem
 
 
 class Point(NamedTuple):
+    """A point of a curve."""
+
     step: float
     value: float
 
@@ -52,6 +56,7 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
 
     def last(self, column: str) -> Point | None:
+        """The last point of a column; None if the log has none."""
         points = self.curves.get(column)
         return points[-1] if points else None
 
@@ -65,26 +70,26 @@ def read_run(directory: str) -> RunRecord:
     if not path.is_dir():
         raise UserError(f"{directory} is no folder; give the --log_dir of a training run")
     problems: list[str] = []
-    run = RunRecord(path, curves_of(read_log(path, problems), problems), problems=problems)
-    run.config = read_json(path / "config.json", problems, "the flags are not known")
+    run = RunRecord(path, _curves_of(_read_log(path, problems), problems), problems=problems)
+    run.config = _read_json(path / "config.json", problems, "the flags are not known")
     if (path / "best.json").exists():
-        run.best = read_json(path / "best.json", problems, "the best checkpoint is not known")
-    run.grids = read_grids(path / "samples", problems)
+        run.best = _read_json(path / "best.json", problems, "the best checkpoint is not known")
+    run.grids = _read_grids(path / "samples", problems)
     for file in sorted(path.glob("*.json")):
         if not OWN_FILES.fullmatch(file.name) and file.stat().st_size <= SUMMARY_BYTES:
-            run.summaries[file.name] = read_json(file, problems, "its content is not shown")
+            run.summaries[file.name] = _read_json(file, problems, "its content is not shown")
     return run
 
 
 # --- the log -------------------------------------------------------------------------------------------------------
 
 
-def read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
+def _read_log(path: Path, problems: list[str]) -> Sequence[Mapping[str, Any]]:
     """The rows of progress.csv, or of progress.json where there is no CSV.
 
     :raises UserError: if there is neither, or no row in it.
     """
-    for name, read in (("progress.csv", csv_rows), ("progress.json", json_rows)):
+    for name, read in (("progress.csv", _csv_rows), ("progress.json", _json_rows)):
         if (path / name).exists():
             try:
                 text = (path / name).read_text(encoding="utf-8", errors="replace")
@@ -100,8 +105,8 @@ def read_log(path: Path, problems: list[str]) -> list[Mapping[str, Any]]:
     )
 
 
-def csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, str]]:
-    """The rows; one with too few or too many cells is passed over."""
+def _csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, str]]:
+    """The rows; one with too few or too many cells is skipped and named in `problems`."""
     reader = csv.reader(io.StringIO(text.replace("\0", "\ufffd"), newline=""))
     header, bad = next(reader, []), []
     while True:
@@ -116,10 +121,11 @@ def csv_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, st
         else:
             bad.append(reader.line_num)
     if bad:
-        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {_listed('line', bad)} incomplete or damaged, left out")
 
 
-def json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+def _json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects on the lines; a line without one is skipped and named in `problems`."""
     bad = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
@@ -131,54 +137,74 @@ def json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, A
         else:
             bad.append(number)
     if bad:
-        problems.append(f"{name}: {listed('line', bad)} torn or damaged, left out")
+        problems.append(f"{name}: {_listed('line', bad)} incomplete or damaged, left out")
 
 
-def curves_of(rows: list[Mapping[str, Any]], problems: list[str]) -> dict[str, list[Point]]:
-    """Points of each column; of rows of one step the last counts. Empty cells and nan are no points."""
+@dataclass
+class _Columns:
+    """The cells of a log, sorted into values and problems, by column."""
+
+    values: dict[str, dict[float, float]] = field(default_factory=dict)     # {step: value}
+    not_numbers: Counter[str] = field(default_factory=Counter)              # how many cells are no number
+    not_finite: dict[str, list[float]] = field(default_factory=dict)        # steps
+
+    def add(self, column: str, step: float, cell: Any) -> None:
+        """Sort one cell; an empty cell is none, and a value replaces an earlier one of the same step."""
+        value = _as_number(cell)
+        if value is None:
+            self.not_numbers[column] += cell not in ("", None)
+        elif math.isfinite(value):
+            self.values.setdefault(column, {})[step] = value
+        elif column in MUST_BE_FINITE:
+            self.not_finite.setdefault(column, []).append(step)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the cells, a sentence for each column."""
+        counts = [(column, count) for column, count in self.not_numbers.items() if count]
+        return [
+            *(f"column {column!r}: {count} cell(s) are no number" for column, count in counts),
+            *(f"{column} is not finite at {_listed('step', steps)}" for column, steps in self.not_finite.items()),
+        ]
+
+
+def _curves_of(rows: Sequence[Mapping[str, Any]], problems: list[str]) -> dict[str, list[Point]]:
+    """The points of each column. The last row of a step counts; empty cells and nan are no points."""
     if not any(STEP in row for row in rows):
         problems.append("the log has no column 'step': rows are numbered instead")
         rows = [{**row, STEP: number} for number, row in enumerate(rows, start=1)]
-    values: dict[str, dict[float, float]] = {}
-    words: dict[str, int] = {}
-    endless: dict[str, list[float]] = {}
+    columns = _Columns()
     for row in rows:
-        step = as_number(row.get(STEP))
+        step = _as_number(row.get(STEP))
         if step is None or not math.isfinite(step):
-            words[STEP] = words.get(STEP, 0) + 1
+            columns.not_numbers[STEP] += 1
             continue
         for column, cell in row.items():
-            value = as_number(cell)
-            if value is None:
-                words[column] = words.get(column, 0) + (cell not in ("", None))
-            elif math.isfinite(value):
-                values.setdefault(column, {})[step] = value
-            elif column in ("loss", "grad_norm"):
-                endless.setdefault(column, []).append(step)
-    problems += [f"column {column!r}: {count} cell(s) are no number" for column, count in words.items() if count]
-    problems += [f"{column} is not finite at {listed('step', steps)}" for column, steps in endless.items()]
-    return {column: [Point(*point) for point in sorted(points.items())] for column, points in values.items()}
+            columns.add(column, step, cell)
+    problems += columns.problems()
+    return {name: [Point(*point) for point in sorted(points.items())] for name, points in columns.values.items()}
 
 
-def as_number(cell: Any) -> float | None:
+def _as_number(cell: Any) -> float | None:
+    """A cell as a number; None if it is none."""
     try:
         return float(cell)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
+def _listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
+    """'steps 1, 2, 3, 4, 5 and 7 more'."""
     numbers = list(numbers)
-    words = ", ".join(f"{number:.0f}" for number in numbers[:shown])
+    first = ", ".join(f"{number:.0f}" for number in numbers[:shown])
     more = f" and {len(numbers) - shown} more" if len(numbers) > shown else ""
-    return f"{what}{'s' if len(numbers) > 1 else ''} {words}{more}"
+    return f"{what}{'s' if len(numbers) > 1 else ''} {first}{more}"
 
 
 # --- the other files -----------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
-    """The object in a JSON file; an empty one and a gap if there is none."""
+def _read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
+    """The object in a JSON file; if there is none, an empty one, and a problem that names the `consequence`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -193,7 +219,7 @@ def read_json(path: Path, problems: list[str], consequence: str) -> dict[str, An
     return content
 
 
-def read_grids(folder: Path, problems: list[str]) -> list[Grid]:
+def _read_grids(folder: Path, problems: list[str]) -> list[Grid]:
     """The pictures, by the step that ends their names: samples_000100.png."""
     grids = {}
     for path in sorted(folder.glob("*.png")):
@@ -207,7 +233,7 @@ def read_grids(folder: Path, problems: list[str]) -> list[Grid]:
                 size = image.size
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"samples/{path.name} is no whole PNG ({type(error).__name__}), left out")
+            problems.append(f"samples/{path.name} is no complete PNG ({type(error).__name__}), left out")
             continue
         grids[int(number[1])] = Grid(int(number[1]), png, *size)
     if not grids:

@@ -119,7 +119,7 @@ def test_paths_that_cannot_be_resumed(images, straight, tmp_path):
     page.write_text("<!doctype html>")
     for directory, resume, message in [
         ("new", tmp_path / "nowhere", "no such file; give auto, never, a manifest"),
-        ("new", bare, "no manifest lies beside these weights.*--resume_checkpoint"),
+        ("new", bare, "there is no manifest next to these weights.*--resume_checkpoint"),
         ("new", tmp_path / "empty", "holds no complete checkpoint"),
         ("new", straight / "model000004.pt", "opt000004.pt is truncated or damaged"),
         ("new", page, "is not a manifest"),
@@ -142,7 +142,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_newest(tmp_path, kind, name
     (tmp_path / name).write_bytes(LOOKALIKES[kind])
     with logger.scoped_configure(str(tmp_path), format_strs=["log"]):
         assert keeper.find("auto").step == 2
-    assert "passing over checkpoint_000004.json" in (tmp_path / "log.txt").read_text()
+    assert "skipping checkpoint_000004.json" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(images, tmp_path):
@@ -152,7 +152,7 @@ def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(images, 
     for step in (1, 2):
         flip_a_bit(tmp_path / "run" / f"model{step:06d}.pt")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
-    with pytest.raises(UserError, match="none that a run can go on from.*--resume never"):
+    with pytest.raises(UserError, match="none that a run can resume from.*--resume never"):
         loop(images, tmp_path / "run", 3, resume="auto")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
     assert loop(images, tmp_path / "run", 3, resume="never").step == 0
@@ -198,7 +198,7 @@ def test_the_last_save_must_not_fail(images, tmp_path, monkeypatch):
 
 def test_a_save_that_has_no_room_does_not_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda directory: 30)
-    with pytest.raises(UserError, match="no room in .*step 1 needs 48 bytes.*30 bytes are free.*--keep_checkpoints"):
+    with pytest.raises(UserError, match="not enough space .*step 1 needs 48 bytes.*30 bytes are free.*--keep_check"):
         state.save(str(tmp_path / "run"), 1, CONTENT, {}, 1)
     assert not list((tmp_path / "run").iterdir())
 

@@ -193,14 +193,14 @@ def test_other_bytes_for_labels_are_an_error(tool, tmp_path):
 def test_center_crop_wide_against_its_rule(tool):
     """The middle round(W h / w) rows of a w x h image, to W x H, between black bars."""
     picture = Image.fromarray(RNG.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-    result = np.asarray(tool.centre_crop_wide(picture, tool.Shape(64, 32)))
+    result = np.asarray(tool.center_crop_wide(picture, tool.Shape(64, 32)))
     rows = round(64 * 60 / 80)
     middle = np.asarray(picture)[(60 - rows) // 2 : (60 + rows) // 2]
     expected = np.zeros((64, 64, 3), np.uint8)
     expected[16:48] = Image.fromarray(middle).resize((64, 32), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(result, expected)
-    assert tool.centre_crop_wide(picture, tool.Shape(128, 64)) is None      # narrower than that
-    assert tool.centre_crop_wide(Image.new("RGB", (200, 40)), tool.Shape(64, 32)) is None
+    assert tool.center_crop_wide(picture, tool.Shape(128, 64)) is None      # narrower than that
+    assert tool.center_crop_wide(Image.new("RGB", (200, 40)), tool.Shape(64, 32)) is None
 
 
 def test_too_small_images_leave_their_number_unused(tool, tmp_path, capsys):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch as th
 
-from cm.distributed import launchers
+from cm.distributed import devices, launchers
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from support.hello import HELLO, hellos, lines
@@ -220,6 +220,33 @@ def test_launch_after_launch_ends_in_good_order(tmp_path):
         assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished
 
 
+@pytest.mark.parametrize("module, name", [("threading", "_shutdown"), ("atexit", "_run_exitfuncs")])
+def test_a_python_without_the_private_calls_ends_in_the_ordinary_way(tmp_path, module, name):
+    finished = mpi_program(tmp_path, 2, f"""
+        import atexit, threading, time
+        from cm.distributed import process_exit
+        from cm.distributed import setup as dist
+
+        def main():
+            dist.setup_dist()
+            atexit.register(print, "closed", flush=True)
+            threading.Thread(target=lambda: (time.sleep(0.5), print("written", flush=True))).start()
+
+        known = {module}.{name}
+        run_early = process_exit.run_interpreter_exit
+        def run_without():
+            del {module}.{name}
+            try:
+                return run_early()
+            finally:
+                {module}.{name} = known
+        process_exit.run_interpreter_exit = run_without
+        dist.run(main)
+    """)
+    assert finished.rc == 0 and not finished.stderr, finished
+    assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished
+
+
 def test_ranks_that_have_not_met_know_nothing(monkeypatch):
     monkeypatch.setattr(dist, "_job", None)
     monkeypatch.setenv("PMI_RANK", "1")
@@ -237,7 +264,7 @@ def gpus(monkeypatch):
     """A machine with two GPUs, and nobody set up yet; returns the devices chosen with th.cuda.set_device."""
     chosen = []
     monkeypatch.setattr(dist, "_job", None)
-    monkeypatch.setattr(dist, "_wanted_device", "auto")
+    monkeypatch.setattr(devices, "_wanted", "auto")
     monkeypatch.setattr(th.cuda, "is_available", lambda: True)
     monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(th.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"gpu{index}"))
@@ -247,9 +274,8 @@ def gpus(monkeypatch):
 
 def rank_of(rank, nodes_and_gpus):
     facts = [{"node": node, "gpus": gpus} for node, gpus in nodes_and_gpus]
-    job = dist._Job(rank, len(facts), facts[rank]["node"])
-    job.local_rank = sum(fact["node"] == job.node for fact in facts[:rank])
-    return job, facts
+    node = facts[rank]["node"]
+    return node, sum(fact["node"] == node for fact in facts[:rank]), facts
 
 
 def test_a_single_process_takes_the_first_gpu(gpus):
@@ -266,20 +292,20 @@ def test_the_cpu_can_be_asked_for(gpus):
 
 def test_ranks_of_each_machine_count_from_its_first_gpu(gpus):
     ranks = [("left", ["a", "b"]), ("left", ["a", "b"]), ("right", ["a", "b"]), ("right", ["a", "b"])]
-    assert [dist._choose_device(*rank_of(rank, ranks)).index for rank in range(4)] == [0, 1, 0, 1]
+    assert [devices.choose(*rank_of(rank, ranks)).index for rank in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_crowded_machine_is_an_error_on_every_rank(gpus):
     ranks = [("left", ["a", "b"]), ("right", ["a"]), ("right", ["a"])]
     for rank in range(3):
         with pytest.raises(UserError, match="2 ranks on .* but 1 visible GPU"):
-            dist._choose_device(*rank_of(rank, ranks))
+            devices.choose(*rank_of(rank, ranks))
 
 
 def test_a_machine_without_gpus_among_others_is_an_error_on_every_rank(gpus):
     for rank in range(2):
         with pytest.raises(UserError, match=r"ranks \[1\] see no GPU"):
-            dist._choose_device(*rank_of(rank, [("left", ["a"]), ("right", [])]))
+            devices.choose(*rank_of(rank, [("left", ["a"]), ("right", [])]))
 
 
 def test_devices_that_do_not_exist_are_refused(monkeypatch):

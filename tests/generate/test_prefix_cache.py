@@ -82,7 +82,7 @@ def test_memory_is_bounded_and_what_does_not_fit_is_evaluated_again(network, dif
         ours = images(network, lambda batch: stages.denoiser(ts, batch), ts)
         assert stages.free_bytes >= 0
     assert network.seen == 2 * 14 - held
-    assert bool(stages.turned_away) == (held < 7)
+    assert bool(stages.not_held) == (held < 7)
     assert np.array_equal(ours, images(network, lambda batch: diffusion, ts))
 
 
@@ -91,7 +91,7 @@ def test_forgotten_stages_give_their_memory_back(network, diffusion):
     for shared in ([(0,), (0, 9)], [(0,), (0, 11)], [(0,), (0, 11)]):
         stages.share(shared)
         images(network, lambda batch: stages.denoiser((*shared[1], 39), batch), (*shared[1], 39))  # noqa: B023 (used now)
-        assert (stages.free_bytes, stages.turned_away) == (0, 0)
+        assert (stages.free_bytes, stages.not_held) == (0, 0)
     stages.share([])
     assert stages.free_bytes == 2 * STAGE_BYTES
 

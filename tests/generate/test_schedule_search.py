@@ -98,8 +98,8 @@ def test_begin_and_end(begin, end, steps, expected):
 
 
 @pytest.mark.parametrize("begin, end, steps, num_ts, message", [
-    ("0", "1", 2, 1, "room for 0 more points, and --num_ts asks for 1"),
-    ("0", "39", 40, 39, "room for 38 more points, and --num_ts asks for 39"),
+    ("0", "1", 2, 1, "0 more points fit, and --num_ts asks for 1"),
+    ("0", "39", 40, 39, "38 more points fit, and --num_ts asks for 39"),
     ("5", "39", 40, 1, "--begin must start at 0"),
     ("0,9", "9", 40, 1, "must rise"),
     ("0,30", "20", 40, 1, "must rise"),

@@ -5,7 +5,6 @@ import html.parser
 import json
 import os
 import re
-import runpy
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from cm.errors import UserError
 from cm.report.names import run_names
 from cm.report.page import duration, evenly
+from support.as_module import as_module
 from support.browser import chromium, needs_browser, screenshot
 from support.mpi import python
 from support.nets import save_measure
@@ -34,7 +34,8 @@ def script(*words, expect=0):
 
 def report(*words):
     """scripts/report.py in this process."""
-    runpy.run_path(str(ROOT / "scripts/report.py"))["main"]([str(word) for word in words])
+    module = as_module(ROOT / "scripts/report.py")
+    module.main(module.read_flags([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")

@@ -73,12 +73,12 @@ def damage(name, content):
 HEAD = b"step,loss\n1,5\n2,4\n"
 
 DAMAGES = {
-    "torn last row": (damage("progress.csv", HEAD + b"3"), "progress.csv: line 4 torn or damaged", "loss", 2),
-    "row with more cells": (damage("progress.csv", HEAD + b"3,3,3\n4,2\n"), "line 4 torn or damaged", "loss", 3),
+    "torn last row": (damage("progress.csv", HEAD + b"3"), "progress.csv: line 4 incomplete or damaged", "loss", 2),
+    "row with more cells": (damage("progress.csv", HEAD + b"3,3,3\n4,2\n"), "line 4 incomplete or damaged", "loss", 3),
     "a word": (damage("progress.csv", HEAD + b"3,many\n"), "column 'loss': 1 cell(s) are no number", "loss", 2),
     "a step that is none": (damage("progress.csv", HEAD + b"x,3\n"), "column 'step': 1 cell(s)", "loss", 2),
     "bytes": (damage("progress.csv", HEAD + b"\xff\x00\xfe,\x00\n"), "column 'step': 1 cell(s)", "loss", 2),
-    "huge cell": (damage("progress.csv", HEAD + b"9" * 200_000 + b",1\n"), "line 4 torn or damaged", "loss", 2),
+    "huge cell": (damage("progress.csv", HEAD + b"9" * 200_000 + b",1\n"), "line 4 incomplete or damaged", "loss", 2),
     "no step": (damage("progress.csv", b"loss\n5\n4\n"), "no column 'step': rows are numbered", "loss", 2),
     "loss that is not finite": (damage("progress.csv", HEAD + b"3,nan\n4,inf\n"), "loss is not finite at steps 3, 4",
                                 "loss", 2),
@@ -86,7 +86,7 @@ DAMAGES = {
     "flags that are no JSON": (damage("config.json", b"{"), "config.json cannot be read", "loss", 3),
     "flags that are no object": (damage("config.json", b"[1]"), "config.json holds a list", "loss", 3),
     "best that is no JSON": (damage("best.json", b"\xff"), "best.json cannot be read", "loss", 3),
-    "no picture": (damage("samples/samples_000001.png", b"GIF89a"), "samples_000001.png is no whole PNG", "loss", 3),
+    "no picture": (damage("samples/samples_000001.png", b"GIF89a"), "samples_000001.png is no complete PNG", "loss", 3),
     "picture without a step": (damage("samples/grid.png", b""), "samples/grid.png names no step", "loss", 3),
 }
 

@@ -1,7 +1,6 @@
 """Classifier guidance: closed forms on mixtures, a real guide on the digits, and the commands around both."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from cm.samplers import SAMPLERS, integrate, make_sampler
 from cm.samplers.guidance import guided
 from cm.setup.sample import inherit_model, png_recipe
 from cm.training.classifier import to_images
+from support.as_module import as_module
 from support.gaussian import Gaussian, Mixture, stored
 from support.mpi import clean_environment, mpiexec
 
@@ -218,7 +218,8 @@ def command(room, tmp_path, monkeypatch):
         for name, value in QUIET.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [script, *flags(room, script, *options, "--log_dir", folder)])
-        runpy.run_path(str(ROOT / "scripts" / script))["main"]()
+        module = as_module(ROOT / "scripts" / script)
+        module.main(module.read_flags())
         logger.reset()
         path = next(folder.glob("samples_*.npz"))
         return dict(np.load(path)), json.loads(path.with_suffix(".json").read_text())

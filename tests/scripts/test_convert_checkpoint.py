@@ -1,7 +1,6 @@
 """convert_checkpoint.py: EDM pickles and guided-diffusion's weights to checkpoints, consistency models to diffusers."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from cm.networks.build import create_model
 from cm.script_util import model_and_diffusion_defaults
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import create_diffusion, model_from
+from support.as_module import as_module
 from support.edm_pickles import KWARGS, creates, dump, net_of, network
 from support.nets import plain_state_dict
 
@@ -31,7 +31,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.p
 def convert(monkeypatch, *words):
     """The script in this process; what it raises, `dist_util.run` would show in one line."""
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
-    runpy.run_path(str(SCRIPT))["main"]()
+    script = as_module(SCRIPT)
+    script.main(script.read_flags())
 
 
 def loaded(path):
@@ -210,7 +211,7 @@ def test_folders_that_do_not_fit(folder):
     with pytest.raises(UserError, match="holds a DDPMPipeline with a UNet2DModel, not a ConsistencyModelPipeline"):
         diffusers_folder.read(str(folder))
     (folder / "unet" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is no whole folder of diffusers"):
+    with pytest.raises(UserError, match="is no complete folder of diffusers"):
         diffusers_folder.read(str(folder))
 
 

@@ -1,7 +1,6 @@
 """scripts/image_edit.py: every task from flags to files, the same on any number of ranks, and bad input."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from PIL import Image
 from cm.config.flags import defaults_of
 from cm.config.schema import EDIT_NAMES, EditConfig, ModelConfig
 from cm.errors import UserError
-from cm.generate.edit_tasks import MAKERS, OPTIONS
+from cm.generate.edit_tasks import TASKS
 from cm.logging import logger
 from cm.networks.build import create_model
+from support.as_module import as_module
 from support.mpi import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,14 +64,14 @@ def flags(room, *options, model="model", task="inpaint", images="five.npz", clas
 @pytest.fixture
 def edit(room, tmp_path, monkeypatch):
     """Run the script's main in this process: the results, and what was known."""
-    main = runpy.run_path(str(SCRIPT))["main"]
+    script = as_module(SCRIPT)
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
 
     def run(*options, **more):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         monkeypatch.setattr(sys, "argv", ["image_edit.py", *flags(room, *options, "--log_dir", folder, **more)])
-        main()
+        script.main(script.read_flags())
         logger.reset()
         return saved(folder)
 
@@ -167,7 +167,8 @@ def test_interpolation_ends_at_samples_of_image_sample(edit, room, tmp_path, mon
     argv = flags(room, "--sampler", "multistep", "--num_samples", 4, "--log_dir", tmp_path / "samples", images="",
                  task="")
     monkeypatch.setattr(sys, "argv", ["image_sample.py", *argv])
-    runpy.run_path(str(ROOT / "scripts/image_sample.py"))["main"]()
+    script = as_module(ROOT / "scripts/image_sample.py")
+    script.main(script.read_flags())
     logger.reset()
     samples = pixels(tmp_path / "samples", "samples_4x8x8x3.npz").astype(int)
     # Edits are rounded where samples are truncated.
@@ -200,8 +201,8 @@ def test_other_samplers_edit_too(edit, room, sampler):
 
 
 def test_the_flags_agree_with_the_tables():
-    assert tuple(MAKERS) == EDIT_NAMES == EditConfig.__dataclass_fields__["task"].metadata["choices"]
-    assert set(OPTIONS) < set(EditConfig.__dataclass_fields__) and set(OPTIONS.values()) < set(MAKERS)
+    assert tuple(TASKS) == EDIT_NAMES == EditConfig.__dataclass_fields__["task"].metadata["choices"]
+    assert {option for task in TASKS.values() for option in task.options} < set(EditConfig.__dataclass_fields__)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

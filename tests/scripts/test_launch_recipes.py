@@ -17,6 +17,7 @@ import yaml
 
 from cm.config.schema import ModelConfig
 from cm.networks.build import create_model
+from cm.setup import dry_run as set_up_dry_run
 from cm.setup import train as set_up
 from support.mpi import clean_environment, start
 
@@ -88,12 +89,11 @@ def command_of(name: str, *flags: str, **env: str) -> list[str]:
 
 
 @functools.cache
-def script_main(path: str):
+def script_of(path: str):
     spec = importlib.util.spec_from_file_location(f"recipe_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module                                 # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 @functools.cache
@@ -112,10 +112,13 @@ def dry_run(monkeypatch, tmp_path):
     def resolve(name: str) -> dict:
         script, *flags = command_of(name, "--dry_run", REFS=str(tmp_path))
         monkeypatch.setattr(sys, "argv", [script, *flags])
-        main = script_main(script)
-        for place in (main.__globals__, vars(set_up)):
-            monkeypatch.setitem(place, "dry_run", found.append)
-        main()
+        module = script_of(script)
+        monkeypatch.setattr(set_up_dry_run, "dry_run", found.append)
+        monkeypatch.setattr(set_up, "dry_run", found.append)
+        if "_train.py" in script:                                   # which read their flags in `main`
+            module.main()
+        else:
+            module.main(module.read_flags())
         return found.pop().values
 
     return resolve

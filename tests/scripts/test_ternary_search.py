@@ -1,6 +1,5 @@
 """The command that finds multistep schedules, on handwritten digits with a network of random weights."""
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -15,10 +14,12 @@ from cm.config.flags import parse
 from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.data.sources import open_source
 from cm.errors import UserError
+from cm.generate.schedule_scorer import Scorer
 from cm.logging import logger
 from cm.setup.model import model_from
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
+from support.as_module import as_module
 from support.mpi import find_mpiexec, mpiexec, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +66,7 @@ def flags(folder, log_dir, *options):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("ternary_search", SCRIPT)
-    module = sys.modules["ternary_search"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield as_module(SCRIPT)
     del sys.modules["ternary_search"]
 
 
@@ -79,7 +77,7 @@ def search(script, folder, monkeypatch):
 
     def run(log_dir, *options):
         monkeypatch.setattr(sys, "argv", ["ternary_search.py", *flags(folder, log_dir, *options)])
-        script.main()
+        script.main(script.read_flags())
         return read(log_dir)
 
     yield run
@@ -127,9 +125,9 @@ def test_two_ranks_find_a_schedule_that_image_sample_takes_and_the_evaluator_con
         assert scores_in(log_dir)[name] == pytest.approx(scores_in(tmp_path / "alone")[name], rel=1e-3)
 
 
-def test_interrupted_and_started_again_is_the_same_search(script, search, tmp_path, monkeypatch):
+def test_interrupted_and_started_again_is_the_same_search(search, tmp_path, monkeypatch):
     whole = search(tmp_path / "whole", "--num_ts", "2")
-    score, calls = script.Scorer.__call__, []
+    score, calls = Scorer.__call__, []
 
     def interrupted(self, ts):
         calls.append(ts)
@@ -137,14 +135,14 @@ def test_interrupted_and_started_again_is_the_same_search(script, search, tmp_pa
             raise KeyboardInterrupt
         return score(self, ts)
 
-    monkeypatch.setattr(script.Scorer, "__call__", interrupted)
+    monkeypatch.setattr(Scorer, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(tmp_path / "twice", "--num_ts", "2")
     assert len(scores_in(tmp_path / "twice")) == 4
     again = search(tmp_path / "twice", "--num_ts", "2")
     assert scores_in(tmp_path / "twice") == scores_in(tmp_path / "whole")
     assert len(set(calls)) == len(calls) - 1, "only the interrupted score is computed twice"
-    assert "going on with 4 scores" in (tmp_path / "twice" / "log.txt").read_text()
+    assert "resuming with 4 scores" in (tmp_path / "twice" / "log.txt").read_text()
     of_the_run = ("seconds", "network_evaluations")
     assert all(again[key] == whole[key] for key in whole if key not in of_the_run)
     assert again["network_evaluations"] == whole["network_evaluations"] + 21       # the first stage, for want of memory
@@ -162,10 +160,10 @@ def test_memory_changes_no_score(search, tmp_path):
     assert "--cache_gib 0 held only a part" in (tmp_path / "0" / "log.txt").read_text()
 
 
-def test_a_stub_score_with_its_bottom_anywhere(script, search, tmp_path, monkeypatch):
+def test_a_stub_score_with_its_bottom_anywhere(search, tmp_path, monkeypatch):
     """The whole command with the original's default interval, 0 to 39."""
     for bottom in (1, 2, 20, 37, 38):
-        monkeypatch.setattr(script.Scorer, "__call__", lambda self, ts, bottom=bottom: (
+        monkeypatch.setattr(Scorer, "__call__", lambda self, ts, bottom=bottom: (
             (50.0, 0) if len(ts) == 2 else (float(abs(ts[1] - bottom)), 0)))
         assert search(tmp_path / str(bottom), "--steps", "40")["ts"] == f"0,{bottom},39"
 
@@ -183,13 +181,13 @@ BAD = {
     "extractor that is not there": (["--inception", "nowhere.ts"], "feature extractor nowhere.ts does not exist"),
     "begin above end": (["--begin", "0,7", "--end", "5"], "--begin must end below where --end begins"),
     "begin at end": (["--begin", "0,5", "--end", "5"], "--begin must end below where --end begins"),
-    "no room": (["--end", "4", "--num_ts", "5"], "room for 4 more points, and --num_ts asks for 5"),
-    "too many points": (["--num_ts", "11"], "room for 10 more points, and --num_ts asks for 11"),
+    "no room": (["--end", "4", "--num_ts", "5"], "4 more points fit, and --num_ts asks for 5"),
+    "too many points": (["--num_ts", "11"], "10 more points fit, and --num_ts asks for 11"),
     "no points": (["--num_ts", "0"], "num_ts=0 is too small"),
     "end beyond the grid": (["--end", "39"], "the noise levels are 0 to 11"),
     "class that is not there": (["--class_label", "10"], "classes 0 to 9"),
     "noise that differs": (["--generator", "dummy"], "--generator dummy"),
-    "schedule given": (["--ts", "0,5,11"], "--ts is what is looked for"),
+    "schedule given": (["--ts", "0,5,11"], "--ts is what this command looks for"),
     "churn": (["--s_churn", "1"], "--s_churn 1"),
     "no consistency model": (["--training_mode", "edm"], "multistep schedules are for consistency models"),
     "one image": (["--num_samples", "1"], "at least 2 images"),
@@ -205,6 +203,6 @@ def test_bad_input_is_one_clear_error(search, tmp_path, name):
 
 def test_dry_run_writes_nothing(search, script, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *flags(folder, tmp_path / "run", "--dry_run")])
-    script.main()
+    script.main(script.read_flags())
     assert json.loads(capsys.readouterr().out)["end"] == "11"
     assert not (tmp_path / "run").exists()

@@ -42,11 +42,11 @@ PLAIN = {("down", True): "ResnetDownsampleBlock2D", ("down", False): "DownBlock2
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def layer_names(levels: int, blocks: int, attention: tuple[int, ...], resblock_updown: bool) -> Iterator[tuple]:
+def _layer_names(levels: int, blocks: int, attention: tuple[int, ...], resblock_updown: bool) -> Iterator[tuple]:
     """(kind, our name, their name) of every layer, where kind is layer, block or attention.
 
     :param blocks: R.
-    :param attention: the levels that attend.
+    :param attention: the levels that have attention.
     """
     yield from ENDS
     for level in range(levels):
@@ -63,16 +63,17 @@ def layer_names(levels: int, blocks: int, attention: tuple[int, ...], resblock_u
         lower = f"input_blocks.{first_down + blocks}.0"
         higher = f"output_blocks.{first_up + blocks}.{2 if level in attention else 1}"
         if level < levels - 1:
-            yield resampling(resblock_updown, lower, "op", f"{down}.downsamplers.0")
+            yield _resampling(resblock_updown, lower, "op", f"{down}.downsamplers.0")
         if level:
-            yield resampling(resblock_updown, higher, "conv", f"{up}.upsamplers.0")
+            yield _resampling(resblock_updown, higher, "conv", f"{up}.upsamplers.0")
 
 
-def resampling(is_block: bool, ours: str, conv: str, theirs: str) -> tuple[str, str, str]:
+def _resampling(is_block: bool, ours: str, conv: str, theirs: str) -> tuple[str, str, str]:
+    """The layer between two levels: a residual block, or a convolution of the name `conv`."""
     return ("block", ours, theirs) if is_block else ("layer", f"{ours}.{conv}", f"{theirs}.conv")
 
 
-def tensor_names(layers: Iterator[tuple]) -> dict[str, tuple[str, int | None]]:
+def _tensor_names(layers: Iterator[tuple]) -> dict[str, tuple[str, int | None]]:
     """Their name -> (our name, which third of its rows: q, k or v; None for all)."""
     found: dict[str, tuple[str, int | None]] = {}
     for kind, ours, theirs in layers:
@@ -88,19 +89,22 @@ def tensor_names(layers: Iterator[tuple]) -> dict[str, tuple[str, int | None]]:
     return found
 
 
-def names_for(flags: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+def _names_for(flags: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """`_tensor_names` of the network that flags describe."""
     widths = flags["channel_mult"].split(",")
-    attention = attention_levels(flags)
-    return tensor_names(layer_names(len(widths), flags["num_res_blocks"], attention, flags["resblock_updown"]))
+    attention = _attention_levels(flags)
+    return _tensor_names(_layer_names(len(widths), flags["num_res_blocks"], attention, flags["resblock_updown"]))
 
 
-def attention_levels(flags: Mapping[str, Any]) -> tuple[int, ...]:
+def _attention_levels(flags: Mapping[str, Any]) -> tuple[int, ...]:
+    """The levels that have attention."""
     sides = [int(side) for side in flags["attention_resolutions"].split(",") if side.strip()]
     levels = len(flags["channel_mult"].split(","))
     return tuple(level for level in range(levels) if flags["image_size"] >> level in sides)
 
 
-def level_widths(flags: Mapping[str, Any]) -> list[int]:
+def _level_widths(flags: Mapping[str, Any]) -> list[int]:
+    """Channels of each level."""
     return [int(float(mult) * flags["num_channels"]) for mult in flags["channel_mult"].split(",")]
 
 
@@ -114,7 +118,7 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
     :param num_train_timesteps: noise levels of the grid that it was trained on, which `timesteps` index.
     :raises UserError: for a model that diffusers cannot have, or a folder that cannot be written.
     """
-    config = unet_config(flags)
+    config = _unet_config(flags)
     scheduler = {
         "_class_name": SCHEDULER, "_diffusers_version": VERSION, "num_train_timesteps": num_train_timesteps,
         "sigma_min": flags["sigma_min"], "sigma_max": flags["sigma_max"],
@@ -124,7 +128,7 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
         "unet": ["diffusers", UNET],
     }
     theirs = {}
-    for name, (ours, third) in names_for(flags).items():
+    for name, (ours, third) in _names_for(flags).items():
         if ours in weights:
             rows = weights[ours] if third is None else weights[ours].chunk(3)[third]
             is_matrix = ".to_" in name and name.endswith("weight")  # their 1x1 convolutions of attention
@@ -137,7 +141,7 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
     storage.write_json(os.path.join(folder, "model_index.json"), index)
 
 
-def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Their configuration of the network.
 
     :raises UserError: where they have no such network, or their pipeline would use it wrongly.
@@ -145,11 +149,11 @@ def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags["arch"] != "unet" or flags["precond"] != "edm":
         raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
                         f"{flags['arch']} and {flags['precond']}")
-    widths = level_widths(flags)
+    widths = _level_widths(flags)
     if widths[0] != flags["num_channels"]:
         raise UserError(f"diffusers needs a first level of num_channels={flags['num_channels']}, but channel_mult "
                         f"{flags['channel_mult']} makes it {widths[0]} wide")
-    attention = attention_levels(flags)
+    attention = _attention_levels(flags)
 
     def types(way: str) -> list[str]:
         plain = PLAIN[way, flags["resblock_updown"]]
@@ -165,7 +169,7 @@ def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
         "layers_per_block": flags["num_res_blocks"],
         "num_class_embeds": flags["num_classes"] if flags["class_cond"] else None,
         "block_out_channels": widths,
-        "attention_head_dim": head_width(flags, {widths[level] for level in attention} | {widths[-1]}),
+        "attention_head_dim": _head_width(flags, {widths[level] for level in attention} | {widths[-1]}),
         "down_block_types": types("down"),
         "up_block_types": types("up")[::-1],
         "resnet_time_scale_shift": "scale_shift" if flags["use_scale_shift_norm"] else "default",
@@ -175,8 +179,8 @@ def unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
-    """Channels of an attention head, of which diffusers has one number for the whole network; None for one head."""
+def _head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
+    """Channels of an attention head, a single number for the network in diffusers; None for one head."""
     if flags["num_head_channels"] != -1:
         return flags["num_head_channels"]
     heads = flags["num_heads"]
@@ -194,7 +198,7 @@ def head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a pipeline of diffusers lies there; for one rank."""
+    """Whether a path is a pipeline of diffusers; for one rank."""
     return os.path.isdir(path) and os.path.exists(os.path.join(path, "model_index.json"))
 
 
@@ -203,16 +207,16 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     :raises UserError: for a pipeline of another kind, or files that are missing or damaged.
     """
-    config, file = dist.on_main(read_settings, folder)
+    config, file = dist.on_main(_read_settings, folder)
     path = os.path.join(folder, "unet", file)
     is_pickle = file.endswith(".bin")
     theirs = dist.load_state_dict(path) if is_pickle else safetensor_files.read(path)
-    flags = flags_of(config, folder)
+    flags = _flags_of(config, folder)
     thirds: dict[str, list[Tensor]] = {}
     weights: dict[str, Tensor] = {}
-    for name, (ours, third) in names_for(flags).items():
+    for name, (ours, third) in _names_for(flags).items():
         if name not in theirs:
-            continue                                                # what is missing is told when the weights are used
+            continue                                                # reported when the weights are used
         value = theirs.pop(name)
         if third is None:
             weights[ours] = value
@@ -226,7 +230,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
 
 
-def read_settings(folder: str) -> tuple[dict[str, Any], str]:
+def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     """The network's configuration and the name of its file of weights; for one rank."""
     try:
         with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
@@ -236,7 +240,7 @@ def read_settings(folder: str) -> tuple[dict[str, Any], str]:
         with open(os.path.join(folder, "scheduler", "scheduler_config.json"), encoding="utf-8") as file:
             scheduler = json.load(file)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} is no whole folder of diffusers: {error}") from None
+        raise UserError(f"{folder} is no complete folder of diffusers: {error}") from None
     if pipeline != PIPELINE or config.get("_class_name") != UNET:
         raise UserError(f"{folder} holds a {pipeline} with a {config.get('_class_name')}, not a {PIPELINE} with a "
                         f"{UNET}")
@@ -247,7 +251,7 @@ def read_settings(folder: str) -> tuple[dict[str, Any], str]:
     raise UserError(f"{os.path.join(folder, 'unet')} has no weights: none of {', '.join(WEIGHTS)}")
 
 
-def flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """The flags that make the network of a configuration.
 
     :raises UserError: for a network that the U-Net here cannot be.

@@ -1,9 +1,9 @@
 """The pickles of NVlabs/edm, read as data: nothing that they contain is ever run.
 
-Such a pickle is a program. Its networks are "persistent": they carry the source code of their classes, which the
-usual reader executes. This one knows a short list of names; it keeps the contents of objects in records, ignores the
-source, and refuses a file that asks for anything else. The records then give the weights and the options of the
-network.
+Such a pickle is a program. Its networks are "persistent": they contain the source code of their classes, which the
+usual reader executes. This reader has a short list of allowed names; it keeps the contents of objects in records,
+ignores the source, and refuses a file that uses any other. The records then give the weights and the options
+of the network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PERSISTENT_VERSION = 6
 
 
 class Record:
-    """An object of a class that is not here: its contents, and the class's name where the pickle tells it."""
+    """An object of a class of EDM's: its contents, and the name of the class where the pickle holds it."""
 
     class_name = ""
     state: Mapping[str, Any] = {}
@@ -38,8 +38,8 @@ class Record:
         self.state = state
 
 
-def persistent_record(meta: Mapping[str, Any]) -> Record:
-    """What `_reconstruct_persistent_obj` is called with, as a record; `module_src`, the source code, is left alone."""
+def _persistent_record(meta: Mapping[str, Any]) -> Record:
+    """What `_reconstruct_persistent_obj` is called with, as a record; `module_src`, the source code, is ignored."""
     if meta["type"] != "class" or meta["version"] != PERSISTENT_VERSION:
         raise pickle.UnpicklingError(f"a persistent {meta['type']} of version {meta['version']}, not a class "
                                      f"of version {PERSISTENT_VERSION}")
@@ -48,12 +48,13 @@ def persistent_record(meta: Mapping[str, Any]) -> Record:
     return record
 
 
-def tensor_of_parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
+def _tensor_of_parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
+    """What `torch._utils._rebuild_parameter` is called with, as a plain tensor."""
     return data
 
 
-def storage_from_bytes(content: bytes) -> Any:
-    """The numbers behind tensors; torch's own reader would unpickle these bytes without limits."""
+def _storage_from_bytes(content: bytes) -> Any:
+    """The storage of tensors; torch's own function would unpickle these bytes without limits."""
     return th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -71,7 +72,8 @@ class NumberType:
         self.byte_order = state[1]
 
 
-def number(kind: NumberType, content: bytes) -> float | int | bool:
+def _number(kind: NumberType, content: bytes) -> float | int | bool:
+    """A numpy scalar as a Python number."""
     return np.frombuffer(content, kind.byte_order + kind.name)[0].item()
 
 
@@ -90,19 +92,19 @@ class Call:
         raise pickle.UnpicklingError(f"it tries to change {self.function.__name__}")
 
 
-# All that a pickle may ask for, and what it gets.
+# Every name that a pickle may use, and what stands for it here.
 ALLOWED = {
-    "torch_utils.persistence._reconstruct_persistent_obj": Call(persistent_record),
+    "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent_record),
     "torch.nn.modules.container.ModuleDict": Record,
     "torch.nn.modules.container.ModuleList": Record,
     "torch.nn.modules.container.Sequential": Record,
     "collections.OrderedDict": OrderedDict,
     "dnnlib.util.EasyDict": dict,
     "torch._utils._rebuild_tensor_v2": Call(_rebuild_tensor_v2),
-    "torch._utils._rebuild_parameter": Call(tensor_of_parameter),
-    "torch.storage._load_from_bytes": Call(storage_from_bytes),
-    "numpy.core.multiarray.scalar": Call(number),
-    "numpy._core.multiarray.scalar": Call(number),
+    "torch._utils._rebuild_parameter": Call(_tensor_of_parameter),
+    "torch.storage._load_from_bytes": Call(_storage_from_bytes),
+    "numpy.core.multiarray.scalar": Call(_number),
+    "numpy._core.multiarray.scalar": Call(_number),
     "numpy.dtype": NumberType,
 }
 
@@ -114,12 +116,14 @@ class Reader(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        """What stands for a name of the pickle."""
         full = f"{module}.{name}"
         if full not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {full}, which no EDM network needs")
         return ALLOWED[full]
 
     def persistent_load(self, pid: Any) -> Any:
+        """Refuse data outside of the file."""
         raise pickle.UnpicklingError("it refers to data outside of the file")
 
 
@@ -134,16 +138,16 @@ class EDMNet:
 def read(file: IO[bytes], source: str) -> EDMNet:
     """The averaged network of an EDM pickle.
 
-    :raises UserError: if it is none, is damaged, asks for something that is not on the list, or holds a network that
-        this toolkit does not have.
+    :raises UserError: if it is none, is damaged, uses a name that is not in ALLOWED, or holds a network that this
+        toolkit does not have.
     """
     try:
         content = Reader(file).load()
         net = content.get("ema") if isinstance(content, Mapping) else None
-        if not isinstance(net, Record) or not isinstance(part(net, "_modules", "model"), Record):
+        if not isinstance(net, Record) or not isinstance(_part(net, "_modules", "model"), Record):
             names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise UserError(f"{source} holds no EDM network: it has no 'ema' with a 'model', only {names or 'nothing'}")
-        return convert(net, source)
+        return _convert(net, source)
     except UserError:
         raise
     except Exception as error:                              # a damaged or hostile file can lead to any
@@ -152,12 +156,12 @@ def read(file: IO[bytes], source: str) -> EDMNet:
                         "run") from None
 
 
-def part(record: Record, kind: str, name: str) -> Any:
-    """A parameter, buffer or module of a record; None if it has no such."""
+def _part(record: Record, kind: str, name: str) -> Any:
+    """A parameter, buffer or module of a record; None if it has none of that name."""
     return record.state.get(kind, {}).get(name)
 
 
-def tensors_of(record: Record, prefix: str = "") -> dict[str, Tensor]:
+def _tensors_of(record: Record, prefix: str = "") -> dict[str, Tensor]:
     """The state dict of a module and all within it."""
     found = {}
     for kind in ("_parameters", "_buffers"):
@@ -165,25 +169,25 @@ def tensors_of(record: Record, prefix: str = "") -> dict[str, Tensor]:
         found |= {prefix + name: value.detach() for name, value in values if isinstance(value, Tensor)}
     for name, module in record.state.get("_modules", {}).items():
         if isinstance(module, Record):
-            found |= tensors_of(module, f"{prefix}{name}.")
+            found |= _tensors_of(module, f"{prefix}{name}.")
     return found
 
 
-# --- what a network is called here -----------------------------------------------------------------------------------
+# --- the names of this toolkit --------------------------------------------------------------------------------------
 
 
-class Law(NamedTuple):
-    """A preconditioning here, and the constants that its formulas have."""
+class Preconditioning(NamedTuple):
+    """A preconditioning of this toolkit, and the constants in its formulas."""
 
-    precond: str
+    name: str
     constants: dict[str, float]
 
 
 PRECOND_CLASSES = {
-    "EDMPrecond": Law("edm", {"sigma_data": 0.5}),
-    "VPPrecond": Law("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}),
-    "VEPrecond": Law("ve", {"sigma_min": 0.02, "sigma_max": 100}),
-    "iDDPMPrecond": Law("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
+    "EDMPrecond": Preconditioning("edm", {"sigma_data": 0.5}),
+    "VPPrecond": Preconditioning("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}),
+    "VEPrecond": Preconditioning("ve", {"sigma_min": 0.02, "sigma_max": 100}),
+    "iDDPMPrecond": Preconditioning("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
 NETWORK_CLASSES = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments that change no image
@@ -191,25 +195,25 @@ NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments 
 FIXED = {"channel_mult_emb": 4, "in_channels": 3, "decoder_type": "standard"}
 
 
-def convert(net: Record, source: str) -> EDMNet:
-    """A record of one of EDM's preconditionings around one of its networks, in the words of this toolkit.
+def _convert(net: Record, source: str) -> EDMNet:
+    """A record of one of EDM's preconditionings around one of its networks, as flags and weights of this toolkit.
 
     :raises UserError: for another class, or a constant or argument that this toolkit does not have.
     """
-    law = lookup(PRECOND_CLASSES, net.class_name, f"preconditioning in {source}")
-    for name, value in law.constants.items():
-        demand(net.state.get(name, value) == value, source, name, net.state.get(name), value)
-    model = part(net, "_modules", "model")
-    arguments = arguments_of(model, source)
+    precond = lookup(PRECOND_CLASSES, net.class_name, f"preconditioning in {source}")
+    for name, value in precond.constants.items():
+        _demand(net.state.get(name, value) == value, source, name, net.state.get(name), value)
+    model = _part(net, "_modules", "model")
+    arguments = _arguments_of(model, source)
     for name, value in FIXED.items():
-        demand(arguments.get(name, value) == value, source, name, arguments.get(name), value)
-    weights = tensors_of(model)
-    if law.precond == "iddpm":                                      # it predicts a variance too, which no sampler uses
+        _demand(arguments.get(name, value) == value, source, name, arguments.get(name), value)
+    weights = _tensors_of(model)
+    if precond.name == "iddpm":                                     # it also predicts a variance, which no sampler uses
         weights |= {name: value[:3].clone() for name, value in weights.items() if name.startswith("out_conv.")}
     label_dim = arguments["label_dim"]
     return EDMNet(
         {
-            "arch": arch_of(model.class_name, arguments, source),
+            "arch": _arch_of(model.class_name, arguments, source),
             "image_size": arguments["img_resolution"],
             "num_channels": arguments["model_channels"],
             "num_res_blocks": arguments["num_blocks"],
@@ -220,14 +224,14 @@ def convert(net: Record, source: str) -> EDMNet:
             "augment_dim": arguments["augment_dim"],
             "num_head_channels": -1,
             "learn_sigma": False,
-            "precond": law.precond,
+            "precond": precond.name,
             "training_mode": "edm",
         },
         weights,
     )
 
 
-def arguments_of(model: Record, source: str) -> dict[str, Any]:
+def _arguments_of(model: Record, source: str) -> dict[str, Any]:
     """What the network was made with; EDM's defaults are those of the classes here."""
     kind = lookup(NETWORK_CLASSES, model.class_name, f"network in {source}")
     known = inspect.signature(kind).parameters
@@ -241,7 +245,11 @@ def arguments_of(model: Record, source: str) -> dict[str, Any]:
     return defaults | given
 
 
-def arch_of(class_name: str, arguments: Mapping[str, Any], source: str) -> str:
+def _arch_of(class_name: str, arguments: Mapping[str, Any], source: str) -> str:
+    """The --arch of a network.
+
+    :raises UserError: if there is none.
+    """
     if class_name == "DhariwalUNet":
         return "adm"
     own = {name: arguments[name] for name in next(iter(SONG.values()))}
@@ -252,6 +260,7 @@ def arch_of(class_name: str, arguments: Mapping[str, Any], source: str) -> str:
     raise UserError(f"{source} holds a SongUNet that is neither DDPM++ nor NCSN++: {own}")
 
 
-def demand(holds: bool, source: str, name: str, value: Any, legal: Any) -> None:
+def _demand(holds: bool, source: str, name: str, value: Any, legal: Any) -> None:
+    """:raises UserError: unless a value is the legal one."""
     if not holds:
         raise UserError(f"{source} was made with {name}={value!r}; this toolkit knows {legal!r} alone")

@@ -1,4 +1,4 @@
-"""Weights of guided-diffusion, whose attention is stored otherwise than in the published consistency models.
+"""Weights of guided-diffusion, whose attention is stored differently from the published consistency models.
 
 Shapes: C channels of an attention layer, h heads, d head width (C = h d).
 """
@@ -21,11 +21,11 @@ def to_published_layout(
     num_head_channels: int,
     use_new_attention_order: bool,
 ) -> dict[str, Tensor]:
-    """The same weights as `cm.networks.attention` has them; weights that are so already stay as they are.
+    """The same weights in the layout of `cm.networks.attention`; weights that already have it are unchanged.
 
     guided-diffusion's attention is a convolution in one dimension, [3C,C,1] where the published files have
     [3C,C,1,1]. Its 3C rows go head by head, q k v in each, unless its `use_new_attention_order` made them q k v with
-    all heads in each, as published; names and shapes do not tell which.
+    all heads in each, as published; names and shapes are the same in both.
 
     :raises UserError: if the heads do not divide the channels of a layer, or its weights are of other shapes.
     """
@@ -40,11 +40,11 @@ def to_published_layout(
             bias = name.removesuffix("weight") + "bias"
             if len(weight) != 3 * weight.shape[1] or bias not in weights or weights[bias].shape != weight.shape[:1]:
                 raise UserError(f"{name} {list(weight.shape)} and {bias} are no attention of guided-diffusion")
-            converted[name] = heads_last(converted[name], heads)
-            converted[bias] = heads_last(weights[bias], heads)
+            converted[name] = _heads_last(converted[name], heads)
+            converted[bias] = _heads_last(weights[bias], heads)
     return converted
 
 
-def heads_last(rows: Tensor, heads: int) -> Tensor:
-    """Rows [h,3,d] flat, head by head -> [3,h,d] flat: all of q, then k, then v."""
+def _heads_last(rows: Tensor, heads: int) -> Tensor:
+    """Rows [h,3,d] flat, one head after the other -> [3,h,d] flat: all of q, then k, then v."""
     return rows.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)

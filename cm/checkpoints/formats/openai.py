@@ -1,4 +1,6 @@
-"""What a bare guided-diffusion state dict tells about its network, and what the published files leave unsaid.
+"""The model flags of a guided-diffusion state dict without a manifest.
+
+They are inferred from its names and shapes; for the published files the others are known.
 
 The published files are those of https://openaipublic.blob.core.windows.net/consistency/: edm_imagenet64_ema.pt,
 cd_imagenet64_l2.pt, cd_imagenet64_lpips.pt, ct_imagenet64.pt, and the same four for bedroom256 and cat256.
@@ -18,7 +20,7 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.io import untrusted
 
-# Side and head width cannot be read off the weights; each published family has its own.
+# Image side and head width are not visible in the weights; each published family has its own.
 PUBLISHED = (
     ({"num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3, "num_classes": 1000},
      {"image_size": 64, "num_head_channels": 64}),
@@ -31,7 +33,7 @@ PUBLISHED_MODES = {"edm": "edm", "cd": "consistency_distillation", "ct": "consis
 
 FOREIGN = {
     "down_blocks.": "these are names of the diffusers library",
-    "param_groups": "this is the state of an optimizer; take the model or ema file beside it",
+    "param_groups": "this is the state of an optimizer; use the model or ema file in the same folder",
     "state_dict": "the weights are wrapped; save its 'state_dict' alone",
     "model.model": "these are names of k-diffusion",
 }
@@ -51,19 +53,19 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     def shape(name: str) -> tuple[int, ...]:
         if not is_plain or name not in weights or weights[name].ndim == 0 or 0 in weights[name].shape:
             raise UserError(f"{source} is no U-Net of this toolkit or guided-diffusion: it has no {name!r}; "
-                            f"{describe(weights)}")
+                            f"{_describe(weights)}")
         return tuple(weights[name].shape)
 
     is_plain = isinstance(weights, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     )
     channels = shape("time_embed.0.weight")[-1]
-    blocks = count(weights, "input_blocks")
+    blocks = _count(weights, "input_blocks")
     ups = [name for name in weights if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", name)]
     levels = len(ups) + 1
     if blocks % levels:
         raise UserError(f"{source}: {blocks} encoder blocks do not divide into {levels} levels")
-    per_level = blocks // levels                            # R residual blocks and one to go down (the first: in)
+    per_level = blocks // levels                            # R residual blocks, and one that halves the side
     first_blocks = [1 + level * per_level for level in range(levels)]
     widths = [shape(f"input_blocks.{block}.0.out_layers.3.weight")[0] for block in first_blocks]
     emb_rows = shape("input_blocks.1.0.emb_layers.1.weight")[0]
@@ -82,24 +84,24 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
 
 
 def model_flags(weights: Mapping[str, Tensor], source: str, image_size: int | None = None) -> dict[str, Any]:
-    """All model flags of a state dict: those it shows and, for the published files, those it does not.
+    """All model flags of a state dict: those that its shapes show and, for the published files, the others.
 
     :param image_size: the side of the images where it is known from elsewhere.
     :return: flags; image_size, attention_resolutions and num_head_channels only where they are known.
     """
     flags = architecture(weights, source)
     levels = flags.pop("attention_levels")
-    for shown, unsaid in PUBLISHED:
-        if all(flags[name] == value for name, value in shown.items()):
-            flags.update(unsaid)
+    for visible, others in PUBLISHED:
+        if all(flags[name] == value for name, value in visible.items()):
+            flags.update(others)
     side = flags.get("image_size", image_size)
     if side is not None:
         flags["attention_resolutions"] = ",".join(str(side // 2**level) for level in levels)
     return flags
 
 
-def describe(content: Any) -> str:
-    """A few words on what a file holds that holds no such weights."""
+def _describe(content: Any) -> str:
+    """What a file holds instead of weights, for an error message."""
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}, not a dict of tensors"
     names = [untrusted.shown(name) if not isinstance(name, str) else name[:100] for name in content]
@@ -107,5 +109,6 @@ def describe(content: Any) -> str:
     return "; ".join([f"its first entries are {', '.join(names[:3]) or 'none'}", *hints[:1]])
 
 
-def count(weights: Mapping[str, Tensor], stem: str) -> int:
+def _count(weights: Mapping[str, Tensor], stem: str) -> int:
+    """How many blocks are called `stem`.0, `stem`.1, ..."""
     return len({name.split(".")[1] for name in weights if name.startswith(f"{stem}.")})

@@ -1,0 +1,67 @@
+"""Which device a rank computes on, and how many threads it uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch as th
+
+from cm.distributed import launchers
+from cm.errors import UserError
+
+DEVICES = {"auto": "a GPU if there is one", "cuda": "a GPU", "cpu": "the CPU"}
+
+_wanted = "auto"
+
+
+def prefer(name: str) -> None:
+    """Set which of `DEVICES` the next `choose` takes.
+
+    :raises UserError: for "cuda" where PyTorch sees no GPU.
+    """
+    global _wanted
+    if name == "cuda" and not th.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no GPU: check nvidia-smi, CUDA_VISIBLE_DEVICES and the wheel")
+    _wanted = name
+
+
+def visible_gpus() -> list[str]:
+    """The unique names of the GPUs that this process may use; none if it is to use the CPU."""
+    if _wanted == "cpu" or not th.cuda.is_available():
+        return []
+    return [str(th.cuda.get_device_properties(index).uuid) for index in range(th.cuda.device_count())]
+
+
+def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th.device:
+    """The device of one rank, which becomes torch's current one if it is a GPU.
+
+    Every rank looks at all machines, so that all ranks find the same fault.
+
+    :param node: the machine of this rank.
+    :param local_rank: its place among the ranks of that machine.
+    :param ranks: for every rank of the job {"node": its machine, "gpus": see `visible_gpus`}.
+    :raises UserError: if only some ranks see a GPU, or there are more ranks than GPUs on a machine.
+    """
+    without_gpu = [rank for rank, facts in enumerate(ranks) if not facts["gpus"]]
+    if len(without_gpu) == len(ranks):
+        return th.device("cpu")
+    if without_gpu:
+        raise UserError(f"ranks {without_gpu} see no GPU and the others do: repair these machines, or use --device cpu")
+    chosen = {}
+    for each in dict.fromkeys(facts["node"] for facts in ranks):
+        chosen[each] = launchers.choose_gpus([facts["gpus"] for facts in ranks if facts["node"] == each])
+    device = th.device("cuda", chosen[node][local_rank])
+    th.cuda.set_device(device)
+    return device
+
+
+def set_threads(count: int) -> None:
+    """Set torch's number of threads under a launcher, unless the user has set it by OMP_NUM_THREADS or MKL_NUM_THREADS.
+
+    Launchers set variables that make MKL use a single thread, even if the job has a single rank.
+    """
+    set_by_user = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    if launchers.announcements() and not set_by_user:
+        th.set_num_threads(count)
