@@ -112,13 +112,13 @@ def save(
     :raises UserError: if something cannot be written; earlier checkpoints stay as they are, and of this one nothing.
     """
     needed, files = serialization.size_of(content), {}
-    begun = storage.join(directory, manifest_name(step) + PARTIAL)
+    begun, is_remote = storage.join(directory, manifest_name(step) + PARTIAL), storage.is_remote(directory)
     try:
         storage.make_folder(directory)
         free = storage.free_bytes(directory)
         if free is not None and free < needed:
-            raise UserError(f"there is no room in {directory}")
-        if not storage.is_remote(directory):
+            raise UserError(f"there is not enough space in {directory}")
+        if not is_remote:
             storage.write_bytes(begun, b"")     # should this process be killed now, `remove_partial` finds the files
         for name, tensors in content.items():
             file = file_name(name, step)
@@ -126,8 +126,9 @@ def save(
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
         checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
         checkpoint.write_manifest()
-        with contextlib.suppress(OSError):
-            storage.remove(begun)
+        if not is_remote:
+            with contextlib.suppress(OSError):              # the checkpoint is complete without that
+                storage.remove(begun)
     except (UserError, OSError) as error:
         for file in files:                      # a full disk is not to stay full of what nobody can use
             with contextlib.suppress(Exception):
@@ -135,11 +136,10 @@ def save(
         with contextlib.suppress(Exception):
             storage.remove(begun)
         free = storage.free_bytes(directory)
-        room = "" if free is None else f", and {free:,} bytes are free there"
+        space = "" if free is None else f", and {free:,} bytes are free there"
         raise UserError(
-            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{room}. Earlier checkpoints "
-            "are as they were. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
-            "look at the folder, or choose another --checkpoint_dir"
+            f"{error}. The checkpoint of step {step} needs {needed:,} bytes in {directory}{space}; earlier checkpoints "
+            "are as they were. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
         ) from error
     return checkpoint
 
@@ -147,7 +147,7 @@ def save(
 def read(path: str) -> Checkpoint:
     """Read a manifest.
 
-    :raises UserError: if it is not one.
+    :raises UserError: if it is not one, or its store cannot be reached.
     """
     try:
         with storage.open_file(path) as file:
@@ -157,6 +157,8 @@ def read(path: str) -> Checkpoint:
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
 
@@ -184,10 +186,10 @@ def newest(directory: str) -> Checkpoint | None:
             if not checkpoint.can_go_on():
                 continue
             problem = checkpoint.problem()
+            if problem is None:
+                return checkpoint
         except UserError as error:
             problem = str(error)
-        if problem is None:
-            return checkpoint
         logger.warn(f"passing over {name} in {directory}: {problem}")
     return None
 
