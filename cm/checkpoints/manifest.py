@@ -119,22 +119,28 @@ def save(
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
-    begun = storage.join(directory, manifest_name(step) + PARTIAL)
+    begun, is_remote = storage.join(directory, manifest_name(step) + PARTIAL), storage.is_remote(directory)
     try:
         storage.make_folder(directory)
         free = storage.free_bytes(directory)
         if free is not None and free < needed:
             raise UserError(f"there is not enough space in {directory}")
+<<<<<<< HEAD
         if not storage.is_remote(directory):
             storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
+=======
+        if not is_remote:
+            storage.write_bytes(begun, b"")     # should this process be killed now, `remove_partial` finds the files
+>>>>>>> libs
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
         checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
         checkpoint.write_manifest()
-        with contextlib.suppress(OSError):
-            storage.remove(begun)
+        if not is_remote:
+            with contextlib.suppress(OSError):              # the checkpoint is complete without that
+                storage.remove(begun)
     except (UserError, OSError) as error:
         for file in files:                      # what nobody can use must not fill a full disk
             with contextlib.suppress(Exception):
@@ -144,9 +150,14 @@ def save(
         free = storage.free_bytes(directory)
         space = "" if free is None else f", and {free:,} bytes are free there"
         raise UserError(
+<<<<<<< HEAD
             f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{space}. Earlier checkpoints "
             "are unchanged. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
             "check the permissions of the folder, or choose another --checkpoint_dir"
+=======
+            f"{error}. The checkpoint of step {step} needs {needed:,} bytes in {directory}{space}; earlier checkpoints "
+            "are as they were. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
+>>>>>>> libs
         ) from error
     return checkpoint
 
@@ -154,7 +165,7 @@ def save(
 def read(path: str) -> Checkpoint:
     """Read a manifest.
 
-    :raises UserError: if it is not one.
+    :raises UserError: if it is not one, or its store cannot be reached.
     """
     try:
         with storage.open_file(path) as file:
@@ -164,6 +175,8 @@ def read(path: str) -> Checkpoint:
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
 
@@ -195,7 +208,11 @@ def newest(directory: str) -> Checkpoint | None:
                 return checkpoint
         except UserError as error:
             problem = str(error)
+<<<<<<< HEAD
         logger.warn(f"skipping {name} in {directory}: {problem}")
+=======
+        logger.warn(f"passing over {name} in {directory}: {problem}")
+>>>>>>> libs
     return None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from cm.errors import UserError
 from cm.io import atomic
@@ -57,15 +57,15 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
-def open_file(path: str, mode: str = "rb", *, random_access: bool = False) -> IO[Any]:
-    """Open a path or a URL.
+def open_file(path: str, mode: str = "rb", *, random_access: bool = False) -> BinaryIO:
+    """Open a path or a URL in a binary mode.
 
     :param random_access: read from any place in it; an object store's file is then fetched to this machine first.
     :raises OSError: for a local path, as `open`.
     :raises UserError: for a URL that cannot be opened.
     """
     if not is_remote(path):
-        return open(path, mode)
+        return cast(BinaryIO, open(path, mode))
     with _store(path, "opened") as blobfile:
         if random_access:
             return blobfile.BlobFile(path, mode, streaming=False)

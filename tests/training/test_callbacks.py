@@ -171,11 +171,11 @@ def kept(directory):
 def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_save_error):
     real, full = storage.write_atomically, []
 
-    def write_atomically(path, write):
-        if "/best/" in path and "000004" in path:
+    def write_atomically(path, write, **options):
+        if "/best/" in str(path) and "000004" in str(path):
             full.append(path)
             raise OSError(28, "No space left on device")
-        return real(path, write)
+        return real(path, write, **options)
 
     monkeypatch.setattr(storage, "write_atomically", write_atomically)
     callback = evaluation([5.0, 3.0, 4.0])
