@@ -125,13 +125,8 @@ def save(
         free = storage.free_bytes(directory)
         if free is not None and free < needed:
             raise UserError(f"there is not enough space in {directory}")
-<<<<<<< HEAD
-        if not storage.is_remote(directory):
-            storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
-=======
         if not is_remote:
-            storage.write_bytes(begun, b"")     # should this process be killed now, `remove_partial` finds the files
->>>>>>> libs
+            storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
@@ -150,14 +145,8 @@ def save(
         free = storage.free_bytes(directory)
         space = "" if free is None else f", and {free:,} bytes are free there"
         raise UserError(
-<<<<<<< HEAD
-            f"{error}; the checkpoint of step {step} needs {needed:,} bytes in {directory}{space}. Earlier checkpoints "
-            "are unchanged. If the disk is full, free some space, or keep fewer with --keep_checkpoints; if not, "
-            "check the permissions of the folder, or choose another --checkpoint_dir"
-=======
             f"{error}. The checkpoint of step {step} needs {needed:,} bytes in {directory}{space}; earlier checkpoints "
-            "are as they were. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
->>>>>>> libs
+            "are unchanged. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
         ) from error
     return checkpoint
 
@@ -208,11 +197,7 @@ def newest(directory: str) -> Checkpoint | None:
                 return checkpoint
         except UserError as error:
             problem = str(error)
-<<<<<<< HEAD
         logger.warn(f"skipping {name} in {directory}: {problem}")
-=======
-        logger.warn(f"passing over {name} in {directory}: {problem}")
->>>>>>> libs
     return None
 
 

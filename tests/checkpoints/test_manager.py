@@ -198,12 +198,8 @@ def test_the_last_save_must_not_fail(images, tmp_path, monkeypatch):
 
 def test_a_save_that_has_no_room_does_not_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda directory: 30)
-<<<<<<< HEAD
-    with pytest.raises(UserError, match="not enough space .*step 1 needs 48 bytes.*30 bytes are free.*--keep_check"):
-=======
     message = "not enough space in .*step 1 needs 48 bytes.*30 bytes are free.*--keep_checkpoints"
     with pytest.raises(UserError, match=message):
->>>>>>> libs
         state.save(str(tmp_path / "run"), 1, CONTENT, {}, 1)
     assert not list((tmp_path / "run").iterdir())
 
