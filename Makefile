@@ -1,13 +1,11 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
-# LINT_TYPES=yes make lint checks the type hints, too, as make types does alone.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
 RANKS ?= 2
 MINUTES ?= 10
-LINT_TYPES ?= no
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -38,7 +36,7 @@ test-slow: install
 soak: install
 	$(BIN)/python tests/system/soak.py --minutes $(MINUTES)
 
-lint: install $(if $(filter yes,$(LINT_TYPES)),types)
+lint: install types
 	$(BIN)/python -m ruff check .
 
 types: install

@@ -54,3 +54,21 @@ def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
         values = [source.to(t.dtype) for target in targets for t, source in zip(target, sources)]
         # torch documents no fused in-place lerp of lists of tensors; the type stubs do not export this one
         th._foreach_lerp_(every, values, weights)  # pyright: ignore[reportPrivateImportUsage]
+
+
+# torch's operations on lists of tensors, one launch for all of them; its stubs do not export these names.
+
+
+def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """target <- source, in place, for every pair of two lists of tensors."""
+    th._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def scale_tensors(tensors: Sequence[Tensor], factor: float) -> None:
+    """Multiply every tensor of a list by a number, in place."""
+    th._foreach_mul_(list(tensors), factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def norm_of_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all elements of all tensors: a scalar tensor."""
+    return th.linalg.vector_norm(th.stack(th._foreach_norm(list(tensors))))  # pyright: ignore[reportPrivateImportUsage]

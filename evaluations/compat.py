@@ -14,7 +14,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch as th
@@ -211,7 +211,7 @@ class NpzArrayReader(ABC):
 class StreamingNpzArrayReader(NpzArrayReader):
     """Rows from an open file that stands at the first value of an array in C order."""
 
-    def __init__(self, arr_f: BinaryIO, shape: Sequence[int], dtype: DTypeLike):
+    def __init__(self, arr_f: IO[bytes], shape: Sequence[int], dtype: DTypeLike):
         self.arr_f, self.shape, self.dtype, self.idx = arr_f, tuple(shape), np.dtype(dtype), 0
 
     def read_batch(self, batch_size: int) -> NDArray[Any] | None:

@@ -15,7 +15,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -136,7 +136,7 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def open_member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], int]]:
     """A member as a stream, and the bytes it has when unpacked."""
     try:
         with archive.open(name) as member:
@@ -160,7 +160,7 @@ class Header(NamedTuple):
     missing: int                                            # bytes that the values need and the file has not
 
 
-def read_header(stream: BinaryIO, size: int) -> Header:
+def read_header(stream: IO[bytes], size: int) -> Header:
     """Read the header of an npy file of `size` bytes, and leave the stream at the first value.
 
     :raises ValueError: if there is none.
@@ -176,7 +176,7 @@ def read_header(stream: BinaryIO, size: int) -> Header:
     return Header(shape, fortran_order, dtype, front.tell(), math.prod(shape) * dtype.itemsize + front.tell() - size)
 
 
-def read_array(stream: BinaryIO, size: int) -> np.ndarray:
+def read_array(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of an npy file of `size` bytes.
 
     :raises ValueError: if it is none, holds Python objects, or is cut off.
@@ -201,14 +201,14 @@ def read_member_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         return read_array(member, size)
 
 
-def read_into(stream: BinaryIO, values: np.ndarray) -> None:
+def read_into(stream: IO[bytes], values: np.ndarray) -> None:
     """Fill an array of bytes from a stream.
 
     :raises EOFError: if the stream ends before.
     """
-    target = memoryview(values).cast("B")
+    target = memoryview(values.data).cast("B")
     while target:
-        count = stream.readinto(target[:CHUNK_BYTES])
+        count = stream.readinto(target[:CHUNK_BYTES])  # pyright: ignore[reportAttributeAccessIssue]: files have it
         if not count:
             raise EOFError(f"{len(target)} bytes are missing")
         target = target[count:]

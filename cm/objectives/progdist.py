@@ -15,7 +15,7 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.objectives.base import Companion, GridObjective
 from cm.samplers.euler import Euler
-from cm.tensors import append_dims
+from cm.tensors import append_dims, copy_tensors
 from cm.types import Batch, LossTerms, Networks
 
 
@@ -55,5 +55,5 @@ class ProgressiveDistillation(GridObjective):
         if next_scales == scales:
             return False
         with th.no_grad():
-            th._foreach_copy_(list(nets.teacher_params), list(nets.online_params))
+            copy_tensors(nets.teacher_params, nets.online_params)
         return True

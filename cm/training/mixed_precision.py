@@ -31,6 +31,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.errors import UserError
+from cm.tensors import copy_tensors, norm_of_tensors, scale_tensors
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 LOWEST_LOG_LOSS_SCALE = -16.0       # gradients that overflow even here exceed 2^32
@@ -112,7 +113,7 @@ class MasterWeights:
     def master_params_to_model_params(self) -> None:
         """Give the model the values of the master parameters, after something changed them."""
         if self.use_fp16:
-            th._foreach_copy_(self.model_params, self.master_params)
+            copy_tensors(self.model_params, self.master_params)
 
     @th.no_grad()
     def load_master_params(self, params: Iterable[Tensor]) -> None:
@@ -226,12 +227,12 @@ class MixedPrecisionTrainer(MasterWeights):
             master.grad = None if p.grad is None else p.grad.to(th.float32, copy=True)
         grads = [master.grad for master in self.master_params if master.grad is not None]
         if grads:
-            th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)
+            scale_tensors(grads, 2.0**-self.lg_loss_scale)
 
     def grad_norm(self) -> Tensor:
         """L2 norm of all gradients, a scalar tensor that is not waited for."""
         if self._grad_norm is None:
-            self._grad_norm = _global_norm(self.collect_grads())
+            self._grad_norm = norm_of_tensors([grad.detach() for grad in self.collect_grads()])
         return self._grad_norm
 
     def grads_finite(self) -> Tensor:
@@ -246,7 +247,8 @@ class MixedPrecisionTrainer(MasterWeights):
         finite = bool(finite)
         fatal = not finite and not (self.use_fp16 and self.lg_loss_scale > LOWEST_LOG_LOSS_SCALE)
         lg_loss_scale = self.lg_loss_scale if self.use_fp16 else None
-        self.report = StepReport(finite, fatal, self.grad_norm(), _global_norm(self.master_params), lg_loss_scale)
+        param_norm = norm_of_tensors([param.detach() for param in self.master_params])
+        self.report = StepReport(finite, fatal, self.grad_norm(), param_norm, lg_loss_scale)
         if finite:
             opt.step()
             self.master_params_to_model_params()
@@ -266,12 +268,6 @@ class MixedPrecisionTrainer(MasterWeights):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.lg_loss_scale = float(state_dict["lg_loss_scale"])
         self.skipped_steps = int(state_dict.get("skipped_steps", 0))
-
-
-@th.no_grad()
-def _global_norm(tensors: list[Tensor]) -> Tensor:
-    """L2 norm of all elements of all tensors, a scalar tensor."""
-    return th.linalg.vector_norm(th.stack(th._foreach_norm(tensors)))
 
 
 def _choose_precision(precision: str | None, use_fp16: bool) -> str:

@@ -18,7 +18,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,7 +146,7 @@ class BatchFile:
             ) from None
 
     @contextlib.contextmanager
-    def _open_images(self) -> Iterator[tuple[Header, BinaryIO]]:
+    def _open_images(self) -> Iterator[tuple[Header, IO[bytes]]]:
         """The header of arr_0, and its values as a stream."""
         try:
             with self._archive() as archive, untrusted.open_member(archive, "arr_0.npy") as (member, size):
@@ -201,7 +201,7 @@ class BatchFile:
             raise UserError(f"{self.path}: {key} must be one {kind.__name__}, not {found}") from None
 
 
-def read_header(member: BinaryIO, size: int, path: str) -> Header:
+def read_header(member: IO[bytes], size: int, path: str) -> Header:
     """Read the npy header at the front of a stream of `size` bytes, and leave the stream at the first value."""
     try:
         return untrusted.read_header(member, size)
@@ -209,7 +209,7 @@ def read_header(member: BinaryIO, size: int, path: str) -> Header:
         raise UserError(f"{path}: arr_0 has no readable npy header ({error}); write it with np.savez") from None
 
 
-def first_values(header: Header, member: BinaryIO) -> NDArray[Any] | None:
+def first_values(header: Header, member: IO[bytes]) -> NDArray[Any] | None:
     """The values of the first image of a float array, behind its header; None for another type or an empty array.
 
     :raises DAMAGE: if they cannot be read.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import mmap
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -135,7 +136,7 @@ class EDMNet:
     weights: dict[str, Tensor]                  # as in the state dict of the network that the flags describe
 
 
-def read(file: IO[bytes], source: str) -> EDMNet:
+def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
     """The averaged network of an EDM pickle.
 
     :raises UserError: if it is none, is damaged, uses a name that is not in ALLOWED, or holds a network that this
