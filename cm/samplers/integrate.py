@@ -144,6 +144,7 @@ def integrate(
 
 
 def progress_bar(steps: range, show: bool) -> Any:
+    """The range itself, or with `show` an iterator over it that displays a bar."""
     if not show:
         return steps
     from tqdm.auto import tqdm

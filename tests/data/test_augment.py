@@ -316,7 +316,7 @@ def test_a_network_that_cannot_be_told_is_refused():
     settings = parse("", DataConfig, argv=["--augment", "0.12"])
     with pytest.raises(UserError, match="--augment 0.12 needs a network that is told.*--augment_dim 9, or drop"):
         run_data.augment(settings, None, th.nn.Linear(1, 1))
-    with pytest.raises(UserError, match="--augment 2 is a probability"):
+    with pytest.raises(UserError, match="augment=2.0 is too large; the largest is 1"):
         run_data.augment(parse("", DataConfig, argv=["--augment", "2"]), None, Told())
     assert run_data.augment(parse("", DataConfig, argv=[]), "data", th.nn.Linear(1, 1)) == "data"
 
