@@ -172,7 +172,7 @@ def test_a_best_that_cannot_be_saved_is_a_failed_save(tmp_path, monkeypatch, on_
     real, full = storage.write_atomically, []
 
     def write_atomically(path, write):
-        if "/best/" in path and "000004" in path:
+        if "/best/" in str(path) and "000004" in str(path):
             full.append(path)
             raise OSError(28, "No space left on device")
         return real(path, write)
