@@ -1,7 +1,7 @@
-"""openai/consistency_models' `cm.karras_diffusion`: KarrasDenoiser with its losses, and `karras_sample`.
+"""openai/consistency_models' `cm.karras_diffusion`: the denoiser with its losses, and every way to sample from it.
 
-A compatibility module: the scalings live in cm.diffusion.denoiser, the losses in cm.objectives, the solvers in
-cm.samplers; here they are under the names, and with the arguments, that users of that repository know.
+A compatibility module: KarrasDenoiser is `cm.objectives.karras_denoiser`'s, the solvers are those of `cm.samplers`, and
+the edits those of `cm.generate.editing`.
 
 Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1]; noise levels are [N].
 """
@@ -12,144 +12,41 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from cm.diffusion.denoiser import Diffusion
-from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import get_sigmas_karras
 from cm.diffusion.weightings import get_weightings
-from cm.objectives import OBJECTIVES
-from cm.objectives.base import GridObjective
-from cm.objectives.curricula import Curriculum
-from cm.objectives.distances import Distance, get_distance
-from cm.objectives.edm import EDM, edm_terms
-from cm.registry import lookup
+from cm.generate import editing
+from cm.generate.editing import iterative_colorization, iterative_superres
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers import Churn
+from cm.samplers.functions import (
+    get_ancestral_step,
+    sample_dpm,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_midpoint_ancestral,
+    sample_onestep,
+    sample_progdist,
+    stochastic_iterative_sampler,
+    to_d,
+)
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
-from cm.types import Batch, LossTerms, Networks, NoiseSource, Sampler
+from cm.types import Denoiser, NoiseSource, Sampler
 
-__all__ = ["KarrasDenoiser", "get_sigmas_karras", "get_weightings", "karras_sample"]
+__all__ = [
+    "KarrasDenoiser", "get_ancestral_step", "get_sigmas_karras", "get_weightings", "iterative_colorization",
+    "iterative_inpainting", "iterative_superres", "karras_sample", "sample_dpm", "sample_euler",
+    "sample_euler_ancestral", "sample_heun", "sample_midpoint_ancestral", "sample_onestep", "sample_progdist",
+    "stochastic_iterative_sampler", "to_d",
+]
 
-Cond = Mapping[str, Any] | None
-
-
-class KarrasDenoiser(Diffusion):
-    """A `Diffusion` that makes its own losses and objectives; the arguments are the same.
-
-    :raises ValueError: for an unknown loss_norm, besides what `Diffusion` raises.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        get_distance(self.loss_norm)
-
-    @property
-    def distance(self) -> Distance:
-        """The distance that `loss_norm` names, which may be set at any time."""
-        return get_distance(self.loss_norm)
-
-    # --- objectives ------------------------------------------------------------------------------------------------
-
-    def training_objective(self, schedule_sampler: ScheduleSampler | None = None) -> EDM:
-        """Denoising, with noise levels from that distribution (by default EDM's lognormal)."""
-        return EDM(self.weight) if schedule_sampler is None else EDM(self.weight, schedule_sampler)
-
-    def consistency_objective(self, training_mode: str, ema_scale_fn: Curriculum) -> GridObjective:
-        """Consistency distillation, consistency training or progressive distillation.
-
-        :param ema_scale_fn: step -> (target decay rate, num_scales), from `cm.objectives.curricula`.
-        :raises ValueError: for any other training_mode.
-        """
-        modes = {name: kind for name, kind in OBJECTIVES.items() if issubclass(kind, GridObjective)}
-        return lookup(modes, training_mode, "training_mode").on_grid(self, ema_scale_fn)
-
-    # --- losses of given batches ------------------------------------------------------------------------------------
-
-    def training_losses(
-        self, model: nn.Module, x_start: Tensor, sigmas: Tensor, model_kwargs: Cond = None, noise: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The denoising loss: `loss`, which is the weighted `mse`, and the unweighted `xs_mse`, [N] each."""
-        noise = th.randn_like(x_start) if noise is None else noise
-        return as_dict(edm_terms(self.bind(model), x_start, noise, sigmas, self.weight, dict(model_kwargs or {})))
-
-    def consistency_losses(
-        self,
-        model: nn.Module,
-        x_start: Tensor,
-        num_scales: int,
-        model_kwargs: Cond = None,
-        target_model: nn.Module | None = None,
-        teacher_model: nn.Module | None = None,
-        teacher_diffusion: KarrasDenoiser | None = None,
-        noise: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The consistency loss `loss` [N]: distillation if there is a teacher, otherwise training.
-
-        :param num_scales: how many noise levels the grid has, at least 2.
-        :param teacher_diffusion: the teacher's denoiser; by default this one with EDM's scalings.
-        :param indices: [N] int64, which pair of neighbouring levels, 0..num_scales-2; by default random.
-        :raises ValueError: without a target_model, and for num_scales below 2.
-        """
-        mode = "consistency_training" if teacher_model is None else "consistency_distillation"
-        nets = self.nets(model, target_model, teacher_model, teacher_diffusion)
-        return self.losses_of(mode, nets, x_start, num_scales, model_kwargs, noise, indices)
-
-    def progdist_losses(
-        self,
-        model: nn.Module,
-        x_start: Tensor,
-        num_scales: int,
-        model_kwargs: Cond = None,
-        teacher_model: nn.Module | None = None,
-        teacher_diffusion: KarrasDenoiser | None = None,
-        noise: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """The loss of progressive distillation, `loss` [N].
-
-        :param num_scales: the student's number of sampling steps; the teacher does twice as many.
-        :param teacher_diffusion: the teacher's denoiser; by default this one with EDM's scalings.
-        :param indices: [N] int64, which of the student's steps, 0..num_scales-1; by default random.
-        :raises ValueError: without a teacher_model.
-        """
-        nets = self.nets(model, None, teacher_model, teacher_diffusion)
-        return self.losses_of("progdist", nets, x_start, num_scales, model_kwargs, noise, indices)
-
-    def nets(
-        self,
-        model: nn.Module,
-        target_model: nn.Module | None,
-        teacher_model: nn.Module | None,
-        teacher_diffusion: KarrasDenoiser | None,
-    ) -> Networks:
-        teacher_diffusion = teacher_diffusion or self.as_teacher()
-        return Networks(
-            online=self.bind(model),
-            online_model=model,
-            target=None if target_model is None else self.bind(target_model),
-            target_model=target_model,
-            teacher=None if teacher_model is None else teacher_diffusion.bind(teacher_model),
-            teacher_model=teacher_model,
-        )
-
-    def losses_of(
-        self, mode: str, nets: Networks, x_start: Tensor, num_scales: int, model_kwargs: Cond, noise: Tensor | None,
-        indices: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The loss of one batch at a fixed num_scales; noise and indices that are not given are drawn."""
-        objective = self.consistency_objective(mode, lambda step: (0.0, num_scales))
-        intervals = objective.intervals(num_scales)
-        if noise is None:
-            noise = th.randn_like(x_start)
-        if indices is None:
-            indices = th.randint(0, intervals, (len(x_start),), device=x_start.device)
-        return as_dict(objective.terms(nets, Batch(x_start, dict(model_kwargs or {})), noise, indices, num_scales))
-
-
-def as_dict(terms: LossTerms) -> dict[str, Tensor]:
-    return {**terms.logs, "loss": terms.loss}
+LETTER = "S"                                                # what the original leaves to be filled in
+LETTER_SHARE = 0.9                                          # of the side of an image
 
 
 def karras_sample(
@@ -160,7 +57,7 @@ def karras_sample(
     clip_denoised: bool = True,
     progress: bool = False,
     callback: Callable[[dict[str, Any]], None] | None = None,
-    model_kwargs: Cond = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     device: Any = None,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
@@ -173,10 +70,33 @@ def karras_sample(
     generator: NoiseSource | None = None,
     ts: Sequence[int] | None = None,
 ) -> Tensor:
-    """The images of `cm.samplers.sample.sample`, [N,C,H,W] in [-1, 1]; its docstrings explain the arguments."""
+    """Images from noise, [N,C,H,W] in [-1, 1]; the arguments, and what they raise, are those of `sample`."""
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     options = SampleOptions(steps, sampler, ts, sigma_min, sigma_max, rho, churn, clip_denoised)
     return sample(
         diffusion, model, shape, options, model_kwargs=model_kwargs, generator=generator, device=device,
         progress=progress, callback=callback,
     ).images
+
+
+def iterative_inpainting(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill in a part of images, see `cm.generate.editing.iterative_inpainting`.
+
+    :param mask: 1 where a pixel is known, 0 where it is to be filled in; by default a large letter S is filled in.
+    """
+    mask = letter_mask(*x.shape[-2:]) if mask is None else mask
+    return editing.iterative_inpainting(distiller, images, x, ts, t_min, t_max, rho, steps, generator, mask=mask)
+
+
+def letter_mask(height: int, width: int) -> Tensor:
+    """0 in a large letter S in the middle of an image, 1 around it: [height,width].
+
+    The font is PIL's own, so that the mask is the same on every machine (the original asks for a file of Arial).
+    """
+    picture = Image.new("L", (width, height), color=255)
+    font = ImageFont.load_default(LETTER_SHARE * min(height, width))
+    ImageDraw.Draw(picture).text((width / 2, height / 2), LETTER, fill=0, font=font, anchor="mm")
+    return th.from_numpy((np.asarray(picture) > 127).astype(np.float32))

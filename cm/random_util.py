@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 from torch import Tensor
 
 from cm.registry import lookup
@@ -94,9 +95,9 @@ class SampleStreams:
         dtype = dtype or th.get_default_dtype()
         return self._draw(shape, _drawn_as(dtype), device, lambda row, own: row.normal_(generator=own)).to(dtype)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
-        return self.randn(*x.shape, dtype=x.dtype, device=x.device)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
+        return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
@@ -142,7 +143,9 @@ class DummyGenerator:
     The arguments are those of DeterministicGenerator, so that one table builds both, and they have no effect.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
         pass
 
     def set_done_samples(self, done_samples: int) -> None:
@@ -156,9 +159,9 @@ class DummyGenerator:
         """Standard normal numbers of any shape."""
         return th.randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of x."""
-        return th.randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor`."""
+        return th.randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         """Uniform numbers in [0, 1) of any shape."""
@@ -179,19 +182,32 @@ class DeterministicGenerator:
     and do not affect the others.
 
     :param num_samples: has no effect; it keeps its place in the published signature.
+    :param rank, world_size: by default those of torch.distributed, or 0 and 1 where it is not initialised.
     """
 
-    def __init__(self, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ):
+        own_rank, own_world_size = _place_of_this_process()
         self.num_samples = num_samples
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.rank = own_rank if rank is None else rank
+        self.world_size = own_world_size if world_size is None else world_size
         self.set_done_samples(0)
 
     def set_done_samples(self, done_samples: int) -> None:
         """Start the next batch: `done_samples` samples of the run are finished, over all ranks."""
         self.done_samples = done_samples
         self._batch: SampleStreams | None = None                    # its size is known at its first draw
+
+    def get_seed(self) -> int:
+        """The seed of all streams."""
+        return self.seed
+
+    def set_seed(self, seed: int) -> None:
+        """Another seed; the streams of the present batch begin again."""
+        self.seed = seed
+        self.set_done_samples(self.done_samples)
 
     def for_samples(self, indices: Any) -> SampleStreams:
         """New streams of the samples with these indices, integers [N]."""
@@ -201,9 +217,9 @@ class DeterministicGenerator:
         """Standard normal numbers of a shape [N, ...], N being the size of the batch."""
         return self._streams(_flat_shape(shape)).randn(*shape, dtype=dtype, device=device)
 
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
-        return self._streams(x.shape).randn_like(x)
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
+        return self._streams(tensor.shape).randn_like(tensor)
 
     def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
@@ -228,6 +244,13 @@ class DeterministicGenerator:
         return self._batch
 
 
+def _place_of_this_process() -> tuple[int, int]:
+    """Rank and world size."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 # One stream per sample serves both names: it is as independent as the one promises and as small as the other.
 DeterministicIndividualGenerator = DeterministicGenerator
 
@@ -239,7 +262,7 @@ GENERATORS = {
 
 
 def get_generator(
-    generator: str, num_samples: int = 0, seed: int = 0, rank: int = 0, world_size: int = 1
+    generator: str, num_samples: int = 0, seed: int = 0, rank: int | None = None, world_size: int | None = None
 ) -> DummyGenerator | DeterministicGenerator:
     """The generator with this name in `GENERATORS`.
 

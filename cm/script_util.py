@@ -1,29 +1,40 @@
-"""openai/consistency_models' `cm.script_util`: flags by dictionaries, and networks from them."""
+"""openai/consistency_models' `cm.script_util`: flags from dictionaries, and networks from flags.
+
+A compatibility module: the flags are those of `cm.config.schema`, networks come from `cm.networks.build`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from cm.config.flags import defaults_of, str2bool
-from cm.config.schema import (
-    ConsistencyConfig,
-    DiffusionConfig,
-    ModelConfig,
-)
-from cm.karras_diffusion import KarrasDenoiser
+from cm.config import flags
+from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig
 from cm.networks.build import PUBLISHED_CLASSES, Network, create_model
+from cm.objectives.curricula import Curriculum, ema_and_scales
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.setup.model import create_diffusion
+
+__all__ = [
+    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "cm_train_defaults", "create_ema_and_scales_fn",
+    "create_model", "create_model_and_diffusion", "model_and_diffusion_defaults", "str2bool",
+]
+
+NUM_CLASSES = PUBLISHED_CLASSES
+"""Of a class-conditional network, where nothing else is said: ImageNet's."""
+
+TOTAL_TRAINING_STEPS = 600_000
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """The flags of network and diffusion with their defaults."""
-    return {**defaults_of(ModelConfig), **defaults_of(DiffusionConfig)}
+    """The flags of network and diffusion with their defaults; `create_model_and_diffusion` takes each of them."""
+    return {**flags.defaults_of(ModelConfig), **flags.defaults_of(DiffusionConfig)}
 
 
 def cm_train_defaults() -> dict[str, Any]:
     """The flags of consistency training with their defaults."""
-    return defaults_of(ConsistencyConfig)
+    return {**flags.defaults_of(ConsistencyConfig), "total_training_steps": TOTAL_TRAINING_STEPS}
 
 
 def create_model_and_diffusion(
@@ -48,26 +59,64 @@ def create_model_and_diffusion(
     sigma_max: float = 80.0,
     distillation: bool = False,
     loss_norm: str = "lpips",
-    num_classes: int = PUBLISHED_CLASSES,
+    num_classes: int = NUM_CLASSES,
     precond: str = "edm",
     arch: str = "unet",
     augment_dim: int = 0,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names."""
+    """Network and denoiser from flags, by guided-diffusion's names; the last five are the toolkit's own.
+
+    :param distillation: scale the network as a consistency function.
+    :raises UserError: if the flags describe no network, naming the flag.
+    """
     model = create_model(
-        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
-        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
+        image_size=image_size, num_channels=num_channels, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
+        learn_sigma=learn_sigma, class_cond=class_cond, use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions, num_heads=num_heads, num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
+        resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
+        num_classes=num_classes, arch=arch, augment_dim=augment_dim,
     )
-    return model, create_diffusion(weight_schedule, sigma_min, sigma_max, distillation, loss_norm, precond, arch)
+    diffusion = create_diffusion(
+        weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,
+        loss_norm=loss_norm, precond=precond, arch=arch,
+    )
+    return model, diffusion
 
 
-def add_dict_to_argparser(parser: Any, default_dict: dict[str, Any]) -> None:
-    """Add a flag per key, typed by its default: for scripts written against guided-diffusion."""
+def create_ema_and_scales_fn(
+    target_ema_mode: str,
+    start_ema: float,
+    scale_mode: str,
+    start_scales: int,
+    end_scales: int,
+    total_steps: int,
+    distill_steps_per_iter: int,
+) -> Curriculum:
+    """A function from the step to (target decay rate, number of noise levels); see `ema_and_scales`.
+
+    :raises UserError: for modes that are unknown or do not go together, and values that they cannot use.
+    """
+    return ema_and_scales(
+        target_ema_mode, start_ema, scale_mode, start_scales, end_scales, total_steps, distill_steps_per_iter
+    )
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add a flag per key, typed by its default; a default of None makes a string, a boolean is written out."""
     for name, value in default_dict.items():
-        kind: Callable = str if value is None else str2bool if isinstance(value, bool) else type(value)
+        kind: Callable[[str], Any] = str if value is None else str2bool if isinstance(value, bool) else type(value)
         parser.add_argument(f"--{name}", default=value, type=kind)
 
 
-def args_to_dict(args: Any, keys: Any) -> dict[str, Any]:
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The flags with these names."""
     return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(v: str | bool) -> bool:
+    """yes/true/t/y/1 and no/false/f/n/0 in any case.
+
+    :raises ArgumentTypeError: for anything else.
+    """
+    return flags.str2bool(v)

@@ -19,9 +19,9 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     return x[(...,) + (None,) * missing]
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first: [N,...] -> [N]."""
-    return x.mean(dim=tuple(range(1, x.ndim))) if x.ndim > 1 else x
+    return tensor.mean(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
 
 
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:

@@ -29,6 +29,13 @@ if TYPE_CHECKING:                                           # what takes seconds
 __all__ = ["evaluate", "main", "make_parser", "report"]
 
 
+def __getattr__(name: str) -> Any:
+    """guided-diffusion's classes, from `evaluations.compat` when they are asked for."""
+    from evaluations import compat
+
+    return getattr(compat, name)
+
+
 def make_parser() -> Parser:
     """The flags of this command."""
     return evaluator_parser("Compare a batch of samples with a reference batch.")

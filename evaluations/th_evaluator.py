@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cm.config.flags import Parser
 from evaluations import command
@@ -29,6 +29,13 @@ if TYPE_CHECKING:                                           # what takes seconds
     from evaluations.features import Extractor
 
 __all__ = ["ThEvaluator", "main", "make_parser"]
+
+
+def __getattr__(name: str) -> Any:
+    """openai/consistency_models' classes, from `evaluations.compat` when they are asked for."""
+    from evaluations import compat
+
+    return getattr(compat, name)
 
 
 def make_parser() -> Parser:

@@ -24,8 +24,7 @@ PUBLISHED = {
 }
 """Functions that keep a published list of arguments, and whose it is. They may have many arguments, not many lines."""
 
-KNOWN = {
-}
+KNOWN: dict[str, tuple[int, int]] = {}
 """Functions that are too large today: lines, arguments. They may only shrink; an entry goes once it is not needed."""
 
 SOURCES = sorted(

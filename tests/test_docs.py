@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "runs"} & {*path.relative_to(ROOT).parts})
+FOREIGN = {".venv", ".pytest_cache", "runs"}
+PAGES = sorted(path for path in ROOT.rglob("*.md") if not FOREIGN & {*path.relative_to(ROOT).parts})
 CODE_FOLDERS = ("scripts", "evaluations", "datasets", "benchmarks", "tests/system", "cm/config")
 
 # A path from the root of the repository.

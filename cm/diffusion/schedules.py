@@ -114,9 +114,9 @@ def geometric_grid(n: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGM
     return sigma_max * (sigma_min / sigma_max) ** (th.arange(n, dtype=th.float64) / max(n - 1, 1))
 
 
-def append_zero(sigmas: Tensor) -> Tensor:
+def append_zero(x: Tensor) -> Tensor:
     """The levels [n] followed by 0, [n+1], for solvers that end at the data."""
-    return th.cat([sigmas, sigmas.new_zeros(1)])
+    return th.cat([x, x.new_zeros(1)])
 
 
 @dataclass(frozen=True)

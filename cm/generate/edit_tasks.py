@@ -38,7 +38,7 @@ from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, 
 from cm.generate.npz import to_uint8
 from cm.io import untrusted
 from cm.io.storage import open_file
-from cm.karras_diffusion import KarrasDenoiser
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.registry import lookup
 from cm.samplers import Churn, CountingDenoiser
 from cm.types import NoiseSource, Sampler

@@ -18,7 +18,7 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.npz import NpzWriter, to_uint8
 from cm.generate.png import PngFolder, PngWriter
-from cm.karras_diffusion import KarrasDenoiser
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.random_util import get_generator, labels_for
 from cm.samplers.sample import SampleOptions, sample
 from cm.types import NoiseSource

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cm.diffusion.preconditioning import Precond
-from cm.karras_diffusion import KarrasDenoiser
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.types import Denoiser
 
 Prefix = tuple[int, ...]

@@ -160,16 +160,21 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 class Checksum:
-    """A file being written, with its size and CRC-32 so far."""
+    """A file being written, with its size and CRC-32 so far, and the error if the system refuses a part of it."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.size, self.crc32 = file, 0, 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.size += len(view)
         self.crc32 = zlib.crc32(view, self.crc32)
-        self.file.write(view)
+        try:
+            self.file.write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         return len(view)
 
     def flush(self) -> None:
@@ -190,7 +195,10 @@ def write_atomically(
         return _write_remote(os.fspath(path), write)
     with atomic.AtomicFile(path, durable) as file:
         out = Checksum(file)
-        write(out)
+        try:
+            write(out)
+        except RuntimeError as error:                       # torch.save hides the reason behind an error of its own
+            raise out.failure or error from error
     return {"size": out.size, "crc32": out.crc32}
 
 

@@ -46,11 +46,11 @@ class Logger:
         self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output had no room for
         self.is_stuck = False                                   # and that this has been said
 
-    def logkv(self, key: str, value: Any) -> None:
-        self.values[key] = scalar(key, value)
+    def logkv(self, key: str, val: Any) -> None:
+        self.values[key] = scalar(key, val)
 
-    def logkv_mean(self, key: str, value: Any) -> None:
-        value = scalar(key, value)
+    def logkv_mean(self, key: str, val: Any) -> None:
+        value = scalar(key, val)
         if is_tensor(value) and value.device.type != "mps":     # which has no float64
             value = value.double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -104,7 +104,16 @@ class Logger:
             print(f"the log in {self.directory} cannot be written ({reason}); the run goes on, and its rows "
                   "wait for room", file=sys.stderr, flush=True)
 
+    def set_level(self, level: int) -> None:
+        """The least level of `log` that is shown."""
+        self.level = level
+
+    def get_dir(self) -> str | None:
+        """Where the files of this log are; None where it has none."""
+        return self.directory
+
     def close(self) -> None:
+        """Close the outputs."""
         for output in self.outputs:
             output.close()
 
@@ -185,19 +194,24 @@ def scoped_configure(dir: str | os.PathLike | None = None, format_strs: Sequence
         _current = outer
 
 
-def logkv(key: str, value: Any) -> None:
+def get_current() -> Logger:
+    """The log that the functions of this module speak to."""
+    return _current
+
+
+def logkv(key: str, val: Any) -> None:
     """Put a number, or a tensor of one element, into the row; the last value of a key stays."""
-    _current.logkv(key, value)
+    _current.logkv(key, val)
 
 
-def logkv_mean(key: str, value: Any) -> None:
+def logkv_mean(key: str, val: Any) -> None:
     """As `logkv`, but the row gets the mean of all values. A tensor costs no synchronisation until then."""
-    _current.logkv_mean(key, value)
+    _current.logkv_mean(key, val)
 
 
-def logkvs(values: Mapping[str, Any]) -> None:
+def logkvs(d: Mapping[str, Any]) -> None:
     """`logkv` for each item."""
-    for key, value in values.items():
+    for key, value in d.items():
         logkv(key, value)
 
 
@@ -234,7 +248,7 @@ def error(*args: Any) -> None:
 
 def set_level(level: int) -> None:
     """The least level of `log` that is shown, for the current log."""
-    _current.level = level
+    _current.set_level(level)
 
 
 def get_dir() -> str:

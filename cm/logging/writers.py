@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 class Output(Protocol):
     """A place where rows go."""
 
-    def writekvs(self, row: Row) -> None: ...
+    def writekvs(self, row: Row, /) -> None: ...
 
     def drop_after(self, step: int) -> None:
         """Forget the rows whose `step` is larger: a resumed run will write them again."""
@@ -43,7 +43,7 @@ class TableOutput:
         if path:
             append(path, "")
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         cells = [(shorten(name), readable(value)) for name, value in sorted(row.items())]
         if not cells:
             return
@@ -92,7 +92,7 @@ class CSVOutput:
     def rewrite(self, rows: Iterable[Row]) -> None:
         replace_file(self.path, as_csv(self.columns, rows, header=bool(self.columns)))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         new = sorted(set(row) - set(self.columns))
         if new:
             rows = self.read() or []
@@ -127,7 +127,7 @@ class JSONOutput:
     def rewrite(self, lines: Iterable[str]) -> None:
         replace_file(self.path, "".join(line + "\n" for line in lines))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         append(self.path, as_json(row) + "\n")
 
     def drop_after(self, step: int) -> None:
@@ -143,7 +143,7 @@ class StatsOutput(JSONOutput):
     "timestamp"}. A value is one report, and `step` a plain number.
     """
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         named = {
             f"{'Loss' if name.startswith('loss') or 'mse' in name else 'Progress'}/{name}": {
                 "num": 1, "mean": value if math.isfinite(value) else None, "std": 0.0,
@@ -164,7 +164,7 @@ class TensorBoardOutput:
         self.make_writer, self.path, self.rows = SummaryWriter, path, 0
         self.writer = SummaryWriter(str(path))
 
-    def writekvs(self, row: Row) -> None:
+    def writekvs(self, row: Row, /) -> None:
         self.rows += 1
         for name, value in row.items():
             if isinstance(value, (int, float)):

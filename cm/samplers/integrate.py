@@ -126,7 +126,7 @@ def integrate(
         return x.new_full((len(x),), sigma)                         # [N]
 
     recording = RecordingDenoiser(D, clip_denoised)
-    for i in _progress_bar(range(steps), progress):
+    for i in progress_bar(range(steps), progress):
         sigma, sigma_next = levels[i], levels[i + 1]
         gamma = churn.gamma(sigma, steps) if churn is not None else 0.0
         if churn is not None and gamma > 0:
@@ -143,7 +143,7 @@ def integrate(
     return x
 
 
-def _progress_bar(steps: range, show: bool) -> Any:
+def progress_bar(steps: range, show: bool) -> Any:
     if not show:
         return steps
     from tqdm.auto import tqdm

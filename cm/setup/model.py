@@ -14,8 +14,8 @@ from cm.config.schema import (
     ModelConfig,
 )
 from cm.errors import UserError
-from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import Network, NetworkConfig, build_network, parse_resolutions
+from cm.objectives.karras_denoiser import KarrasDenoiser
 
 
 def create_diffusion(

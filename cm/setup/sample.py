@@ -24,9 +24,9 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, parse_seeds
 from cm.io import storage
-from cm.karras_diffusion import KarrasDenoiser
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.networks.noisy_classifier import NoisyClassifier, from_content
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion

@@ -26,9 +26,9 @@ from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_r
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
 from cm.io.storage import write_json
-from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.networks.build import to_device
+from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.training.loop import TrainLoop
 

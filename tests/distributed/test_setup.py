@@ -22,6 +22,60 @@ def test_plain_python_needs_neither_mpi_nor_a_process_group(tmp_path):
     assert lines(finished) == ["0,1,0,1,1,False,False,None"], finished
 
 
+GROUP = """
+    import sys
+    import torch as th
+    import torch.distributed
+    from cm import dist_util
+
+    dist_util.setup_dist()
+    dist_util.setup_dist()
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    parts = [th.zeros(1) for _ in range(size)]
+    torch.distributed.all_gather(parts, th.tensor([float(rank)]))
+    torch.distributed.barrier()
+    weights = [th.full((2,), float(rank))]
+    dist_util.sync_params(weights)
+    found = dist_util.all_gather_object(rank)
+    model = th.nn.parallel.DistributedDataParallel(th.nn.Linear(1, 1))
+    model(th.ones(1, 1)).sum().backward()
+    print(rank, size, th.cat(parts).tolist(), weights[0].tolist(), found, "mpi4py" in sys.modules, flush=True)
+"""
+
+
+def test_the_original_setup_dist_leaves_a_process_group_for_one_process(tmp_path):
+    finished = python([program(tmp_path, GROUP)])
+    assert finished.stdout.split("\n")[0] == "0 1 [0.0] [0.0, 0.0] [0] False" and not finished.stderr, finished
+    no_mpi = python([program(tmp_path, GROUP)], env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+    assert no_mpi.stdout == finished.stdout and no_mpi.rc == 0, no_mpi
+
+
+def test_a_process_group_of_one_costs_little(tmp_path):
+    finished = python([program(tmp_path, """
+        import time
+        from cm import dist_util
+        from cm.distributed import setup
+
+        setup.setup_dist()
+        begun = time.monotonic()
+        dist_util.setup_dist()
+        print(time.monotonic() - begun)
+    """)])
+    assert float(finished.stdout) < 2, finished              # a host name without an address used to take five seconds
+
+
+@pytest.mark.mpi
+def test_the_original_setup_dist_with_several_ranks(tmp_path):
+    # It ends by itself, without dist_util.run: more than half of such programs used to be aborted at their end.
+    path = program(tmp_path, GROUP)
+    for _ in range(4):
+        finished = mpiexec(2, [path])
+        assert finished.rc == 0 and not finished.stderr, finished
+        assert sorted(finished.stdout.splitlines()) == [
+            f"{rank} 2 [0.0, 1.0] [0.0, 0.0] [0, 1] True" for rank in range(2)
+        ], finished
+
+
 @pytest.mark.mpi
 def test_one_rank_is_a_plain_process_with_all_the_cores(tmp_path):
     # mpiexec leaves marks by which MKL would take a single thread. A number that the user has set stays.
