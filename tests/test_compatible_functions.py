@@ -424,7 +424,7 @@ def test_an_image_dataset(folder):
         assert (image_datasets.center_crop_arr(picture, 16) == expected).all()
     assert image.dtype == np.float32 and (image == expected.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1).all()
     assert cond["y"] == 6 and np.asarray(cond["y"]).dtype == np.int64
-    with pytest.raises(UserError, match="note.txt cannot be read: it is no picture"):
+    with pytest.raises(UserError, match="note.txt cannot be read: it is not an image"):
         image_datasets.ImageDataset(16, [str(folder / "note.txt")])[0]
 
 

@@ -23,6 +23,7 @@ from cm.script_util import (
     model_and_diffusion_defaults,
 )
 from cm.setup import train as set_up
+from support.command_line import overridden
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
@@ -47,7 +48,7 @@ def run_script(monkeypatch, name, *argv):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *overridden(argv)])
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
     return script
 

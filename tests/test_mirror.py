@@ -39,8 +39,6 @@ ELSEWHERE = {
     "evaluations/in_training.py": "training/test_callbacks.py",
     "evaluations/report.py": "evaluations/test_evaluator.py",
     # One of several that the same tests go through.
-    "cm/objectives/karras_denoiser.py": "test_karras_diffusion.py",
-    "cm/samplers/functions.py": "test_compatibility.py",
     "cm/config/schema.py": "config/test_flags.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",

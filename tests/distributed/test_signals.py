@@ -86,7 +86,7 @@ def test_stops_and_starts_leave_no_trace_in_the_result(tmp_path):
         step = manifest.newest(str(stopped)).step
         assert begun + 4 <= step < STEPS and rows(stopped) == step
         assert last_words == (f"{kind.name}: stopped after step {step} of {STEPS} and saved; "
-                              "the same command goes on from there")
+                              "the same command resumes from there")
     assert mpiexec(2, [*COMMAND, *workers, "--log_dir", stopped], timeout=120, env=QUIET).rc == 0
     assert files_of(stopped, STEPS) == files_of(straight, STEPS) and len(files_of(straight, STEPS)) == 4
     assert (losses(stopped) == losses(straight)).all()
@@ -181,7 +181,7 @@ def test_the_grace_period_begins_anew_after_a_save(monkeypatch):
     """The seconds before the save and those of the save itself are forgotten: a step has the whole period again."""
     now = [1000.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(signals, "_word", signals._Word())
+    monkeypatch.setattr(signals, "_state", signals._State())
     signals.allow(10)
     signals._hear(signal.SIGTERM)
     now[0] += 9

@@ -21,6 +21,7 @@ from cm.generate.png import RECIPE, PngFolder, PngWriter
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.setup.model import model_from
+from support.command_line import overridden
 from support.mpi import clean_environment, descendants, find_mpiexec, mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +141,7 @@ def test_killed_and_started_again_every_seed_has_its_image(model_path, tmp_path)
         ours, theirs = alone / f"{seed:06d}.png", PngFolder(str(out), True).path(seed)
         assert ours.read_bytes() == theirs.read_bytes()
 
-    other = mpiexec(2, [*args, "--class_label", "2"])
+    other = mpiexec(2, overridden([*args, "--class_label", "2"]))
     assert other.rc == 2 and "holds images made with class_label=3, and this run has class_label=2" in other.stderr
     assert json.loads((out / RECIPE).read_text())["class_label"] == 3
 

@@ -231,7 +231,7 @@ WRITERS = """
     from cm.errors import UserError
     from cm.generate.grids import save_picture
     from cm.generate.npz import NpzWriter
-    from cm.generate.png import write_png
+    from cm.generate.png import _write_png
     from cm.io import storage
     from cm.logging.writers import replace_file
 
@@ -244,7 +244,7 @@ WRITERS = """
         "x.safetensors": lambda path: safetensor_files.write(str(path), {"w": th.ones(10**5)}),
         "x.json": lambda path: storage.write_json(path, "x" * 10**6),
         "grid.png": lambda path: save_picture(path, Image.fromarray(noise)),
-        "000000.png": lambda path: write_png(path, noise),
+        "000000.png": lambda path: _write_png(path, noise),
         "samples_4x99x99x3.npz": lambda path: NpzWriter(str(folder), 4, 99, 99, False).close(),
         "progress.csv": lambda path: replace_file(path, "x" * 10**6),
     }

@@ -32,6 +32,7 @@ from cm.samplers.guidance import guided
 from cm.setup.sample import inherit_model, png_recipe
 from cm.training.classifier import to_images
 from support.as_module import as_module
+from support.command_line import overridden
 from support.gaussian import Gaussian, Mixture, stored
 from support.mpi import clean_environment, mpiexec
 
@@ -196,18 +197,6 @@ def flags(room, script, *options):
     network = [word for name, value in NETWORK.items() for word in (f"--{name}", value)]
     mode = "edm" if script == "image_sample.py" else "consistency_distillation"
     return overridden(["--model_path", room / "model.pt", *network, "--training_mode", mode, *options])
-
-
-def overridden(words):
-    """The words of a command line, where a later --flag VALUE takes the place of an earlier one."""
-    pairs = {}
-    for word in map(str, words):
-        if word.startswith("--"):
-            pairs[word] = []
-            last = pairs[word]
-        else:
-            last.append(word)
-    return [word for name, values in pairs.items() for word in (name, *values)]
 
 
 @pytest.fixture

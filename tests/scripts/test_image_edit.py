@@ -16,6 +16,7 @@ from cm.generate.edit_tasks import TASKS
 from cm.logging import logger
 from cm.networks.build import create_model
 from support.as_module import as_module
+from support.command_line import overridden
 from support.mpi import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def flags(room, *options, model="model", task="inpaint", images="five.npz", clas
     words = ["--model_path", room / f"{model}.pt", *network, *cond, "--training_mode", "consistency_distillation",
              "--steps", 6, "--ts", "0,2,5", *(["--task", task] if task else [])]
     given = ["--images", room / images] if images else []
-    return [str(word).format(room=room) for word in (*words, *given, *options)]
+    return overridden(str(word).format(room=room) for word in (*words, *given, *options))
 
 
 @pytest.fixture

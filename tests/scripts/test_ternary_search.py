@@ -20,6 +20,7 @@ from cm.setup.model import model_from
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from support.as_module import as_module
+from support.command_line import overridden
 from support.mpi import find_mpiexec, mpiexec, start
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,9 +60,9 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, log_dir, *options):
-    return [*NETWORK, "--model_path", str(folder / "model.pt"), "--ref_batch", str(folder / "ref.npz"),
+    return overridden([*NETWORK, "--model_path", str(folder / "model.pt"), "--ref_batch", str(folder / "ref.npz"),
             "--inception", str(folder / "features.ts"), "--log_dir", str(log_dir), "--num_samples", "21",
-            "--batch_size", "8", "--steps", "12", *options]
+            "--batch_size", "8", "--steps", "12", *options])
 
 
 @pytest.fixture(scope="module")

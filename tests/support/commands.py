@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.command_line import overridden
 from support.mpi import ROOT, mpiexec
 
 NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
@@ -15,7 +16,7 @@ QUIET = {"OPENAI_LOG_FORMAT": "log,csv"}
 
 
 def script(name, *args, ranks=2, expect=0, **options):
-    done = mpiexec(ranks, [str(ROOT / name), *map(str, args)], timeout=120, env=QUIET, **options)
+    done = mpiexec(ranks, [str(ROOT / name), *overridden(args)], timeout=120, env=QUIET, **options)
     assert done.rc == expect, done
     return done
 

@@ -112,7 +112,7 @@ OPTIMIZER = {"state": {0: {"step": th.ones(()), "exp_avg": th.ones(3)}}, "param_
 MANIFEST = {"format": 1, "step": 10, "images_seen": 40, "files": {"model000010.pt": {"size": 3, "crc32": 4}},
             "config": {"image_size": SIDE, "num_channels": 32, "channel_mult": "1", "training_mode": "edm"}}
 LEDGER = {"conditions": {"steps": 40}, "scores": {"0,39": 1.5}, "network_evaluations": 10}
-CONFIG = b"base:\nimage_size: 8\nchannel_mult: [1, 2]\nclass_cond: yes\ndropout: 0.5\nattention_resolutions: '8'\n"
+CONFIG = b"base: ''\nimage_size: 8\nchannel_mult: [1, 2]\nclass_cond: yes\ndropout: 0.5\nattention_resolutions: '8'\n"
 CSV = b"step,loss\n1,2\n2,3\n9,4\n"
 LINES = b'{"step": 1, "loss": 2}\n{"step": 9, "loss": 3}\n'
 NUMBERS = [0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF]

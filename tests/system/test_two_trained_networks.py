@@ -21,7 +21,7 @@ from cm.logging import logger
 from cm.objectives.base import ONLINE, Companion, Objective
 from cm.objectives.edm import error_terms
 from cm.random_util import DeterministicGenerator
-from cm.samplers.sample import sample
+from cm.samplers.sample import SampleOptions, sample
 from cm.tensors import append_dims
 from cm.training.config import CompanionNetwork, LoopConfig, RunParts
 from cm.training.loop import TrainLoop
@@ -159,8 +159,8 @@ def test_its_result_is_sampled_from(folder):
     path = folder / "straight" / manifest.file_name("ema_0.5", STEPS)
     model.load_state_dict(th.load(path, weights_only=True))
     generator = DeterministicGenerator(4, 0)
-    images = sample(KarrasDenoiser(loss_norm="l2"), model, (4, 3, 8, 8), 4, sampler=Pair.sampler, generator=generator,
-                    model_kwargs={"y": th.arange(4) % 3}).images
+    images = sample(KarrasDenoiser(loss_norm="l2"), model, (4, 3, 8, 8), SampleOptions(4, Pair.sampler),
+                    generator=generator, model_kwargs={"y": th.arange(4) % 3}).images
     assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and images.std() > 0.05
 
 
