@@ -183,7 +183,7 @@ def test_the_grace_period_begins_anew_after_a_save(monkeypatch):
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(signals, "_state", signals._State())
     signals.allow(10)
-    signals._hear(signal.SIGTERM)
+    signals._record(signal.SIGTERM)
     now[0] += 9
     assert not signals._is_overdue()
     with signals.unhurried():
