@@ -58,7 +58,7 @@ def flags(room, *options, model="model", task="inpaint", images="five.npz", clas
     cond = ["--class_cond", True, "--num_classes", 10] if classes else []
     words = ["--model_path", room / f"{model}.pt", *network, *cond, "--training_mode", "consistency_distillation",
              *(["--task", task] if task else [])]
-    if "--sampler" not in options:                          # the usual one, multistep
+    if "--sampler" not in options or "multistep" in options:    # the usual one
         words += ["--steps", 6, "--ts", "0,2,5"]
     given = ["--images", room / images] if images else []
     return overridden(str(word).format(room=room) for word in (*words, *given, *options))
