@@ -72,11 +72,15 @@ class WeightsFile:
     path: str
     training_mode: str | None = None                        # what the network was trained as, where that is known
     weights: Mapping[str, Tensor] | None = None
+    expected: Mapping[str, int] | None = None               # its size and CRC-32, of which `take` makes sure
 
     def take(self) -> Mapping[str, Tensor]:
-        """The weights, on every rank; only rank 0 reads the file. To be called once: no copy is kept here."""
+        """The weights, on every rank; only rank 0 reads the file. To be called once: no copy is kept here.
+
+        :raises UserError: on every rank, if the file cannot be loaded, or is not the one that its manifest lists.
+        """
         if self.weights is None:
-            return dist.load_state_dict(self.path)
+            return dist.load_state_dict(self.path, expected=self.expected)
         weights, self.weights = self.weights, None
         return weights
 

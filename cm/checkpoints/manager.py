@@ -28,12 +28,14 @@ class CheckpointManager:
     :param keep: how many of the newest are kept; 0 for all. So is the one that best.json in the log directory names.
     :param milestone_interval: averages of steps that are multiples of it are kept; 0 for none.
     :param on_save_error: "stop" or "continue".
+    :param verify: compare the checksums of what is read with those of the manifests.
     """
 
     directory: str
     keep: int = 0
     milestone_interval: int = 0
     on_save_error: str = "stop"
+    verify: bool = True
     origin: str = ""                                        # see `manifest.Checkpoint`
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class CheckpointManager:
         :param resume: "auto" for the newest of the run, "never" to refuse one, or the path of a checkpoint.
         :raises UserError: on every rank, if there is no such checkpoint, or one although `resume` is "never".
         """
-        found = dist.on_main(resolve_resume, self.directory, resume)
+        found = dist.on_main(resolve_resume, self.directory, resume, self.verify)
         self.origin = found.origin if found else ""
         return found
 
@@ -79,14 +81,15 @@ class CheckpointManager:
                 logger.warn(f"cannot remove old checkpoints in {self.directory}: {type(error).__name__}: {error}")
 
 
-def resolve_resume(directory: str, resume: str) -> manifest.Checkpoint | None:
+def resolve_resume(directory: str, resume: str, verify: bool = True) -> manifest.Checkpoint | None:
     """The checkpoint that a run in `directory` resumes from, if any; for one rank.
 
     :param resume: see `CheckpointManager.find`.
+    :param verify: see `CheckpointManager`.
     :raises UserError: as `CheckpointManager.find`.
     """
     manifest.remove_partial(directory)
-    own = manifest.newest(directory)
+    own = manifest.newest(directory, verify)
     if own and resume == "never":
         raise UserError(
             f"{directory} already holds a checkpoint of step {own.step}, and --resume never was given: "
@@ -103,7 +106,7 @@ def resolve_resume(directory: str, resume: str) -> manifest.Checkpoint | None:
         return own
     if own and own.origin == path:                          # the same command again
         return own
-    asked = manifest.find(resume)
+    asked = manifest.find(resume, verify)
     if own and storage.absolute(asked.directory) != storage.absolute(directory):
         raise UserError(
             f"--resume {resume}: {directory} holds a run of its own, at step {own.step}, that did not start from "

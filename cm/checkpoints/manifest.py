@@ -98,13 +98,21 @@ class Checkpoint:
         """Whether training can resume from it; of an old milestone only the averages are kept."""
         return "model" in self.names()
 
-    def problem(self) -> str | None:
-        """What is wrong with the files, or None."""
+    def facts(self, path: str) -> dict[str, int] | None:
+        """Size and CRC-32 of a file of the checkpoint; None for a file that the manifest does not list."""
+        return self.files.get(os.path.basename(path))
+
+    def problem(self, verify: bool = True) -> str | None:
+        """What is wrong with the files, or None.
+
+        :param verify: compare checksums, too, for which all files are read.
+        """
         for file, expected in self.files.items():
             path = storage.join(self.directory, file)
             if not storage.exists(path):
                 return f"{file} is missing"
-            if storage.checksum(path) != expected:
+            damaged = storage.checksum(path) != expected if verify else storage.size(path) != expected["size"]
+            if damaged:
                 return f"{file} is truncated or damaged (size or checksum differ from the manifest)"
         return None
 
@@ -184,15 +192,18 @@ def steps(directory: str) -> list[int]:
     return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))
 
 
-def newest(directory: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a folder, None without one; damaged ones are skipped with a warning."""
+def newest(directory: str, verify: bool = True) -> Checkpoint | None:
+    """The newest complete checkpoint of a folder, None without one; damaged ones are skipped with a warning.
+
+    :param verify: see `Checkpoint.problem`.
+    """
     for step in reversed(steps(directory)):
         name = manifest_name(step)
         try:
             checkpoint = read(storage.join(directory, name))
             if not checkpoint.can_resume():
                 continue
-            problem = checkpoint.problem()
+            problem = checkpoint.problem(verify)
             if problem is None:
                 return checkpoint
         except UserError as error:
@@ -201,13 +212,14 @@ def newest(directory: str) -> Checkpoint | None:
     return None
 
 
-def find(path: str) -> Checkpoint:
+def find(path: str, verify: bool = True) -> Checkpoint:
     """The checkpoint that a path stands for: its manifest, one of its files, or the folder whose newest it is.
 
+    :param verify: see `Checkpoint.problem`.
     :raises UserError: if there is none, or it is damaged.
     """
     if storage.is_directory(path):
-        checkpoint = newest(path)
+        checkpoint = newest(path, verify)
         if checkpoint is None:
             raise UserError(f"--resume {path}: this folder holds no complete checkpoint (checkpoint_*.json)")
         return checkpoint
@@ -219,7 +231,7 @@ def find(path: str) -> Checkpoint:
             f"--resume {path}: there is no manifest next to these weights, so the state of the run is not known; "
             "to start a new run from them, use --resume_checkpoint"
         )
-    problem = checkpoint.problem() if checkpoint.can_resume() else "only its averages were kept"
+    problem = checkpoint.problem(verify) if checkpoint.can_resume() else "only its averages were kept"
     if problem:
         raise UserError(f"--resume {path}: {problem}")
     return checkpoint

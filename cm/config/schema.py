@@ -87,6 +87,10 @@ class RunConfig:
         False, "compile the networks before their first step: this takes seconds to minutes, later steps are faster; "
         "needs a C++ compiler (CPU) or Triton (GPU); results are the same up to rounding"
     )
+    verify_weights: bool = option(
+        True, "compare size and CRC-32 of weights with the manifest next to them while they are read; a damaged file "
+        "is refused; False: load it anyway"
+    )
 
 
 @dataclass(frozen=True)
@@ -388,6 +392,10 @@ class ConvertConfig:
     num_train_timesteps: int = option(
         0, "diffusers: number of noise levels the consistency model was trained with; 0: from its checkpoint, or 40 "
         "for a distilled model", minimum=0,
+    )
+    verify_weights: bool = option(
+        True, "compare size and CRC-32 of weights with the manifest next to them while they are read; a damaged file "
+        "is refused; False: load it anyway"
     )
 
 

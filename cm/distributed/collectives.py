@@ -7,6 +7,7 @@ re-exported by `cm.distributed.setup`, whose `setup_dist` opens the process grou
 import mmap
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, TypeVar, cast
 
@@ -23,6 +24,8 @@ Result = TypeVar("Result")
 
 MESSAGE_BYTES = 256 * 2**20
 """Bytes of the largest single broadcast: this bounds the copies that messages need, not what can be sent."""
+READ_BYTES = 2**20
+"""Bytes of a file that are read at a time."""
 SHARED = 8
 """How many times larger than their file tensors may be, as tied weights share their bytes in it."""
 CPU = th.device("cpu")
@@ -195,14 +198,17 @@ def _portable(error: Exception | None) -> Exception | None:
     return error if type(same) is type(error) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
 
-def load_state_dict(path: str | os.PathLike, map_location: Any = "cpu") -> Any:
+def load_state_dict(
+    path: str | os.PathLike, map_location: Any = "cpu", expected: Mapping[str, int] | None = None
+) -> Any:
     """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. No code in it is executed.
 
     :param path: a local path, or a URL that blobfile knows (gs://, az://, https://...blob.core.windows.net).
+    :param expected: see `read_everywhere`.
     :raises FileNotFoundError: on every rank, if rank 0 does not find it.
     :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
     """
-    content = read_everywhere(path)
+    content = read_everywhere(path, expected)
     stream = cast(IO[bytes], content)               # an mmap has the methods of a file, but not the type
     try:
         if content[:4] == b"PK\3\4":
@@ -244,15 +250,17 @@ def _kind_of(content: mmap.mmap) -> str:
     return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
 
 
-def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
+def read_everywhere(path: str | os.PathLike, expected: Mapping[str, int] | None = None) -> mmap.mmap:
     """The bytes of a file on every rank, read once, by rank 0; a map in memory, which torch reads without a copy.
 
-    :raises UserError: if the file is empty or ends too early.
+    :param expected: the "size" and "crc32" that a manifest lists for the file, compared with what is read; None where
+        they are not known or shall not be compared.
+    :raises UserError: on every rank, if the file is empty, ends too early, or is not the one that the manifest lists.
     """
     read: list[mmap.mmap] = []
 
     def read_here() -> int:
-        read.append(_read(path))
+        read.append(_read(path, expected))
         return len(read[0])
 
     size = on_main(read_here)
@@ -263,16 +271,29 @@ def read_everywhere(path: str | os.PathLike) -> mmap.mmap:
     return content
 
 
-def _read(path: str | os.PathLike) -> mmap.mmap:
-    path = str(path)
+def _read(path: str | os.PathLike, expected: Mapping[str, int] | None) -> mmap.mmap:
+    path, crc32 = str(path), 0
     size, source = storage.size(path), storage.open_file(path)
     with source:
         if size == 0:
             raise UserError(f"{path} is empty")
+        if expected is not None and size != expected["size"]:
+            raise _mismatch(path, f"{size:,} bytes long", f"{expected['size']:,} bytes")
         content = mmap.mmap(-1, size)
-        while content.tell() < size and (part := source.read(min(MESSAGE_BYTES, size - content.tell()))):
+        while content.tell() < size and (part := source.read(min(READ_BYTES, size - content.tell()))):
             content.write(part)
+            if expected is not None:
+                crc32 = zlib.crc32(part, crc32)             # of bytes that are still in the processor's cache
     if content.tell() < size:
         raise UserError(f"{path} ended after {content.tell()} of {size} bytes: it is still being written, or damaged")
+    if expected is not None and crc32 != expected["crc32"]:
+        raise _mismatch(path, f"of CRC-32 {crc32:08x}", f"{expected['crc32']:08x}")
     content.seek(0)
     return content
+
+
+def _mismatch(path: str, found: str, listed: str) -> UserError:
+    return UserError(
+        f"{path} is damaged or was replaced: it is {found}, its manifest (checkpoint_*.json) lists {listed}. Copy the "
+        "file again or take another checkpoint; --verify_weights False loads it without this check"
+    )

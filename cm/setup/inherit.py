@@ -18,6 +18,7 @@ from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
+from cm.logging import logger
 from cm.networks.build import parse_channel_mult
 from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
@@ -46,6 +47,7 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
         known = checkpoint.config
+        source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
     elif kind in FOREIGN:
         known, source.weights = FOREIGN[kind](path)
     else:
@@ -53,6 +55,14 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     inherit_flags(settings, known, also, path)
     source.training_mode = known.get("training_mode")
     return source
+
+
+def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:
+    """Size and CRC-32 of a file in its manifest; a file that is not in it is loaded with a warning."""
+    facts = checkpoint.facts(path)
+    if facts is None:
+        logger.warn(f"{path} is not listed in {checkpoint.manifest}: whether it is damaged cannot be checked")
+    return facts
 
 
 def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
@@ -77,7 +87,7 @@ def inherit_resumed(settings: Settings) -> None:
     """
     resume = settings.values["resume"]
     if resume not in ("auto", "never"):
-        inherit_flags(settings, dist.on_main(manifest.find, resume).config, (), resume)
+        inherit_flags(settings, dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True)).config, (), resume)
     elif settings.values["resume_checkpoint"]:
         inherit_checkpoint(settings, "resume_checkpoint")
 

@@ -96,6 +96,6 @@ def loop_config(settings: Settings) -> LoopConfig:
     )
     return LoopConfig(
         batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),
-        seed=settings.values["seed"], with_ticks=train.tick_kimg > 0,
+        seed=settings.values["seed"], verify_weights=settings.values["verify_weights"], with_ticks=train.tick_kimg > 0,
         **{name: getattr(train, name) for name in same_names},
     )

@@ -37,6 +37,7 @@ class LoopConfig:
     :param precision: "fp32", "bf16" or "fp16"; None for what `use_fp16` says.
     :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
     :param keep_checkpoints, milestone_interval, on_save_error: see `CheckpointManager`.
+    :param verify_weights: compare the checksums of the files that the run starts from with their manifest.
     :param ema_device: where the averages are kept; see `EMA`.
     :param shard_ema, shard_optimizer: divide averages, and the optimizer's state, among the ranks.
     :param with_ticks: rows of the log are ticks, with a status line.
@@ -65,6 +66,7 @@ class LoopConfig:
     keep_checkpoints: int = 0
     milestone_interval: int = 0
     on_save_error: str = "stop"
+    verify_weights: bool = True
     ema_device: str = "same"
     shard_ema: bool = False
     shard_optimizer: bool = False

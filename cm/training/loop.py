@@ -63,7 +63,7 @@ class TrainLoop:
         self.objective.check(self.total_training_steps)
         self.checkpoints = CheckpointManager(
             config.checkpoint_dir or logger.get_dir(), config.keep_checkpoints, config.milestone_interval,
-            config.on_save_error,
+            config.on_save_error, config.verify_weights,
         )
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self._make_networks()
@@ -374,6 +374,8 @@ class TrainLoop:
             state.load_state_dict(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
+        if beside and self.config.verify_weights:
+            self.start.expected = beside.facts(path)
         self.trainer.load_master_params(state.read_params(self.trainer, self.start.take(), path))
         self.averages.restart()
         for each in self.objective.companions:

@@ -60,8 +60,9 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
     """
     def params(name: str, owner: MasterWeights) -> list[Tensor]:
-        return read_params(owner, load_part(name, checkpoint), checkpoint.path(name) or name)
+        return read_params(owner, load_part(name, checkpoint, verify), checkpoint.path(name) or name)
 
+    verify = loop.checkpoints.verify
     changed = changes(checkpoint.config, loop.flags)
     logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
     loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
@@ -71,8 +72,8 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     for rate in loop.ema_rate:
         loop.averages.load(rate.name, params(f"ema_{rate}", loop.trainer))
     for role, network in loop.trained.items():
-        network.opt.load_state_dict(load_part(file_of(role), checkpoint))
-    rest = load_part("trainer", checkpoint)
+        network.opt.load_state_dict(load_part(file_of(role), checkpoint, verify))
+    rest = load_part("trainer", checkpoint, verify)
     loop.trainer.load_state_dict(rest)
     for name, trainer in others.items():
         trainer.load_state_dict(rest["trainers"][name])
@@ -123,10 +124,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return f"; flags that have changed since: {', '.join(words)}" if words else ""
 
 
-def load_part(name: str, checkpoint: manifest.Checkpoint) -> Any:
+def load_part(name: str, checkpoint: manifest.Checkpoint, verify: bool = True) -> Any:
     """The content of one file of a checkpoint, on every rank.
 
-    :raises UserError: if the checkpoint has no such file.
+    :param verify: compare its size and checksum with the manifest while it is read.
+    :raises UserError: if the checkpoint has no such file, or it is damaged.
     """
     path = checkpoint.path(name)
     if path is None:
@@ -134,7 +136,7 @@ def load_part(name: str, checkpoint: manifest.Checkpoint) -> Any:
             f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
             "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
         )
-    return dist.load_state_dict(path, map_location="cpu")
+    return dist.load_state_dict(path, map_location="cpu", expected=checkpoint.facts(path) if verify else None)
 
 
 def read_params(owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
