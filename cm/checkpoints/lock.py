@@ -9,6 +9,7 @@ import time
 from typing import IO
 
 from cm.errors import UserError
+from cm.io import terminal
 from cm.logging import logger
 
 NAME = ".lock"
@@ -24,13 +25,19 @@ def take(directory: str) -> None:
     It is a record lock of the kernel (fcntl): it disappears with a killed process, loader processes do not inherit it,
     and NFS applies it to other machines. On a file system without locks there is only a warning.
 
-    :raises UserError: if another process has the lock.
+    :raises UserError: if another process has the lock, or the folder cannot be made or written.
     """
     directory = os.path.realpath(directory)
     if directory in _held:
         return
-    os.makedirs(directory, exist_ok=True)
-    file = open(os.path.join(directory, NAME), "a+")  # noqa: SIM115 (held open: closing it would give up the lock)
+    try:
+        os.makedirs(directory, exist_ok=True)
+        file = open(os.path.join(directory, NAME), "a+")  # noqa: SIM115 (held open: closing it would give up the lock)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {terminal.printable(directory)}: {error.strerror}; choose another --log_dir, a folder "
+            "that can be made and written"
+        ) from None
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

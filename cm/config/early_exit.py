@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from cm.distributed import failure
+from cm.distributed import failure, launchers
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
+from cm.io import terminal
 
 Flags = TypeVar("Flags")
 
@@ -41,10 +42,15 @@ def run_script(read_flags: Callable[[], Flags], main: Callable[[Flags], None]) -
 def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     """What `read_flags` returns. If it prints --help or finds a mistake, end: one message, and status 2 on all ranks.
 
+    So does a mistake in what the environment says of the job (`launchers.check`).
+
     A mistake in a --config file is reported after the ranks have met: the file may be missing on one machine only.
     """
+    terminal.guard()
     try:
-        return read_flags()
+        flags = read_flags()
+        launchers.check()
+        return flags
     except UserError as error:
         if any(word.partition("=")[0] == "--config" for word in sys.argv[1:]):
             _fail_after_joining(error)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from cm.errors import UserError
+from cm.io import terminal
 
 Result = TypeVar("Result")
 
@@ -141,7 +142,7 @@ def flush() -> None:
 def say(text: str) -> None:
     """Write to stderr in one piece, so that the lines of two ranks do not mix; never raises."""
     with contextlib.suppress(Exception):
-        sys.stderr.write(f"{text}\n" if text else "")
+        sys.stderr.write(f"{terminal.without_controls(text)}\n" if text else "")
         sys.stderr.flush()
 
 

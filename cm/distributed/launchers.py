@@ -48,12 +48,42 @@ LAUNCHERS = (
 
 
 def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
-    """Every launcher whose variables are in `env`, the innermost first; empty for a plain `python`."""
+    """Every launcher whose variables are in `env`, the innermost first; empty for a plain `python`.
+
+    Variables that hold no number announce nothing here; `check` complains of them.
+    """
     found = []
     for name, evidence, rank, size, by_mpi in LAUNCHERS:
-        if evidence in env and rank in env:
-            found.append(Launch(name, int(env[rank]), int(env.get(size, 0)), by_mpi))
+        if evidence in env and _is_number(env.get(rank, "")):
+            ranks = env.get(size, "")
+            found.append(Launch(name, int(env[rank]), int(ranks) if _is_number(ranks) else 0, by_mpi))
     return found
+
+
+def check(env: Mapping[str, str] = os.environ) -> None:
+    """Look for mistakes in the variables of the innermost launcher.
+
+    :raises UserError: naming the variable, its value and what is allowed.
+    """
+    for name, evidence, rank, size, by_mpi in LAUNCHERS:
+        if evidence not in env or rank not in env:
+            continue
+        remedy = f"; set it as {name} does, or unset {rank}, {size} and {evidence} for a single process"
+        for variable, least in ((rank, 0), (size, 1)):
+            value = env.get(variable, str(least))
+            if not _is_number(value) or int(value) < least:
+                raise UserError(f"{variable}={value!r} must be a whole number of at least {least}{remedy}")
+        if size in env and int(env[rank]) >= int(env[size]):
+            raise UserError(f"{rank}={env[rank]!r} must be less than {size}={env[size]!r}{remedy}")
+        port = env.get("MASTER_PORT", "")
+        if "MASTER_PORT" in env and (port or by_mpi) and not (_is_number(port) and int(port) < 2**16):
+            others = ", or 0 for any that is free; unset it to let rank 0 choose" if by_mpi else "; choose a free one"
+            raise UserError(f"MASTER_PORT={port!r} must be a port from 1 to 65535{others}")
+        return
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def launcher_rank(env: Mapping[str, str] = os.environ) -> int:

@@ -66,6 +66,7 @@ def find_job(timeout: timedelta) -> Job:
                 "gloo: start it with 'cpu:gloo,cuda:nccl', or leave it to setup_dist"
             )
         return Job(dist.get_rank(), dist.get_world_size(), launchers.machine())
+    launchers.check()
     launches, mpi, why = [each for each in launchers.announcements() if each.size != 1], None, ""
     for each in launches:
         if not each.by_mpi:

@@ -32,6 +32,7 @@ from cm.distributed.collectives import (
     on_main,
     sync_params,
 )
+from cm.io import terminal
 from cm.registry import lookup
 
 __all__ = [
@@ -130,6 +131,7 @@ def run(main: Callable[[], None]) -> None:
     All ranks are gone within ten seconds, with status 1, 2 for an error of the user's, 130 for Ctrl-C, or that of
     `sys.exit`. A single process continues like any Python program; several ranks end here.
     """
+    terminal.guard()
     threading.excepthook = _thread_failed
     try:
         _join()

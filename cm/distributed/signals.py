@@ -1,4 +1,4 @@
-"""A request to stop: SIGTERM, SIGINT or SIGUSR1 ends training after the step at hand, with a checkpoint.
+"""A request to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 ends training after the step at hand, with a checkpoint.
 
     signals.listen()                        # before the imports that take seconds
     ...
@@ -21,8 +21,9 @@ import time
 from collections.abc import Iterator
 
 from cm.distributed import failure, launchers
+from cm.io import terminal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE_S = 60.0
 """Default time between a stop signal and all ranks agreeing to stop; time spent saving is not counted."""
 LOADER_S = 5
@@ -48,15 +49,18 @@ _state = _State()
 def listen() -> None:
     """From now on the signals are recorded and do not end this process. To be called in the main thread.
 
-    A second SIGINT ends the job at once.
+    A second SIGINT ends the job at once. SIGHUP, which a closed terminal sends, stays ignored where it is (nohup).
+    A closed terminal takes stdout and stderr with it, which then fall silent.
     """
+    terminal.guard(lossy=True)
     if _state.receiver is not None:
         return
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     _state.receiver = receiver
     for signum in SIGNALS:
-        signal.signal(signum, _ignore)
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _ignore)
     signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(receiver,), name="stopping", daemon=True).start()
     os.register_at_fork(after_in_child=_reset_in_child)
@@ -102,7 +106,7 @@ def _reset_in_child() -> None:
     """Undo `listen` in a forked process: it has no such thread, and must not write to its parent's."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for signum in (signal.SIGINT, signal.SIGUSR1):          # Ctrl-C reaches it too; its parent decides when it ends
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they reach it too; its parent decides when it ends
         signal.signal(signum, signal.SIG_IGN)
 
 

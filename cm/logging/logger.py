@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from cm.distributed import failure
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
+from cm.io import terminal
 from cm.logging.writers import FORMATS, Output, TableOutput
 from cm.registry import lookup
 
@@ -87,8 +88,6 @@ class Logger:
             while rows:
                 output.writekvs(rows[0])
                 rows.pop(0)
-        except BrokenPipeError:
-            raise
         except (OSError, UserError) as error:
             del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
             self.report_failure(error)
@@ -102,8 +101,6 @@ class Logger:
                 if isinstance(output, TableOutput):
                     try:
                         output.writeline(" ".join(map(str, args)))
-                    except BrokenPipeError:
-                        raise
                     except OSError as error:
                         self.report_failure(error)
 
@@ -112,8 +109,8 @@ class Logger:
         if not self.is_stuck:
             self.is_stuck = True
             reason = error.strerror if isinstance(error, OSError) else error
-            print(f"the log in {self.directory} cannot be written ({reason}); the run continues, and its rows wait "
-                  "until there is space", file=sys.stderr, flush=True)
+            failure.say(f"the log in {self.directory} cannot be written ({reason}); the run continues, and its rows "
+                        "wait until there is space")
 
     def set_level(self, level: int) -> None:
         """The least level of `log` that is shown."""
@@ -171,7 +168,9 @@ def configure(
             directory.mkdir(parents=True, exist_ok=True)
         outputs = [make(directory, log_suffix) for make in makers]
     except OSError as error:
-        raise UserError(f"cannot write a log to {directory}: {error.strerror}; choose another --log_dir") from None
+        raise UserError(
+            f"cannot write a log to {terminal.printable(str(directory))}: {error.strerror}; choose another --log_dir"
+        ) from None
     reset()
     _current = Logger(str(directory), outputs)
     if resume_step is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cm.errors import UserError
-from cm.io import storage, untrusted
+from cm.io import storage, terminal, untrusted
 
 Row = Mapping[str, Any]
 
@@ -63,11 +63,16 @@ class TableOutput:
 
     def writeline(self, text: str) -> None:
         """Write a line of text."""
+        text = terminal.without_controls(text) + "\n"
         if self.path:
-            _append(self.path, text + "\n")
-        else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            _append(self.path, text)
+        elif sys.stdout is not None:
+            try:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            except OSError as error:
+                if error.errno not in terminal.GONE:        # nobody is left to read it
+                    raise
 
     def drop_after(self, step: int) -> None:
         """Nothing: text stays as it was written."""
@@ -109,9 +114,10 @@ class CSVOutput:
     def writekvs(self, row: Row, /) -> None:
         """Append a row; new names become columns, for which the file is rewritten."""
         new = sorted(set(row) - set(self.columns))
-        if new:
+        if new or not self.path.exists():                   # somebody may have removed it with its header
             rows = self.read() or []
             wider = [*self.columns, *new]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path, _as_csv(wider, [*rows, row], header=True))
             self.columns = wider
         else:
@@ -269,12 +275,13 @@ def _readable_text(path: Path) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append all of a text or, if the disk is full, nothing of it.
+    """Append all of a text or, if the disk is full, nothing of it. A folder that was removed is made again.
 
     :raises OSError: if it cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        size, data = file.seek(0, os.SEEK_END), text.encode()
+        size, data = file.seek(0, os.SEEK_END), text.encode(errors="backslashreplace")
         try:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -288,4 +295,4 @@ def replace_file(path: Path, text: str) -> None:
 
     :raises UserError: if it cannot be written.
     """
-    storage.write_bytes(path, text.encode())
+    storage.write_bytes(path, text.encode(errors="backslashreplace"))

@@ -10,7 +10,7 @@ from cm.checkpoints import lock
 from cm.config.flags import Settings
 from cm.distributed import setup as dist
 from cm.distributed import signals
-from cm.io import storage
+from cm.io import storage, terminal
 from cm.logging import logger
 from cm.networks.build import to_device
 from cm.networks.compile import compile_network
@@ -35,7 +35,8 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
     logger.configure(settings.values["log_dir"] or None, rank=dist.get_rank(), also=also)
     if with_config:
         dist.on_main(save_config, settings)
-    logger.log(f"logging to {logger.get_dir()} on {dist.get_world_size()} rank(s), device {dist.dev()}")
+    directory = terminal.printable(logger.get_dir())
+    logger.log(f"logging to {directory} on {dist.get_world_size()} rank(s), device {dist.dev()}")
 
 
 def save_config(settings: Settings) -> None:

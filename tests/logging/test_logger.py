@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 import types
 
@@ -11,6 +12,7 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
+from cm.io import terminal
 from cm.logging import logger
 from support.mpi import clean_environment, program, start
 from support.own_mounts import NAMESPACES, needs_own_mounts
@@ -442,3 +444,32 @@ def test_without_the_package_tensorboard_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         logger.configure(tmp_path, ["tensorboard"])
+
+
+# --- a terminal or a folder that goes away -------------------------------------------------------------------------
+
+
+def test_a_folder_that_was_removed_returns_with_its_header(tmp_path):
+    logger.configure(tmp_path / "run", ["csv", "log"])
+    dump(step=1)
+    shutil.rmtree(tmp_path / "run")
+    dump(step=2)
+    assert csv_rows(tmp_path / "run") == [{"step": "2"}]
+    assert "| step | 2 |" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_control_characters_are_shown_as_escapes(tmp_path, capsys):
+    logger.configure(tmp_path, ["stdout", "log"])
+    logger.log("a\x1b[31m\udce9\nb")
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == "a\\x1b[31m\\xe9\nb\n"
+
+
+def test_a_closed_pipe_is_no_error(tmp_path, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    logger.configure(tmp_path, ["stdout", "csv"])
+    with os.fdopen(write_end, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", terminal.LastingStream(pipe))
+        logger.log("x")
+        dump(step=1)
+    assert csv_rows(tmp_path) == [{"step": "1"}]
