@@ -155,7 +155,7 @@ class Contest:
         model, diffusion = load_model(settings), sampling_diffusion(settings)
         parts, evaluations = [], 0
         for rows in np.array_split(np.arange(count), -(-count // self.args.batch_size)):
-            images, evaluations = draw(model, diffusion, plan, rows, labels_of(rows, plan), options)
+            images, evaluations, _ = draw(model, diffusion, plan, rows, labels_of(rows, plan), options)
             parts.append(images)
         return np.concatenate(parts), evaluations
 

@@ -19,6 +19,12 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
     return x[(...,) + (None,) * missing]
 
 
+def clip_to_pixels(x: Tensor) -> Tensor:
+    """Clamp to [-1, 1]; infinite values become NaN, so that an overflow does not look like a white or black pixel."""
+    nan = float("nan")
+    return x.nan_to_num(nan, nan, nan).clamp(-1, 1)
+
+
 def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all axes but the first: [N,...] -> [N]."""
     return tensor.mean(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor

@@ -10,7 +10,7 @@ from torch import nn
 from cm.networks.layers import (
     without_autocast,
 )
-from cm.tensors import append_dims, mean_flat, update_ema
+from cm.tensors import append_dims, clip_to_pixels, mean_flat, update_ema
 
 
 def test_append_dims_lets_sigma_multiply_images():
@@ -68,3 +68,9 @@ def test_without_autocast():
             assert layer(x).dtype == th.float32
     with without_autocast(th.device("meta")):
         pass
+
+
+def test_clipping_keeps_what_is_not_finite_visible():
+    values = th.tensor([-3.0, -1.0, 0.25, 2.0, float("inf"), -float("inf"), float("nan")])
+    clipped = clip_to_pixels(values)
+    assert clipped[:4].tolist() == [-1, -1, 0.25, 1] and clipped[4:].isnan().all()

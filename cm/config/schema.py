@@ -244,6 +244,9 @@ class EvalConfig:
         64, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1
     )
     eval_ema_rate: str = option("", "entry of ema_rate whose average draws the samples; empty: the first")
+    allow_non_finite: bool = option(
+        False, "go on with a warning if samples have NaN or infinite pixels, instead of ending with an error"
+    )
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,9 @@ class SampleConfig:
         infinite=True,
     )
     s_noise: float = option(1.0, "churn: standard deviation of the added noise", minimum=0)
+    allow_non_finite: bool = option(
+        False, "write images with NaN or infinite pixels, as black, with a warning, instead of ending with an error"
+    )
 
 
 @dataclass(frozen=True)

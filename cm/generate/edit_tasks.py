@@ -35,6 +35,7 @@ from cm.generate.editing import (
     run_edit,
 )
 from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, no_images, noise_of
+from cm.generate.finite import finite_images
 from cm.generate.npz import to_uint8
 from cm.io import untrusted
 from cm.io.storage import open_file
@@ -137,7 +138,7 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
     """The results of these indices, and the known part of their images."""
     labels = job.labels(indices)
     if len(indices) == 0:
-        return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0)
+        return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0, np.ones(0, bool))
     rng, D = job.noise(indices), CountingDenoiser(diffusion.bind(model))
     edit = job.make_edit(job.images(indices), rng)
     images = run_edit(
@@ -145,7 +146,8 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
         clip_denoised=job.clip_denoised,
     )
     pictures = {"samples": images, "inputs": edit.known}
-    return RankSamples({kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}, labels, D.calls)
+    pixels = {kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}
+    return RankSamples(pixels, labels, D.calls, finite_images(images))
 
 
 # --- the tasks: from flags to edits ----------------------------------------------------------------------------------

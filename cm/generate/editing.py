@@ -19,7 +19,7 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.random_util import DummyGenerator
 from cm.samplers import Churn, integrate, make_sampler
-from cm.tensors import append_dims
+from cm.tensors import append_dims, clip_to_pixels
 from cm.types import Denoiser, NoiseSource, Sampler
 
 LUMA = (0.2989, 0.5870, 0.1140)                                     # weights of red, green and blue in brightness
@@ -247,7 +247,7 @@ def constrained(D: Denoiser, edit: Edit, clip: bool = True) -> Denoiser:
 
     def denoise(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         denoised = D(x, sigma, **cond)
-        return edit.project(denoised.clamp(-1, 1) if clip else denoised)
+        return edit.project(clip_to_pixels(denoised) if clip else denoised)
 
     return denoise
 

@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch as th
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.generate.finite import NonFiniteCount, finite_images
 from cm.generate.npz import NpzWriter, to_uint8
 from cm.generate.png import PngFolder, PngWriter
 from cm.random_util import get_generator, labels_for
@@ -39,6 +41,7 @@ class SamplingPlan:
     generator: str = "determ"
     seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
     rounding: str = "truncate"
+    allow_non_finite: bool = False
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
         """The sample indices of these rows of the result."""
@@ -52,6 +55,15 @@ class RankSamples:
     images: dict[str, np.ndarray]               # by kind, [n,H,W,3] uint8
     labels: np.ndarray | None                   # [n]
     evaluations: int                            # network evaluations per image (NFE)
+    finite: NDArray[np.bool_]                   # [n], False where a pixel was NaN or infinite
+
+
+class Drawn(NamedTuple):
+    """Images of n sample indices."""
+
+    images: np.ndarray                          # [n,H,W,3] uint8
+    evaluations: int                            # network evaluations per image (NFE)
+    finite: NDArray[np.bool_]                   # [n], False where a pixel was NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -131,16 +143,17 @@ def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
 def draw(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, indices: np.ndarray, labels: np.ndarray | None,
     options: SampleOptions,
-) -> tuple[np.ndarray, int]:
-    """Images of these indices: [n,H,W,3] uint8, and the network evaluations each took."""
+) -> Drawn:
+    """Images of these indices."""
     if len(indices) == 0:
-        return no_images(plan), 0
+        return Drawn(no_images(plan), 0, np.ones(0, bool))
     size = plan.image_size
     result = sample(
         diffusion, model, (len(indices), 3, size, size), options, model_kwargs=condition(labels), device=dist.dev(),
         generator=noise_of(indices, plan),
     )
-    return to_uint8(result.images, nearest=plan.rounding == "nearest"), result.evaluations
+    pixels = to_uint8(result.images, nearest=plan.rounding == "nearest")
+    return Drawn(pixels, result.evaluations, finite_images(result.images))
 
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
@@ -162,12 +175,15 @@ def sample_to_npz(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, directory: str, precision: str,
     options: SampleOptions,
 ) -> SamplingResult:
-    """Draw the plan on all ranks, into an npz in `directory`."""
+    """Draw the plan on all ranks, into an npz in `directory`.
+
+    :raises UserError: as `collect_to_npz`.
+    """
 
     def make(indices: np.ndarray) -> RankSamples:
         labels = labels_of(indices, plan)
-        images, evaluations = draw(model, diffusion, plan, indices, labels, options)
-        return RankSamples({"samples": images}, labels, evaluations)
+        drawn = draw(model, diffusion, plan, indices, labels, options)
+        return RankSamples({"samples": drawn.images}, labels, drawn.evaluations, drawn.finite)
 
     with at_precision(model, precision):
         return collect_to_npz(make, plan, directory)
@@ -180,13 +196,17 @@ def collect_to_npz(
     only their own part.
 
     :param make: from sample indices [n], where n may be 0, to images of these `kinds`.
+    :raises UserError: on every rank, if an image is not finite and the plan does not allow it; then no npz appears.
     """
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
+    non_finite = NonFiniteCount(plan.allow_non_finite)
     writers = _open_writers(plan, directory, kinds) if main else {}
     bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
     with bar:
         for own in rank_batches(plan, dist.get_rank(), dist.get_world_size()):
             drawn = make(plan.indices(own))
+            non_finite.add(drawn.finite)
+            non_finite.check()
             evaluations = max(evaluations, drawn.evaluations)
             rows, labels = gather_rows(own), gather_rows(drawn.labels)
             for kind in kinds:
@@ -194,6 +214,7 @@ def collect_to_npz(
                 if rows is not None and images is not None:         # on rank 0
                     writers[kind].put(rows, images, labels)
             bar.update(0 if rows is None else len(rows))
+    non_finite.warn()
     first_images = {kind: writer.images[:SHOWN].copy() for kind, writer in writers.items()}
     extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
     paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
@@ -208,25 +229,31 @@ def sample_to_pngs(
 
     Every batch has the full size; the last one is padded with its last seed. With the same batch size a seed's image
     then has the same bits, whichever other seeds are asked for.
+
+    :raises UserError: on every rank, if an image of a round is not finite and the plan does not allow it; then none
+        of that round is written.
     """
     seeds = plan.indices(np.arange(plan.num_samples)).tolist()
     missing = tuple(dist.on_main(folder.missing, seeds))
     rest = replace(plan, num_samples=len(missing), seeds=missing)
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
-    per_round = plan.batch_size * dist.get_world_size()
+    per_round, non_finite = plan.batch_size * dist.get_world_size(), NonFiniteCount(plan.allow_non_finite)
     bar = tqdm(
         total=len(seeds), initial=len(seeds) - len(missing), unit="image", desc="sampling", disable=not main,
         dynamic_ncols=True,
     )
     with at_precision(model, precision), PngWriter(folder) as writer, bar:
         for done, rows in enumerate(rank_batches(rest, dist.get_rank(), dist.get_world_size())):
-            own = rest.indices(rows)
+            own, images = rest.indices(rows), no_images(rest)
             if len(own):
                 filled = np.pad(own, (0, plan.batch_size - len(own)), mode="edge")
-                images, evaluations = draw(model, diffusion, rest, filled, labels_of(filled, rest), options)
-                writer.put(own.tolist(), images[: len(own)])
+                images, evaluations, finite = draw(model, diffusion, rest, filled, labels_of(filled, rest), options)
+                non_finite.add(finite[: len(own)])
+            non_finite.check()
+            writer.put(own.tolist(), images[: len(own)])
             bar.update(min(per_round, len(missing) - done * per_round))
     dist.barrier()
+    non_finite.warn()
     return PngResult(len(missing), len(seeds) - len(missing), evaluations, time.monotonic() - start)
 
 

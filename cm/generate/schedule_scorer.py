@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from cm.distributed import setup as dist
 from cm.generate.engine import SamplingPlan, draw, labels_of, rank_batches
+from cm.generate.finite import NonFiniteCount
 from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Schedule, as_text
 from cm.logging import logger
@@ -43,11 +44,20 @@ class Scorer:
         return distance, int(dist.all_reduce_sum(th.tensor(self.prefixes.evaluations - before)))
 
     def batches(self, ts: Schedule) -> Iterator[tuple[int, np.ndarray]]:
-        """This rank's part of the images: a batch's place in the result, and its [n,H,W,3] uint8."""
+        """This rank's part of the images: a batch's place in the result, and its [n,H,W,3] uint8.
+
+        :raises UserError: on every rank, after the last batch, if an image is not finite and the plan does not allow
+            it.
+        """
+        non_finite = NonFiniteCount(self.plan.allow_non_finite)
         own = list(rank_batches(self.plan, dist.get_rank(), dist.get_world_size()))
         bar = tqdm(own, f"ts {as_text(ts)}", unit="batch", disable=not dist.is_main(), leave=False)
         for batch, indices in enumerate(bar):
             if len(indices):
                 denoiser, labels = self.prefixes.denoiser(ts, batch), labels_of(indices, self.plan)
                 options = replace(self.options, ts=ts)
-                yield indices[0], draw(self.model, denoiser, self.plan, indices, labels, options)[0]
+                drawn = draw(self.model, denoiser, self.plan, indices, labels, options)
+                non_finite.add(drawn.finite)
+                yield indices[0], drawn.images
+        non_finite.check()
+        non_finite.warn()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.networks.jvp import evaluations_of_a_call, inside_jvp, jvp
+from cm.tensors import clip_to_pixels
 from cm.types import Denoiser, NoiseSource, Sampler
 
 
@@ -67,7 +68,7 @@ class RecordingDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         denoised = self.D(x, sigma, **cond)
         if self.clip:
-            denoised = denoised.clamp(-1, 1)
+            denoised = clip_to_pixels(denoised)
         if not inside_jvp():                                        # there it carries a tangent, too
             self.record(denoised)
         return denoised

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cm.diffusion.preconditioning import Precond
 from cm.random_util import DummyGenerator
 from cm.samplers import Churn, CountingDenoiser, integrate, make_sampler
+from cm.tensors import clip_to_pixels
 from cm.types import Denoiser, NoiseSource, Sampler
 
 
@@ -110,7 +111,7 @@ def sample(
         progress=progress,
         callback=callback,
     )
-    return SampleResult(x.clamp(-1, 1), D.calls)
+    return SampleResult(clip_to_pixels(x), D.calls)
 
 
 def _device_of(model: nn.Module) -> th.device:

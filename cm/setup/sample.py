@@ -126,6 +126,7 @@ def sampling_plan(settings: Settings, classifier: NoisyClassifier | None = None)
         num_classes=num_classes,
         class_label=config.class_label,
         generator=config.generator,
+        allow_non_finite=config.allow_non_finite,
     )
 
 
@@ -246,6 +247,7 @@ def png_recipe(settings: Settings) -> dict[str, Any]:
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
     names = {field.name for section in sections for field in fields(section)} - {
         "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
+        "allow_non_finite",
     }
     values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
     weights_of = dist.on_main(storage.checksum, settings.values["model_path"])

@@ -23,6 +23,7 @@ from cm.checkpoints import loading, manifest
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_rows, labels_of, rank_batches
+from cm.generate.finite import NonFiniteCount
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
 from cm.io.storage import write_json
@@ -83,16 +84,22 @@ class AverageSampler:
         return loop.trainer.master_params_to_state_dict(loop.averages.gather(self.rate))
 
     def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank."""
-        plan = replace(self.plan, num_samples=num_samples)
+        """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank.
+
+        :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
+        """
+        plan, non_finite = replace(self.plan, num_samples=num_samples), NonFiniteCount(self.plan.allow_non_finite)
         model = self.make_model()
         loading.fit(model, self.weights(loop), f"the average {self.rate}")
         model = to_device(model, loop.device).eval()
         shares = list(rank_batches(plan, loop.rank, loop.world_size))
         for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
             with at_precision(model, self.precision):       # left before others compute with the images
-                images, _ = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
-            yield rows, images
+                drawn = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
+            non_finite.add(drawn.finite)
+            yield rows, drawn.images
+        non_finite.check()
+        non_finite.warn()
 
 
 @dataclass

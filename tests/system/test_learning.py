@@ -48,7 +48,7 @@ def distance(model, diffusion, sampler, steps):
     rng = np.random.default_rng(0)
     labels = source.labels[rng.choice(len(source), SAMPLES)]
     plan = SamplingPlan(SAMPLES, SAMPLES, 8, seed=0, num_classes=10)
-    images, _ = draw(model, diffusion, plan, np.arange(SAMPLES), labels, SampleOptions(steps, sampler))
+    images, *_ = draw(model, diffusion, plan, np.arange(SAMPLES), labels, SampleOptions(steps, sampler))
     return frechet_distance(*moments(source.images(np.arange(len(source)))), *moments(images))
 
 

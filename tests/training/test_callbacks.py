@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -272,3 +273,19 @@ def test_only_inceptions_distance_is_called_fid(folder, tmp_path, network, key, 
     metric = open_metric(str(folder / "ref.npz"), str(tmp_path / "net.ts"), 8, 16, 50)
     assert (metric.key, metric.label) == (key, label)
     assert metric.distance([(0, np.load(folder / "ref.npz")["arr_0"])]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("watch", [
+    lambda drawing: SampleGrids(drawing, 2), lambda drawing: Evaluation(drawing, 2, 7, Listed([1.0]), {}),
+])
+def test_samples_that_are_not_finite_end_a_watched_run(tmp_path, monkeypatch, watch):
+    drawing = sampler()
+    weights = drawing.weights
+    monkeypatch.setattr(
+        AverageSampler, "weights", lambda self, loop: {k: v * float("nan") for k, v in weights(loop).items()}
+    )
+    with pytest.raises(UserError, match="images drawn are not finite"):
+        loop(tmp_path / "refused", 2, watch(drawing)).run_loop()
+    assert not list(tmp_path.glob("refused/samples/*"))
+    allowed = replace(drawing, plan=replace(drawing.plan, allow_non_finite=True))
+    loop(tmp_path / "allowed", 2, watch(allowed)).run_loop()
