@@ -87,7 +87,8 @@ def inherit_resumed(settings: Settings) -> None:
     """
     resume = settings.values["resume"]
     if resume not in ("auto", "never"):
-        inherit_flags(settings, dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True)).config, (), resume)
+        found = dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True))
+        inherit_flags(settings, found.config, (), resume)
     elif settings.values["resume_checkpoint"]:
         inherit_checkpoint(settings, "resume_checkpoint")
 
