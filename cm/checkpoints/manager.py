@@ -134,7 +134,11 @@ def _prune(directory: str, keep: int, milestone_interval: int, spared: Collectio
     for step in manifest.steps(directory)[:-keep]:
         if step in spared:
             continue
-        checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
+        try:
+            checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
+        except UserError as error:
+            logger.warn(f"the files of step {step} stay, whatever --keep_checkpoints says: {error}")
+            continue
         is_milestone = milestone_interval > 0 and step % milestone_interval == 0
         kept = {file: facts for file, facts in checkpoint.files.items() if is_milestone and file.startswith("ema_")}
         if kept == checkpoint.files:

@@ -10,10 +10,13 @@ does not exist.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from cm.checkpoints import serialization
@@ -22,7 +25,8 @@ from cm.io import storage, untrusted
 from cm.io.atomic import PARTIAL, written_for
 from cm.logging import logger
 
-FORMAT = 1
+FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
+CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
 MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
 WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
@@ -83,6 +87,7 @@ class Checkpoint:
         """
         content = {"format": FORMAT, **asdict(self)}
         del content["directory"]                # a checkpoint may be moved
+        content[CHECKSUM] = checksum(content)
         storage.write_json(self.manifest, content)
 
     def path(self, name: str) -> str | None:
@@ -168,14 +173,45 @@ def read(path: str) -> Checkpoint:
         with storage.open_file(path) as file:
             content = untrusted.parse_json(untrusted.read_file(file, MANIFEST_BYTES))
         _check_files(content["files"])
-        return Checkpoint(
+        checkpoint = Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
         )
+        _check_whole(content, checkpoint.step, path)
+        return checkpoint
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a manifest of a checkpoint: {type(error).__name__}: {error}") from None
+
+
+def checksum(content: Mapping[str, Any]) -> int:
+    """CRC-32 of a manifest, of whatever spelling, without the checksum that it holds."""
+    plain = json.loads(json.dumps({name: value for name, value in content.items() if name != CHECKSUM}))
+    return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _check_whole(content: dict[str, Any], step: int, path: str) -> None:
+    """Compare a manifest with its own checksum, and its step with its name.
+
+    :raises UserError: if they differ.
+    """
+    remedy = ("restore it from a copy or take another checkpoint; to use the weights all the same, move them to a "
+              "folder without it and give the flags of their network")
+    if CHECKSUM in content or content.get("format", 1) != 1:
+        if content.get(CHECKSUM) != checksum(content):
+            raise UserError(f"{path} is damaged or was edited: it does not match its own checksum; {remedy}")
+    else:
+        _say_unprotected(path)
+    named = MANIFEST.fullmatch(os.path.basename(path))
+    if named and int(named[1]) != step:
+        raise UserError(f"{path} speaks of step {step}, its name of {int(named[1])}; "
+                        f"{remedy}")
+
+
+@cache
+def _say_unprotected(path: str) -> None:
+    logger.log(f"{path} is of an older version, without a checksum of its own: damage to it would not be noticed")
 
 
 def _check_files(files: dict[str, dict[str, int]]) -> None:
@@ -249,15 +285,25 @@ def beside(path: str) -> Checkpoint | None:
 def remove_partial(directory: str) -> None:
     """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
 
-    Files of other programs stay, whatever their names end in.
+    Files of other programs stay, whatever their names end in, and so do folders.
     """
     if storage.is_remote(directory):
         return
     complete, names = set(steps(directory)), storage.list_names(directory)
     unfinished = {
-        int(match[1]) for name in names if (match := MANIFEST.fullmatch(final_name(name)))
+        int(match[1]) for name in names
+        if (match := MANIFEST.fullmatch(final_name(name))) and is_file(os.path.join(directory, name))
     } - complete
     for name in names:
         parsed, final = parse_name(name), final_name(name)
-        if (final != name and belongs(final)) or (parsed and parsed[1] in unfinished):
-            storage.remove(os.path.join(directory, name))
+        path = os.path.join(directory, name)
+        if ((final != name and belongs(final)) or (parsed and parsed[1] in unfinished)) and is_file(path):
+            try:
+                storage.remove(path)
+            except OSError as error:                        # superfluous files are no reason to end a run
+                logger.warn(f"cannot remove {path}, left by an interrupted save: {error.strerror}")
+
+
+def is_file(path: str) -> bool:
+    """Whether a file or a link lies there, and no folder."""
+    return os.path.islink(path) or not os.path.isdir(path)

@@ -1,5 +1,6 @@
 """Checkpoints appear whole or not at all, survive a power cut, and are found again."""
 
+import json
 import os
 import signal
 import stat
@@ -8,10 +9,13 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch as th
 
 from cm.checkpoints import manifest
+from cm.checkpoints.loading import WeightsFile
+from cm.errors import UserError
 from support.damage import flip_a_bit, truncate
 
 CONTENT = {"model": {"w": th.arange(6.0)}, "ema_0.9999": {"w": th.ones(6)}, "opt": {"state": {}}}
@@ -105,3 +109,66 @@ def test_killed_while_saving_never_leaves_a_broken_newest(tmp_path):
     (tmp_path / "model000001.pt.partial").write_bytes(b"left behind")
     manifest.remove_partial(str(tmp_path))
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_changed_manifest_is_passed_over_and_refused(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    path = tmp_path / "checkpoint_000020.json"
+    good = json.loads(path.read_text())
+    for change in ({"images_seen": 24}, {"step": 21}, {"config": {"image_size": 9}}, {"format": 1}):
+        path.write_text(json.dumps(good | change))
+        assert manifest.newest(str(tmp_path)).step == 10
+        with pytest.raises(UserError, match="checkpoint_000020.json is damaged or was edited.*restore it"):
+            manifest.beside(str(tmp_path / "model000020.pt"))
+    path.write_text(json.dumps(good, sort_keys=True))
+    assert manifest.newest(str(tmp_path)).step == 20
+    path.rename(tmp_path / "checkpoint_000030.json")
+    with pytest.raises(UserError, match="speaks of step 20, its name of 30"):
+        manifest.read(str(tmp_path / "checkpoint_000030.json"))
+
+
+def test_a_manifest_of_an_older_version_is_read_with_one_notice(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(manifest.logger, "log", lambda *words: said.append(words[0]))
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoint_000010.json"
+    old = json.loads(path.read_text()) | {"format": 1}
+    del old["manifest_crc32"]
+    path.write_text(json.dumps(old))
+    assert manifest.newest(str(tmp_path)).step == manifest.newest(str(tmp_path)).step == 10
+    assert len(said) == 1 and "without a checksum of its own" in said[0]
+
+
+@pytest.mark.parametrize("name", ["model", "ema_0.9999", "opt", "manifest"])
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path, name):
+    """By resuming (newest), and by what sampling and conversion read: the manifest, and the file that it describes."""
+    saved = save(tmp_path, 10)
+    path = tmp_path / ("checkpoint_000010.json" if name == "manifest" else manifest.file_name(name, 10))
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    for place in rng.integers(0, 8 * len(good), 100):
+        data = bytearray(good)
+        data[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(data)
+        found = manifest.newest(str(tmp_path))
+        assert found is None or (name == "manifest" and found == saved), place
+        try:
+            beside = manifest.beside(str(tmp_path / "model000010.pt"))
+            read = path if name != "manifest" else tmp_path / "model000010.pt"
+            WeightsFile(str(read), expected=beside.facts(str(read))).take()
+        except UserError:
+            continue
+        assert name == "manifest" and beside == saved, place
+
+
+def test_only_own_files_are_swept(tmp_path):
+    save(tmp_path, 10)
+    for stranger in ("notes.partial", "video.mp4.partial", "model.pt.partial", ".x.cm-0123456789ab.partial"):
+        (tmp_path / stranger).write_text("not ours")
+    for folder in ("model000010.pt.partial", "checkpoint_000030.json.partial"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model000030.pt").write_text("of a run without manifests")
+    (tmp_path / ".opt000010.pt.cm-0123456789ab.partial").write_text("ours")
+    before = set(os.listdir(tmp_path))
+    manifest.remove_partial(str(tmp_path))
+    assert before - set(os.listdir(tmp_path)) == {".opt000010.pt.cm-0123456789ab.partial"}
