@@ -57,6 +57,20 @@ def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th
     return device
 
 
+def overcommitment(threads: int, fits: int, neighbours: int) -> str:
+    """A warning if the ranks of this machine have more threads than it has cores; empty if they fit.
+
+    :param threads: of this rank.
+    :param fits: its share of the cores.
+    :param neighbours: ranks on this machine.
+    """
+    names = [name for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ]
+    if threads <= fits or not names:
+        return ""
+    return (f"warning: {names[0]}={os.environ[names[0]]} gives each of {neighbours} rank(s) on this machine {threads} "
+            f"threads, more than its cores: training may be many times slower; {fits} a rank would fit")
+
+
 def set_threads(count: int) -> None:
     """Set torch's number of threads under a launcher, unless the user has set it by OMP_NUM_THREADS or MKL_NUM_THREADS.
 

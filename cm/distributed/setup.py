@@ -80,7 +80,10 @@ def setup_dist(timeout_s: float = TIMEOUT_S) -> None:
         neighbours = [facts["cores"] for facts in ranks if facts["node"] == job.node]
         job.local_rank = sum(facts["node"] == job.node for facts in ranks[: job.rank])
         job.device = devices.choose(job.node, job.local_rank, ranks)
-        devices.set_threads(launchers.share_of_cores(ranks[job.rank]["cores"], neighbours))
+        share = launchers.share_of_cores(ranks[job.rank]["cores"], neighbours)
+        devices.set_threads(share)
+        if job.rank == 0 and (warning := devices.overcommitment(th.get_num_threads(), share, len(neighbours))):
+            failure.say(warning)
         if job.device.type == "cpu":
             malloc.keep_freed_blocks()
         if job.store is not None and not dist.is_initialized():

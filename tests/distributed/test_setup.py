@@ -321,3 +321,13 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
 def test_importing_is_quick_about_mpi():
     finished = start([sys.executable, "-c", "import cm.distributed.setup, sys; print('mpi4py' in sys.modules)"])
     assert finished.stdout.strip() == "False", finished
+
+
+def test_more_threads_than_cores_are_one_warning(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    warning = devices.overcommitment(8, 2, 4)
+    assert "OMP_NUM_THREADS=8" in warning and "each of 4" in warning and "2 a rank would fit" in warning
+    assert not devices.overcommitment(2, 2, 4)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    assert not devices.overcommitment(8, 2, 4)
