@@ -34,6 +34,7 @@ from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
 from cm.io import atomic, storage
+from cm.io.outputs import Output, check_outputs
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
@@ -310,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the flags say; returns the exit status."""
     args = parse(argv)
     check_flags(args)
+    kind = "file" if args.dest.lower().endswith(".zip") else "folder"
+    check_outputs([Output("--dest", args.dest, kind)], {"--source": args.source})
     source = open_raw(args.source, args.max_images)
     count = min(len(source), args.max_images or len(source))
     dest = open_destination(args.dest)

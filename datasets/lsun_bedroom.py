@@ -26,6 +26,7 @@ from cm.data.raw import open_database
 from cm.errors import UserError
 from cm.generate.grids import save_picture
 from cm.io import atomic, storage
+from cm.io.outputs import Output, check_outputs
 
 
 class Entry(NamedTuple):
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--image-size {args.image_size} and --workers {args.workers} must be at least 1")
     if os.sep in args.prefix:
         raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
+    check_outputs([Output("OUT", args.out, "folder")], {"LMDB": args.lmdb})
     database = open_database(args.lmdb)
     storage.make_folder(args.out)
     atomic.remove_old_temporaries(args.out)

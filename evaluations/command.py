@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from cm.config import early_exit
 from cm.config.flags import Parser
@@ -22,12 +22,15 @@ def start(make_parser: Callable[[], Parser], run: Callable[[argparse.Namespace],
     dist.run(lambda: run(parsed[0]))
 
 
-def make_folder_of(path: str | None) -> None:
-    """Find out before the work whether there is a place for its result.
+def prepare_json(path: str | None, inputs: Mapping[str, str | None]) -> None:
+    """Find out before the work whether there is a place for its result, the file of --json.
 
-    :raises UserError: if its folder cannot be made.
+    :param inputs: flag -> the file or folder it names.
+    :raises UserError: if the result would replace an input, or cannot be written.
     """
     if path:
+        from cm.io.outputs import Output, check_outputs
         from cm.io.storage import make_folder
 
+        check_outputs([Output("--json", path, beside_input=True)], inputs)
         make_folder(os.path.dirname(os.path.abspath(path)))

@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace) -> None:
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch,
                    image_size=args.image_size)
     else:
-        command.make_folder_of(args.json)
+        command.prepare_json(args.json, {"--images": args.images, "--ref": args.ref})
         result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch,
                       cache=open_cache(args.cache))
         text = report(result)

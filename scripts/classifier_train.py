@@ -23,6 +23,7 @@ from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
 from cm.data.sources import ImageSource, open_source
 from cm.errors import UserError
+from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
 
 SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
@@ -65,12 +66,15 @@ def main(settings: Settings) -> None:
         raise UserError("training a classifier is one process; start it without mpiexec")
     dist.setup_dist()
     start = time.monotonic()
+    out = config.out or ("noisy_classifier.pt" if config.noised else "classifier.ts")
+    facts_path = Path(out).with_suffix(".json")
+    outputs = [Output("--out", out), Output("the JSON file of facts next to it", facts_path)]
+    check_outputs(outputs, {"--data_dir": config.data_dir})
     images, labels, num_classes = load_labelled(open_source(config.data_dir, config.image_size), config.data_dir)
     try:
         kept, held_out = stratified_split(labels, config.holdout, config.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    out = config.out or ("noisy_classifier.pt" if config.noised else "classifier.ts")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     train = train_guide if config.noised else train_extractor
     facts, lines = train(config, out, (images[kept], labels[kept]), (images[held_out], labels[held_out]), num_classes)
@@ -80,7 +84,7 @@ def main(settings: Settings) -> None:
         "classes": num_classes,
         "seconds": round(time.monotonic() - start, 2),
     }
-    write_json(Path(out).with_suffix(".json"), facts)
+    write_json(facts_path, facts)
     print(f"held-out accuracy: {facts['held_out_accuracy']:.2%} of {len(held_out)} images ({len(kept)} trained on)")
     print("\n".join(lines))
 

@@ -15,6 +15,7 @@ from cm.config.flags import Settings, parse
 from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
@@ -47,6 +48,7 @@ def main(settings: Settings) -> None:
     for name in ("source", "dest"):
         if not settings.values[name]:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
+    dist.on_main(check_outputs, [Output("--dest", config.dest, "folder")], {"--source": config.source})
     trained = manifest_of(config.source)
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:

@@ -15,6 +15,7 @@ from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
 from cm.generate.grids import grid_scale, labelled_rows, save_picture
+from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
 from cm.logging import logger
 
@@ -42,6 +43,8 @@ def main(settings: Settings) -> None:
     from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
     dist.setup_dist()
+    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "images", "mask", "classifier_path")}
+    dist.on_main(check_outputs, [Output("--log_dir", settings.values["log_dir"], "folder")], inputs)
     inherit_model(settings)
     if settings.dry_run:
         return dry_run(settings)

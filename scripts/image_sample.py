@@ -29,6 +29,7 @@ from cm.config.schema import (
 from cm.errors import UserError
 from cm.generate.grids import grid_scale, image_grid, save_picture
 from cm.generate.png import PngFolder
+from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
 from cm.logging import logger
 
@@ -61,6 +62,8 @@ def main(settings: Settings) -> None:
     )
 
     dist.setup_dist()
+    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path")}
+    dist.on_main(check_outputs, [Output("--outdir", settings.values["outdir"], "folder")], inputs)
     config = inherit_model(settings)
     seeds = choose_seeds(settings)
     if settings.dry_run:

@@ -16,6 +16,7 @@ from pathlib import Path
 from cm.config import early_exit
 from cm.config.flags import Parser, positive
 from cm.io import storage
+from cm.io.outputs import Output, check_outputs
 from cm.report.names import writable
 from cm.report.page import page
 from cm.report.run_records import read_run
@@ -35,11 +36,12 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Write the page, and print what is missing in the runs."""
+    out = Path(args.out or os.path.join(args.runs[0], "report.html"))
+    check_outputs([Output("--out", out, beside_input=True)], dict(zip(args.runs, args.runs)))
     runs = [read_run(directory) for directory in args.runs]
     for run in runs:
         for problem in run.problems:
             print(writable(f"{run.path}: {problem}"))
-    out = Path(args.out or os.path.join(args.runs[0], "report.html"))
     storage.make_folder(out.parent)
     storage.write_bytes(out, page(runs, args.max_grids, datetime.now()).encode())
     print(writable(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)"))

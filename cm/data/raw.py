@@ -141,11 +141,19 @@ def open_raw(source: str, limit: int | None = None) -> RawImages:
         return _open_mnist(_existing(path))
     if path.name.endswith("_lmdb") or (path / "data.mdb").exists():
         return Database(path, limit)
+    if path.is_file() and path.suffix.lower() != ".zip":
+        raise _no_data_set(source)
     encoded = open_source(source, image_size=1, flag="--source")    # the size would matter for crops only
     if not isinstance(encoded, EncodedSource):
-        raise UserError(f"--source {source} is no data set to convert: name a folder, a zip, an lmdb folder, "
-                        f"cifar-10-python.tar.gz or train{MNIST_SUFFIX}")
+        raise _no_data_set(source)
     return EncodedFiles(encoded, is_folder=path.is_dir())
+
+
+def _no_data_set(source: str) -> UserError:
+    return UserError(
+        f"--source {source} is no data set to convert: name a folder, a zip, an lmdb folder, cifar-10-python.tar.gz or "
+        f"train{MNIST_SUFFIX}; the two archives must be packed and have these endings, as they are downloaded"
+    )
 
 
 def _existing(path: Path) -> Path:

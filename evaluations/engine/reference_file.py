@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io.outputs import Output, check_outputs
 from cm.io.storage import make_folder
 from evaluations.engine.accumulator import Wanted, dims_of, pass_over
 from evaluations.engine.image_files import CHUNK, Pictures, open_pictures
@@ -65,6 +66,7 @@ def _check_dest(dest: str, data: str) -> None:
         raise UserError(f"--dest {dest} is the data itself, which it would replace; name another file")
     if os.path.isdir(dest):
         raise UserError(f"--dest {dest} is a folder; name an npz file in it")
+    check_outputs([Output("--dest", dest, beside_input=True)], {"--data": data})
     make_folder(os.path.dirname(os.path.abspath(dest)))
 
 

@@ -261,9 +261,9 @@ def test_sources_and_destinations_that_are_not_there(tool, tmp_path):
         with pytest.raises(UserError, match=name):
             run(tool, tmp_path / name, tmp_path / "out.zip")
     put(tmp_path / "full", {"a.png": pictures(1)[0]})
-    with pytest.raises(UserError, match="full is there already: an existing folder must be empty"):
+    with pytest.raises(UserError, match="full is also the input --source"):
         run(tool, tmp_path / "full", tmp_path / "full")
-    with pytest.raises(UserError, match="--dest .*a.png/out.zip: cannot create the folder"):
+    with pytest.raises(UserError, match="--dest .*a.png/out.zip lies in the input folder --source"):
         run(tool, tmp_path / "full", tmp_path / "full" / "a.png" / "out.zip")
     with pytest.raises(SystemExit) as ended:
         run(tool, tmp_path / "full", tmp_path / "out", "--resolution", "big")
@@ -303,3 +303,19 @@ def test_killed_it_leaves_no_destination_and_the_next_run_is_whole(tool, tmp_pat
     (tmp_path / "out").mkdir()                                      # an empty folder may be there
     assert subprocess.run(command, env=clean_environment(), capture_output=True).returncode == 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == 40 and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_source_is_never_its_own_destination(tool, tmp_path):
+    put(tmp_path / "d", {f"{i}.png": CIFAR[i] for i in range(3)})
+    run(tool, tmp_path / "d", tmp_path / "a.zip")
+    before = (tmp_path / "a.zip").read_bytes()
+    with pytest.raises(UserError, match="--dest .*a.zip is also the input --source"):
+        run(tool, tmp_path / "a.zip", tmp_path / "a.zip", "--max-images", 1)
+    assert (tmp_path / "a.zip").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar", "cifar10.tgz", "train-images.idx3-ubyte"])
+def test_renamed_archives_are_told_their_names(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz or train-images-idx3-ubyte.gz.*as they are downloaded"):
+        open_raw(str(tmp_path / name))

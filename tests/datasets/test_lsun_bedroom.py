@@ -133,7 +133,7 @@ def test_a_disk_that_takes_no_more(lsun, tmp_path, monkeypatch):
 def test_without_lmdb(lsun, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(UserError, match="pip install lmdb"):
-        lsun.main([str(tmp_path), str(tmp_path / "out")])
+        lsun.main([str(tmp_path), str(tmp_path.parent / "out")])
 
 
 def test_the_command(tmp_path):

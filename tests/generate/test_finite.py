@@ -89,13 +89,17 @@ def test_every_rank_learns_of_the_images_of_one(tmp_path):
         from cm.distributed import setup as dist
         from cm.errors import UserError
         from cm.generate.finite import NonFiniteCount
-        dist.setup_dist()
-        count = NonFiniteCount(allowed=False)
-        count.add(np.array([True, dist.get_rank() == 0]))
-        try:
-            count.check()
-        except UserError as error:
-            print("said", str(error)[:40], flush=True)
+
+        def main():
+            dist.setup_dist()
+            count = NonFiniteCount(allowed=False)
+            count.add(np.array([True, dist.get_rank() == 0]))
+            try:
+                count.check()
+            except UserError as error:
+                print("said", str(error)[:40], flush=True)
+
+        dist.run(main)
     """
     done = mpi_program(tmp_path, 2, code, env={"PYTHONPATH": str(ROOT)})
     assert done.rc == 0 and done.stdout.count("said 1 of 4 images drawn are not finite") == 2, done
