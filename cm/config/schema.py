@@ -106,6 +106,10 @@ class DataConfig:
         "for CIFAR-10, 0.15 for 64x64); includes mirroring, so random_flip is off unless given; 0: none",
         minimum=0, maximum=1,
     )
+    labels: str = option(
+        "auto", "where classes come from without a dataset.json; auto: sub-folders where there are several, else the "
+        "part of file names before the first _", choices=("auto", "folders", "names"),
+    )
     random_crop: bool = option(False, "crop at a random position instead of the centre")
     cache_gib: float = option(
         0.25, "a data set that fits into this much memory per rank, in GiB, is decoded once and kept; 0: never",

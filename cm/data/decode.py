@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # by content; PIL runs a program for EPS
@@ -14,7 +14,7 @@ MAX_ASPECT = 100                                                    # resizing a
 
 
 def decode(data: bytes, keep_gray: bool = False) -> Image.Image:
-    """An RGB image from the bytes of its file.
+    """An RGB image from the bytes of its file: upright as its EXIF orientation says, transparency on white.
 
     :param keep_gray: return a grey image as mode L.
     :raises ValueError: if it has more pixels than PIL's safety limit, pixels of more than 8 bits, or extreme sides.
@@ -27,7 +27,18 @@ def decode(data: bytes, keep_gray: bool = False) -> Image.Image:
             )
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are not 8 bits deep (mode {image.mode})")
-        return image.convert("L" if keep_gray and image.mode in ("1", "L") else "RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:                           # what is transparent hides any colour: white
+            return _flatten(upright)
+        return upright.convert("L" if keep_gray and upright.mode in ("1", "L") else "RGB")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """An image with transparency on a white background, in RGB."""
+    layer = image.convert("RGBA")
+    flat = Image.new("RGBA", layer.size, "white")
+    flat.alpha_composite(layer)
+    return flat.convert("RGB")
 
 
 def check_aspect(width: int, height: int) -> None:

@@ -16,8 +16,21 @@ def label_bytes(images: int) -> int:
     return 2**20 + LABEL_BYTES * images
 
 
-def labels_of_names(names: list[str]) -> tuple[np.ndarray | None, str]:
-    """Classes from file names `{class}_{anything}`, in alphabetical order: int64 [N] and "", or None and the reason."""
+RULES = ("auto", "folders", "names")
+"""Where classes come from without a dataset.json: folders where there are several, else file names; or one of both."""
+
+
+def labels_of_names(names: list[str], rule: str = "auto") -> tuple[np.ndarray | None, str]:
+    """Classes by their sub-folders, or from file names `{class}_{anything}`, in alphabetical order.
+
+    :param rule: one of `RULES`.
+    :returns: int64 [N] and "", or None and the reason.
+    """
+    folders = [name.split("/")[0] if "/" in name else "" for name in names]
+    if rule == "folders" and len(set(folders)) < 2:
+        return None, f"{names[0]!r} and the others are not in sub-folders, one for each class"
+    if rule != "names" and len(set(folders)) > 1:
+        return np.unique(folders, return_inverse=True)[1].astype(np.int64), ""
     classes = []
     for name in names:
         label, underscore, _ = name.rpartition("/")[2].partition("_")

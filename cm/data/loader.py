@@ -47,6 +47,7 @@ def load_data(
     num_workers: int | None = None,
     pin_memory: bool = False,
     cache_bytes: int | None = None,
+    labels: str = "auto",
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -64,9 +65,10 @@ def load_data(
     :param num_workers: processes that read images ahead; None means none if the set is kept in memory, else one.
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
     :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is `cm.data.sources.CACHE_BYTES`.
+    :param labels: where classes come from, see `cm.data.labels.RULES`.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    source = open_source(data_dir, image_size)
+    source = open_source(data_dir, image_size, labels=labels)
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:

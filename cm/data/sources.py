@@ -124,6 +124,12 @@ class EncodedSource(ImageSource):
             self.labels, self.no_labels = labels_of_json(text, names)
         else:
             self.labels, self.no_labels = labels_of_names(names)
+        self.has_label_file = LABEL_FILE in files
+
+    def label_by(self, rule: str) -> None:
+        """Take the classes by another rule than "auto", see `labels_of_names`; a dataset.json wins over each."""
+        if not self.has_label_file:
+            self.labels, self.no_labels = labels_of_names(self._names, rule)
 
     def name(self, i: int) -> str:
         """The path of image i in the folder or archive."""
@@ -316,16 +322,17 @@ def _digits_source(data_dir: str, image_size: int) -> ArraySource:
 SOURCES = {"digits": _digits_source, "zip": ZipSource, "npz": _npz_source, "folder": FolderSource}
 
 
-def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> ImageSource:
+def open_source(data_dir: str, image_size: int, flag: str = "--data_dir", labels: str = "auto") -> ImageSource:
     """Open a set of images.
 
     `data_dir` decides the kind, in this order: the word `digits`; a name that ends in `.zip` or `.npz`; else a
     folder (a folder called digits is `./digits`). Classes of folders and zips come from a `dataset.json` at their root,
-    as EDM writes it, or else from file names `{class}_{anything}`, as guided-diffusion reads them.
+    as EDM writes it, or else from sub-folders where there are several, or else from file names `{class}_{anything}`.
 
     :param data_dir: the word, a path, or a URL that blobfile can read, such as gs://bucket/images.
     :param image_size: side of the square images in pixels.
     :param flag: the name of data_dir in messages.
+    :param labels: "folders" or "names" for one of these rules alone, see `cm.data.labels.RULES`.
     :raises UserError: if there is nothing of that name, it holds no images, or its content does not fit its name.
     """
     if not data_dir:
@@ -336,7 +343,10 @@ def open_source(data_dir: str, image_size: int, flag: str = "--data_dir") -> Ima
     kind = data_dir if data_dir == "digits" else suffix if suffix in ("zip", "npz") else "folder"
     if kind != "digits":
         _check_exists(data_dir, is_folder=kind == "folder", flag=flag)
-    return SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
+    source = SOURCES[kind](data_dir.rstrip("/") or "/", image_size)
+    if labels != "auto" and isinstance(source, EncodedSource):
+        source.label_by(labels)
+    return source
 
 
 def _check_exists(path: str, is_folder: bool, flag: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from cm.config.flags import Settings
@@ -12,9 +13,10 @@ from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, augmented
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import open_source
+from cm.data.sources import ImageSource, open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.logging import logger
 
 
 def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -45,13 +47,15 @@ def open_data(settings: Settings, references: int = 0) -> Any:
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
         raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
-    source = open_source(data.data_dir, values["image_size"])
+    source = open_source(data.data_dir, values["image_size"], labels=data.labels)
+    logger.log(_found(source))
     if values["class_cond"]:
         if source.num_classes is None:
             raise UserError(
                 f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
-                f"no class labels (its first image is {source.name(0)})"
+                f"no class labels: {source.no_labels}"
             )
+        _warn_of_odd_classes(source)
         if not values["num_classes"]:
             settings.replace(num_classes=source.num_classes)
         if source.num_classes > values["num_classes"]:
@@ -83,7 +87,28 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         num_workers=None if data.num_workers < 0 else data.num_workers,
         pin_memory=dist.dev().type == "cuda",
         cache_bytes=int(data.cache_gib * 2**30),
+        labels=data.labels,
     )
+
+
+def _found(source: ImageSource) -> str:
+    """What the data set holds, in one line of the log."""
+    if source.labels is None:
+        return f"{len(source)} images in {source.data_dir}, without class labels: {source.no_labels}"
+    counts = np.bincount(source.labels)
+    shown = ", ".join(f"{number}: {count}" for number, count in enumerate(counts[:10]))
+    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
+    return f"{len(source)} images in {source.data_dir}, {len(counts)} classes; images of each: {shown}{more}"
+
+
+def _warn_of_odd_classes(source: ImageSource) -> None:
+    """Labels that are probably not meant as classes train without an error; say so, with the remedy."""
+    classes = 0 if source.labels is None else len(np.unique(source.labels))
+    if classes == 1 or classes > len(source) / 2:
+        logger.warn(
+            f"{len(source)} images are in {classes} class{'es' * (classes > 1)}: classes come from a dataset.json, "
+            "from sub-folders, or from file names up to the first _ (see --labels); without any, leave out --class_cond"
+        )
 
 
 def open_stream(start: int, references: int, rank: int, world_size: int, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,12 +19,14 @@ from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
+from cm.io import storage, untrusted
 from cm.logging import logger
-from cm.networks.build import parse_channel_mult
+from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
+BEST_BYTES = 2**20                                          # the largest best.json that is read
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
 """Flags that change no weights and no meaning of them: each run chooses its own."""
@@ -38,7 +41,10 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
         one network, if another flag contradicts it, or if it leaves something open that no flag says either.
     """
-    path = settings.values[flag]
+    path = dist.on_main(weights_in, settings.values[flag], flag)
+    if path != settings.values[flag]:
+        logger.log(f"--{flag} {settings.values[flag]}: taking {path}")
+        settings.replace(**{flag: path})
     source = settings.sources[flag] = WeightsFile(path)
     kind, checkpoint = dist.on_main(look_at, path)
     if not kind:
@@ -55,6 +61,28 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     inherit_flags(settings, known, also, path)
     source.training_mode = known.get("training_mode")
     return source
+
+
+def weights_in(path: str, flag: str) -> str:
+    """The file that a run's folder stands for: its best average, else the newest; any other path as it is. One rank.
+
+    :raises UserError: for a folder without weights.
+    """
+    if storage.is_remote(path) or not os.path.isdir(path) or diffusers.is_folder(path):
+        return path
+    best = os.path.join(path, "best.json")
+    if os.path.exists(best):
+        with open(best, "rb") as file:
+            name = untrusted.parse_json(untrusted.read_file(file, BEST_BYTES)).get("file", "")
+        found = os.path.join(path, str(name))
+        if name and not untrusted.escapes(str(name)) and os.path.exists(found):
+            return found
+    checkpoint = manifest.newest(path)
+    averages = [name for name in checkpoint.names() if name.startswith("ema_")] if checkpoint else []
+    if checkpoint is None:
+        raise UserError(f"--{flag} {path} is a folder without a complete checkpoint (checkpoint_*.json) and without "
+                        "best.json: give a file of weights such as ema_0.9999_600000.pt")
+    return checkpoint.path(averages[0] if averages else "model") or path
 
 
 def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:
@@ -149,7 +177,20 @@ def _one_spelling_of_widths(settings: Settings, taken: Taken, known: Mapping[str
             settings.replace(channel_mult=spell_channel_mult(settings.values["channel_mult"], side))
 
 
-MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths)
+def _same_attention(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """Sides at which the network attends are a set, and those that never occur in it mean nothing."""
+    name = "attention_resolutions"
+    if name not in taken or not settings.is_given(name):
+        return
+    size = taken.get("image_size", settings.values["image_size"])
+    levels = len(parse_channel_mult(taken.get("channel_mult", settings.values["channel_mult"]), size))
+    sides = {size // 2**level for level in range(levels)}
+    own, theirs = (sides & set(parse_resolutions(value)) for value in (settings.values[name], taken[name]))
+    if own == theirs:
+        settings.replace(**{name: taken[name]})
+
+
+MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths, _same_attention)
 """What may differ between a checkpoint and the flags without being a contradiction."""
 
 

@@ -1,9 +1,11 @@
 """How pictures are cropped and resized."""
 
+import io
+
 import numpy as np
 from PIL import Image
 
-from cm.data.decode import centre_crop
+from cm.data.decode import centre_crop, decode
 
 
 def test_whole_factors_are_block_averages():
@@ -29,3 +31,30 @@ def test_the_centre_of_the_longer_side_is_kept():
 def test_a_picture_of_the_right_size_is_not_touched():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(centre_crop(Image.fromarray(pixels), 8), pixels)
+
+
+def png(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, **{"format": "png", **options})
+    return buffer.getvalue()
+
+
+def test_colours_under_full_transparency_do_not_show():
+    found = []
+    for hidden in ((0, 0, 0), (255, 0, 0)):
+        pixels = np.zeros((16, 16, 4), np.uint8)
+        pixels[..., :3] = hidden
+        pixels[4:12, 4:12] = 0, 0, 255, 255
+        found.append(np.asarray(decode(png(Image.fromarray(pixels)))))
+    assert (found[0] == found[1]).all()
+    assert (found[0][0, 0] == 255).all() and found[0][8, 8].tolist() == [0, 0, 255]
+
+
+def test_a_photo_is_turned_as_its_orientation_says():
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # the camera was held upright: turn by a quarter
+    photo = decode(png(Image.fromarray(pixels), exif=exif))
+    assert photo.size == (8, 16)
+    assert np.asarray(photo)[0, 0, 0] == 200 and np.asarray(photo)[-1, 0, 0] == 0

@@ -415,3 +415,23 @@ def test_a_zip_costs_no_more_than_a_folder(tmp_path):
                 source.encoded(i)
             times.append(time.process_time() - start)
     assert np.median(np.array(seconds[1]) / seconds[0]) < 1
+
+
+@pytest.mark.parametrize("rule, expected", [
+    ("auto", [0, 0, 1]), ("folders", [0, 0, 1]), ("names", [0, 0, 0]),
+])
+def test_sub_folders_are_classes_where_there_are_several(tmp_path, rule, expected):
+    for name in ("cat/img_0.png", "cat/img_1.png", "dog/img_2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert open_source(str(tmp_path), 8, labels=rule).labels.tolist() == expected
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [
+        ["cat/img_0.png", 3], ["cat/img_1.png", 4], ["dog/img_2.png", 5]
+    ]}))
+    assert open_source(str(tmp_path), 8, labels=rule).labels.tolist() == [3, 4, 5], "dataset.json wins"
+
+
+def test_folders_that_are_asked_for_and_not_there(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a_0.png")
+    source = open_source(str(tmp_path), 8, labels="folders")
+    assert source.labels is None and "not in sub-folders" in source.no_labels

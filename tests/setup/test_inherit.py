@@ -4,6 +4,7 @@ import pytest
 
 from cm.checkpoints import manifest
 from cm.errors import UserError
+from cm.setup.inherit import weights_in
 from support.nets import plain_state_dict
 from support.weights import TINY, adopt, tiny
 
@@ -23,3 +24,26 @@ def test_a_damaged_file_of_weights_is_refused_unless_it_is_not_verified(tmp_path
     with pytest.raises(UserError, match="ema_0.9_000010.pt is damaged.*--verify_weights False"):
         adopt(path)[1].take()
     adopt(path, "--verify_weights", "False")[1].take()
+
+
+def test_a_run_folder_means_its_best_average_or_else_its_newest(tmp_path):
+    save(tmp_path)
+    newest = str(tmp_path / "ema_0.9_000010.pt")
+    assert weights_in(str(tmp_path), "model_path") == newest
+    (tmp_path / "best.json").write_text('{"step": 4, "file": "best/ema_0.9_000004.pt"}')
+    assert weights_in(str(tmp_path), "model_path") == newest, "the best is gone"
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "ema_0.9_000004.pt").touch()
+    assert weights_in(str(tmp_path), "model_path") == str(tmp_path / "best/ema_0.9_000004.pt")
+    assert weights_in(newest, "model_path") == newest
+
+
+def test_a_best_that_points_out_of_the_folder_is_not_followed(tmp_path):
+    save(tmp_path)
+    (tmp_path / "best.json").write_text('{"step": 4, "file": "../../etc/passwd"}')
+    assert weights_in(str(tmp_path), "model_path") == str(tmp_path / "ema_0.9_000010.pt")
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="--model_path .* is a folder without a complete checkpoint"):
+        weights_in(str(tmp_path), "model_path")
