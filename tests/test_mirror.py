@@ -27,7 +27,6 @@ ELSEWHERE = {
     "cm/config/early_exit.py": "system/test_start_up.py",
     "cm/data/raw.py": "datasets/test_dataset_tool.py",
     "cm/generate/edit_tasks.py": "scripts/test_image_edit.py",
-    "cm/setup/inherit.py": "checkpoints/formats/test_openai.py",
     "cm/setup/model.py": "test_drop_in.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",

@@ -106,9 +106,9 @@ def test_a_run_that_forgets_something_is_another_run(images, tmp_path, monkeypat
     for directory in ("kept", "forgotten"):
         prepare(images, tmp_path / directory, stop, mode, **options).run_loop()
 
-    def forgetful(name, checkpoint):
-        content = load_part(name, checkpoint)
-        fresh = load_part(name, start)
+    def forgetful(name, checkpoint, *verify):
+        content = load_part(name, checkpoint, *verify)
+        fresh = load_part(name, start, *verify)
         if name == item:
             return fresh
         return content | {item: fresh[item]} if name == "trainer" and item in fresh else content

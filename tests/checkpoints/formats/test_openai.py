@@ -152,7 +152,7 @@ def test_a_teacher_gives_its_student_the_architecture(bare, tmp_path):
 def test_weights_are_read_once(bare, monkeypatch):
     reads = []
     load = dist.load_state_dict
-    monkeypatch.setattr(dist, "load_state_dict", lambda path: reads.append(path) or load(path))
+    monkeypatch.setattr(dist, "load_state_dict", lambda path, **more: reads.append(path) or load(path, **more))
     _, source = adopt(bare, *TOLD)
     assert source.take().keys() == tiny().state_dict().keys() and reads == [str(bare)]
     assert source.weights is None
