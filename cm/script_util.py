@@ -11,7 +11,7 @@ from typing import Any
 
 from cm.config import flags
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig
-from cm.networks.build import PUBLISHED_CLASSES, Network, create_model
+from cm.networks.build import PUBLISHED_CLASSES, Network, NetworkConfig, build_network
 from cm.objectives.curricula import Curriculum, ema_and_scales
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.setup.model import create_diffusion
@@ -35,6 +35,38 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def cm_train_defaults() -> dict[str, Any]:
     """The flags of consistency training with their defaults."""
     return {**flags.defaults_of(ConsistencyConfig), "total_training_steps": TOTAL_TRAINING_STEPS}
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0.0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+    num_classes: int = PUBLISHED_CLASSES,
+    arch: str = "unet",
+    augment_dim: int = 0,
+) -> Network:
+    """`build_network` with the arguments of openai/consistency_models.
+
+    :raises UserError: as `build_network`.
+    """
+    return build_network(NetworkConfig(
+        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
+        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
+    ))
 
 
 def create_model_and_diffusion(

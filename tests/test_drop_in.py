@@ -13,12 +13,13 @@ from cm.errors import UserError
 from cm.generate.editing import iterative_colorization, iterative_inpainting, iterative_superres
 from cm.karras_diffusion import karras_sample
 from cm.logging import logger
-from cm.networks.build import CHANNEL_MULT, create_model
+from cm.networks.build import CHANNEL_MULT
 from cm.objectives import distances
 from cm.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     cm_train_defaults,
+    create_model,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )

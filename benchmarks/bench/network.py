@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cm.networks.build import create_model, to_device
+from cm.networks.build import to_device
+from cm.script_util import create_model
 
 
 @dataclass(frozen=True)

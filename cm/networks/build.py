@@ -149,38 +149,6 @@ def _classes(config: NetworkConfig) -> int:
     return (config.num_classes or PUBLISHED_CLASSES) if config.class_cond else 0
 
 
-def create_model(
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str = "",
-    learn_sigma: bool = False,
-    class_cond: bool = False,
-    use_checkpoint: bool = False,
-    attention_resolutions: str = "16",
-    num_heads: int = 1,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    use_scale_shift_norm: bool = False,
-    dropout: float = 0.0,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-    num_classes: int = PUBLISHED_CLASSES,
-    arch: str = "unet",
-    augment_dim: int = 0,
-) -> Network:
-    """`build_network` with the arguments of openai/consistency_models.
-
-    :raises UserError: as `build_network`.
-    """
-    return build_network(NetworkConfig(
-        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
-        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
-    ))
-
-
 def to_device(model: nn.Module, device: th.device) -> nn.Module:
     """Move a network to a device, in the memory format in which its convolutions are fastest."""
     # torch's stubs lack this combination of arguments

@@ -5,7 +5,7 @@ import torch as th
 
 from cm.checkpoints import loading, manifest
 from cm.errors import UserError
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.training.state import load_part
 from support.nets import plain_state_dict
 

@@ -55,7 +55,7 @@ PROGRAM = """
     from cm.training.memory_estimate import plan
     from cm.samplers.sample import SampleOptions
     from cm.generate.engine import SamplingPlan
-    from cm.networks.build import create_model
+    from cm.script_util import create_model
     from cm.training.callbacks import AverageSampler
     from cm.training.callbacks import Evaluation
 

@@ -9,8 +9,8 @@ from cm.config.schema import SampleConfig, SeedsConfig
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rank_batches, sample_to_npz
 from cm.karras_diffusion import KarrasDenoiser
-from cm.networks.build import create_model
 from cm.samplers.sample import SampleOptions
+from cm.script_util import create_model
 from cm.setup.sample import choose_seeds
 
 

@@ -12,8 +12,8 @@ from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_scorer import Scorer
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.samplers.sample import SampleOptions
+from cm.script_util import create_model
 from support.mpi import ROOT, mpi_program
 
 OPTIONS = SampleOptions(2, "euler")

@@ -21,10 +21,11 @@ from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser, karras_sample
 from cm.logging import logger
 from cm.networks import compile as compiling
-from cm.networks.build import create_model, to_device
+from cm.networks.build import to_device
 from cm.networks.compile import compile_network
 from cm.random_util import get_generator
 from cm.samplers import SAMPLERS
+from cm.script_util import create_model
 from cm.setup import run as run_util
 from cm.setup import sample as sample_util
 from cm.train_util import CMTrainLoop

@@ -7,8 +7,8 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from cm.networks.build import create_model
 from cm.networks.fused_norm import _is_fused, norm_act
+from cm.script_util import create_model
 
 
 def by_torch(norm, x, scale, shift, silu):

@@ -10,11 +10,11 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
-from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
 from cm.objectives.distances import l2
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.samplers.euler import Euler
+from cm.script_util import create_model
 from cm.training.loop import as_batch
 from cm.types import Networks
 from support.gaussian import Gaussian, Scripted

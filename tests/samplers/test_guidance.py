@@ -24,11 +24,11 @@ from cm.diffusion.schedules import append_zero, karras_grid
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.networks.jvp import jvp
 from cm.networks.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, from_content, to_content
 from cm.samplers import SAMPLERS, integrate, make_sampler
 from cm.samplers.guidance import guided
+from cm.script_util import create_model
 from cm.setup.sample import inherit_model, png_recipe
 from cm.training.classifier import to_images
 from support.as_module import as_module

@@ -17,8 +17,7 @@ from cm.errors import UserError
 from cm.io import storage
 from cm.io.torchvision_shim import import_torchvision
 from cm.karras_diffusion import karras_sample
-from cm.networks.build import create_model
-from cm.script_util import model_and_diffusion_defaults
+from cm.script_util import create_model, model_and_diffusion_defaults
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import create_diffusion, model_from
 from support.as_module import as_module

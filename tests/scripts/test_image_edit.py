@@ -14,7 +14,7 @@ from cm.config.schema import EDIT_NAMES, EditConfig, ModelConfig
 from cm.errors import UserError
 from cm.generate.edit_tasks import TASKS
 from cm.logging import logger
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from support.as_module import as_module
 from support.command_line import overridden
 from support.mpi import mpiexec, python

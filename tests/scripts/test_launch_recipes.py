@@ -16,7 +16,7 @@ import torch as th
 import yaml
 
 from cm.config.schema import ModelConfig
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.setup import dry_run as set_up_dry_run
 from cm.setup import train as set_up
 from support.mpi import clean_environment, start

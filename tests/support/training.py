@@ -9,8 +9,8 @@ from cm.data.loader import load_data
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
+from cm.script_util import create_model
 from cm.train_util import CMTrainLoop, TrainLoop
 
 BATCH = 8

@@ -4,7 +4,7 @@ import torch as th
 
 from cm.config.flags import parse
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.setup.inherit import inherit_checkpoint
 
 TINY = dict(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="4",

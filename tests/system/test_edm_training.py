@@ -12,8 +12,8 @@ from cm.checkpoints import manifest
 from cm.data.loader import load_data
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.networks.edm import SongUNet
+from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from support import edm_pickles
 from support.mpi import mpiexec

@@ -33,8 +33,8 @@ from cm.errors import UserError
 from cm.generate import edit_tasks
 from cm.generate.score_store import open_score_store
 from cm.logging.writers import CSVOutput, JSONOutput
-from cm.networks.build import create_model
 from cm.report.run_records import read_run
+from cm.script_util import create_model
 from cm.setup.inherit import inherit_checkpoint
 from evaluations.engine.readers import BatchFile
 from support.nets import plain_state_dict

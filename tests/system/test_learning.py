@@ -9,9 +9,9 @@ from cm.data.sources import open_source
 from cm.generate.engine import SamplingPlan, draw
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.objectives.curricula import ema_and_scales
 from cm.samplers.sample import SampleOptions
+from cm.script_util import create_model
 from cm.train_util import CMTrainLoop, TrainLoop
 from evaluations.metrics.frechet import Moments, frechet_distance
 

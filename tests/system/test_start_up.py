@@ -10,7 +10,7 @@ import torch as th
 from cm.checkpoints import loading
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, collect_to_npz
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.training.throughput import resident_bytes
 from evaluations import defaults
 from evaluations.features import inception_files

@@ -17,8 +17,8 @@ from cm.generate.engine import SamplingPlan
 from cm.io import storage
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
 from cm.samplers.sample import SampleOptions
+from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
 from evaluations.evaluator import evaluate

@@ -12,7 +12,7 @@ from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from cm.training.loop import as_batch, last_step
 from cm.types import Batch

@@ -11,7 +11,7 @@ import torch as th
 from cm.data.loader import load_data
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from cm.training.profiler import TABLE, TRACE, WARM_UP, Cost, Profile, table
 from support.mpi import mpiexec

@@ -14,7 +14,7 @@ from cm.config.flags import parse
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.networks.build import create_model
+from cm.script_util import create_model
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import model_from
 from support.nets import plain_state_dict

@@ -7,8 +7,8 @@ import torch as th
 from torch.func import jvp
 
 from cm.errors import UserError
-from cm.networks.build import create_model
 from cm.networks.edm import EDM_NETWORKS, SongUNet
+from cm.script_util import create_model
 from support import slow_edm
 from support.edm_networks import TAPS, TINY, inputs, tiny
 
