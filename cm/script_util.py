@@ -15,6 +15,7 @@ from cm.networks.build import PUBLISHED_CLASSES, Network, NetworkConfig, build_n
 from cm.objectives.curricula import Curriculum, ema_and_scales
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.setup.model import create_diffusion
+from cm.unet import UNetModel
 
 __all__ = [
     "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "cm_train_defaults", "create_ema_and_scales_fn",
@@ -58,15 +59,19 @@ def create_model(
     arch: str = "unet",
     augment_dim: int = 0,
 ) -> Network:
-    """`build_network` with the arguments of openai/consistency_models.
+    """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
 
     :raises UserError: as `build_network`.
     """
-    return build_network(NetworkConfig(
+    config = NetworkConfig(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
         resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
-    ))
+    )
+    model = build_network(config, UNetModel.of)
+    if isinstance(model, UNetModel):
+        model.use_fp16 = use_fp16
+    return model
 
 
 def create_model_and_diffusion(

@@ -9,6 +9,7 @@ Shapes: N batch, C channels, T positions, h heads, d head width (C = h d).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch as th
 import torch.nn.functional as F
@@ -16,19 +17,61 @@ from torch import Tensor, nn
 
 from cm.networks.attention import AttentionBlock, qkv_attention
 from cm.networks.layers import conv_nd
-from cm.networks.unet import (
-    Downsample,
-    ResBlock,
-    TimestepBlock,
-    TimestepEmbedSequential,
-    UNetModel,
-    Upsample,
-)
+from cm.networks.unet import UNet, UNetConfig
+from cm.networks.unet_blocks import Downsample, ResBlock, TimestepBlock, TimestepEmbedSequential, Upsample
 
 __all__ = [
     "AttentionBlock", "AttentionPool2d", "Downsample", "QKVAttention", "QKVAttentionLegacy", "ResBlock",
     "TimestepBlock", "TimestepEmbedSequential", "UNetModel", "Upsample", "count_flops_attn",
 ]
+
+
+class UNetModel(UNet):
+    """`cm.networks.unet.UNet` with the arguments of openai/consistency_models, which `UNetConfig` explains.
+
+    :param use_fp16: only recorded; the trainer calls `convert_to_fp16` after it has copied the float32 master weights.
+    :param use_new_attention_order: has no effect, as in the original: the published networks always have all of q, then
+        all of k, then all of v (cm.networks.attention.qkv_attention).
+    :raises UserError: as `UNetConfig` and `UNet`.
+    """
+
+    use_fp16 = False
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Iterable[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__(UNetConfig(
+            image_size, in_channels, model_channels, out_channels, num_res_blocks, tuple(attention_resolutions),
+            dropout, channel_mult, conv_resample, dims, num_classes, use_checkpoint, num_heads, num_head_channels,
+            num_heads_upsample, use_scale_shift_norm, resblock_updown,
+        ))
+        self.use_fp16 = use_fp16
+
+    @classmethod
+    def of(cls, config: UNetConfig) -> UNetModel:
+        """The network of a configuration, as an instance of this class."""
+        model = cls.__new__(cls)
+        UNet.__init__(model, config)
+        return model
 
 
 def count_flops_attn(model: nn.Module, _x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> None:

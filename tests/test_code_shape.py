@@ -17,7 +17,6 @@ COMPATIBLE = {f"cm/{name}.py" for name in (
 
 PUBLISHED = {
     "cm/data/loader.py:load_data": "openai/consistency_models' arguments, all of them keywords, and ours after them",
-    "cm/networks/unet.py:UNetModel.__init__": "openai/consistency_models' arguments",
     "cm/networks/edm/song_unet.py:SongUNet.__init__": "EDM's arguments",
     "cm/networks/edm/dhariwal_unet.py:DhariwalUNet.__init__": "EDM's arguments",
 }

@@ -22,6 +22,7 @@ from cm.errors import UserError
 from cm.generate import editing
 from cm.logging import logger as log_of_run
 from cm.networks.attention import qkv_attention
+from cm.networks.unet import UNet, UNetConfig
 from cm.objectives.distances import DISTANCES
 from cm.random_util import DeterministicGenerator, get_generator
 from cm.samplers import Churn, integrate, make_sampler
@@ -265,6 +266,27 @@ def test_flops_of_attention():
     layer.total_ops = th.zeros(1, dtype=th.float64)
     layer.count_flops(layer, (), (th.zeros(2, 8, 4, 4),))
     assert float(layer.total_ops) == 2 * 2 * 16**2 * 8
+
+
+def test_a_network_by_the_originals_arguments():
+    th.manual_seed(0)
+    flat = unet.UNetModel(8, 3, 32, 6, 1, iter([2]), 0.25, (1, 2), False, 2, 4, True, True, 2, 16, 4, True, True, True)
+    config = UNetConfig(
+        image_size=8, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1, attention_resolutions=(2,),
+        dropout=0.25, channel_mult=(1, 2), conv_resample=False, dims=2, num_classes=4, use_checkpoint=True,
+        num_heads=2, num_head_channels=16, num_heads_upsample=4, use_scale_shift_norm=True, resblock_updown=True,
+    )
+    assert flat.config == config and flat.use_fp16
+    th.manual_seed(0)
+    structured = UNet(config)
+    assert list(flat.state_dict()) == list(structured.state_dict())
+    assert all(map(th.equal, flat.state_dict().values(), structured.state_dict().values()))
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_create_model_makes_the_originals_class(use_fp16: bool):
+    model = script_util.create_model(8, 32, 1, attention_resolutions="4", use_fp16=use_fp16)
+    assert type(model) is unet.UNetModel and model.use_fp16 is use_fp16
 
 
 # --- float32 masters, flat -------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Diffusion:
     :param weight_schedule: name of a loss weight, see WEIGHTINGS.
     :param distillation: scale as a consistency function, D(x, sigma_min) = x; otherwise scale as `precond` says.
     :param loss_norm: name of the distance between two images, for the objectives that compare images.
-    :param time_scale: the network is conditioned on time_scale ln(sigma) / 4: 1000 for UNetModel, 1 for the EDM
+    :param time_scale: the network is conditioned on time_scale ln(sigma) / 4: 1000 for UNet, 1 for the EDM
         networks. With a precond that counts steps it is the number of the step.
     :param precond: name of the scalings around the network, see PRECONDS. sigma_min and sigma_max
         are clipped to the noise levels that its networks were trained on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch as th
@@ -9,12 +10,12 @@ from torch import nn
 
 from cm.errors import UserError
 from cm.networks.edm import EDM_NETWORKS, EDMNetwork
-from cm.networks.unet import UNetModel, attention_factors
+from cm.networks.unet import UNet, UNetConfig, attention_factors
 from cm.registry import lookup
 
 PUBLISHED_CLASSES = 1000                                    # of ImageNet, unless the number is given
 
-Network = UNetModel | EDMNetwork
+Network = UNet | EDMNetwork
 
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -86,23 +87,24 @@ class NetworkConfig:
     augment_dim: int = 0
 
 
-def build_network(config: NetworkConfig) -> Network:
+def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UNet) -> Network:
     """The network of a configuration.
 
+    :param unet: makes the network of --arch unet.
     :raises UserError: if there is no such network; the message names the flag.
     """
     if config.learn_sigma:
         raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
-    return _build_unet(config) if config.arch == "unet" else _build_edm(config)
+    return unet(_unet_config(config)) if config.arch == "unet" else _build_edm(config)
 
 
-def _build_unet(config: NetworkConfig) -> UNetModel:
+def _unet_config(config: NetworkConfig) -> UNetConfig:
     widths = parse_channel_mult(config.channel_mult, config.image_size)
     factors = attention_factors(config.image_size, parse_resolutions(config.attention_resolutions))
     if config.augment_dim:
         raise UserError(f"--augment_dim {config.augment_dim}: the U-Net of --arch unet takes no augmentation labels; "
                         f"choose one of: {', '.join(EDM_NETWORKS)}")
-    return UNetModel(
+    return UNetConfig(
         image_size=config.image_size,
         in_channels=3,
         model_channels=config.num_channels,
@@ -113,13 +115,11 @@ def _build_unet(config: NetworkConfig) -> UNetModel:
         channel_mult=widths,
         num_classes=_classes(config) or None,
         use_checkpoint=config.use_checkpoint,
-        use_fp16=config.use_fp16,
         num_heads=config.num_heads,
         num_head_channels=config.num_head_channels,
         num_heads_upsample=config.num_heads_upsample,
         use_scale_shift_norm=config.use_scale_shift_norm,
         resblock_updown=config.resblock_updown,
-        use_new_attention_order=config.use_new_attention_order,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cm.diffusion.preconditioning import EDMPrecond
 from cm.errors import UserError
 from cm.networks.layers import SiLU, linear, normalization, timestep_embedding, without_autocast, zero_module
-from cm.networks.unet import LayerFactory
+from cm.networks.unet import LayerFactory, UNetConfig
 from cm.tensors import append_dims
 
 FORMAT = "noisy classifier 1"
@@ -45,16 +45,19 @@ class NoisyClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.precond = EDMPrecond()
-        widths = [int(mult * config.width) for mult in config.channel_mult]
-        emb_channels = 4 * config.width
-        make = LayerFactory(
-            emb_channels=emb_channels, dropout=0.0, dims=2, use_checkpoint=False, use_scale_shift_norm=True,
-            num_head_channels=min(32, *widths), resblock_updown=True, conv_resample=True,
+        narrowest = int(min(config.channel_mult) * config.width)
+        encoder = UNetConfig(
+            image_size=config.image_size, in_channels=3, model_channels=config.width, out_channels=config.num_classes,
+            num_res_blocks=config.depth, attention_resolutions=config.attention_factors,
+            channel_mult=config.channel_mult, num_head_channels=min(32, narrowest), use_scale_shift_norm=True,
+            resblock_updown=True,
         )
+        emb_channels = encoder.emb_channels
+        make = LayerFactory(encoder)
         self.time_embed = nn.Sequential(linear(config.width, emb_channels), SiLU(), linear(emb_channels, emb_channels))
-        self.blocks, outputs = make.encoder(3, widths, config.depth, config.attention_factors, num_heads=1)
-        self.middle = make.middle(outputs[-1], num_heads=1)
-        side = config.image_size >> len(widths) - 1
+        self.blocks, outputs = make.encoder()
+        self.middle = make.middle()
+        side = config.image_size >> len(encoder.widths) - 1
         self.out = nn.Sequential(
             normalization(outputs[-1]), SiLU(),
             nn.Conv2d(outputs[-1], outputs[-1], side, groups=outputs[-1]),      # a mean with learnt weights

@@ -1,18 +1,16 @@
 """The U-Net of Dhariwal and Nichol 2021 (arXiv 2105.05233), as the published consistency models use it.
 
-Constructor arguments and parameter names are guided-diffusion's: they are the keys of published checkpoints.
+Options and parameters have guided-diffusion's names: the latter are the keys of published checkpoints.
 
 Shapes: N batch, C channels, H and W height and width, D embedding width (4 model_channels).
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch as th
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cm.errors import UserError
@@ -21,8 +19,6 @@ from cm.networks.fused_norm import norm_act
 from cm.networks.layers import (
     GROUPS,
     SiLU,
-    avg_pool_nd,
-    checkpoint,
     conv_nd,
     linear,
     normalization,
@@ -31,216 +27,12 @@ from cm.networks.layers import (
     zero_module,
 )
 from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
-from cm.tensors import append_dims
-
-
-class TimestepBlock(nn.Module):
-    """A module whose forward takes the embedding of the time (and class) as its second argument."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N,C,...], [N,D] -> [N,C',...]"""
-
-
-class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that passes the embedding to those of its children that take one."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N,C,...], [N,D] -> [N,C',...]"""
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
-        return x
-
-
-class Upsample(nn.Module):
-    """Double height and width by repetition (depth, in 3-D, stays), optionally followed by a convolution."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.dims = dims
-        self.use_conv = use_conv
-        if use_conv:
-            self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N,C,H,W] -> [N,C',2H,2W]"""
-        factors = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
-        x = F.interpolate(x, scale_factor=factors, mode="nearest")
-        return self.conv(x) if self.use_conv else x
-
-
-class Downsample(nn.Module):
-    """Halve height and width (depth, in 3-D, stays): a strided convolution, or the mean of each 2x2 square."""
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
-        super().__init__()
-        stride = (1, 2, 2) if dims == 3 else 2
-        if use_conv:
-            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
-        else:
-            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N,C,H,W] -> [N,C',H/2,W/2]"""
-        return self.op(x)
-
-
-class ResBlock(TimestepBlock):
-    """A residual block conditioned on the time: norm, SiLU, conv, then norm with the embedding, SiLU, dropout, conv.
-
-    :param channels: width of the input.
-    :param emb_channels: D, width of the embedding.
-    :param out_channels: width of the output, by default `channels`.
-    :param use_conv: change the width on the skip path with a 3x3 convolution instead of 1x1.
-    :param use_scale_shift_norm: the embedding scales and shifts the second norm's output; otherwise it is added
-        before that norm.
-    :param up, down: double or halve height and width, on both paths, before the first convolution.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        use_conv: bool = False,
-        use_scale_shift_norm: bool = False,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        up: bool = False,
-        down: bool = False,
-    ) -> None:
-        super().__init__()
-        out_channels = out_channels or channels
-        self.use_checkpoint = use_checkpoint
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
-            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
-        )
-        self.resample: nn.Module | None = None
-        if up:
-            self.resample = Upsample(channels, False, dims)
-        elif down:
-            self.resample = Downsample(channels, False, dims)
-        self.emb_layers = nn.Sequential(
-            SiLU(), linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
-        )
-        self.out_layers = nn.Sequential(
-            normalization(out_channels),
-            SiLU(),
-            nn.Dropout(p=dropout),
-            zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
-        )
-        if out_channels == channels:
-            self.skip_connection: nn.Module = nn.Identity()
-        elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
-        else:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N,C,H,W], [N,D] -> [N,out_channels,H',W']"""
-        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
-
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm_in, _, conv_in = self.in_layers
-        assert isinstance(norm_in, nn.GroupNorm)
-        h = norm_act(norm_in, x)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = conv_in(h)
-        emb_out = self.emb_layers(emb).to(h.dtype)                  # [N,C], or [N,2C]: scale, then shift
-        norm_out, _, dropout, conv_out = self.out_layers
-        assert isinstance(norm_out, nn.GroupNorm)
-        if self.use_scale_shift_norm:
-            h = norm_act(norm_out, h, *emb_out.chunk(2, dim=1))
-        else:
-            h = norm_act(norm_out, h + append_dims(emb_out, h.ndim))
-        return self.skip_connection(x) + conv_out(dropout(h))
+from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 
 
 @dataclass(frozen=True)
-class LayerFactory:
-    """Makes the layers of one network from their common options, see UNetModel."""
-
-    emb_channels: int
-    dropout: float
-    dims: int
-    use_checkpoint: bool
-    use_scale_shift_norm: bool
-    num_head_channels: int
-    resblock_updown: bool
-    conv_resample: bool
-
-    def block(self, channels: int, width: int, up: bool = False, down: bool = False) -> ResBlock:
-        """A residual block of this width; `up` or `down` changes the level."""
-        return ResBlock(
-            channels, self.emb_channels, self.dropout, width, dims=self.dims, use_checkpoint=self.use_checkpoint,
-            use_scale_shift_norm=self.use_scale_shift_norm, up=up, down=down,
-        )
-
-    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
-        """An attention layer; num_head_channels, if it is not -1, has precedence over num_heads."""
-        return AttentionBlock(channels, num_heads, self.num_head_channels, self.use_checkpoint, self.dims)
-
-    def downsampling(self, channels: int) -> nn.Module:
-        """The layer from a level to the next one on the way down."""
-        if self.resblock_updown:
-            return self.block(channels, channels, down=True)
-        return Downsample(channels, self.conv_resample, self.dims)
-
-    def upsampling(self, channels: int) -> nn.Module:
-        """The layer from a level to the next one on the way up."""
-        if self.resblock_updown:
-            return self.block(channels, channels, up=True)
-        return Upsample(channels, self.conv_resample, self.dims)
-
-    def encoder(
-        self, in_channels: int, widths: Sequence[int], num_res_blocks: int, factors: Container[int], num_heads: int
-    ) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks of the way down, and the width of the output of each; attention at the downsampling `factors`."""
-        first = conv_nd(self.dims, in_channels, widths[0], 3, padding=1)
-        blocks = nn.ModuleList([TimestepEmbedSequential(first)])
-        outputs = [widths[0]]
-        for level, width in enumerate(widths):
-            if level:
-                blocks.append(TimestepEmbedSequential(self.downsampling(outputs[-1])))
-                outputs.append(outputs[-1])
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [self.block(outputs[-1], width)]
-                if 2**level in factors:
-                    layers.append(self.attention(width, num_heads))
-                blocks.append(TimestepEmbedSequential(*layers))
-                outputs.append(width)
-        return blocks, outputs
-
-    def middle(self, channels: int, num_heads: int) -> TimestepEmbedSequential:
-        """The blocks at the lowest resolution: residual, attention, residual."""
-        return TimestepEmbedSequential(
-            self.block(channels, channels), self.attention(channels, num_heads), self.block(channels, channels)
-        )
-
-    def decoder(
-        self, skips: Sequence[int], widths: Sequence[int], num_res_blocks: int, factors: Container[int], num_heads: int
-    ) -> nn.ModuleList:
-        """The blocks of the way up; each also reads an output of the encoder of the same size, the last one first."""
-        waiting = list(skips)
-        channels = waiting[-1]
-        blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers: list[nn.Module] = [self.block(channels + waiting.pop(), width)]
-                channels = width
-                if 2**level in factors:
-                    layers.append(self.attention(width, num_heads))
-                if level and i == num_res_blocks:
-                    layers.append(self.upsampling(width))
-                blocks.append(TimestepEmbedSequential(*layers))
-        return blocks
-
-
-class UNetModel(nn.Module):
-    """A U-Net with attention and a time (and class) embedding.
+class UNetConfig:
+    """What a U-Net is built from, by guided-diffusion's names.
 
     :param image_size: side of the training images; other sizes work too if they can be halved as often.
     :param in_channels: channels of the input.
@@ -255,73 +47,159 @@ class UNetModel(nn.Module):
     :param dims: 1, 2 or 3 dimensional signals.
     :param num_classes: makes the network class-conditional.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
-    :param use_fp16: only recorded; the trainer calls `convert_to_fp16` after it has copied the float32 master weights.
     :param num_heads: attention heads per layer, if `num_head_channels` is -1.
     :param num_head_channels: width of a head; -1 uses `num_heads` instead.
     :param num_heads_upsample: number of heads on the way up, if not `num_heads`; no effect with num_head_channels.
     :param use_scale_shift_norm: see ResBlock.
     :param resblock_updown: residual blocks change the level.
-    :param use_new_attention_order: has no effect, as in the original: the published networks always have all of q, then
-        all of k, then all of v (cm.networks.attention.qkv_attention).
-    :raises UserError: for widths that are no multiple of 32, heads that do not divide them, factors that are no power
-        of two, images that cannot be halved often enough.
+    :raises UserError: for widths that are no multiple of 32, factors that are no power of two.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Iterable[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ) -> None:
+    image_size: int
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: Collection[int]
+    dropout: float = 0
+    channel_mult: Sequence[float] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    num_classes: int | None = None
+    use_checkpoint: bool = False
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+
+    def __post_init__(self) -> None:
+        _check_widths(self.widths, self.model_channels, self.channel_mult)
+        _check_factors(self.attention_resolutions)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the embedding of time and class."""
+        return 4 * self.model_channels
+
+
+@dataclass(frozen=True)
+class LayerFactory:
+    """Makes the layers of one network from their common options."""
+
+    config: UNetConfig
+
+    def block(self, channels: int, width: int, up: bool = False, down: bool = False) -> ResBlock:
+        """A residual block of this width; `up` or `down` changes the level."""
+        c = self.config
+        return ResBlock(
+            channels, c.emb_channels, c.dropout, width, dims=c.dims, use_checkpoint=c.use_checkpoint,
+            use_scale_shift_norm=c.use_scale_shift_norm, up=up, down=down,
+        )
+
+    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
+        """An attention layer; num_head_channels, if it is not -1, has precedence over num_heads."""
+        c = self.config
+        return AttentionBlock(channels, num_heads, c.num_head_channels, c.use_checkpoint, c.dims)
+
+    def downsampling(self, channels: int) -> nn.Module:
+        """The layer from a level to the next one on the way down."""
+        if self.config.resblock_updown:
+            return self.block(channels, channels, down=True)
+        return Downsample(channels, self.config.conv_resample, self.config.dims)
+
+    def upsampling(self, channels: int) -> nn.Module:
+        """The layer from a level to the next one on the way up."""
+        if self.config.resblock_updown:
+            return self.block(channels, channels, up=True)
+        return Upsample(channels, self.config.conv_resample, self.config.dims)
+
+    def blocks(self, channels: int, level: int, num_heads: int) -> list[nn.Module]:
+        """A residual block of a level, and attention where the configuration asks for it."""
+        width = self.config.widths[level]
+        layers: list[nn.Module] = [self.block(channels, width)]
+        if 2**level in self.config.attention_resolutions:
+            layers.append(self.attention(width, num_heads))
+        return layers
+
+    def encoder(self) -> tuple[nn.ModuleList, list[int]]:
+        """The blocks of the way down, and the width of the output of each."""
+        c = self.config
+        first = conv_nd(c.dims, c.in_channels, c.widths[0], 3, padding=1)
+        blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        outputs = [c.widths[0]]
+        for level, width in enumerate(c.widths):
+            if level:
+                blocks.append(TimestepEmbedSequential(self.downsampling(outputs[-1])))
+                outputs.append(outputs[-1])
+            for _ in range(c.num_res_blocks):
+                blocks.append(TimestepEmbedSequential(*self.blocks(outputs[-1], level, c.num_heads)))
+                outputs.append(width)
+        return blocks, outputs
+
+    def middle(self) -> TimestepEmbedSequential:
+        """The blocks at the lowest resolution: residual, attention, residual."""
+        channels = self.config.widths[-1]
+        return TimestepEmbedSequential(
+            self.block(channels, channels), self.attention(channels, self.config.num_heads),
+            self.block(channels, channels),
+        )
+
+    def decoder(self, skips: Sequence[int]) -> nn.ModuleList:
+        """The blocks of the way up; each also reads an output of the encoder of the same size, the last one first."""
+        c = self.config
+        num_heads = c.num_heads if c.num_heads_upsample == -1 else c.num_heads_upsample
+        waiting = list(skips)
+        channels = waiting[-1]
+        blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(c.widths))):
+            for i in range(c.num_res_blocks + 1):
+                layers = self.blocks(channels + waiting.pop(), level, num_heads)
+                channels = width
+                if level and i == c.num_res_blocks:
+                    layers.append(self.upsampling(width))
+                blocks.append(TimestepEmbedSequential(*layers))
+        return blocks
+
+
+class UNet(nn.Module):
+    """A U-Net with attention and a time (and class) embedding.
+
+    :param config: what it is built from.
+    :raises UserError: for heads that do not divide the widths, images that cannot be halved often enough.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
-        self.use_fp16 = use_fp16
-        self.dims = dims
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        self.shrinkage = 2 ** (len(widths) - 1)         # from the first level to the last
-        attention = set(attention_resolutions)
-        _check_widths(widths, model_channels, channel_mult)
-        _check_factors(attention)
-        self._check_size((image_size,))
+        self.config = config
+        self.image_size = config.image_size
+        self.in_channels = config.in_channels
+        self.model_channels = config.model_channels
+        self.out_channels = config.out_channels
+        self.num_classes = config.num_classes
+        self.dims = config.dims
+        self.shrinkage = 2 ** (len(config.widths) - 1)          # from the first level to the last
+        self._check_size((config.image_size,))
 
-        emb_channels = 4 * model_channels
+        emb_channels = config.emb_channels
         self.time_embed = nn.Sequential(
-            linear(model_channels, emb_channels), SiLU(), linear(emb_channels, emb_channels)
+            linear(config.model_channels, emb_channels), SiLU(), linear(emb_channels, emb_channels)
         )
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
 
-        make = LayerFactory(
-            emb_channels=emb_channels, dropout=dropout, dims=dims, use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm, num_head_channels=num_head_channels,
-            resblock_updown=resblock_updown, conv_resample=conv_resample,
-        )
-        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        self.input_blocks, skip_widths = make.encoder(in_channels, widths, num_res_blocks, attention, num_heads)
-        self.middle_block = make.middle(widths[-1], num_heads)
-        self.output_blocks = make.decoder(skip_widths, widths, num_res_blocks, attention, heads_up)
+        make = LayerFactory(config)
+        self.input_blocks, skip_widths = make.encoder()
+        self.middle_block = make.middle()
+        self.output_blocks = make.decoder(skip_widths)
+        width = config.widths[0]
         self.out = nn.Sequential(
-            normalization(widths[0]), SiLU(), zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1))
+            normalization(width), SiLU(), zero_module(conv_nd(config.dims, width, config.out_channels, 3, padding=1))
         )
 
     @property
@@ -400,7 +278,7 @@ class UNetModel(nn.Module):
 
 
 def attention_factors(image_size: int, resolutions: Iterable[int], levels: int | None = None) -> tuple[int, ...]:
-    """Downsampling factors for `UNetModel` from the resolutions at which attention takes place: 16, 8 at 32 -> 2, 4.
+    """Downsampling factors for `UNetConfig` from the resolutions at which attention takes place: 16, 8 at 32 -> 2, 4.
 
     :param levels: number of levels of the network; resolutions below the last one are then errors, too.
     :raises UserError: for a resolution that halving the image never reaches; the message lists those it does.

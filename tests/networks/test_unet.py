@@ -8,7 +8,8 @@ from torch import nn
 from torch.func import jvp
 
 from cm.networks.attention import AttentionBlock
-from cm.networks.unet import Downsample, ResBlock, TimestepEmbedSequential, UNetModel, Upsample, attention_factors
+from cm.networks.unet import UNet, UNetConfig, attention_factors
+from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 from support import golden
 
 IMAGENET64 = dict(
@@ -27,10 +28,10 @@ TINY = dict(
 )
 
 
-def tiny(**changes) -> UNetModel:
+def tiny(**changes) -> UNet:
     """A small network without zero-initialised layers, so that every parameter matters."""
     th.manual_seed(0)
-    model = UNetModel(**{**TINY, **changes})
+    model = UNet(UNetConfig(**{**TINY, **changes}))
     with th.no_grad():
         for p in model.parameters():
             if not p.any():
@@ -44,7 +45,7 @@ def inputs(n: int = 2, side: int = 8, dtype: th.dtype = th.float32) -> tuple[th.
     return x, 250 * th.linspace(-3, 4, n, dtype=dtype)
 
 
-def golden_difference(model: UNetModel, case: str, **to) -> float:
+def golden_difference(model: UNet, case: str, **to) -> float:
     x, timesteps, y, out = (golden.tensor(f"{case}/{name}") for name in ("x", "timesteps", "y", "out"))
     with th.no_grad():
         return (model(x.to(**to), timesteps, y) - out).abs().max().item()
@@ -92,7 +93,7 @@ def test_num_heads_upsample_acts_on_the_way_up_only():
 
 def test_imagenet64_has_the_published_keys():
     with th.device("meta"):
-        model = UNetModel(**IMAGENET64)
+        model = UNet(UNetConfig(**IMAGENET64))
     published = json.loads((golden.DATA / "unet_keys_imagenet64.json").read_text())
     assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == published
     assert sum(p.numel() for p in model.parameters()) == 295_899_267
@@ -100,7 +101,7 @@ def test_imagenet64_has_the_published_keys():
 
 def test_lsun256_has_the_published_size():
     with th.device("meta"):
-        model = UNetModel(**LSUN256)
+        model = UNet(UNetConfig(**LSUN256))
     assert len(model.state_dict()) == 566
     assert sum(p.numel() for p in model.parameters()) == 526_304_771
 
@@ -154,7 +155,7 @@ def test_a_fraction_as_multiplier():
 
 
 def test_a_new_network_is_zero_and_its_blocks_are_the_identity():
-    assert not UNetModel(**TINY)(*inputs()).any()
+    assert not UNet(UNetConfig(**TINY))(*inputs()).any()
     x, emb = th.randn(2, 32, 4, 4), th.randn(2, 16)
     assert th.equal(ResBlock(32, 16, dropout=0.0)(x, emb), x)
 
@@ -310,7 +311,7 @@ def test_output_has_the_dtype_of_the_input():
 ])
 def test_impossible_networks(changes, message):
     with pytest.raises(ValueError, match=message):
-        UNetModel(**{**TINY, **changes})
+        UNet(UNetConfig(**{**TINY, **changes}))
 
 
 def test_inputs_that_do_not_fit():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from cm.networks.unet import UNetModel, attention_factors
+from cm.networks.unet import UNet, UNetConfig, attention_factors
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -77,7 +77,7 @@ def config() -> dict:
     return from_json("config_json")
 
 
-def build(which: str | None = "model", **changes) -> UNetModel:
+def build(which: str | None = "model", **changes) -> UNet:
     """The golden network in evaluation mode, with the weights `which` (None: fresh) and constructor `changes`."""
     c = config()
     options = dict(
@@ -95,7 +95,7 @@ def build(which: str | None = "model", **changes) -> UNetModel:
         use_scale_shift_norm=c["use_scale_shift_norm"],
         resblock_updown=c["resblock_updown"],
     )
-    model = UNetModel(**{**options, **changes}).eval()
+    model = UNet(UNetConfig(**{**options, **changes})).eval()
     if which is not None:
         model.load_state_dict(state(which))
     return model

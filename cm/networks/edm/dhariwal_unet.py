@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 class DhariwalUNet(EDMNetwork):
-    """UNetModel with residual resampling and scale-shift norm, under other parameter names.
+    """UNet with residual resampling and scale-shift norm, under other parameter names.
 
     :param img_resolution, in_channels, label_dim, augment_dim: see EDMNetwork.
     :param out_channels: channels of the output.

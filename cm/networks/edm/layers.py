@@ -154,7 +154,7 @@ class BlockOptions:
     :param skip_scale: factor of every sum of two paths.
     :param resample_proj: a change of resolution has a 1x1 convolution on the skip path even at equal width.
     :param taps: weights of the resampling filter.
-    :param num_heads, num_head_channels: of attention, as in UNetModel.
+    :param num_heads, num_head_channels: of attention, as in UNetConfig.
     :param init, init_zero, init_attention: of most layers, of the last on each path, of q, k and v.
     """
 

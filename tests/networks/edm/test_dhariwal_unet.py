@@ -2,7 +2,7 @@
 
 import torch as th
 
-from cm.networks.unet import UNetModel
+from cm.networks.unet import UNet, UNetConfig
 from support.edm_networks import inputs, tiny
 
 # --- against guided-diffusion's U-Net --------------------------------------------------------------------------------
@@ -14,7 +14,7 @@ ATTENTION_NAMES = {"norm2": "norm", "qkv": "qkv", "proj": "proj_out"}
 
 
 def guided_names(adm, guided):
-    """The weights of a DhariwalUNet under the names of a UNetModel, found by walking both in order."""
+    """The weights of a DhariwalUNet under the names of a UNet, found by walking both in order."""
     blocks = [(f"enc.{key}", f"input_blocks.{i}.0") for i, key in enumerate(adm.enc)]
     attentions = {f"enc.{key}": f"input_blocks.{i}.1" for i, key in enumerate(adm.enc)}
     at = -1
@@ -50,10 +50,10 @@ def guided_names(adm, guided):
 def test_adm_is_guided_diffusions_unet():
     """The same function, time by time and class by class, though written from another description of it."""
     adm = tiny("adm", model_channels=128, channel_mult=(1, 2), channels_per_head=64, augment_dim=0)
-    guided = UNetModel(
+    guided = UNet(UNetConfig(
         image_size=8, in_channels=3, model_channels=128, out_channels=3, num_res_blocks=2, attention_resolutions=(2,),
         channel_mult=(1, 2), num_classes=5, num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
-    )
+    ))
     guided.load_state_dict(guided_names(adm, guided))
     x, t, y, _ = inputs("adm", n=4)
     th.testing.assert_close(adm(x, t, y), guided(x, t, y), rtol=2e-5, atol=2e-5)
