@@ -12,7 +12,7 @@ from typing import Any
 from cm.config import flags
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig
 from cm.networks.build import PUBLISHED_CLASSES, Network, NetworkConfig, build_network
-from cm.objectives.curricula import Curriculum, ema_and_scales
+from cm.objectives.curricula import ema_and_scales
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.setup.model import create_diffusion
 from cm.unet import UNetModel
@@ -121,22 +121,8 @@ def create_model_and_diffusion(
     return model, diffusion
 
 
-def create_ema_and_scales_fn(
-    target_ema_mode: str,
-    start_ema: float,
-    scale_mode: str,
-    start_scales: int,
-    end_scales: int,
-    total_steps: int,
-    distill_steps_per_iter: int,
-) -> Curriculum:
-    """A function from the step to (target decay rate, number of noise levels); see `ema_and_scales`.
-
-    :raises UserError: for modes that are unknown or do not go together, and values that they cannot use.
-    """
-    return ema_and_scales(
-        target_ema_mode, start_ema, scale_mode, start_scales, end_scales, total_steps, distill_steps_per_iter
-    )
+create_ema_and_scales_fn = ema_and_scales
+"""The curriculum of a run: a function from the step to (target decay rate, number of noise levels)."""
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:

@@ -17,8 +17,6 @@ COMPATIBLE = {f"cm/{name}.py" for name in (
 
 PUBLISHED = {
     "cm/data/loader.py:load_data": "openai/consistency_models' arguments, all of them keywords, and ours after them",
-    "cm/networks/edm/song_unet.py:SongUNet.__init__": "EDM's arguments",
-    "cm/networks/edm/dhariwal_unet.py:DhariwalUNet.__init__": "EDM's arguments",
 }
 """Functions that keep a published list of arguments, and whose it is. They may have many arguments, not many lines."""
 

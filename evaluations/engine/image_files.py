@@ -21,10 +21,10 @@ from evaluations.engine.readers import BatchFile
 CHUNK = 64                                                  # images read at once from an npz
 
 
-class Pictures(Protocol):
+class SizedImages(Protocol):
     """N images of one size."""
 
-    path: str
+    path: str                                               # what messages call the set
 
     def __len__(self) -> int: ...
 
@@ -39,8 +39,12 @@ class Pictures(Protocol):
         ...
 
     def name(self, i: int) -> str:
-        """What messages call image i."""
+        """What messages call image i of the set."""
         ...
+
+
+class Pictures(SizedImages, Protocol):
+    """Images that can be read in any sorted choice."""
 
     def take(self, groups: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
         """The images [B,H,W,3] of each group of indices [B], which ascend within and over the groups.

@@ -13,33 +13,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluations.engine.image_files import Pictures
+from evaluations.engine.image_files import Pictures, SizedImages
 from evaluations.metrics.points import Ranks
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
 FIRST = 2                                                   # images that an extractor is tried on
 
 
-class Images(Protocol):
-    """N images of one size."""
-
-    path: str                                               # what messages call the set
-
-    def __len__(self) -> int: ...
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        ...
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Class labels [N], or None."""
-        ...
-
-    def name(self, i: int) -> str:
-        """What messages call image i of the set."""
-        ...
+class Images(SizedImages, Protocol):
+    """Images that a rank reads its share of."""
 
     def expected(self, batch_size: int, ranks: Ranks) -> int:
         """How many images this rank's share has, at most; 0 where that is not known."""

@@ -86,9 +86,9 @@ def persistent(module, source, **attributes):
     return Persistent(CLASSES.get(name, name), module_state(module, source, **attributes), source)
 
 
-def net_of(model, kwargs, precond="EDMPrecond", source="", **attributes):
+def net_of(model, kwargs, precond="EDMPrecond", source="", args=(), **attributes):
     """A preconditioning around a network of this toolkit, which has EDM's names."""
-    inner = persistent(model, source, _init_args=(), _init_kwargs=kwargs)
+    inner = persistent(model, source, _init_args=args, _init_kwargs=kwargs)
     constants = {
         "EDMPrecond": {"sigma_min": 0, "sigma_max": float("inf"), "sigma_data": 0.5},
         "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "sigma_min": 0.001},

@@ -8,7 +8,7 @@ of the network.
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import io
 import mmap
 import pickle
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from cm.errors import UserError
-from cm.networks.edm import SONG, DhariwalUNet, SongUNet
+from cm.networks.edm import SONG, DhariwalConfig, SongConfig
 from cm.registry import lookup
 
 PERSISTENT_VERSION = 6
@@ -190,7 +190,7 @@ PRECOND_CLASSES = {
     "VEPrecond": Preconditioning("ve", {"sigma_min": 0.02, "sigma_max": 100}),
     "iDDPMPrecond": Preconditioning("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-NETWORK_CLASSES = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+NETWORK_CONFIGS = {"SongUNet": SongConfig, "DhariwalUNet": DhariwalConfig}
 NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments that change no image
 # Arguments with one legal value each, where a network has them.
 FIXED = {"channel_mult_emb": 4, "in_channels": 3, "decoder_type": "standard"}
@@ -233,13 +233,15 @@ def _convert(net: Record, source: str) -> EDMNet:
 
 
 def _arguments_of(model: Record, source: str) -> dict[str, Any]:
-    """What the network was made with; EDM's defaults are those of the classes here."""
-    kind = lookup(NETWORK_CLASSES, model.class_name, f"network in {source}")
-    known = inspect.signature(kind).parameters
-    defaults = {name: parameter.default for name, parameter in known.items()}
-    given = dict(zip(known, model.state.get("_init_args") or ())) | dict(model.state.get("_init_kwargs") or {})
-    strange = [name for name in given if name not in (*known, *NOT_FOR_SAMPLING, *FIXED)]
-    missing = [name for name, value in (defaults | given).items() if value is inspect.Parameter.empty]
+    """What the network was made with; EDM's defaults are those of the configurations here."""
+    known = dataclasses.fields(lookup(NETWORK_CONFIGS, model.class_name, f"network in {source}"))
+    defaults = {field.name: field.default for field in known}
+    in_order = [field.name for field in known if not field.kw_only]
+    positional = tuple(model.state.get("_init_args") or ())
+    given = dict(zip(in_order, positional)) | dict(model.state.get("_init_kwargs") or {})
+    strange = [name for name in given if name not in (*defaults, *NOT_FOR_SAMPLING, *FIXED)]
+    strange += [f"number {number}" for number in range(len(in_order), len(positional))]
+    missing = [name for name, value in (defaults | given).items() if value is dataclasses.MISSING]
     if strange or missing:
         raise UserError(f"{source} holds a {model.class_name} of another kind than EDM's: "
                         f"unknown arguments {strange}, missing {missing}")

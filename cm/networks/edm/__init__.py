@@ -1,17 +1,21 @@
 """The networks of Karras et al. 2022 (EDM, arXiv 2206.00364), by their names in --arch.
 
-The constructors have EDM's argument names; SONG holds the differences of the two variants of SongUNet.
+Their configurations have EDM's argument names; SONG holds the differences of the two variants of SongUNet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from cm.networks.edm.base import EDMNetwork
-from cm.networks.edm.dhariwal_unet import DhariwalUNet
-from cm.networks.edm.song_unet import SongUNet
+from cm.networks.edm.base import EDMConfig, EDMNetwork
+from cm.networks.edm.dhariwal_unet import DhariwalConfig, DhariwalUNet
+from cm.networks.edm.song_unet import SongConfig, SongUNet
 
-__all__ = ["EDM_NETWORKS", "SONG", "DhariwalUNet", "EDMNetwork", "SongUNet"]
+__all__ = [
+    "EDM_NETWORKS", "SONG", "DhariwalConfig", "DhariwalUNet", "EDMConfig", "EDMNetwork", "SongConfig", "SongUNet",
+]
 
 SONG = {
     "ddpmpp": {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
@@ -20,4 +24,16 @@ SONG = {
                "resample_filter": (1, 3, 3, 1)},
 }
 
-EDM_NETWORKS = {name: partial(SongUNet, **options) for name, options in SONG.items()} | {"adm": DhariwalUNet}
+
+def _song(**fields: Any) -> SongUNet:
+    return SongUNet(SongConfig(**fields))
+
+
+def _dhariwal(**fields: Any) -> DhariwalUNet:
+    return DhariwalUNet(DhariwalConfig(**fields))
+
+
+EDM_NETWORKS: dict[str, Callable[..., EDMNetwork]] = {
+    **{name: partial(_song, **options) for name, options in SONG.items()}, "adm": _dhariwal,
+}
+"""Functions that make a network from the fields of its configuration."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch as th
 import torch.nn.functional as F
@@ -19,42 +20,69 @@ from cm.networks.layers import SiLU, without_autocast
 from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
 
 
+@dataclass(frozen=True)
+class EDMConfig:
+    """What the networks are built from, by EDM's names and in EDM's order.
+
+    :param img_resolution: side of the images.
+    :param in_channels, out_channels: channels of input and output.
+    :param label_dim: number of classes, 0 for none.
+    :param augment_dim: length of the augmentation labels, 0 for none.
+    :param model_channels: base width; level l is int(channel_mult[l] * model_channels) wide.
+    :param channel_mult: one multiplier per level; the image halves between levels.
+    :param channel_mult_emb: width of the embedding over the base width.
+    :param num_blocks: residual blocks per level (one more on the way up).
+    :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
+    :param dropout: probability, inside the residual blocks.
+    :param use_checkpoint: recompute activations in the backward pass, to save memory.
+    """
+
+    img_resolution: int
+    in_channels: int
+    out_channels: int
+    label_dim: int = 0
+    augment_dim: int = 0
+    model_channels: int = 128
+    channel_mult: Sequence[float] = (1, 2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: Collection[int] = (16,)
+    dropout: float = 0.10
+    use_checkpoint: bool = field(default=False, kw_only=True)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the embedding."""
+        return self.model_channels * self.channel_mult_emb
+
+
 class EDMNetwork(nn.Module):
     """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
 
-    :param img_resolution: side of the images.
-    :param in_channels: channels of the input.
-    :param label_dim: number of classes, 0 for none.
-    :param augment_dim: length of the augmentation labels, 0 for none.
-    :param widths: channels of each level; the image halves between levels.
-    :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
     :raises UserError: for images that cannot be halved often enough.
     """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
 
-    def __init__(
-        self,
-        img_resolution: int,
-        in_channels: int,
-        label_dim: int,
-        augment_dim: int,
-        widths: Sequence[int],
-        attn_resolutions: Collection[int],
-    ) -> None:
+    def __init__(self, config: EDMConfig) -> None:
         super().__init__()
-        self.img_resolution, self.in_channels = img_resolution, in_channels
-        self.label_dim, self.augment_dim = label_dim, augment_dim
-        self.widths, self.attn_resolutions = list(widths), set(attn_resolutions)
+        self.config = config
+        self.img_resolution, self.in_channels = config.img_resolution, config.in_channels
+        self.label_dim, self.augment_dim = config.label_dim, config.augment_dim
         self.act = SiLU()
-        self.shrinkage = 2 ** (len(widths) - 1)
-        self._check_side(img_resolution)
+        self.shrinkage = 2 ** (len(config.widths) - 1)
+        self._check_side(config.img_resolution)
 
     # --- building ----------------------------------------------------------------------------------------------------
 
     def encoder(
-        self, first: int, num_blocks: int, options: BlockOptions, residual: Callable[[int, int], ConvDown] | None = None
+        self, first: int, options: BlockOptions, residual: Callable[[int, int], ConvDown] | None = None
     ) -> nn.ModuleDict:
         """The layers of the way down.
 
@@ -63,7 +91,7 @@ class EDMNetwork(nn.Module):
         """
         layers = nn.ModuleDict()
         channels, image_channels = first, self.in_channels
-        for level, width in enumerate(self.widths):
+        for level, width in enumerate(self.config.widths):
             side = self.img_resolution >> level
             if level == 0:
                 layers[f"{side}x{side}_conv"] = options.init(Conv(self.in_channels, first, 3))
@@ -72,26 +100,27 @@ class EDMNetwork(nn.Module):
                 if residual is not None:
                     layers[f"{side}x{side}_aux_residual"] = residual(image_channels, channels)
                     image_channels = channels
-            for i in range(num_blocks):
-                attention = side in self.attn_resolutions
+            for i in range(self.config.num_blocks):
+                attention = side in self.config.attn_resolutions
                 layers[f"{side}x{side}_block{i}"] = UNetBlock(channels, width, options, attention=attention)
                 channels = width
         return layers
 
-    def decoder(self, num_blocks: int, options: BlockOptions, attends_often: bool) -> nn.ModuleDict:
+    def decoder(self, options: BlockOptions, attends_often: bool) -> nn.ModuleDict:
         """The layers of the way up from `enc`; attention in the last block of a level, or in all if `attends_often`."""
         skips = [layer.out_channels for layer in self.enc.values() if isinstance(layer, (Conv, UNetBlock))]
         channels = skips[-1]
         layers = nn.ModuleDict()
-        for level, width in reversed(list(enumerate(self.widths))):
+        for level, width in reversed(list(enumerate(self.config.widths))):
             side = self.img_resolution >> level
-            if level == len(self.widths) - 1:
+            attends = side in self.config.attn_resolutions
+            if level == len(self.config.widths) - 1:
                 layers[f"{side}x{side}_in0"] = UNetBlock(channels, channels, options, attention=True)
                 layers[f"{side}x{side}_in1"] = UNetBlock(channels, channels, options)
             else:
                 layers[f"{side}x{side}_up"] = UNetBlock(channels, channels, options, "up")
-            for i in range(num_blocks + 1):
-                attention = side in self.attn_resolutions and (attends_often or i == num_blocks)
+            for i in range(self.config.num_blocks + 1):
+                attention = attends and (attends_often or i == self.config.num_blocks)
                 layers[f"{side}x{side}_block{i}"] = UNetBlock(
                     channels + skips.pop(), width, options, attention=attention
                 )
@@ -175,8 +204,8 @@ class EDMNetwork(nn.Module):
 
     def _check_side(self, side: int) -> None:
         if side < self.shrinkage or side % self.shrinkage:
-            raise UserError(f"images of side {side} cannot be halved between the {len(self.widths)} levels of the "
-                            f"network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
+            raise UserError(f"images of side {side} cannot be halved between the {len(self.config.widths)} levels of "
+                            f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
 
     # --- precision ---------------------------------------------------------------------------------------------------
 

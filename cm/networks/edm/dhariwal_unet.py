@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from cm.networks.edm.base import EDMNetwork
+from cm.networks.edm.base import EDMConfig, EDMNetwork
 from cm.networks.edm.layers import BlockOptions, Conv, Init, group_norm
 from cm.networks.fused_norm import norm_act
 from cm.networks.layers import timestep_embedding
@@ -17,46 +18,33 @@ from cm.networks.layers import timestep_embedding
 EPS = 1e-5
 
 
-class DhariwalUNet(EDMNetwork):
-    """UNet with residual resampling and scale-shift norm, under other parameter names.
+@dataclass(frozen=True)
+class DhariwalConfig(EDMConfig):
+    """EDMConfig with this network's defaults.
 
-    :param img_resolution, in_channels, label_dim, augment_dim: see EDMNetwork.
-    :param out_channels: channels of the output.
-    :param model_channels: base width; level l is int(channel_mult[l] * model_channels) wide.
-    :param channel_mult_emb: width of the embedding over the base width.
-    :param num_blocks: residual blocks per level (one more on the way up).
-    :param attn_resolutions: sides of the images at which attention takes place.
-    :param dropout: probability, inside the residual blocks.
     :param channels_per_head: width of an attention head.
-    :param use_checkpoint: recompute activations in the backward pass, to save memory.
     """
 
-    def __init__(
-        self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 192,
-        channel_mult: Sequence[float] = (1, 2, 3, 4),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 3,
-        attn_resolutions: Collection[int] = (32, 16, 8),
-        dropout: float = 0.10,
-        channels_per_head: int = 64,
-        use_checkpoint: bool = False,
-    ) -> None:
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        super().__init__(img_resolution, in_channels, label_dim, augment_dim, widths, attn_resolutions)
-        self.model_channels = model_channels
-        emb_channels = model_channels * channel_mult_emb
+    model_channels: int = 192
+    channel_mult: Sequence[float] = (1, 2, 3, 4)
+    num_blocks: int = 3
+    attn_resolutions: Collection[int] = (32, 16, 8)
+    channels_per_head: int = field(default=64, kw_only=True)
+
+
+class DhariwalUNet(EDMNetwork):
+    """UNet with residual resampling and scale-shift norm, under other parameter names."""
+
+    def __init__(self, config: DhariwalConfig) -> None:
+        super().__init__(config)
+        label_dim, augment_dim, widths = config.label_dim, config.augment_dim, config.widths
+        model_channels, emb_channels = config.model_channels, config.emb_channels
         init = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
         init_zero = Init("kaiming_uniform", weight=0.0)
         options = BlockOptions(
-            emb_channels=emb_channels, dropout=dropout, adaptive_scale=True, skip_scale=1.0, resample_proj=False,
-            taps=(1, 1), eps=EPS, num_heads=-1, num_head_channels=channels_per_head, init=init, init_zero=init_zero,
-            init_attention=init, use_checkpoint=use_checkpoint,
+            emb_channels=emb_channels, dropout=config.dropout, adaptive_scale=True, skip_scale=1.0, resample_proj=False,
+            taps=(1, 1), eps=EPS, num_heads=-1, num_head_channels=config.channels_per_head, init=init,
+            init_zero=init_zero, init_attention=init, use_checkpoint=config.use_checkpoint,
         )
         self.map_augment = init_zero(nn.Linear(augment_dim, model_channels, bias=False)) if augment_dim else None
         self.map_layer0 = init(nn.Linear(model_channels, emb_channels))
@@ -65,10 +53,10 @@ class DhariwalUNet(EDMNetwork):
         if label_dim:
             init_label = Init("kaiming_normal", weight=math.sqrt(label_dim))
             self.map_label = init_label(nn.Linear(label_dim, emb_channels, bias=False))
-        self.enc = self.encoder(widths[0], num_blocks, options)
-        self.dec = self.decoder(num_blocks, options, attends_often=True)
+        self.enc = self.encoder(widths[0], options)
+        self.dec = self.decoder(options, attends_often=True)
         self.out_norm = group_norm(widths[0], EPS)
-        self.out_conv = init_zero(Conv(widths[0], out_channels, 3))
+        self.out_conv = init_zero(Conv(widths[0], config.out_channels, 3))
 
     @property
     def last_conv(self) -> Conv:
@@ -77,7 +65,7 @@ class DhariwalUNet(EDMNetwork):
 
     def embed(self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """The conditioning of the blocks: [N], [N,K], [N,A] -> [N,E]."""
-        emb = timestep_embedding(noise_labels, self.model_channels).to(self.map_layer0.weight.dtype)
+        emb = timestep_embedding(noise_labels, self.config.model_channels).to(self.map_layer0.weight.dtype)
         if augment_labels is not None and self.map_augment is not None:
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         emb = self.map_layer1(self.act(self.map_layer0(emb)))

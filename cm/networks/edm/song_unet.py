@@ -5,12 +5,13 @@ appendix C and table 7) train them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch as th
 from torch import Tensor, nn
 
-from cm.networks.edm.base import EDMNetwork
+from cm.networks.edm.base import EDMConfig, EDMNetwork
 from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, Init, group_norm
 from cm.networks.fused_norm import norm_act
 from cm.networks.layers import timestep_embedding
@@ -50,67 +51,55 @@ EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 ENCODERS = {"standard": False, "residual": True}                    # whether the lower levels read the image, too
 
 
-class SongUNet(EDMNetwork):
+@dataclass(frozen=True)
+class SongConfig(EDMConfig):
     """DDPM++ by default; NCSN++ has embedding_type fourier, channel_mult_noise 2, encoder_type residual and
     resample_filter 1,3,3,1.
 
-    :param img_resolution, in_channels, label_dim, augment_dim: see EDMNetwork.
-    :param out_channels: channels of the output.
-    :param model_channels: base width; level l is int(channel_mult[l] * model_channels) wide.
-    :param channel_mult_emb, channel_mult_noise: widths of the embedding and of its waves over the base width.
-    :param num_blocks: residual blocks per level (one more on the way up).
-    :param attn_resolutions: sides of the images at which attention, of one head, takes place.
-    :param dropout: probability, inside the residual blocks.
     :param embedding_type: of the time, see EMBEDDINGS.
+    :param channel_mult_noise: width of the waves that the embedding is made of over the base width.
     :param encoder_type: see ENCODERS.
     :param resample_filter: weights of the resampling filter.
-    :param use_checkpoint: recompute activations in the backward pass, to save memory.
     """
 
-    def __init__(
-        self,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int = 0,
-        augment_dim: int = 0,
-        model_channels: int = 128,
-        channel_mult: Sequence[float] = (1, 2, 2, 2),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 4,
-        attn_resolutions: Collection[int] = (16,),
-        dropout: float = 0.10,
-        embedding_type: str = "positional",
-        channel_mult_noise: int = 1,
-        encoder_type: str = "standard",
-        resample_filter: Sequence[float] = (1, 1),
-        use_checkpoint: bool = False,
-    ) -> None:
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        super().__init__(img_resolution, in_channels, label_dim, augment_dim, widths, attn_resolutions)
-        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+    embedding_type: str = field(default="positional", kw_only=True)
+    channel_mult_noise: int = field(default=1, kw_only=True)
+    encoder_type: str = field(default="standard", kw_only=True)
+    resample_filter: Sequence[float] = field(default=(1, 1), kw_only=True)
+
+
+class SongUNet(EDMNetwork):
+    """DDPM++ or NCSN++, whose attention has one head.
+
+    :raises UserError: for an embedding or encoder of no known type.
+    """
+
+    def __init__(self, config: SongConfig) -> None:
+        super().__init__(config)
+        label_dim, augment_dim, widths = config.label_dim, config.augment_dim, config.widths
+        emb_channels, noise_channels = config.emb_channels, config.model_channels * config.channel_mult_noise
         init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", weight=1e-5)
         options = BlockOptions(
-            emb_channels=emb_channels, dropout=dropout, adaptive_scale=False, skip_scale=math.sqrt(0.5),
-            resample_proj=True, taps=resample_filter, eps=EPS, num_heads=1, num_head_channels=-1, init=init,
+            emb_channels=emb_channels, dropout=config.dropout, adaptive_scale=False, skip_scale=math.sqrt(0.5),
+            resample_proj=True, taps=config.resample_filter, eps=EPS, num_heads=1, num_head_channels=-1, init=init,
             init_zero=init_zero, init_attention=Init("xavier_uniform", weight=math.sqrt(0.2)),
-            use_checkpoint=use_checkpoint,
+            use_checkpoint=config.use_checkpoint,
         )
 
         def residual(image_channels: int, channels: int) -> ConvDown:
-            return init(ConvDown(image_channels, channels, 3, resample_filter))
+            return init(ConvDown(image_channels, channels, 3, config.resample_filter))
 
-        self.map_noise = lookup(EMBEDDINGS, embedding_type, "embedding_type")(noise_channels)
+        self.map_noise = lookup(EMBEDDINGS, config.embedding_type, "embedding_type")(noise_channels)
         self.map_label = init(nn.Linear(label_dim, noise_channels)) if label_dim else None
         self.map_augment = init(nn.Linear(augment_dim, noise_channels, bias=False)) if augment_dim else None
         self.map_layer0 = init(nn.Linear(noise_channels, emb_channels))
         self.map_layer1 = init(nn.Linear(emb_channels, emb_channels))
-        is_residual = lookup(ENCODERS, encoder_type, "encoder_type")
-        self.enc = self.encoder(model_channels, num_blocks, options, residual if is_residual else None)
-        self.dec = self.decoder(num_blocks, options, attends_often=False)
-        full = f"{img_resolution}x{img_resolution}"
+        is_residual = lookup(ENCODERS, config.encoder_type, "encoder_type")
+        self.enc = self.encoder(config.model_channels, options, residual if is_residual else None)
+        self.dec = self.decoder(options, attends_often=False)
+        full = f"{self.img_resolution}x{self.img_resolution}"
         self.dec[f"{full}_aux_norm"] = group_norm(widths[0], EPS)
-        self.dec[f"{full}_aux_conv"] = init_zero(Conv(widths[0], out_channels, 3))
+        self.dec[f"{full}_aux_conv"] = init_zero(Conv(widths[0], config.out_channels, 3))
 
     @property
     def last_conv(self) -> Conv:

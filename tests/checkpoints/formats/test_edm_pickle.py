@@ -140,6 +140,18 @@ def test_a_network_of_another_kind_is_refused(tmp_path, options, message):
         read(path)
 
 
+def test_arguments_by_position(tmp_path):
+    """EDM's order: resolution, channels in and out, classes, augmentation labels, width, multipliers."""
+    kwargs = dict(KWARGS["adm"])
+    names = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels")
+    args = tuple(kwargs.pop(name) for name in names)
+    net = edm_pickles.net_of(network("adm"), kwargs, args=args)
+    assert read(edm_pickles.dump(tmp_path / "net.pkl", net)).flags["num_channels"] == KWARGS["adm"]["model_channels"]
+    too_many = edm_pickles.net_of(network("adm"), {}, args=(*args, [1, 2], 4, 1, [4], 0.1, 0.2))
+    with pytest.raises(UserError, match=r"unknown arguments \['number 11'\]"):
+        read(edm_pickles.dump(tmp_path / "too_many.pkl", too_many))
+
+
 def test_other_classes_are_refused(tmp_path):
     record = edm_pickles.Persistent("Generator", {"_modules": {"model": edm_pickles.Persistent("G", {}, "")}}, "")
     with pytest.raises(UserError, match="unknown preconditioning in .*'Generator'; choose one of: EDMPrecond"):

@@ -7,7 +7,7 @@ import torch as th
 from torch.func import jvp
 
 from cm.errors import UserError
-from cm.networks.edm import EDM_NETWORKS, SongUNet
+from cm.networks.edm import EDM_NETWORKS
 from cm.script_util import create_model
 from support import slow_edm
 from support.edm_networks import TAPS, TINY, inputs, tiny
@@ -203,7 +203,7 @@ def test_other_sizes_that_can_be_halved():
 ])
 def test_wrong_options(change, message):
     with pytest.raises(UserError, match=message):
-        SongUNet(**{**TINY["ddpmpp"], **change})
+        EDM_NETWORKS["ddpmpp"](**{**TINY["ddpmpp"], **change})
 
 
 @pytest.mark.parametrize("change, message", [
