@@ -1,9 +1,37 @@
-"""Convolutions of a network in half or single precision."""
+"""A network whose trunk can be half precision, and convolutions that are."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+
 import torch as th
 from torch import nn
+
+
+class HalfPrecisionTrunk(nn.Module):
+    """A network between embeddings and an output layer that stay float32."""
+
+    @abstractmethod
+    def trunk(self) -> Iterable[nn.Module]:
+        """The layers that change their precision, the first of them with parameters."""
+
+    @property
+    def dtype(self) -> th.dtype:
+        """The precision of the trunk: float16 after `convert_to_fp16`."""
+        return next(next(iter(self.trunk())).parameters()).dtype
+
+    def convert_to_fp16(self) -> None:
+        """Make the trunk half precision. Norms compute in float32."""
+        self._convert(convert_module_to_f16)
+
+    def convert_to_fp32(self) -> None:
+        """Make the trunk float32 again."""
+        self._convert(convert_module_to_f32)
+
+    def _convert(self, convert: Callable[[nn.Module], None]) -> None:
+        for layer in self.trunk():
+            layer.apply(convert)
 
 
 def convert_module_to_f16(module: nn.Module) -> None:

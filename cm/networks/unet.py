@@ -7,7 +7,7 @@ Shapes: N batch, C channels, H and W height and width, D embedding width (4 mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch as th
@@ -26,7 +26,7 @@ from cm.networks.layers import (
     without_autocast,
     zero_module,
 )
-from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
+from cm.networks.precision import HalfPrecisionTrunk
 from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 
 
@@ -167,7 +167,7 @@ class LayerFactory:
         return blocks
 
 
-class UNet(nn.Module):
+class UNet(HalfPrecisionTrunk):
     """A U-Net with attention and a time (and class) embedding.
 
     :param config: what it is built from.
@@ -202,22 +202,9 @@ class UNet(nn.Module):
             normalization(width), SiLU(), zero_module(conv_nd(config.dims, width, config.out_channels, 3, padding=1))
         )
 
-    @property
-    def dtype(self) -> th.dtype:
-        """The precision of the trunk: float16 after `convert_to_fp16`."""
-        return next(self.input_blocks.parameters()).dtype
-
-    def convert_to_fp16(self) -> None:
-        """Make the trunk half precision. Norms compute in float32; embeddings and the output layer stay float32."""
-        self._convert_trunk(convert_module_to_f16)
-
-    def convert_to_fp32(self) -> None:
-        """Make the trunk float32 again."""
-        self._convert_trunk(convert_module_to_f32)
-
-    def _convert_trunk(self, convert: Callable[[nn.Module], None]) -> None:
-        for part in (self.input_blocks, self.middle_block, self.output_blocks):
-            part.apply(convert)
+    def trunk(self) -> Iterable[nn.Module]:
+        """All but the embeddings and the output layer."""
+        return self.input_blocks, self.middle_block, self.output_blocks
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Apply the network.

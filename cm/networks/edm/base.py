@@ -1,4 +1,4 @@
-"""The common part of the EDM networks: levels, forward pass, checks of inputs, precision.
+"""The common part of the EDM networks: levels, forward pass, checks of inputs.
 
 Shapes: N batch, C channels, H and W height and width, E embedding width, K classes, A augmentation labels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch as th
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, UNetBlock
 from cm.networks.layers import SiLU, without_autocast
-from cm.networks.precision import convert_module_to_f16, convert_module_to_f32
+from cm.networks.precision import HalfPrecisionTrunk
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EDMConfig:
         return self.model_channels * self.channel_mult_emb
 
 
-class EDMNetwork(nn.Module):
+class EDMNetwork(HalfPrecisionTrunk):
     """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
 
     :raises UserError: for images that cannot be halved often enough.
@@ -126,6 +126,10 @@ class EDMNetwork(nn.Module):
                 )
                 channels = width
         return layers
+
+    def trunk(self) -> Iterable[nn.Module]:
+        """All but the embeddings and the last layers."""
+        return (layer for layer in (*self.enc.values(), *self.dec.values()) if layer is not self.last_conv)
 
     # --- computing ---------------------------------------------------------------------------------------------------
 
@@ -206,23 +210,3 @@ class EDMNetwork(nn.Module):
         if side < self.shrinkage or side % self.shrinkage:
             raise UserError(f"images of side {side} cannot be halved between the {len(self.config.widths)} levels of "
                             f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
-
-    # --- precision ---------------------------------------------------------------------------------------------------
-
-    @property
-    def dtype(self) -> th.dtype:
-        """The precision of the trunk: float16 after `convert_to_fp16`."""
-        return next(self.enc.parameters()).dtype
-
-    def convert_to_fp16(self) -> None:
-        """Make the trunk half precision. Norms compute in float32; embeddings and the output layer stay float32."""
-        self._convert_trunk(convert_module_to_f16)
-
-    def convert_to_fp32(self) -> None:
-        """Make the trunk float32 again."""
-        self._convert_trunk(convert_module_to_f32)
-
-    def _convert_trunk(self, convert: Callable[[nn.Module], None]) -> None:
-        for layer in (*self.enc.values(), *self.dec.values()):
-            if layer is not self.last_conv:
-                layer.apply(convert)
