@@ -46,6 +46,7 @@ ELSEWHERE = {
     "cm/networks/classifier_fit.py": "evaluations/features/test_classifier.py",
     "cm/networks/edm/song_unet.py": "networks/edm/test_base.py",
     "cm/networks/noisy_classifier.py": "samplers/test_guidance.py",
+    "cm/networks/unet_blocks.py": "networks/test_unet.py",
     "cm/objectives/base.py": "objectives/test_objectives.py",
     "cm/report/names.py": "report/test_page.py",
     "cm/samplers/base.py": "samplers/test_integrate.py",
