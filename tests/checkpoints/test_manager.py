@@ -243,11 +243,12 @@ def test_a_full_disk(tmp_path):
     assert done.stdout.endswith("1 True\n"), done
 
 
-def test_two_hundred_kills_while_saving(tmp_path):
+@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_while_saving(tmp_path, kills):
     """The newest checkpoint is always whole, and nothing of an unfinished one is left after the next start."""
     content = {name: {"w": th.zeros(20_000)} for name in ("model", "opt", "ema_0.9")}
     rng, steps = th.Generator().manual_seed(0), 0
-    for _ in range(200):
+    for _ in range(kills):
         heard, said = os.pipe()
         child = os.fork()
         if child == 0:

@@ -68,7 +68,7 @@ def test_a_process_group_of_one_costs_little(tmp_path):
 def test_the_original_setup_dist_with_several_ranks(tmp_path):
     # It ends by itself, without dist_util.run: more than half of such programs used to be aborted at their end.
     path = program(tmp_path, GROUP)
-    for _ in range(4):
+    for _ in range(2):
         finished = mpiexec(2, [path])
         assert finished.rc == 0 and not finished.stderr, finished
         assert sorted(finished.stdout.splitlines()) == [
@@ -194,7 +194,8 @@ def test_a_batch_script_without_srun_is_a_single_process(tmp_path):
 
 
 @pytest.mark.mpi
-def test_launch_after_launch_ends_in_good_order(tmp_path):
+@pytest.mark.parametrize("launches", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_launch_after_launch_ends_in_good_order(tmp_path, launches):
     # A DDP model that outlives main() used to crash the process in torch's static destructors, now and then.
     path = program(tmp_path, """
         import atexit, threading, time
@@ -214,7 +215,7 @@ def test_launch_after_launch_ends_in_good_order(tmp_path):
 
         dist.run(main)
     """)
-    for _ in range(10):
+    for _ in range(launches):
         finished = mpiexec(2, [path])
         assert finished.rc == 0 and not finished.stderr, finished
         assert sorted(finished.stdout.split()) == ["closed", "closed", "written", "written"], finished
