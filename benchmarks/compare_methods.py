@@ -167,6 +167,7 @@ class Contest:
             rows.setdefault((score.training, score.sampler), []).append(score)
         text = self.table(rows)
         write_bytes(self.out / "table.md", (text + "\n").encode())
+        write_json(self.out / "results.json", self.raw_results(scores, seeds))
         ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
         picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
@@ -176,6 +177,15 @@ class Contest:
         scale = max(1, 48 // self.stage.network["image_size"])
         save_picture(self.out / "samples.png", labelled_rows(pictures, scale))
         print(text)
+
+    def raw_results(self, scores: list[Score], seeds: list[int]) -> dict:
+        """Everything that the table and the picture are made of."""
+        return {
+            "command": " ".join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
+            "steps": self.steps, "images_per_step": self.stage.training["global_batch_size"],
+            "samples": self.args.num_samples, "scores": [asdict(score) for score in scores],
+            "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in TRAININGS},
+        }
 
     def table(self, rows: dict[tuple[str, str], list[Score]]) -> str:
         """Rows sorted by mean; one is better than another only if their seeds do not overlap."""

@@ -39,5 +39,8 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
     assert all(np.isfinite(score.distance) and score.distance > 0 for score in scores)
     assert "| CD of EDM | one step | 1 |" in (tmp_path / "table.md").read_text()
     assert Image.open(tmp_path / "distances.png").size[0] == 900 and (tmp_path / "samples.png").exists()
+    raw = json.loads((tmp_path / "results.json").read_text())
+    assert [row["distance"] for row in raw["scores"]] == [score.distance for score in scores]
+    assert set(raw["seconds"]) == set(few) and all(len(each) == 1 for each in raw["seconds"].values())
     kept = json.loads((tmp_path / "edm_0" / "scores.json").read_text())
     assert kept[0]["distance"] == scores[0].distance, "a second call takes them from here"
