@@ -14,11 +14,8 @@ from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
 from cm.errors import UserError
-from cm.io import storage
 from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
-
-DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
 def read_flags() -> Settings:
@@ -36,12 +33,11 @@ def with_names(arguments: Sequence[str]) -> list[str]:
 def main(settings: Settings) -> None:
     """Convert --source to --dest."""
     from cm.checkpoints import loading
-    from cm.checkpoints.formats import diffusers
     from cm.distributed import setup as dist
+    from cm.setup import export
     from cm.setup.dry_run import dry_run
     from cm.setup.inherit import inherit_checkpoint
     from cm.setup.model import model_from
-    from cm.setup.objective import kind_of_result
 
     dist.setup_dist()
     config = settings.section(ConvertConfig)
@@ -56,25 +52,12 @@ def main(settings: Settings) -> None:
     model = model_from(settings)
     loading.fit(model, source.take(), config.source)
     if config.format == "diffusers":
-        mode = settings.values["training_mode"]
-        if not kind_of_result(mode).distillation:
-            raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
-        levels = config.num_train_timesteps or training_levels(trained, settings)
-        dist.on_main(diffusers.write, config.dest, model.state_dict(), settings.values, levels)
+        levels = config.num_train_timesteps
+        dist.on_main(export.save_diffusers, config.dest, model.state_dict(), settings, levels, trained)
     else:
-        dist.on_main(write_native, config.dest, model.state_dict(), settings)
+        dist.on_main(export.save_native, config.dest, model.state_dict(), settings)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
-
-
-def write_native(folder: str, tensors: Mapping[str, Any], settings: Settings) -> None:
-    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it."""
-    from cm.checkpoints import manifest
-    from cm.script_util import model_and_diffusion_defaults
-
-    storage.make_folder(folder)
-    known = {**model_and_diffusion_defaults(), "training_mode": ""}
-    manifest.save(folder, 0, {"model": tensors}, {name: settings.values[name] for name in known}, 0)
 
 
 def manifest_of(path: str) -> Mapping[str, Any]:
@@ -84,21 +67,6 @@ def manifest_of(path: str) -> Mapping[str, Any]:
 
     checkpoint = dist.on_main(manifest.beside, path)
     return {} if checkpoint is None else checkpoint.config
-
-
-def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
-    """How many noise levels the grid had at the end of training.
-
-    :raises UserError: if neither the checkpoint nor a flag says it.
-    """
-    if trained.get("scale_mode") == "fixed":
-        return trained["start_scales"]
-    if trained.get("scale_mode") == "progressive":
-        return trained["end_scales"] + 1
-    if settings.values["training_mode"] != "consistency_training":
-        return DISTILLED_LEVELS
-    raise UserError("how many noise levels the training grid had is not known: give --num_train_timesteps, such as 201 "
-                    "for ct_imagenet64.pt or 151 for ct_bedroom256.pt")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,34 @@ def parse(description: str | None, *sections: type, argv: Sequence[str] | None =
     return Settings(values, given, dry_run)
 
 
+def resolve(values: Mapping[str, Any], *sections: type) -> Settings:
+    """Settings from Python values instead of words; `parse` for callers that are programs.
+
+    :param values: by the names of flags; the others keep their defaults.
+    :raises UserError: for a name that no section has, or a value that is not allowed.
+    """
+    settings = Settings({name: value for section in sections for name, value in defaults_of(section).items()}, {})
+    give(settings, values, *sections)
+    return settings
+
+
+def give(settings: Settings, values: Mapping[str, Any], *sections: type) -> None:
+    """Set flags as if the command line had them.
+
+    :raises UserError: for a name that no section has, or a value that is not allowed.
+    """
+    fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
+    types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
+    for name, value in values.items():
+        if name not in fields:
+            near = get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"there is no option {name!r}.{hint}")
+        settings.values[name] = convert(types[name], value, name)
+        settings.given[name] = Origin(Provenance.COMMAND_LINE, name)
+        check(fields[name], settings.values[name], name)
+
+
 def make_parser(description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
     parser = Parser(
         description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,

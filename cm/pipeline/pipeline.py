@@ -1,0 +1,267 @@
+"""A model that samples, edits and saves; `cm.load` makes one.
+
+Shapes: N images, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import Tensor, nn
+
+from cm.config.flags import Settings, give
+from cm.config.schema import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.errors import UserError
+from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke, run_edit
+from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
+from cm.generate.finite import finite_images
+from cm.objectives.base import Objective
+from cm.objectives.karras_denoiser import KarrasDenoiser
+from cm.pipeline.pictures import OUTPUTS, Pictures, from_tensor, to_tensor
+from cm.registry import lookup
+from cm.samplers.sample import sample
+from cm.setup import export
+from cm.setup.objective import kind_of_result
+from cm.setup.sample import sampler_of, sampler_options, sampling_plan
+
+SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig)
+LEVELS = 40
+"""Noise levels of the grid of which several steps of a consistency model take some; the published number."""
+EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
+
+
+class Pipeline:
+    """A trained network and all that is known of how to sample from it.
+
+    The same seed and sample number give the same image for any batch size, up to the rounding of sums.
+    """
+
+    def __init__(
+        self, model: nn.Module, diffusion: KarrasDenoiser, settings: Settings, device: th.device, precision: str
+    ):
+        self.model, self.diffusion = model, diffusion
+        self.device, self.precision = device, precision
+        self._settings = settings
+        self._computes: AbstractContextManager = at_precision(model, precision)
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The flags of the network and of its training, by name."""
+        return dict(self._settings.values)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self._settings.values["image_size"]
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self._settings.values.get("channels", 3)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that the network knows; None if it is unconditional."""
+        return sampling_plan(self._settings).num_classes
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether it is a consistency model, which makes an image in one evaluation."""
+        return self._kind.distillation
+
+    @property
+    def _kind(self) -> type[Objective]:
+        """The objective that trained it."""
+        return kind_of_result(self._settings.values["training_mode"])
+
+    def __repr__(self) -> str:
+        values = self._settings.values
+        count = sum(param.numel() for param in self.model.parameters())
+        classes = "unconditional" if self.num_classes is None else f"{self.num_classes} classes"
+        return (f"<Pipeline {values['model_path']}: {values['training_mode']}, "
+                f"{values['arch']} of {count:,} parameters, {self.channels}x{self.image_size}x{self.image_size}, "
+                f"{classes}, {self.precision} on {self.device}>")
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, count: int = 1, *, steps: int | None = None, labels: int | Sequence[int] | None = None, seed: int = 0,
+        batch_size: int = 64, output: str = "pil", **options: Any,
+    ) -> Any:
+        """Sample images.
+
+        :param count: how many.
+        :param steps: of the sampler; for a consistency model the number of network evaluations, 1 by default.
+        :param labels: one class for all images, or one for each; by default each gets a class at random.
+        :param seed: image i depends on the seed and i alone.
+        :param batch_size: images per forward pass; only memory and time depend on it.
+        :param output: "pil", "array" (uint8 [N,H,W,C]) or "tensor" (float32 [N,C,H,W] in [-1, 1]).
+        :param options: any other flag of image_sample.py about sampling, such as sampler="dpm", s_churn=10.
+        :raises UserError: for an option that does not exist or does not fit, or images that are not finite.
+        """
+        _check_output(output)
+        settings = self._with(flags_for(self._kind.sampler, steps, options))
+        give(settings, {"num_samples": count, "batch_size": batch_size, "seed": seed}, *SECTIONS)
+        plan, how = sampling_plan(settings), sampler_options(settings)
+        classes = self._classes(labels, plan)
+        parts = [self._sample(rows, classes, plan, how) for rows in batches(count, batch_size)]
+        return from_tensor(finite(th.cat(parts), plan), output)
+
+    @th.inference_mode()
+    def _sample(self, rows: np.ndarray, classes: np.ndarray | None, plan: SamplingPlan, how: Any) -> Tensor:
+        shape = (len(rows), self.channels, plan.image_size, plan.image_size)
+        with self._computes:
+            images = sample(self.diffusion, self.model, shape, how, model_kwargs=self._condition(rows, classes),
+                            device=self.device, generator=noise_of(rows, plan)).images
+        return images.float().cpu()
+
+    # --- editing -------------------------------------------------------------------------------------------------
+
+    def edit(
+        self, images: Pictures, task: str, *, labels: int | Sequence[int] | None = None, seed: int = 0,
+        steps: int | None = None, batch_size: int = 64, output: str = "pil", mask: Any = None, factor: int = 8,
+        sigma: float = 0.5, **options: Any,
+    ) -> Any:
+        """Edit images without training for it: Song et al. 2023 (2303.01469), algorithm 4.
+
+        :param images: PIL images, uint8 [N,H,W,C], or float tensors [N,C,H,W] in [-1, 1], of the model's size.
+        :param task: inpaint (`mask`: 1 or white where a pixel is known, [H,W]), colorize, superres (`factor`: side of
+            the patches whose mean is kept), stroke (`sigma`: noise to start from), denoise (`sigma`: that of the
+            images' own noise).
+        :param steps: of the sampler; by default a consistency model visits all levels of its grid, as the paper does.
+        :raises UserError: for images, a mask or an option that does not fit.
+        """
+        _check_output(output)
+        lookup(EDITS, task, "task")
+        known = to_tensor(images, self.image_size, self.channels)
+        all_levels = LEVELS - 1 if self.few_steps else None
+        settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
+        give(settings, {"num_samples": len(known), "seed": seed}, *SECTIONS)
+        plan, classes = sampling_plan(settings), self._classes(labels, sampling_plan(settings))
+        make = partial(make_edit, task, mask=mask, factor=factor, sigma=sigma)
+        parts = []
+        for rows in batches(len(known), batch_size):
+            edit = make(known[rows].to(self.device))
+            parts.append(self._edit(edit, rows, classes, plan, settings))
+        return from_tensor(finite(th.cat(parts), plan), output)
+
+    @th.inference_mode()
+    def _edit(
+        self, edit: Edit, rows: np.ndarray, classes: np.ndarray | None, plan: SamplingPlan, settings: Settings
+    ) -> Tensor:
+        sampler, sigmas = sampler_of(settings)
+        how = sampler_options(settings)
+        D = partial(self.diffusion.bind(self.model), **self._condition(rows, classes))
+        with self._computes:
+            images = run_edit(D, edit, sampler, sigmas, noise_of(rows, plan), churn=how.churn,
+                              clip_denoised=how.clip_denoised)
+        return images.float().cpu()
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str) -> None:
+        """Write the weights with a manifest, so that no flag needs to be given with them.
+
+        :raises UserError: if the folder cannot be written.
+        """
+        export.save_native(folder, self._weights(), self._settings)
+
+    def to_diffusers(self, folder: str, num_train_timesteps: int = 0) -> None:
+        """Write a consistency model as a folder that diffusers' ConsistencyModelPipeline loads.
+
+        :param num_train_timesteps: noise levels of the training grid; 0: as the checkpoint says.
+        :raises UserError: for a diffusion model, or a network that diffusers does not have.
+        """
+        export.save_diffusers(folder, self._weights(), self._settings, num_train_timesteps)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, Tensor]:
+        """In float32, whatever the model computes in."""
+        return {name: value.float() for name, value in self.model.state_dict().items()}
+
+    def _with(self, options: dict[str, Any]) -> Settings:
+        """The settings with these options, on top of what the checkpoint says."""
+        settings = Settings(dict(self._settings.values), dict(self._settings.given))
+        give(settings, options, SampleConfig, SolverConfig)
+        return settings
+
+    def _classes(self, labels: int | Sequence[int] | None, plan: SamplingPlan) -> np.ndarray | None:
+        """The class of each image [count], or None."""
+        rows = np.arange(plan.num_samples)
+        if labels is None:
+            return labels_of(rows, plan)
+        if plan.num_classes is None:
+            raise UserError(f"labels={labels}: this model is not class-conditional; drop them")
+        classes = np.broadcast_to(np.asarray(labels), rows.shape) if np.ndim(labels) == 0 else np.asarray(labels)
+        if classes.shape != rows.shape or classes.dtype.kind not in "iu":
+            raise UserError(f"labels of shape {classes.shape} and type {classes.dtype}: give one class, or "
+                            f"{len(rows)} integers")
+        if ((classes < 0) | (classes >= plan.num_classes)).any():
+            raise UserError(f"labels={labels}: the model has classes 0 to {plan.num_classes - 1}")
+        return classes.astype(np.int64)
+
+    def _condition(self, rows: np.ndarray, classes: np.ndarray | None) -> dict[str, Tensor]:
+        return {} if classes is None else {"y": th.as_tensor(classes[rows], device=self.device)}
+
+
+def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a number of steps, where no sampler is asked for.
+
+    For a consistency model `steps` is the number of evaluations: one step, or evenly spaced levels of its grid.
+
+    :param sampler: the one that fits the model.
+    """
+    asked = options if steps is None else {"steps": steps, **options}
+    if "sampler" in options or sampler != "onestep":
+        return {"sampler": sampler, **asked}
+    count = steps or 1
+    if count == 1:
+        return {"sampler": "onestep", **options}
+    ts = np.linspace(0, LEVELS - 1, min(count, LEVELS - 1) + 1).round().astype(int)
+    return {"sampler": "multistep", **options, "steps": LEVELS, "ts": ",".join(map(str, ts))}
+
+
+def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float) -> Edit:
+    """The edit of images [N,C,H,W] that a task asks for.
+
+    :raises UserError: if its mask is missing.
+    """
+    if task == "inpaint":
+        if mask is None:
+            raise UserError("inpaint needs mask: [H,W], 1 or white where a pixel is known, 0 where it is filled in")
+        return CONSTRAINTS[task](images, th.as_tensor(np.asarray(mask) > 0))
+    if task == "superres":
+        return CONSTRAINTS[task](images, factor)
+    if task in ("stroke", "denoise"):
+        return EDITS[task](images, sigma)
+    return EDITS[task](images)
+
+
+def batches(count: int, size: int) -> list[np.ndarray]:
+    """The sample numbers 0 to count-1 in parts of at most `size`."""
+    return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def finite(images: Tensor, plan: SamplingPlan) -> Tensor:
+    """The images, if they may be shown.
+
+    :raises UserError: if some are not finite.
+    """
+    bad = int((~finite_images(images)).sum())
+    if bad and not plan.allow_non_finite:
+        raise UserError(f"{bad} of {len(images)} images have NaN or infinite pixels: the weights are damaged or the "
+                        "arithmetic overflowed; load with precision='fp32', or pass allow_non_finite=True")
+    return images
+
+
+def _check_output(output: str) -> None:
+    if output not in OUTPUTS:
+        raise UserError(f"output={output!r} is not one of: {', '.join(OUTPUTS)}")

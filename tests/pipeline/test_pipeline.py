@@ -1,0 +1,222 @@
+"""`cm.load` and what can be done with it: the images of image_sample.py, edits, files; mistakes are one clear error."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+import cm
+from cm.checkpoints import manifest
+from cm.errors import UserError
+from cm.generate.editing import LUMA
+from cm.pipeline.pipeline import flags_for
+from support.as_module import as_module
+from support.edm_pickles import KWARGS, creates, dump, net_of, network
+from support.weights import TINY, tiny
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def checkpoint(folder, training_mode, **changes):
+    """A checkpoint of a tiny network with random weights."""
+    flags = {**TINY, **changes}
+    values = cm.config.schema.ModelConfig(**flags)
+    config = {**vars(values), "training_mode": training_mode}
+    manifest.save(str(folder), 3, {"model": tiny(**changes).state_dict()}, config, 24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a diffusion model and a consistency model."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {mode: checkpoint(folder / mode, mode) for mode in ("edm", "consistency_distillation", "progdist")}
+
+
+def test_the_images_are_those_of_the_command(runs, tmp_path, monkeypatch):
+    pipe = cm.load(runs["edm"])
+    ours = pipe.sample(5, steps=4, seed=9, batch_size=2, output="array")
+    words = ["--model_path", runs["edm"], "--steps", 4, "--seed", 9, "--seeds", "0-4", "--batch_size", 2,
+             "--precision", "auto", "--rounding", "nearest", "--outdir", tmp_path / "out", "--log_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["image_sample.py", *map(str, words)])
+    script = as_module(SCRIPTS / "image_sample.py")
+    script.main(script.read_flags())
+    theirs = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").glob("*.png"))])
+    assert ours.shape == theirs.shape == (5, 8, 8, 3)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1                       # the last batch has another size
+
+
+def test_the_batch_changes_nothing_and_the_seed_everything(runs):
+    pipe = cm.load(runs["edm"], precision="fp32")
+    whole = pipe.sample(5, steps=3, output="tensor")
+    twos = pipe.sample(5, steps=3, batch_size=2, output="tensor")
+    th.testing.assert_close(twos, whole, atol=1e-4, rtol=0)                   # sums of up to 288 float32
+    assert (pipe.sample(5, steps=3, seed=1, output="tensor") - whole).abs().mean() > 0.1
+
+
+def test_outputs(runs):
+    pipe = cm.load(runs["consistency_distillation"], precision="fp32")
+    images = pipe.sample(2)
+    assert all(image.size == (8, 8) and image.mode == "RGB" for image in images)
+    array, tensor = pipe.sample(2, output="array"), pipe.sample(2, output="tensor")
+    assert array.dtype == np.uint8 and tensor.dtype == th.float32 and tensor.shape == (2, 3, 8, 8)
+    assert np.array_equal(np.stack([np.asarray(image) for image in images]), array)
+    assert np.array_equal(((tensor + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy(), array)
+
+
+@pytest.mark.parametrize("mode, evaluations", [
+    ("consistency_distillation", [1, 1, 2, 3]), ("edm", [79, 1, 3, 5]), ("progdist", [40, 1, 2, 3]),
+])
+def test_steps_follow_the_kind_of_model(runs, mode, evaluations):
+    """Network evaluations for steps not given, 1, 2 and 3."""
+    pipe, calls = cm.load(runs[mode]), []
+    pipe.model.register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for steps in (None, 1, 2, 3):
+        calls.clear()
+        pipe.sample(1, steps=steps)
+        found.append(len(calls))
+    assert found == evaluations
+
+
+def test_steps_of_a_consistency_model_are_evenly_spaced_levels():
+    assert flags_for("onestep", None, {}) == {"sampler": "onestep"}
+    assert flags_for("onestep", 2, {}) == {"sampler": "multistep", "steps": 40, "ts": "0,20,39"}
+    assert flags_for("onestep", 3, {"sampler": "heun"}) == {"sampler": "heun", "steps": 3}
+    every = flags_for("onestep", 500, {})["ts"].split(",")
+    assert [int(index) for index in every] == list(range(40))
+
+
+def test_labels(runs):
+    pipe = cm.load(runs["edm"], precision="fp32")
+    assert pipe.num_classes == 5
+    each = pipe.sample(3, steps=2, labels=[0, 1, 4], output="tensor")
+    for label, image in zip((0, 1, 4), each):
+        alone = pipe.sample(3, steps=2, labels=label, output="tensor")
+        assert any(th.allclose(image, other, atol=1e-4) for other in alone)
+    with pytest.raises(UserError, match="classes 0 to 4"):
+        pipe.sample(1, labels=5)
+    with pytest.raises(UserError, match="give one class, or 3 integers"):
+        pipe.sample(3, labels=[0, 1])
+
+
+# --- editing ---------------------------------------------------------------------------------------------------------
+
+
+def test_edits_keep_what_they_promise(runs):
+    pipe = cm.load(runs["consistency_distillation"], precision="fp32")
+    images = th.rand(3, 3, 8, 8, generator=th.Generator().manual_seed(0)) * 1.6 - 0.8
+    mask = np.zeros((8, 8)); mask[:, :4] = 1                                  # noqa: E702
+    inpainted = pipe.edit(images, "inpaint", mask=mask, output="tensor")
+    assert th.allclose(inpainted[..., :4], images[..., :4], atol=1e-6)
+    assert not th.allclose(inpainted[..., 4:], images[..., 4:], atol=1e-2)
+    enlarged = pipe.edit(images, "superres", factor=4, output="tensor")
+    assert th.allclose(*(th.nn.functional.avg_pool2d(x, 4) for x in (enlarged, images)), atol=1e-5)
+    coloured, luma = pipe.edit(images, "colorize", output="tensor"), th.tensor(LUMA)
+    assert th.allclose(*(th.einsum("nchw,c->nhw", x, luma) for x in (coloured, images)), atol=1e-5)
+    assert pipe.edit(images, "stroke", sigma=1.0, steps=2)[0].size == (8, 8)
+
+
+def test_an_edit_of_a_consistency_model_visits_all_levels_by_default(runs):
+    pipe, calls = cm.load(runs["consistency_distillation"]), []
+    pipe.model.register_forward_hook(lambda *_: calls.append(1))
+    pipe.edit(Image.new("RGB", (8, 8)), "colorize")
+    assert len(calls) == 39
+
+
+@pytest.mark.parametrize("images, message", [
+    (np.zeros((8, 8, 3), np.float32), "images of type float32"),
+    (np.zeros((2, 9, 8, 3), np.uint8), r"images of shape \(2, 3, 9, 8\)"),
+    ([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))], "different sizes: 8x8, 9x8"),
+])
+def test_images_that_do_not_fit(runs, images, message):
+    with pytest.raises(UserError, match=message):
+        cm.load(runs["edm"]).edit(images, "colorize")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_is_the_same_model(runs, tmp_path):
+    pipe = cm.load(runs["consistency_distillation"], precision="fp32")
+    pipe.save(str(tmp_path / "saved"))
+    again = cm.load(tmp_path / "saved", precision="fp32")
+    assert th.equal(again.sample(2, steps=2, output="tensor"), pipe.sample(2, steps=2, output="tensor"))
+
+
+def test_diffusers_and_back(tmp_path):
+    # diffusers' network attends in every block of a level, and has no head sizes of its own.
+    folder = checkpoint(tmp_path / "run", "consistency_distillation", num_head_channels=16)
+    pipe = cm.load(folder, precision="fp32")
+    pipe.to_diffusers(str(tmp_path / "folder"))
+    again = cm.load(tmp_path / "folder", precision="fp32")
+    th.testing.assert_close(again.sample(2, output="tensor"), pipe.sample(2, output="tensor"), atol=1e-5, rtol=0)
+
+
+def test_a_diffusion_model_is_no_diffusers_folder(runs, tmp_path):
+    with pytest.raises(UserError, match="trained as edm"):
+        cm.load(runs["edm"]).to_diffusers(str(tmp_path / "folder"))
+
+
+def test_a_pickle_of_edm(tmp_path):
+    source = creates(tmp_path / "trace")
+    path = dump(tmp_path / "net.pkl", net_of(network("ddpmpp"), KWARGS["ddpmpp"], "VPPrecond", source), source)
+    pipe = cm.load(path)
+    assert pipe.config["arch"] == "ddpmpp" and "ddpmpp of" in repr(pipe)
+    assert pipe.sample(1, steps=2)[0].size == (8, 8) and not (tmp_path / "trace").exists()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"stps": 3}, "no option 'stps'. Did you mean 'steps'"),
+    ({"sampler": "huen"}, "Did you mean 'heun'"),
+    ({"output": "png"}, "not one of: pil, array, tensor"),
+    ({"count": 0}, "too small"),
+    ({"steps": 4, "sampler": "heun", "ts": "0,1"}, "--ts 0,1 is for --sampler multistep"),
+])
+def test_mistakes(runs, options, message):
+    pipe = cm.load(runs["edm"])
+    with pytest.raises(UserError, match=message):
+        pipe.sample(**options)
+
+
+def test_a_missing_file():
+    with pytest.raises(UserError, match="no such file"):
+        cm.load("nowhere.pt")
+
+
+def test_weights_that_overflow_are_no_image(tmp_path):
+    folder = checkpoint(tmp_path / "run", "edm")
+    pipe = cm.load(folder)
+    with th.no_grad():
+        next(pipe.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="2 of 2 images have NaN or infinite pixels"):
+        pipe.sample(2, steps=2)
+
+
+def test_the_example_of_the_page(runs, tmp_path, monkeypatch):
+    """docs/python.md, as it stands there, on a model of its own."""
+    page = (SCRIPTS.parent / "docs/python.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/cd").symlink_to(runs["consistency_distillation"])
+    names: dict = {}
+    for example in examples:
+        exec(compile(example, "docs/python.md", "exec"), names)
+    assert (tmp_path / "sample.png").exists() and (tmp_path / "for_diffusers/model_index.json").exists()
+    assert (tmp_path / "models/cd/model000000.pt").exists()
+
+
+def test_importing_cm_imports_no_torch():
+    done = subprocess.run([sys.executable, "-c", "import cm, sys; print('torch' in sys.modules, callable(cm.load))"],
+                          capture_output=True, text=True)
+    assert done.stdout == "False True\n", done
