@@ -29,7 +29,7 @@ class TensorBoardWriter(Writer):
     package = "tensorboard"
 
     def __init__(self, folder: Path):
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (generated)
 
         self.make_event, self.rows = Event, 0
         name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"

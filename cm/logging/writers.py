@@ -27,7 +27,7 @@ class Writer:
     package: ClassVar[str] = ""
     """The package that it imports, which is the name of the extra that installs it, too; empty for none."""
 
-    rows_wait: ClassVar[bool] = True
+    rows_wait: bool = True
     """Whether rows that could not be written are kept until they can."""
 
     @classmethod
