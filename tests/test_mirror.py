@@ -40,7 +40,9 @@ ELSEWHERE = {
     "cm/config/schema.py": "config/test_flags.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",
-    "cm/logging/writers.py": "logging/test_logger.py",
+    **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (
+        "csv_rows", "files", "json_lines", "tables", "writers",
+    )},
     "cm/networks/build.py": "test_drop_in.py",
     "cm/networks/classifier_fit.py": "evaluations/features/test_classifier.py",
     "cm/networks/edm/song_unet.py": "networks/edm/test_base.py",

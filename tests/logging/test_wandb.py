@@ -94,6 +94,7 @@ def test_a_refusal_at_the_start_is_a_mistake_of_the_users(tmp_path, monkeypatch)
 
 def test_a_server_that_hears_nothing_does_not_hold_up_the_end(tmp_path, monkeypatch):
     """`finish` waits for ever; the end of a failed run must be quick, for the other ranks wait for it."""
+    assert SECONDS_TO_SEND == {"finished": 60, "stopped": 10, "failed": 3}
     run = SimpleNamespace(define_metric=lambda *args, **kwargs: None, finish=lambda exit_code: Event().wait())
     monkeypatch.setattr("wandb.init", lambda **settings: run)
     monkeypatch.setitem(SECONDS_TO_SEND, "failed", 0.05)
