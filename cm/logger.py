@@ -17,6 +17,9 @@ from typing import Any, TextIO, TypeVar
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.logging import logger as log_of_run
+from cm.logging.columns import ordered
+from cm.logging.csv_rows import CSVWriter
+from cm.logging.json_lines import JSONWriter
 from cm.logging.logger import (
     DEBUG,
     DISABLED,
@@ -39,7 +42,9 @@ from cm.logging.logger import (
     set_level,
     warn,
 )
-from cm.logging.writers import CSVOutput, JSONOutput, TableOutput, TensorBoardOutput
+from cm.logging.tables import ScreenWriter, TableWriter
+from cm.logging.tensorboard import TensorBoardWriter
+from cm.logging.writers import Row, Status, Writer, require
 from cm.registry import lookup
 
 __all__ = [
@@ -80,7 +85,23 @@ class SeqWriter:
         raise NotImplementedError
 
 
-class HumanOutputFormat(TableOutput, KVWriter, SeqWriter):
+class _Format(KVWriter):
+    """One of the toolkit's writers, by the original's methods."""
+
+    def __init__(self, writer: Writer):
+        self.writer = writer
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.writer.scalars(kvs.get("step"), {name: kvs[name] for name in ordered(kvs)})
+
+    def drop_after(self, step: int) -> None:
+        self.writer.drop_after(step)
+
+    def close(self) -> None:
+        self.writer.close("finished")
+
+
+class HumanOutputFormat(_Format, SeqWriter):
     """A table a row, and lines of text.
 
     :param filename_or_file: path of a file, or an open text file, which stays open.
@@ -88,51 +109,33 @@ class HumanOutputFormat(TableOutput, KVWriter, SeqWriter):
 
     def __init__(self, filename_or_file: str | os.PathLike[str] | TextIO):
         is_path = isinstance(filename_or_file, (str, os.PathLike))
-        self.file = None if is_path else filename_or_file
-        super().__init__(Path(filename_or_file) if is_path else None)
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        super().writekvs(kvs)
+        super().__init__(TableWriter(Path(filename_or_file)) if is_path else _FileWriter(filename_or_file))
 
     def writeseq(self, seq: Iterable[Any]) -> None:
-        self.writeline(" ".join(map(str, seq)))
-
-    def writeline(self, text: str) -> None:
-        """Write a line."""
-        if self.file is None:
-            super().writeline(text)
-        else:
-            self.file.write(text + "\n")
-            self.file.flush()
+        self.writer.text(" ".join(map(str, seq)))
 
 
-class JSONOutputFormat(JSONOutput, KVWriter):
+class JSONOutputFormat(_Format):
     """An object a line.
 
     :param filename: the file, continued if it is there.
     """
 
     def __init__(self, filename: str | os.PathLike[str]):
-        super().__init__(Path(filename))
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        super().writekvs(kvs)
+        super().__init__(JSONWriter(Path(filename)))
 
 
-class CSVOutputFormat(CSVOutput, KVWriter):
+class CSVOutputFormat(_Format):
     """A header, and one line a row; a new column appears in the old rows as an empty cell.
 
     :param filename: the file, continued if it is there.
     """
 
     def __init__(self, filename: str | os.PathLike[str]):
-        super().__init__(Path(filename))
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        super().writekvs(kvs)
+        super().__init__(CSVWriter(Path(filename)))
 
 
-class TensorBoardOutputFormat(TensorBoardOutput, KVWriter):
+class TensorBoardOutputFormat(_Format):
     """A curve for each name, over `step` if the row has one.
 
     :param dir: folder of the event files.
@@ -140,10 +143,8 @@ class TensorBoardOutputFormat(TensorBoardOutput, KVWriter):
     """
 
     def __init__(self, dir: str | os.PathLike[str]):
-        super().__init__(Path(dir))
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        super().writekvs(kvs)
+        require(TensorBoardWriter, "tensorboard")
+        super().__init__(TensorBoardWriter(Path(dir)))
 
 
 MAKERS: Mapping[str, Callable[[str, str], KVWriter]] = {
@@ -159,8 +160,36 @@ class _StandardOutput(HumanOutputFormat):
     """Standard output as it is when a line is written, which a program may have redirected since."""
 
     def __init__(self) -> None:
-        self.file = None
-        TableOutput.__init__(self)
+        _Format.__init__(self, ScreenWriter())
+
+
+class _FileWriter(ScreenWriter):
+    """An open text file."""
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def write(self, text: str) -> None:
+        self.file.write(text)
+        self.file.flush()
+
+
+class _Adapted(Writer):
+    """A format with the original's methods, as a writer."""
+
+    def __init__(self, output: Any):
+        self.output = output
+        self.rows_wait = not isinstance(output, HumanOutputFormat)
+
+    def scalars(self, step: int | None, row: Row) -> None:
+        self.output.writekvs(row)
+
+    def text(self, line: str) -> None:
+        if isinstance(self.output, SeqWriter):
+            self.output.writeseq([line])
+
+    def close(self, status: Status) -> None:
+        self.output.close()
 
 
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
@@ -188,14 +217,7 @@ class Logger(log_of_run.Logger):
 
     def __init__(self, dir: str | None, output_formats: Sequence[KVWriter], comm: Any = None):
         _refuse(comm)
-        super().__init__(dir, output_formats)
-
-    def log(self, *args: Any, level: int = INFO) -> None:
-        """A line of text, if the level is at least that of `set_level`."""
-        super().log(*args, level=level)
-        for output in self.outputs if self.level <= level else ():
-            if isinstance(output, SeqWriter) and not isinstance(output, TableOutput):
-                output.writeseq(map(str, args))
+        super().__init__(dir, [_Adapted(output) for output in output_formats])
 
 
 def configure(

@@ -103,6 +103,8 @@ def test_cm_train_measures_with_the_loss_norm_it_is_given(monkeypatch, tmp_path,
     loops = []
 
     class Loop:
+        stop_signal = 0
+
         def __init__(self, config, parts):
             loops.append(parts)
 

@@ -34,7 +34,6 @@ ELSEWHERE = {
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",
     "cm/setup/sample.py": "scripts/test_edm_presets.py",
-    "cm/setup/train.py": "setup/test_dry_run.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",
     "evaluations/defaults.py": "system/test_start_up.py",
     "evaluations/flags.py": "system/test_start_up.py",
@@ -44,7 +43,9 @@ ELSEWHERE = {
     "cm/config/schema.py": "config/test_flags.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",
-    "cm/logging/writers.py": "logging/test_logger.py",
+    **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (
+        "csv_rows", "files", "json_lines", "tables", "writers",
+    )},
     "cm/networks/build.py": "test_drop_in.py",
     "cm/networks/classifier_fit.py": "evaluations/features/test_classifier.py",
     "cm/networks/edm/song_unet.py": "networks/edm/test_base.py",

@@ -31,14 +31,17 @@ Section = TypeVar("Section")
 def option(
     default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
     maximum: float | None = None, below: float | None = None, infinite: bool = False, aliases: Sequence[str] = (),
+    several: bool = False,
 ) -> Any:
     """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag.
 
     :param below: the value must be less than this.
     :param infinite: infinity is allowed; a value that is not a number never is.
+    :param several: the value is a comma-separated list of choices, which may be empty.
     """
     allowed = {
         "choices": tuple(choices), "minimum": minimum, "maximum": maximum, "below": below, "infinite": infinite,
+        "several": several,
     }
     return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases), **allowed})
 
@@ -397,10 +400,11 @@ def convert(kind: type, value: Any, where: str) -> Any:
 def check(field: dataclasses.Field, value: Any, where: str) -> None:
     limits = field.metadata
     choices, minimum = limits["choices"], limits["minimum"]
-    if choices and value not in choices:
-        near = get_close_matches(str(value), choices, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"{where}: {field.name}={value!r} is not one of: {', '.join(choices)}.{hint}")
+    for word in words_of(value) if limits["several"] else [value]:
+        if choices and word not in choices:
+            near = get_close_matches(str(word), choices, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{where}: {field.name}={word!r} is not one of: {', '.join(choices)}.{hint}")
     if isinstance(value, float) and not math.isfinite(value) and not (limits["infinite"] and value == math.inf):
         raise UserError(f"{where}: {field.name}={value!r} is not a finite number")
     if minimum is not None and value < minimum:
@@ -409,6 +413,11 @@ def check(field: dataclasses.Field, value: Any, where: str) -> None:
         raise UserError(f"{where}: {field.name}={value!r} is too large; the largest is {limits['maximum']}")
     if limits["below"] is not None and not value < limits["below"]:
         raise UserError(f"{where}: {field.name}={value!r} is too large; it must be below {limits['below']:g}")
+
+
+def words_of(text: str) -> list[str]:
+    """'csv, json' -> ['csv', 'json']."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def defaults_of(section: type) -> dict[str, Any]:

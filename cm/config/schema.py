@@ -13,6 +13,7 @@ SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "p
                  "ito", "ablation")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
+LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
 TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
@@ -75,6 +76,11 @@ class RunConfig:
     """run"""
 
     log_dir: str = option("", "folder for logs and results; empty: OPENAI_LOGDIR, or a new temporary folder")
+    log_formats: str = option(
+        "", "how the log is written, comma-separated; tensorboard and wandb also show the flags and the grids of "
+        "samples, and need their packages; empty: OPENAI_LOG_FORMAT, or stdout,log,csv",
+        choices=LOG_FORMATS, several=True,
+    )
     seed: int = option(
         0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
         maximum=LARGEST_SEED,

@@ -6,8 +6,8 @@
     logger.dumpkvs()
 
 Formats: "stdout" and "log" (log.txt) show tables, "csv" (progress.csv) and "json" (progress.json, an object a line)
-hold one row a dump, "tensorboard" (tb/) makes curves. A log that is already in the directory is continued: old rows
-stay, and a new column appears in the old rows as an empty cell.
+hold one row a dump, "tensorboard" (tb/) and "wandb" (wandb/) show curves and pictures. A log that is already in the
+directory is continued: old rows stay, and a new column appears in the old rows as an empty cell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ from cm.distributed import failure
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.io import terminal
-from cm.logging.writers import FORMATS, Output, TableOutput
+from cm.logging import FORMATS
+from cm.logging.columns import ordered
+from cm.logging.tables import ScreenWriter
+from cm.logging.writers import Status, Writer, require
 from cm.registry import lookup
 
 WAITING_ROWS = 10_000
@@ -37,18 +40,18 @@ DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
 class Logger:
-    """The current row, and the outputs that rows are written to. The functions of this module use the current logger.
+    """The current row, and the writers that rows go to. The functions of this module use the current logger.
 
     :param directory: None: rows and text go to the screen only.
     :param level: least level of the text that is shown.
     """
 
-    def __init__(self, directory: str | None, outputs: Sequence[Output], level: int = INFO):
-        self.directory, self.outputs, self.level = directory, outputs, level
+    def __init__(self, directory: str | None, writers: Sequence[Writer], level: int = INFO):
+        self.directory, self.writers, self.level = directory, list(writers), level
         self.values: dict[str, Any] = {}
         self.sums: dict[str, Any] = {}
         self.counts: dict[str, int] = {}
-        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that an output could not write yet
+        self.waiting: dict[int, list[dict[str, Any]]] = {}      # rows that a writer could not write yet
         self.is_stuck = False                                   # whether that was reported
 
     def logkv(self, key: str, val: Any) -> None:
@@ -64,45 +67,67 @@ class Logger:
         self.counts[key] = self.counts.get(key, 0) + 1
 
     def row(self) -> dict[str, Any]:
-        """The row so far, as plain numbers."""
+        """The row so far, as plain numbers in the order of its columns."""
         means = {key: total / self.counts[key] for key, total in self.sums.items()}
-        return _to_numbers({**self.values, **means})
+        row = _to_numbers({**self.values, **means})
+        return {name: row[name] for name in ordered(row)}
 
     def dumpkvs(self) -> dict[str, Any]:
         """See the function of this name."""
         row = self.row()
         if self.level < DISABLED:
-            self.is_stuck = not all([self.write_row(output, row) for output in self.outputs])
+            self.is_stuck = not all([self.write_row(writer, row) for writer in list(self.writers)])
         for held in (self.values, self.sums, self.counts):
             held.clear()
         return row
 
-    def write_row(self, output: Output, row: dict[str, Any]) -> bool:
-        """Write a row to an output, after those that wait for it; returns whether all could be written.
+    def write_row(self, writer: Writer, row: dict[str, Any]) -> bool:
+        """Give a row to a writer, after those that wait for it; returns whether all could be written.
 
         A full disk is no reason to end a run, so rows of numbers wait until there is space. Tables are lost.
         """
-        rows = self.waiting.setdefault(id(output), [])
+        rows = self.waiting.setdefault(id(writer), [])
         rows.append(row)
-        try:
+
+        def write() -> None:
             while rows:
-                output.writekvs(rows[0])
+                writer.scalars(rows[0].get("step"), rows[0])
                 rows.pop(0)
+
+        written = self.tell(writer, write)
+        del rows[: -WAITING_ROWS if writer.rows_wait else None]
+        return written
+
+    def tell(self, writer: Writer, what: Callable[[], None]) -> bool:
+        """Call a method of a writer; returns False if it could not write. A writer that fails otherwise is let go."""
+        try:
+            what()
         except (OSError, UserError) as error:
-            del rows[: None if isinstance(output, TableOutput) else -WAITING_ROWS]
             self.report_failure(error)
             return False
+        except Exception as error:
+            self.writers.remove(writer)
+            failure.say(f"log format {name_of(writer)} failed ({type(error).__name__}: {error}); the run continues "
+                        "without it")
         return True
+
+    def tell_all(self, what: Callable[[Writer], None]) -> None:
+        """Call a method of every writer."""
+        for writer in list(self.writers):
+            self.tell(writer, lambda writer=writer: what(writer))
+
+    def config(self, flags: Mapping[str, Any]) -> None:
+        """See `log_config`."""
+        self.tell_all(lambda writer: writer.config(flags))
+
+    def images(self, step: int, name: str, picture: np.ndarray) -> None:
+        """See `log_images`."""
+        self.tell_all(lambda writer: writer.images(step, name, picture))
 
     def log(self, *args: Any, level: int = INFO) -> None:
         """See the function of this name."""
         if self.level <= level:
-            for output in self.outputs:
-                if isinstance(output, TableOutput):
-                    try:
-                        output.writeline(" ".join(map(str, args)))
-                    except OSError as error:
-                        self.report_failure(error)
+            self.tell_all(lambda writer: writer.text(" ".join(map(str, args))))
 
     def report_failure(self, error: OSError | UserError) -> None:
         """Print that the log cannot be written, once until it can be again."""
@@ -120,13 +145,12 @@ class Logger:
         """Where the files of this log are; None where it has none."""
         return self.directory
 
-    def close(self) -> None:
-        """Close all outputs."""
-        for output in self.outputs:
-            output.close()
+    def close(self, status: Status = "finished") -> None:
+        """See `close`."""
+        self.tell_all(lambda writer: writer.close(status))
 
 
-_default = Logger(None, [TableOutput()] if launcher_rank() == 0 else [])
+_default = Logger(None, [ScreenWriter()] if launcher_rank() == 0 else [])
 _current = _default
 
 
@@ -147,7 +171,7 @@ def configure(
         in -rank001 and so on. By default the launcher's.
     :param also: further formats of rank 0.
     :param resume_step: the step a resumed run starts from; rows after it are dropped.
-    :raises UserError: if the directory cannot be made or written, or there is no such format.
+    :raises UserError: if the directory cannot be made or written, there is no such format, or its package is missing.
     """
     global _current
     rank = launcher_rank() if rank is None else rank
@@ -158,29 +182,51 @@ def configure(
         format_strs = _names(os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv"))
     if rank == 0:
         format_strs = [*format_strs, *also]
-    makers = [lookup(FORMATS, name, "log format") for name in format_strs]
+    kinds = {name: lookup(FORMATS, name, "log format") for name in format_strs}
+    for name, kind in kinds.items():
+        require(kind, name)
     dir = str(dir or os.environ.get("OPENAI_LOGDIR") or _default_directory())
     if "://" in dir:
         raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
     directory = Path(dir).expanduser().absolute()
     try:
-        if makers:
+        if kinds:
             directory.mkdir(parents=True, exist_ok=True)
-        outputs = [make(directory, log_suffix) for make in makers]
+        writers = [kind.open(directory, log_suffix) for kind in kinds.values()]
     except OSError as error:
         raise UserError(
             f"cannot write a log to {terminal.printable(str(directory))}: {error.strerror}; choose another --log_dir"
         ) from None
     reset()
-    _current = Logger(str(directory), outputs)
+    _current = Logger(str(directory), writers)
     if resume_step is not None:
         drop_after(resume_step)
 
 
 def drop_after(step: int) -> None:
     """Remove the rows whose `step` is larger, because the run resumes from there and will write them again."""
-    for output in _current.outputs:
-        output.drop_after(step)
+    for writer in _current.writers:
+        writer.drop_after(step)
+
+
+def log_config(flags: Mapping[str, Any]) -> None:
+    """Show the resolved flags of the run, in the formats that can."""
+    _current.config(flags)
+
+
+def log_images(step: int, name: str, picture: np.ndarray) -> None:
+    """Show a picture [H,W,3] uint8, in the formats that can."""
+    _current.images(step, name, picture)
+
+
+def close(status: Status) -> None:
+    """Tell all formats how the run ended. Lines of text can still be logged."""
+    _current.close(status)
+
+
+def name_of(writer: Writer) -> str:
+    """The name of a writer's format; that of its class, if the table lacks it."""
+    return next((name for name, kind in FORMATS.items() if type(writer) is kind), type(writer).__name__)
 
 
 def reset() -> None:

@@ -7,7 +7,7 @@ import os
 from torch import nn
 
 from cm.checkpoints import lock
-from cm.config.flags import Settings
+from cm.config.flags import Settings, words_of
 from cm.distributed import setup as dist
 from cm.distributed import signals
 from cm.io import storage, terminal
@@ -32,7 +32,8 @@ def start_run(settings: Settings) -> None:
 def open_log(settings: Settings, *, with_config: bool = True) -> None:
     """Start the log in --log_dir, and write the resolved flags there."""
     also = ("stats",) if settings.values.get("tick_kimg") else ()
-    logger.configure(settings.values["log_dir"] or None, rank=dist.get_rank(), also=also)
+    formats = words_of(settings.values["log_formats"]) or None
+    logger.configure(settings.values["log_dir"] or None, formats, rank=dist.get_rank(), also=also)
     if with_config:
         dist.on_main(save_config, settings)
     directory = terminal.printable(logger.get_dir())
@@ -40,9 +41,10 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
 
 
 def save_config(settings: Settings) -> None:
-    """Write config.json into the log's folder; on one rank."""
+    """Write config.json into the log's folder, and show the flags in the log; on one rank."""
     text = settings.as_text().encode()
     storage.write_atomically(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
+    logger.log_config(settings.values)
 
 
 def on_device(settings: Settings, model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from cm.checkpoints import loading
 from cm.config.flags import Settings
 from cm.config.schema import ConsistencyConfig, TrainConfig
 from cm.distributed import setup as dist
+from cm.logging import logger
 from cm.objectives.base import Companion, Objective
 from cm.setup import rules
 from cm.setup.callbacks import open_callbacks
@@ -34,6 +35,16 @@ def train(settings: Settings) -> None:
     kind = objective_kind(settings.values)
     kind.prepare(settings.values)
     start_run(settings)
+    try:
+        stopped = run(settings, kind)
+    except BaseException:
+        logger.close("failed")
+        raise
+    logger.close("stopped" if stopped else "finished")
+
+
+def run(settings: Settings, kind: type[Objective]) -> bool:
+    """Make the parts of a run whose log is open, and train; returns whether a signal has stopped it."""
     diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
     objective = kind.from_flags(diffusion, settings.values)
     data = open_data(settings, references=objective.references)
@@ -48,6 +59,7 @@ def train(settings: Settings) -> None:
     loop.resume()
     dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
     loop.run_loop()
+    return bool(loop.stop_signal)
 
 
 def make_networks(settings: Settings, objective: Objective) -> tuple[nn.Module, dict[str, CompanionNetwork]]:

@@ -129,6 +129,7 @@ class SampleGrids:
         sheet.save(content, "png")
         path = os.path.join(folder, f"samples_{step:06d}.png")
         storage.write_atomically(path, lambda file: file.write(content.getvalue()))
+        logger.log_images(step, GRIDS, np.asarray(sheet.convert("RGB")))
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -311,7 +311,7 @@ class TrainLoop:
         self.clock += time.monotonic() - begun
         return found
 
-    def log_row(self, found: Mapping[str, float]) -> dict[str, float]:
+    def log_row(self, found: Mapping[str, float]) -> dict[str, float | None]:
         """Write a row of the log, with what callbacks have found; returns the averages of the losses."""
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()

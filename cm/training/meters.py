@@ -40,15 +40,15 @@ class LossMeter:
             self.sums[name][0].index_add_(0, quarter, value)
             self.sums[name][1].index_add_(0, quarter, th.ones_like(value))
 
-    def means(self) -> dict[str, float]:
-        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (nan where no sample fell)."""
-        means = {}
+    def means(self) -> dict[str, float | None]:
+        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (None where no sample fell)."""
+        means: dict[str, float | None] = {}
         names = sorted(self.sums)
         if not names:
             return means
         sums = self.all_reduce_sum(th.stack([self.sums[name] for name in names])).cpu()
         for name, (total, count) in zip(names, sums):
             means[name] = float(total.sum() / count.sum())
-            means.update({f"{name}_q{q}": float(total[q] / count[q]) for q in range(QUARTERS)})
+            means.update({f"{name}_q{q}": float(total[q] / count[q]) if count[q] else None for q in range(QUARTERS)})
         self.sums.clear()
         return means

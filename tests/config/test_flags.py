@@ -68,6 +68,7 @@ def test_choices_are_the_tables():
     from cm.diffusion.noise_sampling import SCHEDULE_SAMPLERS
     from cm.diffusion.preconditioning import PRECONDS
     from cm.diffusion.weightings import WEIGHTINGS
+    from cm.logging import FORMATS
     from cm.objectives import DENOISING, OBJECTIVES
     from cm.objectives.cdm import BACKWARD
     from cm.objectives.curricula import EMA_MODES, SCALE_MODES
@@ -91,6 +92,13 @@ def test_choices_are_the_tables():
     assert choices(ConsistencyConfig, "target_ema_mode") == set(EMA_MODES)
     assert choices(ConsistencyConfig, "scale_mode") == set(SCALE_MODES)
     assert choices(SampleConfig, "generator") == set(GENERATORS)
+    assert choices(RunConfig, "log_formats") == set(FORMATS)
+
+
+def test_a_list_of_choices():
+    assert parse("", RunConfig, argv=["--log_formats", "csv, json"]).values["log_formats"] == "csv, json"
+    with pytest.raises(UserError, match="log_formats='jsn' is not one of: stdout, .*Did you mean 'json'"):
+        parse("", RunConfig, argv=["--log_formats", "csv,jsn"])
 
 
 def test_command_line_wins_over_file_over_default(tmp_path):

@@ -233,7 +233,7 @@ WRITERS = """
     from cm.generate.npz import NpzWriter
     from cm.generate.png import _write_png
     from cm.io import storage
-    from cm.logging.writers import replace_file
+    from cm.logging.files import replace_file
 
     folder, how = Path(sys.argv[1]), sys.argv[2]
     noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -14,6 +13,8 @@ import torch as th
 from cm.errors import UserError
 from cm.io import terminal
 from cm.logging import logger
+from cm.logging.tables import TableWriter
+from cm.logging.writers import Writer
 from support.mpi import clean_environment, program, start
 from support.own_mounts import NAMESPACES, needs_own_mounts
 
@@ -121,12 +122,12 @@ def test_the_table_is_readable(tmp_path, capsys):
     assert table == (tmp_path / "log.txt").read_text()
     assert table.splitlines() == [
         "--------------------------------------------",
-        "| a_very_long_name_for_a_sing... | 1       |",
-        "| bad                            | nan     |",
-        "| loss                           | 0.1235  |",
-        "| lr                             | 0.0001  |",
-        "| samples                        | 123456  |",
         "| step                           | 1000000 |",
+        "| samples                        | 123456  |",
+        "| loss                           | 0.1235  |",
+        "| bad                            | nan     |",
+        "| a_very_long_name_for_a_sing... | 1       |",
+        "| lr                             | 0.0001  |",
         "--------------------------------------------",
     ]
 
@@ -288,7 +289,7 @@ def test_a_full_disk_does_not_end_a_run_and_rows_wait_for_room(tmp_path):
             filler.unlink()
         dump(range(203, 205))
         csv, json = (folder / "progress.csv").read_text(), (folder / "progress.json").read_text()
-        print([line.split(",")[1] for line in csv.splitlines()[1:]] == [str(i) for i in range(205)],
+        print([line.split(",")[0] for line in csv.splitlines()[1:]] == [str(i) for i in range(205)],
               len(json.splitlines()) == 205, "204" in (folder / "log.txt").read_text())
     """)
     script = f"mount -t tmpfs -o size=256k none {disk} && {sys.executable} {source} {disk}"
@@ -297,19 +298,16 @@ def test_a_full_disk_does_not_end_a_run_and_rows_wait_for_room(tmp_path):
     assert 1 <= done.stderr.count("No space left on device") <= 3, done         # not once for each of 200 rows
 
 
-class Full:
-    """An output on a disk that has no room until it is told so."""
+class Full(Writer):
+    """A writer on a disk that has no room until it is told so."""
 
     def __init__(self):
         self.rows, self.has_room = [], False
 
-    def writekvs(self, row):
+    def scalars(self, step, row):
         if not self.has_room:
             raise OSError(28, "No space left on device")
-        self.rows.append(row["step"])
-
-    def close(self):
-        pass
+        self.rows.append(step)
 
 
 def test_of_more_rows_than_may_wait_the_oldest_are_lost(monkeypatch, capsys):
@@ -340,6 +338,38 @@ def test_as_many_rows_wait_for_room_as_the_constant_says(capsys):
     log.logkv("step", "newest")
     log.dumpkvs()
     assert output.rows == [*range(10, 10_010), "newest"]
+
+
+class Broken(Writer):
+    """A writer one of whose methods fails, and that notes what it is asked."""
+
+    def __init__(self, method):
+        self.calls = []
+        for name in ("config", "scalars", "images", "text", "close"):
+            setattr(self, name, lambda *args, name=name: self.call(name, method))
+
+    def call(self, name, method):
+        self.calls.append(name)
+        if name == method:
+            raise RuntimeError("no such server")
+
+
+@pytest.mark.parametrize("method", ["config", "scalars", "images", "text", "close"])
+def test_a_writer_that_fails_is_let_go_with_one_line_and_the_others_go_on(tmp_path, capsys, method):
+    broken, table = Broken(method), TableWriter(tmp_path / "log.txt")
+    log = logger.Logger(str(tmp_path), [broken, table])
+    for step in (1, 2):
+        log.config({"lr": 1})
+        log.logkv("step", step)
+        log.dumpkvs()
+        log.images(step, "samples", np.zeros((2, 2, 3), np.uint8))
+        log.log(f"after step {step}")
+        log.close("finished")
+    assert capsys.readouterr().err == (
+        "log format Broken failed (RuntimeError: no such server); the run continues without it\n"
+    )
+    assert broken.calls.count(method) == 1 and broken.calls[-1] == method
+    assert "after step 1" in (tmp_path / "log.txt").read_text() and "after step 2" in (tmp_path / "log.txt").read_text()
 
 
 # --- where and who -----------------------------------------------------------------------------------------------
@@ -413,37 +443,6 @@ def test_another_log_for_a_while(tmp_path):
         assert logger.get_dir() == str(tmp_path / "inner")
     logger.dumpkvs()
     assert csv_rows(tmp_path / "outer") == [{"step": "1"}] and csv_rows(tmp_path / "inner") == [{"step": "7"}]
-
-
-# --- TensorBoard ---------------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_gets_curves_over_the_step(tmp_path, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step=None):
-            calls.append(("open", os.path.basename(folder), purge_step))
-
-        def add_scalar(self, name, value, step):
-            calls.append((name, value, step))
-
-        def flush(self):
-            pass
-
-        close = flush
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    logger.configure(tmp_path, ["tensorboard"], resume_step=4)
-    dump(step=5, loss=th.tensor(0.5), name="text is no curve")
-    dump(loss=0.25)
-    assert calls == [("open", "tb", None), ("open", "tb", 5), ("step", 5, 5), ("loss", 0.5, 5), ("loss", 0.25, 2)]
-
-
-def test_without_the_package_tensorboard_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        logger.configure(tmp_path, ["tensorboard"])
 
 
 # --- a terminal or a folder that goes away -------------------------------------------------------------------------

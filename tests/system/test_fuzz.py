@@ -32,7 +32,8 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate import edit_tasks
 from cm.generate.score_store import open_score_store
-from cm.logging.writers import CSVOutput, JSONOutput
+from cm.logging.csv_rows import CSVWriter
+from cm.logging.json_lines import JSONWriter
 from cm.report.run_records import read_run
 from cm.script_util import create_model
 from cm.setup.inherit import inherit_checkpoint
@@ -235,11 +236,11 @@ def read_config(path):
 
 
 def read_csv(path):
-    CSVOutput(Path(path)).drop_after(5)
+    CSVWriter(Path(path)).drop_after(5)
 
 
 def read_json_lines(path):
-    JSONOutput(Path(path)).drop_after(5)
+    JSONWriter(Path(path)).drop_after(5)
 
 
 @dataclass

@@ -1,0 +1,50 @@
+"""Files of a log: appended to or replaced completely or not at all, and read back after a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cm.io import storage
+
+
+def append(path: Path, content: str | bytes) -> None:
+    """Append all of a content or, if the disk is full, nothing of it. A folder that was removed is made again.
+
+    :raises OSError: if it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file so that it has its old content or the new one, whatever happens in between.
+
+    :raises UserError: if it cannot be written.
+    """
+    storage.write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def readable_text(path: Path) -> str:
+    """The text of a file, without the zeros that a power cut can leave at its end."""
+    with path.open(newline="", errors="replace") as file:
+        return file.read().replace("\0", "")
+
+
+def is_after(row: Mapping[str, Any], step: int) -> bool:
+    """Whether a row has a larger `step`."""
+    try:
+        return float(row["step"]) > step
+    except (KeyError, TypeError, ValueError):
+        return False
