@@ -126,7 +126,6 @@ def test_it_serves_as_a_teacher_and_as_a_start(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(changes={"in_channels": 1}), "in_channels=1; this toolkit knows 3"),
     (dict(changes={"decoder_type": "skip"}), "decoder_type='skip'; this toolkit knows 'standard' alone"),
     (dict(changes={"channel_mult_emb": 2}), "channel_mult_emb=2; this toolkit knows 4"),
     (dict(changes={"resample_filter": [1, 2, 1]}), "neither DDPM.. nor NCSN.."),
