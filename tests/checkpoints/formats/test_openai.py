@@ -260,8 +260,9 @@ def test_architecture_is_read_off_the_weights(options):
 def test_published_imagenet64_is_recognised():
     flags = openai.model_flags(published_weights(64), "cd_imagenet64_l2.pt")
     assert flags == {
-        "channels": 3, "num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3, "use_scale_shift_norm": True,
-        "resblock_updown": True, "class_cond": True, "num_classes": 1000, "image_size": 64, "num_head_channels": 64,
+        "channels": 3, "num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3,
+        "use_scale_shift_norm": True, "resblock_updown": True,
+        "class_cond": True, "num_classes": 1000, "image_size": 64, "num_head_channels": 64,
         "attention_resolutions": "32,16,8",
     }
 
