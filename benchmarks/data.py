@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cm.data.image_source import ImageSource
 from cm.data.loader import load_data
-from cm.data.sources import ImageSource, open_source
+from cm.data.sources import open_source
 from cm.io.storage import write_json
 
 TOOL = Path(__file__).resolve().parent.parent / "datasets" / "dataset_tool.py"

@@ -1,5 +1,6 @@
 """The former name of `cm.data.sources`."""
 
-from cm.data.sources import SOURCES, ImageSource, open_source
+from cm.data.image_source import ImageSource
+from cm.data.sources import SOURCES, open_source
 
 __all__ = ["SOURCES", "ImageSource", "open_source"]

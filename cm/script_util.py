@@ -58,6 +58,7 @@ def create_model(
     num_classes: int = PUBLISHED_CLASSES,
     arch: str = "unet",
     augment_dim: int = 0,
+    channels: int = 3,
 ) -> Network:
     """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
 
@@ -67,6 +68,7 @@ def create_model(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
         resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
+        channels,
     )
     model = build_network(config, UNetModel.of)
     if isinstance(model, UNetModel):
@@ -100,8 +102,9 @@ def create_model_and_diffusion(
     precond: str = "edm",
     arch: str = "unet",
     augment_dim: int = 0,
+    channels: int = 3,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names; the last five are the toolkit's own.
+    """Network and denoiser from flags, by guided-diffusion's names; the last six are the toolkit's own.
 
     :param distillation: scale the network as a consistency function.
     :raises UserError: if the flags describe no network, naming the flag.
@@ -112,7 +115,7 @@ def create_model_and_diffusion(
         attention_resolutions=attention_resolutions, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
         resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
-        num_classes=num_classes, arch=arch, augment_dim=augment_dim,
+        num_classes=num_classes, arch=arch, augment_dim=augment_dim, channels=channels,
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,

@@ -29,7 +29,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 from tqdm import tqdm
 
-from cm.data.decode import why_unreadable
+from cm.data.decode import MODES, why_unreadable
 from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
@@ -100,6 +100,11 @@ def transform(image: Image.Image, kind: str, size: Shape | None) -> Image.Image 
     return center_crop(image, size) if kind == "center-crop" else center_crop_wide(image, size)
 
 
+def to_channels(image: Image.Image, channels: int | None) -> Image.Image:
+    """The image in grey for 1 channel, by its luma, and in RGB for 3; None leaves it as it is."""
+    return image if channels is None or image.mode == MODES[channels] else image.convert(MODES[channels])
+
+
 class Made(NamedTuple):
     """The result for image i: its PNG, or a complaint why there is none; neither if it was too small."""
 
@@ -110,7 +115,7 @@ class Made(NamedTuple):
     complaint: str = ""
 
 
-def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
+def make(i: int, source: RawImages, kind: str, size: Shape | None, channels: int | None = None) -> Made:
     """Read, transform and encode image i."""
     try:
         image = source.image(i)
@@ -121,6 +126,7 @@ def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
     image = transform(image, kind, size)
     if image is None:
         return Made(i)
+    image = to_channels(image, channels)
     file = io.BytesIO()
     image.save(file, format="png", compress_level=0, optimize=False)        # stored: fast to read in training
     return Made(i, file.getvalue(), image.mode, image.size)
@@ -129,10 +135,10 @@ def make(i: int, source: RawImages, kind: str, size: Shape | None) -> Made:
 _make: Callable[[int], Made] | None = None      # in a process of the pool: `make` with all arguments but the number
 
 
-def start_worker(source: RawImages, kind: str, size: Shape | None) -> None:
+def start_worker(source: RawImages, kind: str, size: Shape | None, channels: int | None = None) -> None:
     """Prepare a process of the pool for `make_in_worker`, so that the source is sent to it only once."""
     global _make
-    _make = partial(make, source=source, kind=kind, size=size)
+    _make = partial(make, source=source, kind=kind, size=size, channels=channels)
 
 
 def make_in_worker(i: int) -> Made:
@@ -268,7 +274,8 @@ def describe(made: Made) -> str:
 
 
 def convert(
-    source: RawImages, dest: Destination, count: int, kind: str, size: Shape | None, workers: int
+    source: RawImages, dest: Destination, count: int, kind: str, size: Shape | None, workers: int,
+    channels: int | None = None,
 ) -> Counter:
     """Write the first `count` images and their labels; returns how many are written, too small, and unreadable.
 
@@ -279,7 +286,7 @@ def convert(
     outcomes: Counter = Counter()
     labels, uniform = [], Uniform(source)
     with (
-        multiprocessing.Pool(workers, start_worker, (source, kind, size)) as pool,
+        multiprocessing.Pool(workers, start_worker, (source, kind, size, channels)) as pool,
         tqdm(total=count, unit="image", disable=None) as progress,
     ):
         for made in pool.imap(make_in_worker, range(count), CHUNK):
@@ -317,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     count = min(len(source), args.max_images or len(source))
     dest = open_destination(args.dest)
     try:
-        outcomes = convert(source, dest, count, args.transform, args.resolution, args.workers)
+        outcomes = convert(source, dest, count, args.transform, args.resolution, args.workers, args.channels)
         dest.finish()
     except BaseException as error:
         dest.give_up()
@@ -350,6 +357,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="size of the images written [default: unchanged]")
     parser.add_argument("--transform", choices=TRANSFORMS, default="none",
                         help="how images are cropped; none: only resized [default: none]")
+    parser.add_argument("--channels", type=int, choices=tuple(MODES),
+                        help="1: all images in grey, 3: all in RGB [default: grey stays grey, but is RGB when cropped]")
     parser.add_argument("--max-images", type=int, metavar="N", help="convert only the first N images [default: all]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one per core]")
     return parser.parse_args(argv)

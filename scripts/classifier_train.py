@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
-from cm.data.sources import ImageSource, open_source
+from cm.data.image_source import ImageSource
+from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
 
 SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
-Labelled = tuple[NDArray[np.uint8], NDArray[np.int64]]      # images [N,H,W,3], labels [N]
+Labelled = tuple[NDArray[Any], NDArray[np.int64]]           # images [N,H,W,C], labels [N]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class ClassifierConfig:
 
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
+    channels: int = option(
+        3, "noised: channels of the images, as --channels of the model to be guided; an extractor is for 3", minimum=1
+    )
     out: str = option("", "the file to write; empty: classifier.ts, or noisy_classifier.pt")
     noised: bool = option(False, "train a classifier of noisy images, conditioned on the noise level, for guidance")
     classifier_width: int = option(32, "noised: channels at the first resolution level, a multiple of 32", minimum=32)
@@ -64,13 +68,18 @@ def main(settings: Settings) -> None:
         return print(settings.as_text())
     if dist.get_world_size() > 1:
         raise UserError("training a classifier is one process; start it without mpiexec")
+    if config.channels != 3 and not config.noised:
+        raise UserError(f"--channels {config.channels}: a feature extractor is for images of 3 channels, and sees grey "
+                        "ones as RGB; drop the flag, or give --noised True")
     dist.setup_dist()
     start = time.monotonic()
     out = config.out or ("noisy_classifier.pt" if config.noised else "classifier.ts")
     facts_path = Path(out).with_suffix(".json")
     outputs = [Output("--out", out), Output("the JSON file of facts next to it", facts_path)]
     check_outputs(outputs, {"--data_dir": config.data_dir})
-    images, labels, num_classes = load_labelled(open_source(config.data_dir, config.image_size), config.data_dir)
+    images, labels, num_classes = load_labelled(
+        open_source(config.data_dir, config.image_size, channels=config.channels), config.data_dir
+    )
     try:
         kept, held_out = stratified_split(labels, config.holdout, config.seed)
     except ValueError as error:
@@ -124,7 +133,7 @@ def train_guide(
     attended = [side for side in parse_resolutions(config.classifier_attention_resolutions) if side in sides]
     network = NoisyClassifierConfig(
         config.image_size, num_classes, config.classifier_width, config.classifier_depth, widths,
-        attention_factors(config.image_size, attended),
+        attention_factors(config.image_size, attended), channels=config.channels,
     )
     model = train_noisy_classifier(
         *training, network, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev()
@@ -135,8 +144,8 @@ def train_guide(
     return facts, [f"at noise level {sigma:g}: {share:.1%}" for sigma, share in by_level.items()] + [out]
 
 
-def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
-    """Images [N,H,W,3], labels [N], number of classes.
+def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[Any], NDArray[np.int64], int]:
+    """Images [N,H,W,C], labels [N], number of classes.
 
     :raises UserError: if the images have no classes, or only one.
     """

@@ -97,8 +97,10 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> Png
     :raises UserError: if it holds images of another model or of other flags, or the noise has no seeds.
     """
     from cm.distributed import setup as dist
+    from cm.setup.channels import demand_pictures
     from cm.setup.sample import png_recipe
 
+    demand_pictures(settings, f"--outdir {pngs.outdir}: a PNG")
     if plan.generator == "dummy":
         raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)

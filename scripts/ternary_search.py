@@ -59,6 +59,7 @@ def main(settings: Settings) -> None:
     from cm.generate.prefix_cache import PrefixCache
     from cm.generate.schedule_scorer import Scorer
     from cm.samplers.sample import SampleOptions
+    from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
     from cm.setup.run import open_log, run_precision
     from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
@@ -71,6 +72,7 @@ def main(settings: Settings) -> None:
     settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
+    demand_pictures(settings, "a search by the Frechet distance")
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
     plan = sampling_plan(settings)
     if settings.dry_run:
@@ -140,7 +142,7 @@ def check_flags(settings: Settings) -> None:
 def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:
     """All that a score depends on; on rank 0, which reads the files."""
     values = settings.values
-    without_effect = ("dropout", "use_checkpoint", "use_fp16")
+    without_effect = ("dropout", "use_checkpoint", "use_fp16", "channels")        # the weights have their channels
     network = [each.name for each in dataclasses.fields(ModelConfig) if each.name not in without_effect]
     sampling = ("steps", "num_samples", "seed", "class_label", "clip_denoised", "sigma_min", "sigma_max")
     return {

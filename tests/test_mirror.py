@@ -39,6 +39,9 @@ ELSEWHERE = {
     "evaluations/flags.py": "system/test_start_up.py",
     "evaluations/in_training.py": "training/test_callbacks.py",
     "evaluations/report.py": "evaluations/test_evaluator.py",
+    "cm/data/image_source.py": "data/test_sources.py",
+    "cm/data/formats/folder.py": "data/test_sources.py",
+    "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
     "cm/data/labels.py": "data/test_sources.py",

@@ -28,6 +28,10 @@ class ModelConfig:
         choices=("unet", "ddpmpp", "ncsnpp", "adm"),
     )
     image_size: int = option(64, "width and height of the images in pixels", minimum=1)
+    channels: int = option(
+        3, "channels of the images; 3: RGB, where grey data are repeated; 1: grey, to which colour is converted; "
+        "others: latents, from an npz and to an npz", minimum=1,
+    )
     num_channels: int = option(128, "number of channels at the first resolution level", minimum=1)
     num_res_blocks: int = option(2, "residual blocks per resolution level", minimum=1)
     num_heads: int = option(4, "unet: number of attention heads; used if num_head_channels is -1")

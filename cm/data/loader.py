@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
-from cm.data.sources import ImageSource, open_source
+from cm.data.image_source import ImageSource
+from cm.data.sources import open_source
 from cm.distributed import signals
 from cm.errors import UserError
 from cm.random_util import stream_seed, stream_seeds
@@ -48,10 +49,12 @@ def load_data(
     pin_memory: bool = False,
     cache_bytes: int | None = None,
     labels: str = "auto",
+    channels: int = 3,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
-    `images` is float32 [B,3,S,S] in [-1, 1]; `cond` is {"y": int64 [B]} with `class_cond`, else empty.
+    `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
+    `class_cond`, else empty.
 
     :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits.
     :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
@@ -64,11 +67,13 @@ def load_data(
     :param start: samples that the run has consumed already, over all ranks.
     :param num_workers: processes that read images ahead; None means none if the set is kept in memory, else one.
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
-    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is `cm.data.sources.CACHE_BYTES`.
+    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is
+        `cm.data.image_source.CACHE_BYTES`.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
+    :param channels: C, see `cm.data.sources.open_source`.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    source = open_source(data_dir, image_size, labels=labels)
+    source = open_source(data_dir, image_size, labels=labels, channels=channels)
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
@@ -150,7 +155,7 @@ class Requests:
 
 
 class Samples(Dataset):
-    """Complete batches of uint8, so that little data passes through the pipe of a worker."""
+    """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker."""
 
     def __init__(self, source: ImageSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
         self.source = source
@@ -160,7 +165,7 @@ class Samples(Dataset):
         self._random_flip = random_flip
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
-        """Positions and indices -> a batch whose images are still uint8 [B,3,S,S].
+        """Positions and indices -> a batch whose images are still uint8 [B,C,S,S], or latents.
 
         The error of an image that cannot be read is returned: raised in a worker, its message would be lost in the
         worker's traceback.
@@ -176,7 +181,7 @@ class Samples(Dataset):
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """uint8 [B,S,S,3], cropped and flipped."""
+        """[B,S,S,C], cropped and flipped."""
         if self._random_crop:
             pixels = np.stack([self._cropped(p, i) for p, i in zip(positions.tolist(), indices.tolist())])
         else:
@@ -188,13 +193,14 @@ class Samples(Dataset):
 
     def _cropped(self, position: int, i: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(key=stream_seed(self._seed, "crop", position)))
-        return random_crop(self.source.load(i), self.source.image_size, rng)
+        size = self.source.image_size
+        return random_crop(self.source.load(i), size, rng).reshape(size, size, self.source.channels)
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """A random square of an image, with a side of 0.8 to 1 times its shorter side, as in guided-diffusion.
 
-    :returns: uint8 [size,size,3].
+    :returns: uint8 [size,size,3], or [size,size] of a grey image.
     """
     shorter = int(rng.integers(size, math.ceil(size / CROP_FRACTION), endpoint=True))
     pixels = np.asarray(resize_shorter_side(image, shorter))
@@ -236,7 +242,7 @@ class BatchStream:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch, its images float32 [B,3,S,S] in [-1, 1].
+        """The next batch, its images float32 [B,C,S,S], pixels in [-1, 1].
 
         :raises UserError: if an image cannot be read; the message names it, and the stream ends.
         :raises RuntimeError: if a worker died.
@@ -257,7 +263,8 @@ class BatchStream:
         return batch
 
     def read(self, positions: np.ndarray) -> Batch:
-        """The batch of these positions of the run, int64 [B] ascending, read by this process: uint8 [B,3,S,S].
+        """The batch of these positions of the run, int64 [B] ascending, read by this process: its images uint8
+        [B,C,S,S], or latents.
 
         :raises UserError: if one cannot be read.
         """
@@ -266,15 +273,20 @@ class BatchStream:
             raise batch
         return batch
 
+    def stored(self, images: Tensor) -> Tensor:
+        """Images of a batch as the set holds them: uint8, or latents as they are."""
+        return images if self.source.holds_floats else to_bytes(images)
+
     def close(self) -> None:
         """End the workers; by garbage collection it would take seconds for each."""
         self._batches = iter(())
 
     def _to_float(self, pixels: Tensor) -> Tensor:
-        """uint8 [B,3,S,S] -> float32 [B,3,S,S] in [-1, 1], v / 127.5 - 1."""
-        return th.empty(pixels.shape, pin_memory=self._pin_memory).copy_(pixels).div_(127.5).sub_(1)
+        """[B,C,S,S] -> float32: uint8 to [-1, 1], v / 127.5 - 1, and latents as they are."""
+        images = th.empty(pixels.shape, pin_memory=self._pin_memory).copy_(pixels)
+        return images if pixels.is_floating_point() else images.div_(127.5).sub_(1)
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """The inverse of the conversion of a batch's images: float [B,3,S,S] in [-1, 1] -> uint8 [B,3,S,S]."""
+    """The inverse of the conversion of a batch's images: float [B,C,S,S] in [-1, 1] -> uint8 [B,C,S,S]."""
     return images.add(1).mul_(127.5).round_().to(th.uint8)

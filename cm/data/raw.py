@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from cm.data.decode import decode
+from cm.data.image_source import EncodedSource
 from cm.data.labels import LABEL_FILE
-from cm.data.sources import EncodedSource, open_source
+from cm.data.sources import open_source
 from cm.errors import UserError
 
 CIFAR_FOLDER = "cifar-10-batches-py"

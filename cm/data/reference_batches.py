@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from cm.data.loader import BatchStream, to_bytes
+from cm.data.loader import BatchStream
 from cm.types import Batch
 
 Gather = Callable[[Any], list[Any]]
@@ -25,7 +25,8 @@ Gather = Callable[[Any], list[Any]]
 def with_references(
     stream: BatchStream, n: int, start: int, rank: int, world_size: int, gather: Gather
 ) -> Iterator[Batch]:
-    """The batches of `stream`, each with `references`: images uint8 [n,3,S,S], cond and positions, in order.
+    """The batches of `stream`, each with `references`: images [n,C,S,S], uint8 or latents, cond and positions, in
+    order.
 
     :param n: at least the images of a step.
     :param start: samples that the run has consumed already, as `stream` was given.
@@ -37,7 +38,7 @@ def with_references(
         for batch in stream:
             if held is None:
                 held = gather(_past(stream, n - sum(gather(len(batch))), start, rank, world_size))
-            own = Batch(to_bytes(batch.images), batch.cond, batch.positions)
+            own = Batch(stream.stored(batch.images), batch.cond, batch.positions)
             batch.references = _newest(n, *held, *gather(own))
             held = [batch.references]
             yield batch

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from cm.config.flags import Settings
 from cm.config.schema import EditConfig
 from cm.data.decode import IMAGE_BYTES, decode
-from cm.data.sources import ImageSource, open_source
+from cm.data.image_source import ImageSource
+from cm.data.sources import open_source
 from cm.diffusion.schedules import karras_grid
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -36,7 +37,7 @@ from cm.generate.editing import (
 )
 from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, no_images, noise_of
 from cm.generate.finite import finite_images
-from cm.generate.npz import to_uint8
+from cm.generate.npz import to_array
 from cm.io import untrusted
 from cm.io.storage import open_file
 from cm.registry import lookup
@@ -45,7 +46,7 @@ from cm.samplers.sample import BindsNetworks
 from cm.types import NoiseSource, Sampler
 
 EditMaker = Callable[[Tensor, NoiseSource], Edit]
-"""Makes an edit of images [N,3,S,S] and the noise source of their samples."""
+"""Makes an edit of images [N,C,S,S] and the noise source of their samples."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,19 @@ class EditJob:
         return ("samples",) if self.source is None else ("samples", "inputs")
 
     def originals(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these results, [n,S,S,3] uint8; images are used again if there are fewer than results."""
+        """The images of these results, [n,S,S,C]; images are used again if there are fewer than results."""
         assert self.source is not None, "interpolation has no images"
         images = self.source.images(indices % len(self.source))
         repeats = self.plan.image_size // self.source.image_size
         return images.repeat(repeats, axis=1).repeat(repeats, axis=2)
 
     def images(self, indices: np.ndarray) -> Tensor:
-        """[n,3,S,S] in [-1, 1] on this rank's device."""
+        """[n,C,S,S] in [-1, 1] (latents: as they are) on this rank's device."""
         size, device = self.plan.image_size, dist.dev()
         if self.source is None:
-            return th.zeros(len(indices), 3, size, size, device=device)
+            return th.zeros(len(indices), self.plan.channels, size, size, device=device)
         pixels = th.from_numpy(self.originals(indices)).to(device).permute(0, 3, 1, 2)
-        return pixels.float().div_(127.5).sub_(1)
+        return pixels.float() if pixels.is_floating_point() else pixels.float().div_(127.5).sub_(1)
 
     def noise(self, indices: np.ndarray) -> NoiseSource:
         """The random streams of these results."""
@@ -118,7 +119,9 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     config, values = settings.section(EditConfig), settings.values
     task = lookup(TASKS, config.task, "task")
     _refuse_options_of_others(config)
-    space = ImageSpace(plan.image_size, *(values[name] for name in ("sigma_min", "sigma_max", "rho")))
+    space = ImageSpace(
+        plan.image_size, *(values[name] for name in ("sigma_min", "sigma_max", "rho")), channels=plan.channels
+    )
     make_edit = task.prepare(config, space)
     churn = Churn(*(values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")))
     source = arcs = None
@@ -146,7 +149,7 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
         clip_denoised=job.clip_denoised,
     )
     pictures = {"samples": images, "inputs": edit.known}
-    pixels = {kind: to_uint8(pictures[kind], nearest=True) for kind in job.kinds}
+    pixels = {kind: to_array(pictures[kind], nearest=True) for kind in job.kinds}
     return RankSamples(pixels, labels, D.calls, finite_images(images))
 
 
@@ -154,12 +157,13 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
 
 
 class ImageSpace(NamedTuple):
-    """What the network makes: the side of its images in pixels, and the noise levels of its grid."""
+    """What the network makes: the side and channels of its images, and the noise levels of its grid."""
 
     size: int
     sigma_min: float
     sigma_max: float
     rho: float
+    channels: int = 3
 
 
 class Task(NamedTuple):
@@ -184,6 +188,9 @@ def _prepare_inpainting(config: EditConfig, space: ImageSpace) -> EditMaker:
 
 
 def _prepare_colorization(config: EditConfig, space: ImageSpace) -> EditMaker:
+    if space.channels != 3:
+        raise UserError(f"--task colorize gives a grey image its colours, but this model makes images of "
+                        f"{space.channels} channel(s): take a model of RGB images, or another --task")
     return lambda images, rng: Colorize(images)
 
 
@@ -246,7 +253,7 @@ def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
     if not config.images:
         raise UserError(f"--images is missing: --task {config.task} needs a folder, an EDM zip or an npz of images")
     shrink = config.superres_factor if config.low_resolution else 1
-    source = open_source(config.images, plan.image_size // shrink, "--images")
+    source = open_source(config.images, plan.image_size // shrink, "--images", channels=plan.channels)
     if plan.num_classes is not None and plan.class_label < 0 and (source.num_classes or 0) > plan.num_classes:
         raise UserError(
             f"{config.images} has {source.num_classes} classes, the network only {plan.num_classes}; "

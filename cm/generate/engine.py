@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.finite import NonFiniteCount, finite_images
-from cm.generate.npz import NpzWriter, to_uint8
+from cm.generate.npz import NpzWriter, to_array, type_of
 from cm.generate.png import PngFolder, PngWriter
 from cm.random_util import get_generator, labels_for
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
@@ -42,6 +42,7 @@ class SamplingPlan:
     seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
     rounding: str = "truncate"
     allow_non_finite: bool = False
+    channels: int = 3
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
         """The sample indices of these rows of the result."""
@@ -52,7 +53,7 @@ class SamplingPlan:
 class RankSamples:
     """What one rank made of n sample indices."""
 
-    images: dict[str, np.ndarray]               # by kind, [n,H,W,3] uint8
+    images: dict[str, np.ndarray]               # by kind, [n,H,W,C] uint8, or latents as float32
     labels: np.ndarray | None                   # [n]
     evaluations: int                            # network evaluations per image (NFE)
     finite: NDArray[np.bool_]                   # [n], False where a pixel was NaN or infinite
@@ -61,7 +62,7 @@ class RankSamples:
 class Drawn(NamedTuple):
     """Images of n sample indices."""
 
-    images: np.ndarray                          # [n,H,W,3] uint8
+    images: np.ndarray                          # [n,H,W,C] uint8, or latents as float32
     evaluations: int                            # network evaluations per image (NFE)
     finite: NDArray[np.bool_]                   # [n], False where a pixel was NaN or infinite
 
@@ -71,7 +72,7 @@ class SamplingResult:
     """What sampling to npz files left."""
 
     paths: dict[str, str]                       # of the npz of each kind, on rank 0
-    first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,3], on rank 0: to look at
+    first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,C], on rank 0: to look at
     evaluations: int                            # network evaluations per image (NFE)
     seconds: float
 
@@ -149,16 +150,16 @@ def draw(
         return Drawn(no_images(plan), 0, np.ones(0, bool))
     size = plan.image_size
     result = sample(
-        diffusion, model, (len(indices), 3, size, size), options, model_kwargs=condition(labels), device=dist.dev(),
-        generator=noise_of(indices, plan),
+        diffusion, model, (len(indices), plan.channels, size, size), options, model_kwargs=condition(labels),
+        device=dist.dev(), generator=noise_of(indices, plan),
     )
-    pixels = to_uint8(result.images, nearest=plan.rounding == "nearest")
+    pixels = to_array(result.images, nearest=plan.rounding == "nearest")
     return Drawn(pixels, result.evaluations, finite_images(result.images))
 
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
-    """[0,H,W,3] uint8: what a rank without work contributes."""
-    return np.zeros((0, plan.image_size, plan.image_size, 3), np.uint8)
+    """[0,H,W,C]: what a rank without work contributes."""
+    return np.zeros((0, plan.image_size, plan.image_size, plan.channels), type_of(plan.channels))
 
 
 def noise_of(indices: np.ndarray, plan: SamplingPlan) -> NoiseSource:
@@ -259,8 +260,11 @@ def sample_to_pngs(
 
 def _open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
     """An open npz for each kind of image."""
-    size, with_labels = plan.image_size, plan.num_classes is not None
-    return {kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind) for kind in kinds}
+    size, with_labels, channels = plan.image_size, plan.num_classes is not None, plan.channels
+    return {
+        kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind, channels=channels)
+        for kind in kinds
+    }
 
 
 def gather_rows(rows: np.ndarray | None) -> np.ndarray | None:

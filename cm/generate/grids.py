@@ -9,23 +9,50 @@ from typing import IO, cast
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cm.data.decode import MODES
+from cm.errors import UserError
 from cm.io import storage
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Image.Image:
-    """[N,H,W,3] uint8 -> one picture, row by row, each pixel `scale` wide."""
-    count, height, width, _ = images.shape
+    """[N,H,W,C] -> one picture, row by row, each pixel `scale` wide; grey if the images are.
+
+    Latents are shown as their channels side by side, from black at -1 to white at 1.
+    """
+    images = viewable(images)
+    count, height, width, channels = images.shape
     rows = -(-count // columns)
     cell_h, cell_w = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * cell_h - gap, columns * cell_w - gap, 3), 255, np.uint8)
+    sheet = np.full((rows * cell_h - gap, columns * cell_w - gap, channels), 255, np.uint8)
     for place, image in enumerate(images):
         top, left = place // columns * cell_h, place % columns * cell_w
         sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
-    return Image.fromarray(sheet)
+    return to_picture(sheet)
+
+
+def viewable(images: np.ndarray) -> np.ndarray:
+    """[N,H,W,C] -> uint8 [N,H,W,C] of pictures, [N,H,W*C,1] of latents: their channels side by side."""
+    if images.dtype != np.uint8:
+        images = ((images.astype(np.float64) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    if images.shape[3] in MODES:
+        return images
+    return images.swapaxes(2, 3).reshape(*images.shape[:2], -1, 1)
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 [H,W,3] -> a picture in RGB, [H,W,1] -> one in grey.
+
+    :raises UserError: for other channels, which no picture has.
+    """
+    channels = pixels.shape[2]
+    if channels not in MODES:
+        raise UserError(f"samples of {channels} channels are latents and cannot be a PNG: write them to an npz, "
+                        "without --outdir")
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
 def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], scale: int, text_size: int = 16) -> Image.Image:
-    """Pictures one above the other, each row of images [n,H,W,3] with its name on the left."""
+    """Pictures one above the other, each row of images [n,H,W,C] with its name on the left."""
     font = ImageFont.load_default(text_size)
     strips = [(name, image_grid(images, len(images), scale)) for name, images in rows]
     margin = max(int(font.getlength(line)) for name, _ in strips for line in name.split("\n")) + 2 * text_size

@@ -1,4 +1,4 @@
-"""What sampling writes to disk: an npz of uint8 images, in constant memory."""
+"""What sampling writes to disk: an npz of images in uint8, or of latents in float32, in constant memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from torch import Tensor
 
+from cm.data.decode import MODES
 from cm.io import atomic
 
 COPIED_AT_ONCE = 2**22                                      # bytes
@@ -28,33 +29,49 @@ def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-class NpzWriter:
-    """Writes {kind}_NxHxWx3.npz (arr_0 images, arr_1 labels) row by row, in memory that does not grow with N.
+def type_of(channels: int) -> np.dtype:
+    """What samples are written as: the pixels of pictures, of 1 or 3 channels, as uint8, latents as float32."""
+    return np.dtype(np.uint8 if channels in MODES else np.float32)
 
-    Rows may arrive in any order. Until `close` they lie in a file without a name in the same folder, which takes
-    N*H*W*3 bytes of the disk from the start and vanishes with the process. The npz appears when `close` is done.
+
+def to_array(images: Tensor, nearest: bool = False) -> np.ndarray:
+    """[N,C,H,W] -> [N,H,W,C] in `type_of(C)`: pictures as `to_uint8` makes them, latents as they are."""
+    if images.shape[1] in MODES:
+        return to_uint8(images, nearest)
+    return images.float().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class NpzWriter:
+    """Writes {kind}_NxHxWxC.npz (arr_0 images, arr_1 labels) row by row, in memory that does not grow with N.
+
+    Rows may arrive in any order. Until `close` they lie in a file without a name in the same folder, which takes the
+    room of all images on the disk from the start and vanishes with the process. The npz appears when `close` is done.
 
     :raises UserError: from every method but `put`, if the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, directory: str, count: int, height: int, width: int, with_labels: bool, kind: str = "samples"):
-        self.path, shape = os.path.join(directory, f"{kind}_{count}x{height}x{width}x3.npz"), (count, height, width, 3)
+    def __init__(
+        self, directory: str, count: int, height: int, width: int, with_labels: bool, kind: str = "samples",
+        channels: int = 3,
+    ):
+        shape, dtype = (count, height, width, channels), type_of(channels)
+        self.path = os.path.join(directory, f"{kind}_{'x'.join(map(str, shape))}.npz")
         atomic.remove_temporaries(self.path)
         try:
             self._rows = tempfile.TemporaryFile(dir=directory or ".")  # noqa: SIM115 (open until `close`)
             np.lib.format.write_array_header_1_0(
-                self._rows, {"descr": "|u1", "fortran_order": False, "shape": shape}
+                self._rows, {"descr": dtype.str, "fortran_order": False, "shape": shape}
             )
             start = self._rows.tell()
             # A page of a file that has no room on the disk would end the process by a signal when it is filled.
-            os.posix_fallocate(self._rows.fileno(), 0, start + math.prod(shape))
+            os.posix_fallocate(self._rows.fileno(), 0, start + math.prod(shape) * dtype.itemsize)
         except OSError as error:
             raise atomic.write_failure(self.path, error) from error
-        self.images = np.memmap(self._rows, np.uint8, "r+", start, shape)
+        self.images = np.memmap(self._rows, dtype, "r+", start, shape)
         self.labels = np.zeros(count, np.int64) if with_labels else None
 
     def put(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray | None) -> None:
-        """Rows `indices` [n] of the result: images [n,H,W,3] uint8, labels [n]."""
+        """Rows `indices` [n] of the result: images [n,H,W,C], labels [n]."""
         self.images[indices] = images
         if self.labels is not None and labels is not None:
             self.labels[indices] = labels

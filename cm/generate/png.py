@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cm.errors import UserError
-from cm.generate.grids import save_picture
+from cm.generate.grids import save_picture, to_picture
 from cm.io import atomic, storage
 
 RECIPE = "sampling.json"
@@ -79,8 +79,9 @@ class PngFolder:
         return [seed for seed in seeds if not _is_complete(self.path(seed))]
 
     def read(self, seeds: Iterable[int]) -> np.ndarray:
-        """The images of those seeds that have one: uint8 [n,H,W,3]."""
-        return np.stack([np.asarray(Image.open(self.path(seed))) for seed in seeds if _is_complete(self.path(seed))])
+        """The images of those seeds that have one: uint8 [n,H,W,C]."""
+        images = [np.asarray(Image.open(self.path(seed))) for seed in seeds if _is_complete(self.path(seed))]
+        return np.stack([image.reshape(*image.shape[:2], -1) for image in images])
 
 
 class PngWriter:
@@ -106,7 +107,7 @@ class PngWriter:
             self._waiting.popleft().result()
 
     def put(self, seeds: Sequence[int], images: np.ndarray) -> None:
-        """Images [n,H,W,3] uint8 of these seeds.
+        """Images [n,H,W,C] uint8 of these seeds.
 
         :raises UserError: if this or an earlier one cannot be written.
         """
@@ -117,12 +118,12 @@ class PngWriter:
 
 
 def _write_png(path: Path, image: np.ndarray) -> None:
-    """Write an image, [H,W,3] uint8.
+    """Write an image, [H,W,C] uint8.
 
-    :raises UserError: if it cannot be written.
+    :raises UserError: if it cannot be written, or is no picture.
     """
     storage.make_folder(path.parent)
-    save_picture(path, Image.fromarray(image), durable=False)       # a file that a power cut damages is drawn again
+    save_picture(path, to_picture(image), durable=False)       # a file that a power cut damages is drawn again
 
 
 def _is_complete(path: Path) -> bool:

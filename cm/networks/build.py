@@ -85,6 +85,7 @@ class NetworkConfig:
     num_classes: int = PUBLISHED_CLASSES
     arch: str = "unet"
     augment_dim: int = 0
+    channels: int = 3
 
 
 def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UNet) -> Network:
@@ -106,9 +107,9 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
                         f"choose one of: {', '.join(EDM_NETWORKS)}")
     return UNetConfig(
         image_size=config.image_size,
-        in_channels=3,
+        in_channels=config.channels,
         model_channels=config.num_channels,
-        out_channels=3,
+        out_channels=config.channels,
         num_res_blocks=config.num_res_blocks,
         attention_resolutions=factors,
         dropout=config.dropout,
@@ -130,8 +131,8 @@ def _build_edm(config: NetworkConfig) -> EDMNetwork:
     has_own_heads = config.arch == "adm" and config.num_head_channels != -1
     return lookup(EDM_NETWORKS, config.arch, "arch")(
         img_resolution=config.image_size,
-        in_channels=3,
-        out_channels=3,
+        in_channels=config.channels,
+        out_channels=config.channels,
         label_dim=_classes(config),
         augment_dim=config.augment_dim,
         model_channels=config.num_channels,

@@ -36,10 +36,11 @@ class NoisyClassifierConfig:
     attention_factors: tuple[int, ...] = ()                 # downsampling factors at which the network attends
     sigma_min: float = 0.002                                # the noise levels that it was trained at
     sigma_max: float = 80.0
+    channels: int = 3                                       # of the images
 
 
 class NoisyClassifier(nn.Module):
-    """x [N,3,H,W] at noise levels sigma [N] -> logits [N,K], whose softmax is p(y | x, sigma)."""
+    """x [N,C,H,W] at noise levels sigma [N] -> logits [N,K], whose softmax is p(y | x, sigma)."""
 
     def __init__(self, config: NoisyClassifierConfig):
         super().__init__()
@@ -47,7 +48,8 @@ class NoisyClassifier(nn.Module):
         self.precond = EDMPrecond()
         narrowest = int(min(config.channel_mult) * config.width)
         encoder = UNetConfig(
-            image_size=config.image_size, in_channels=3, model_channels=config.width, out_channels=config.num_classes,
+            image_size=config.image_size, in_channels=config.channels, model_channels=config.width,
+            out_channels=config.num_classes,
             num_res_blocks=config.depth, attention_resolutions=config.attention_factors,
             channel_mult=config.channel_mult, num_head_channels=min(32, narrowest), use_scale_shift_norm=True,
             resblock_updown=True,
@@ -65,7 +67,7 @@ class NoisyClassifier(nn.Module):
         )
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """[N,3,H,W], [N] -> logits [N,K]."""
+        """[N,C,H,W], [N] -> logits [N,K]."""
         with without_autocast(x.device):                    # gradients of a small network: precision costs little here
             times = TIME_SCALE * self.precond.c_noise(sigma)
             emb = self.time_embed(timestep_embedding(times, self.config.width).to(x.dtype))

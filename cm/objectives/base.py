@@ -17,7 +17,7 @@ from cm.diffusion.denoiser import Diffusion
 from cm.distributed import setup as dist
 from cm.objectives.curricula import Curriculum, ema_and_scales
 from cm.objectives.distances import Distance, get_distance
-from cm.objectives.lpips import prepare_lpips
+from cm.objectives.lpips import check_lpips_channels, prepare_lpips
 from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource
 
 ONLINE = "online"
@@ -168,6 +168,7 @@ class GridObjective(Objective):
     @classmethod
     def prepare(cls, values: Mapping[str, Any]) -> None:
         if values["loss_norm"] == "lpips":
+            check_lpips_channels(values.get("channels", 3))
             dist.on_main(prepare_lpips)
 
     @classmethod

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from cm.objectives.lpips import lpips_network
+from cm.objectives.lpips import check_lpips_channels, lpips_network
 from cm.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -51,10 +51,14 @@ def lpips(a: Tensor, b: Tensor) -> Tensor:
     """Perceptual distance: Zhang et al. 2018 (arXiv 1801.03924), VGG-16 with average pooling; images in [-1,1].
 
     Images narrower than 256 pixels are enlarged to 224x224 first, the size that VGG was trained at. The network is
-    built when first needed.
+    built when first needed. It sees grey images, of one channel, as RGB.
 
-    :raises UserError: if the package `piq` or a file of weights is missing; see `cm.objectives.lpips`.
+    :raises UserError: for latents, of other channels than 1 and 3; if the package `piq` or a file of weights is
+        missing, see `cm.objectives.lpips`.
     """
+    check_lpips_channels(a.shape[1])
+    if a.shape[1] == 1:
+        a, b = (images.expand(-1, 3, -1, -1) for images in (a, b))
     if a.shape[-1] < 256:
         a, b = (F.interpolate(images, size=224, mode="bilinear", align_corners=False) for images in (a, b))
     return lpips_network(a.device, a.dtype)((a + 1) / 2, (b + 1) / 2)

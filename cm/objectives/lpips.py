@@ -48,6 +48,13 @@ def lpips_network(device: Any, dtype: th.dtype = th.float32) -> nn.Module:
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
+def check_lpips_channels(channels: int) -> None:
+    """:raises UserError: for latents, which VGG-16 does not know."""
+    if channels not in (1, 3):
+        raise UserError(f"the loss_norm 'lpips' compares pictures, of 1 or 3 channels, not latents of "
+                        f"{channels} channels; {OTHERWISE}")
+
+
 def prepare_lpips() -> None:
     """Download the files of weights that are not there yet: for one rank of a job, before all want them at once.
 

@@ -42,7 +42,8 @@ class SampleOptions:
     :param ts: see `cm.samplers.multistep`; used only where `sampler` is the name multistep.
     :param sigma_min, sigma_max, rho: of the grid; the levels are clipped to those of the network.
     :param churn: noise added back before the steps.
-    :param clip_denoised: clamp every denoised image to [-1, 1]; the result is always clamped.
+    :param clip_denoised: clamp every denoised image to [-1, 1].
+    :param clip_result: clamp the result to [-1, 1]; False for latents, which have no such bounds.
     """
 
     steps: int
@@ -53,6 +54,7 @@ class SampleOptions:
     rho: float = 7.0
     churn: Churn = field(default_factory=Churn)
     clip_denoised: bool = True
+    clip_result: bool = True
 
     def make_sampler(self) -> Sampler:
         """The sampler itself.
@@ -111,7 +113,7 @@ def sample(
         progress=progress,
         callback=callback,
     )
-    return SampleResult(clip_to_pixels(x), D.calls)
+    return SampleResult(clip_to_pixels(x) if options.clip_result else x, D.calls)
 
 
 def _device_of(model: nn.Module) -> th.device:

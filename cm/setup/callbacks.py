@@ -10,6 +10,7 @@ from cm.config.schema import EvalConfig, SampleConfig, SolverConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
+from cm.setup.channels import are_pictures, demand_pictures
 from cm.setup.model import model_from
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision
@@ -27,6 +28,7 @@ def sampling_settings(settings: Settings) -> Settings:
     asked = {
         "sampler": config.eval_sampler or usual, "steps": config.eval_steps, "ts": config.eval_ts,
         "seed": config.eval_seed, "num_samples": config.eval_samples, "batch_size": config.eval_batch_size,
+        "clip_denoised": are_pictures(settings.values["channels"]),
         "compile": False,                                   # a network is made for each drawing
     }
     defaults = defaults_of(SampleConfig) | defaults_of(SolverConfig)
@@ -50,6 +52,8 @@ def check_flags(settings: Settings) -> None:
             f"--eval_interval {config.eval_interval} needs --eval_ref: an npz of reference images or statistics, such "
             "as `evaluations/fid.py ref` writes"
         )
+    if config.eval_interval:
+        demand_pictures(settings, f"--eval_interval {config.eval_interval}: the network behind the Frechet distance")
     if not rates or config.eval_ema_rate and config.eval_ema_rate not in map(str, rates):
         raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
     try:

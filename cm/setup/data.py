@@ -11,9 +11,10 @@ from torch import nn
 from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, augmented
+from cm.data.image_source import ImageSource
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import ImageSource, open_source
+from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
@@ -47,7 +48,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
         raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
-    source = open_source(data.data_dir, values["image_size"], labels=data.labels)
+    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
     logger.log(_found(source))
     if values["class_cond"]:
         if source.num_classes is None:
@@ -88,17 +89,19 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         pin_memory=dist.dev().type == "cuda",
         cache_bytes=int(data.cache_gib * 2**30),
         labels=data.labels,
+        channels=values["channels"],
     )
 
 
 def _found(source: ImageSource) -> str:
     """What the data set holds, in one line of the log."""
+    what = f"{len(source)} images in {source.data_dir}{f' ({source.note})' if source.note else ''}"
     if source.labels is None:
-        return f"{len(source)} images in {source.data_dir}, without class labels: {source.no_labels}"
+        return f"{what}, without class labels: {source.no_labels}"
     counts = np.bincount(source.labels)
     shown = ", ".join(f"{number}: {count}" for number, count in enumerate(counts[:10]))
     more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
-    return f"{len(source)} images in {source.data_dir}, {len(counts)} classes; images of each: {shown}{more}"
+    return f"{what}, {len(counts)} classes; images of each: {shown}{more}"
 
 
 def _warn_of_odd_classes(source: ImageSource) -> None:

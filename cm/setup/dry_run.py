@@ -35,7 +35,8 @@ def dry_run(settings: Settings) -> None:
         run, images = planned_run(settings)
         memory = plan(model, run)
         kept = activations(
-            model, images, settings.values["image_size"], run.precision, settings.values["class_cond"]
+            model, images, settings.values["image_size"], run.precision, settings.values["class_cond"],
+            settings.values["channels"],
         )
         facts["memory"] = {
             "ranks": run.ranks, **memory.as_dict(), "activations_estimate": kept, "images_per_pass": images

@@ -142,6 +142,7 @@ def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str,
 
     :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
     """
+    known = {"channels": ModelConfig.channels, **known}     # older manifests do not say: all were RGB
     flags = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), *also)
     taken = {name: plain_value(name, known[name], path) for name in flags if name in known and name not in OWN}
     for policy in MERGE_POLICIES:

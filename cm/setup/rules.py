@@ -14,6 +14,7 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.setup import durations
 from cm.setup.callbacks import check_flags
+from cm.setup.channels import apply_latent_defaults
 from cm.setup.data import share_of_batch
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.model import drop_unreachable_attention
@@ -52,6 +53,7 @@ TRAINING: tuple[Rule, ...] = (
     check_teacher,
     inherit_teacher,                                        # the architecture, from the file that is distilled
     inherit_resumed,                                        # or from the one that --resume, --resume_checkpoint name
+    apply_latent_defaults,                                  # where nobody set the flag
     drop_unreachable_attention,                             # of the default attention resolutions
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,

@@ -31,6 +31,7 @@ from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
 from cm.samplers.sample import SampleOptions
+from cm.setup.channels import apply_latent_defaults, are_pictures
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
 from cm.setup.objective import kind_of_result
@@ -49,6 +50,7 @@ def inherit_model(settings: Settings) -> SampleConfig:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
     choose_ablation(settings)
     inherit_checkpoint(settings, "model_path", also=("training_mode",))
+    apply_latent_defaults(settings)
     drop_unreachable_attention(settings)
     reach_all_levels(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
@@ -127,6 +129,7 @@ def sampling_plan(settings: Settings, classifier: NoisyClassifier | None = None)
         class_label=config.class_label,
         generator=config.generator,
         allow_non_finite=config.allow_non_finite,
+        channels=values["channels"],
     )
 
 
@@ -189,7 +192,9 @@ def sampler_options(settings: Settings) -> SampleOptions:
     values = settings.values
     churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
     own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}
-    return SampleOptions(sampler=sampler_of(settings)[0], churn=churn, **own)
+    return SampleOptions(
+        sampler=sampler_of(settings)[0], churn=churn, clip_result=are_pictures(values["channels"]), **own
+    )
 
 
 def load_model(settings: Settings) -> nn.Module:
@@ -224,6 +229,9 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
     except FileNotFoundError:
         raise UserError(f"--classifier_path {path}: no such file") from None
     own = classifier.config
+    if own.channels != values["channels"]:
+        raise UserError(f"--classifier_path {path} knows images of {own.channels} channels, the model makes them of "
+                        f"{values['channels']}; train a classifier with --channels {values['channels']}")
     if own.image_size != values["image_size"]:
         raise UserError(f"--classifier_path {path} knows images of side {own.image_size}, the model makes them of side "
                         f"{values['image_size']}; train a classifier with --image_size {values['image_size']}")
@@ -247,7 +255,7 @@ def png_recipe(settings: Settings) -> dict[str, Any]:
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
     names = {field.name for section in sections for field in fields(section)} - {
         "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
-        "allow_non_finite",
+        "allow_non_finite", "channels",                     # the weights have their channels
     }
     values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
     weights_of = dist.on_main(storage.checksum, settings.values["model_path"])

@@ -58,7 +58,7 @@ class Metric(Protocol):
     def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
         """The distance of the images of all ranks; the same number on every rank.
 
-        :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,3] uint8.
+        :param batches: this rank's share, possibly none: the row of a batch's first image, and [B,H,W,C].
         """
         ...
 
@@ -84,7 +84,7 @@ class AverageSampler:
         return loop.trainer.master_params_to_state_dict(loop.averages.gather(self.rate))
 
     def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows [n] of the result and their images [n,H,W,3] uint8, n >= 0: as many pairs on every rank.
+        """Rows [n] of the result and their images [n,H,W,C], n >= 0: as many pairs on every rank.
 
         :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -16,7 +17,7 @@ from cm.tensors import append_dims
 
 
 def train_noisy_classifier(
-    images: NDArray[np.uint8],
+    images: NDArray[Any],
     labels: NDArray[np.integer],
     config: NoisyClassifierConfig,
     *,
@@ -28,7 +29,7 @@ def train_noisy_classifier(
     device: th.device | str = "cpu",
     progress: bool = True,
 ) -> NoisyClassifier:
-    """Train on images [N,H,W,3] and labels [N]; the noise level of each is drawn log-uniformly over the config's.
+    """Train on images [N,H,W,C] and labels [N]; the noise level of each is drawn log-uniformly over the config's.
 
     Torch's global generator is left as it was.
     """
@@ -54,10 +55,10 @@ def add_noise(x: Tensor, config: NoisyClassifierConfig) -> tuple[Tensor, Tensor]
 
 @th.inference_mode()
 def accuracy_at(
-    model: NoisyClassifier, images: NDArray[np.uint8], labels: NDArray[np.integer], sigma: float, seed: int = 0,
+    model: NoisyClassifier, images: NDArray[Any], labels: NDArray[np.integer], sigma: float, seed: int = 0,
     batch_size: int = 512,
 ) -> float:
-    """Share of images [N,H,W,3] whose class is recognised at one noise level."""
+    """Share of images [N,H,W,C] whose class is recognised at one noise level."""
     device, right = next(model.parameters()).device, 0
     rng = th.Generator().manual_seed(seed)
     for x, y in zip(to_images(images).split(batch_size), th.as_tensor(labels).split(batch_size)):
@@ -66,6 +67,7 @@ def accuracy_at(
     return right / len(images)
 
 
-def to_images(images: NDArray[np.uint8]) -> Tensor:
-    """[N,H,W,3] uint8 -> [N,3,H,W] in [-1, 1]."""
-    return th.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+def to_images(images: NDArray[Any]) -> Tensor:
+    """[N,H,W,C] uint8 -> [N,C,H,W] in [-1, 1]; latents, as floats, keep their values."""
+    x = th.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return x if x.is_floating_point() else x.float().div_(127.5).sub_(1)

@@ -131,11 +131,12 @@ def state_bytes(optimizer: str, params: Sequence[Tensor]) -> list[int]:
     return [nbytes(opt.state[param].values()) for param in params]
 
 
-def activations(model: nn.Module, images: int, image_size: int, precision: str, class_cond: bool = False) -> int:
+def activations(model: nn.Module, images: int, image_size: int, precision: str, class_cond: bool = False,
+                channels: int = 3) -> int:
     """Bytes that a forward pass keeps for the backward pass, parameters apart: an estimate.
 
     :param model: the float32 network, on the meta device; it is not changed.
-    :param images: how many, of 3 channels and the side `image_size`.
+    :param images: how many, of `channels` channels and the side `image_size`.
     :param class_cond: whether it is given class labels.
     """
     model = MasterWeights(copy.deepcopy(model), precision).model
@@ -149,7 +150,7 @@ def activations(model: nn.Module, images: int, image_size: int, precision: str, 
         return tensor
 
     with th.device("meta"):
-        inputs = [th.empty(images, 3, image_size, image_size), th.empty(images)]
+        inputs = [th.empty(images, channels, image_size, image_size), th.empty(images)]
         if class_cond:
             inputs.append(th.empty(images, dtype=th.long))
     with AsOnGpu(precision), th.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

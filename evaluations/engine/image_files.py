@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cm.data.decode import centre_crop
-from cm.data.sources import ImageSource, open_source
+from cm.data.image_source import ImageSource
+from cm.data.sources import open_source
 from cm.errors import UserError
 from evaluations.engine.readers import BatchFile
 

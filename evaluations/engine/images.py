@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluations.engine.image_files import Pictures, SizedImages
+from evaluations.engine.readers import as_rgb
 from evaluations.metrics.points import Ranks
 
 Batches = Iterable[tuple[int, NDArray[np.uint8]]]           # index in the set of a batch's first image, [B,H,W,3]
@@ -86,7 +87,7 @@ class FileImages:
 
 
 class GivenImages:
-    """Images that are made as they are asked for, uint8 as they would be saved.
+    """Images that are made as they are asked for, uint8 as they would be saved; grey ones are repeated.
 
     :param batches: this rank's share.
     :param size: (H, W).
@@ -110,4 +111,4 @@ class GivenImages:
 
     def batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
         """As they come."""
-        return ((start, images, len(images)) for start, images in self._batches)
+        return ((start, as_rgb(images), len(images)) for start, images in self._batches)

@@ -1,6 +1,6 @@
 """Image batches in npz files, as the samplers write them and as reference batches are published.
 
-arr_0           images [N,H,W,3] uint8
+arr_0           images [N,H,W,3] uint8, or grey [N,H,W,1], which every extractor sees as RGB
 arr_1           class labels [N], integers
 mu, sigma       mean and covariance of pooled features; mu_s, sigma_s of spatial features
 extractor       identity of the network that mu, sigma come from (published files have none)
@@ -55,7 +55,7 @@ class BatchFile:
     """An npz of images, statistics or both, opened without reading its arrays.
 
     :raises UserError: if the file is missing or is no npz, or holds neither images nor statistics, or its images are
-        not uint8 NHWC with three channels.
+        not uint8 NHWC with three channels or one.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -64,7 +64,7 @@ class BatchFile:
         if "arr_0" not in self.keys and "mu" not in self.keys:
             found = ", ".join(self.keys) or "nothing"
             raise UserError(f"{self.path} has neither images (arr_0) nor statistics (mu, sigma); it has: {found}")
-        self.image_shape = self._check_images() if "arr_0" in self.keys else None       # (N, H, W, 3)
+        self.image_shape = self._check_images() if "arr_0" in self.keys else None       # (N, H, W, 1 or 3)
 
     def __len__(self) -> int:
         """Number of images; 0 for statistics alone."""
@@ -81,14 +81,14 @@ class BatchFile:
             raise UserError(f"{self.path} holds only statistics, no images (arr_0)")
 
     def batches(self, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-        """The images in file order as uint8 [B,H,W,3]; the last batch may be short.
+        """The images in file order as uint8 [B,H,W,3], grey ones repeated; the last batch may be short.
 
         :raises UserError: if there are no images, or the file is damaged.
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         self.check_has_images()
-        yield from self._slice(batch_size) if self._fortran_order else self._stream(batch_size)
+        yield from map(as_rgb, self._slice(batch_size) if self._fortran_order else self._stream(batch_size))
 
     def labels(self) -> NDArray[np.int64] | None:
         """Class labels [N], or None.
@@ -201,6 +201,11 @@ class BatchFile:
             raise UserError(f"{self.path}: {key} must be one {kind.__name__}, not {found}") from None
 
 
+def as_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[B,H,W,3] as they are, grey ones [B,H,W,1] repeated: what an extractor sees."""
+    return images.repeat(3, axis=3) if images.shape[3] == 1 else images
+
+
 def read_header(member: IO[bytes], size: int, path: str) -> Header:
     """Read the npy header at the front of a stream of `size` bytes, and leave the stream at the first value."""
     try:
@@ -239,9 +244,12 @@ def check_images(header: Header, path: str, sample: NDArray[Any] | None = None) 
     """Say what is wrong with an image array, and how to convert it.
 
     :param sample: values of the first image of a float array.
-    :raises UserError: unless it is uint8 [N,H,W,3] with N at least 1.
+    :raises UserError: unless it is uint8 [N,H,W,3] or [N,H,W,1] with N at least 1.
     """
     shape, dtype = header.shape, header.dtype
+    if dtype.kind == "f" and len(shape) == 4 and shape[3] not in (1, 3) and shape[1] not in (1, 3):
+        raise UserError(f"{path}: arr_0 holds latents of {shape[3]} channels, which no feature extractor knows: decode "
+                        "them to images first")
     if dtype.hasobject:
         raise UserError(
             f"{path}: arr_0 holds pickled Python objects, which are never loaded; save one uint8 array [N,H,W,3]"
@@ -249,15 +257,12 @@ def check_images(header: Header, path: str, sample: NDArray[Any] | None = None) 
     if dtype != np.uint8:
         remedy = float_remedy(sample) if dtype.kind == "f" else "with x.astype(np.uint8)"
         raise UserError(f"{path}: images (arr_0) are {dtype}, but must be uint8 from 0 to 255; convert them {remedy}")
-    if len(shape) == 4 and shape[3] != 3 and shape[1] in (1, 3):
+    if len(shape) == 4 and shape[3] not in (1, 3) and shape[1] in (1, 3):
         raise UserError(f"{path}: images (arr_0) of shape {shape} are NCHW, but must be NHWC: x.transpose(0, 2, 3, 1)")
-    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
-        raise UserError(
-            f"{path}: images (arr_0) of shape {shape} are grey, but must be RGB [N,H,W,3]: "
-            "x.reshape(N, H, W, 1).repeat(3, axis=3)"
-        )
-    if len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{path}: images (arr_0) have shape {shape}, but must be RGB [N,H,W,3]")
+    if len(shape) == 3:
+        raise UserError(f"{path}: images (arr_0) of shape {shape} lack an axis of channels: x[..., None] for grey ones")
+    if len(shape) != 4 or shape[3] not in (1, 3):
+        raise UserError(f"{path}: images (arr_0) have shape {shape}, but must be RGB [N,H,W,3] or grey [N,H,W,1]")
     if 0 in shape:
         raise UserError(f"{path}: images (arr_0) are empty: shape {shape}")
     if header.missing > 0:

@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from cm.data import sources
+from cm.data import image_source
 from cm.data.decode import resize_shorter_side
 from cm.data.loader import EpochOrder, load_data, offsets_of_rank, random_crop
 from cm.errors import UserError
@@ -199,7 +199,7 @@ def test_how_many_workers_there_are(request, kind, options, workers):
 
 
 def test_sets_too_large_for_memory_have_a_worker(folder, monkeypatch):
-    monkeypatch.setattr(sources, "CACHE_BYTES", 1000)
+    monkeypatch.setattr(image_source, "CACHE_BYTES", 1000)
     stream = load_data(data_dir=folder, image_size=8, batch_size=2)
     assert len(stream._batches._workers) == 1
     assert len(next(stream)) == 2

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm.data import sources as image_sources
+from cm.data import image_source
 from cm.data.decode import centre_crop
+from cm.data.formats import zip_archive
 from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io import storage
@@ -154,14 +155,14 @@ def test_addresses_go_through_blobfile(tmp_path, monkeypatch):
 def test_small_sets_are_decoded_once(tmp_path, store, monkeypatch):
     path = store(tmp_path, files(NAMED))
     decoded = []
-    decode = image_sources.decode
-    monkeypatch.setattr(image_sources, "decode", lambda data: decoded.append(1) or decode(data))
+    decode = image_source.decode
+    monkeypatch.setattr(image_source, "decode", lambda data: decoded.append(1) or decode(data))
     source = open_source(path, 8)
     first = source.images(np.array([3, 1]))
     first[:] = 0                                                    # the caller's to change
     np.testing.assert_array_equal(source.images(np.array([1, 3]))[1], PIXELS[NAMED.index("cat_1.png")])
     assert source.in_memory and len(decoded) == 2
-    monkeypatch.setattr(image_sources, "CACHE_BYTES", 6 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr(image_source, "CACHE_BYTES", 6 * 8 * 8 * 3 - 1)
     source = open_source(path, 8)
     np.testing.assert_array_equal(source.image(3), source.image(3))
     assert not source.in_memory and len(decoded) == 4
@@ -187,7 +188,7 @@ def test_every_process_opens_the_zip_for_itself(tmp_path, monkeypatch):
     source = open_source(as_zip(tmp_path, files(NAMED)), 8)
     here = source.file()
     assert source.file() is here
-    monkeypatch.setattr(image_sources.os, "getpid", lambda: -1)
+    monkeypatch.setattr(zip_archive.os, "getpid", lambda: -1)
     assert source.file() is not here
     copy = pickle.loads(pickle.dumps(source))
     assert copy._file is None
@@ -225,7 +226,7 @@ def test_members_that_unpack_without_end_are_named(tmp_path, monkeypatch):
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat_0.png", bytes(10**6))
-    monkeypatch.setattr(image_sources, "IMAGE_BYTES", 10**5)
+    monkeypatch.setattr(zip_archive, "IMAGE_BYTES", 10**5)
     with pytest.raises(UserError, match="cat_0.png.* it has 1000000 bytes, more than an image"):
         open_source(str(path), 8).image(0)
     path.write_bytes(path.read_bytes().replace((10**6).to_bytes(4, "little"), (10**4).to_bytes(4, "little")))

@@ -219,6 +219,20 @@ def test_grey_images_among_others_need_a_transform(tool, tmp_path):
     assert run(tool, tmp_path / "set", tmp_path / "out.zip", "--resolution", 8, "--transform", "center-crop") == 0
 
 
+@pytest.mark.parametrize("options", [(), ("--resolution", 8, "--transform", "center-crop")])
+def test_all_in_grey_or_all_in_rgb(tool, tmp_path, options):
+    grey, colour = np.arange(64, dtype=np.uint8).reshape(8, 8), pictures(1)[0]
+    put(tmp_path / "set", {"0.png": grey, "1.png": colour})
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        out = tmp_path / f"{channels}.zip"
+        assert run(tool, tmp_path / "set", out, "--channels", channels, *options) == 0
+        with zipfile.ZipFile(out) as archive:
+            found = [Image.open(archive.open(f"00000/img{i:08d}.png")) for i in range(2)]
+            assert [picture.mode for picture in found] == [mode] * 2
+            assert np.array_equal(np.asarray(found[0].convert("L")), grey)
+        assert open_source(str(out), 8, channels=channels).image(1).shape == (8, 8, channels)
+
+
 # ---- what comes out ----
 
 

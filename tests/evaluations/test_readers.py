@@ -94,8 +94,8 @@ def test_images_alone_have_no_statistics_or_labels(path):
     ({"arr_0": IMAGES.astype(np.float32)}, r"are float32, .*from \[0, 255\] with x.round"),
     ({"arr_0": IMAGES.astype(np.int64)}, r"are int64, .*x.astype\(np.uint8\)"),
     ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, r"are NCHW, .*x.transpose\(0, 2, 3, 1\)"),
-    ({"arr_0": IMAGES[..., 0]}, "are grey"),
-    ({"arr_0": IMAGES[..., :1]}, "are grey"),
+    ({"arr_0": IMAGES[..., 0]}, r"lack an axis of channels: x\[..., None\]"),
+    ({"arr_0": np.zeros((2, 8, 8, 4), np.float32)}, "holds latents of 4 channels.*decode them to images first"),
     ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, r"shape \(2, 8, 8, 4\)"),
     ({"arr_0": IMAGES[0, 0]}, r"shape \(4, 3\)"),
     ({"arr_0": IMAGES[:0]}, "are empty"),
@@ -160,3 +160,10 @@ def test_a_member_that_is_no_npy_is_refused(path):
         archive.writestr("arr_0.npy", b"no array")
     with pytest.raises(UserError, match="no readable npy header"):
         BatchFile(path)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_grey_images_are_repeated_for_extractors(path, order):
+    np.savez(path, np.asarray(IMAGES[..., :1], order=order))
+    assert BatchFile(path).image_shape == (*IMAGES.shape[:3], 1)
+    assert np.array_equal(np.concatenate(list(BatchFile(path).batches(2))), IMAGES[..., :1].repeat(3, axis=3))

@@ -1,8 +1,10 @@
 """Grids show every image where it belongs."""
 
 import numpy as np
+import pytest
 
-from cm.generate.grids import grid_scale, image_grid, labelled_rows
+from cm.errors import UserError
+from cm.generate.grids import grid_scale, image_grid, labelled_rows, to_picture
 
 
 def test_grid_shows_every_image_where_it_belongs():
@@ -18,3 +20,18 @@ def test_labelled_rows_hold_each_strip():
     pixels = np.asarray(picture)
     assert (pixels == 0).all(-1).sum() >= 2 * 3 * 32 * 32       # both strips, black, plus the letters
     assert (grid_scale(8), grid_scale(64), grid_scale(256)) == (8, 1, 1)
+
+
+def test_grey_grids_are_grey_and_latents_lie_side_by_side():
+    grey = image_grid(np.full((2, 2, 2, 1), 7, np.uint8), columns=2)
+    assert grey.mode == "L" and np.asarray(grey)[0].tolist() == [7, 7, 255, 7, 7]
+    latents = np.zeros((1, 2, 2, 4), np.float32) + np.array([-1, 0, 1, 9], np.float32)
+    assert np.asarray(image_grid(latents, columns=1))[1].tolist() == [0, 0, 127, 127, 255, 255, 255, 255]
+    assert labelled_rows([("grey", np.zeros((1, 8, 8, 1), np.uint8))], 1).mode == "RGB"
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8])
+def test_latents_are_no_picture(channels):
+    """Four channels, in particular, are no colour with an alpha."""
+    with pytest.raises(UserError, match=f"samples of {channels} channels are latents .* write them to an npz"):
+        to_picture(np.zeros((8, 8, channels), np.uint8))

@@ -21,7 +21,7 @@ from cm.checkpoints import manifest
 from cm.checkpoints.formats import guided_diffusion, openai
 from cm.config.flags import parse
 from cm.config.schema import DataConfig, ModelConfig
-from cm.data import sources
+from cm.data.formats import folder
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -318,7 +318,7 @@ def test_folders_hold_pipes_devices_and_links_to_themselves(tmp_path, little_mem
 
 
 def test_files_and_labels_of_absurd_size(tmp_path, little_memory, monkeypatch):
-    monkeypatch.setattr(sources, "IMAGE_BYTES", 2**20)
+    monkeypatch.setattr(folder, "IMAGE_BYTES", 2**20)
     (tmp_path / "a_0.png").write_bytes(png())
     with open(tmp_path / "b_0.png", "wb") as file:
         file.truncate(2**40)                                        # a hole: it takes no room on the disk

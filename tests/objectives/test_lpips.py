@@ -139,6 +139,16 @@ def test_the_distance_enlarges_small_images_and_shifts_their_range(monkeypatch, 
         th.testing.assert_close(theirs, (whole + 1) / 2)
 
 
+def test_it_sees_grey_as_rgb_and_no_latents(monkeypatch):
+    given = []
+    monkeypatch.setattr(distances, "lpips_network", lambda device, dtype: lambda a, b: given.append((a, b)))
+    a, b = images(256)
+    distances.lpips(a[:, :1], b[:, :1])
+    assert th.equal(given[0][0], ((a[:, :1] + 1) / 2).expand(-1, 3, -1, -1))
+    with pytest.raises(UserError, match="not latents of 4 channels; choose another --loss_norm"):
+        distances.lpips(*(th.cat([x, x[:, :1]], 1) for x in (a, b)))
+
+
 def test_the_network_is_frozen_and_built_once_per_type(installed):
     a, b = images(32, dtype=th.float32)
     network = lpips_network(CPU, th.float32)

@@ -30,7 +30,7 @@ from cm.samplers import SAMPLERS, integrate, make_sampler
 from cm.samplers.guidance import guided
 from cm.script_util import create_model
 from cm.setup.sample import inherit_model, png_recipe
-from cm.training.classifier import to_images
+from cm.training.classifier import to_images, train_noisy_classifier
 from support.as_module import as_module
 from support.command_line import overridden
 from support.gaussian import Gaussian, Mixture, stored
@@ -316,6 +316,20 @@ def test_a_guide_must_fit_the_model(command, tmp_path_factory):
     th.save(to_content(NoisyClassifier(NoisyClassifierConfig(16, 3))), path)
     with pytest.raises(UserError, match="large.pt knows images of side 16, the model makes them of side 8; train a"):
         command("image_sample.py", "--classifier_path", path, "--num_samples", 1)
+    th.save(to_content(NoisyClassifier(NoisyClassifierConfig(8, 3, channels=1))), path)
+    with pytest.raises(UserError, match="large.pt knows images of 1 channels, .* train a classifier with --channels 3"):
+        command("image_sample.py", "--classifier_path", path, "--num_samples", 1)
+
+
+def test_a_guide_of_grey_images_or_latents():
+    for channels, kind in ((1, np.uint8), (4, np.float32)):
+        config = NoisyClassifierConfig(8, 2, channels=channels)
+        images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, channels)).astype(kind)
+        guide = train_noisy_classifier(images, np.arange(8) % 2, config, epochs=1, batch_size=4, progress=False)
+        assert from_content(to_content(guide), "x.pt")(th.zeros(1, channels, 8, 8), th.ones(1)).shape == (1, 2)
+    old = to_content(NoisyClassifier(NoisyClassifierConfig(8, 3)))
+    del old["config"]["channels"]                           # of files from before there was a choice
+    assert from_content(old, "x.pt").config.channels == 3
 
 
 def test_published_presets_of_ito():

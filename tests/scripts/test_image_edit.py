@@ -145,6 +145,32 @@ def test_superres_of_small_images(edit, room):
     assert done["samples"].shape == (3, 8, 8, 3)
 
 
+@pytest.mark.parametrize("channels, kind", [(1, np.uint8), (4, np.float32)])
+def test_other_channels(room, tmp_path, monkeypatch, channels, kind):
+    """Grey images and latents are inpainted; colours are for RGB alone."""
+    network = create_model(**{**defaults_of(ModelConfig), **NETWORK, "channels": channels})
+    th.save(network.state_dict(), tmp_path / "model.pt")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels)).astype(kind)
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    script = as_module(SCRIPT)
+
+    def run(*options, **more):
+        argv = flags(room, *options, "--model_path", tmp_path / "model.pt", "--images", tmp_path / "images.npz",
+                     "--log_dir", tmp_path / "out", **more)
+        monkeypatch.setattr(sys, "argv", ["image_edit.py", *argv])
+        try:
+            script.main(script.read_flags())
+        finally:
+            logger.reset()
+
+    run("--mask_box", BOX)
+    done = np.load(tmp_path / f"out/samples_2x8x8x{channels}.npz")["arr_0"]
+    assert done.dtype == kind and np.allclose(done[:, ~FILLED], images[:, ~FILLED], atol=1e-5)
+    assert (done[:, FILLED] != images[:, FILLED]).mean() > 0.9
+    with pytest.raises(UserError, match=f"--task colorize gives .* makes images of {channels} channel"):
+        run(task="colorize")
+
+
 def test_strokes_change_more_from_a_noisier_start(edit, room):
     images, changes = pixels(room).astype(int), []
     for start in (0, 4):

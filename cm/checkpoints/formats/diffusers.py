@@ -164,8 +164,8 @@ def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": UNET,
         "_diffusers_version": VERSION,
         "sample_size": flags["image_size"],
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": flags.get("channels", 3),
+        "out_channels": flags.get("channels", 3),
         "layers_per_block": flags["num_res_blocks"],
         "num_class_embeds": flags["num_classes"] if flags["class_cond"] else None,
         "block_out_channels": widths,
@@ -266,6 +266,7 @@ def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return {
         "arch": "unet",
         "image_size": config["sample_size"],
+        "channels": config.get("in_channels", 3),
         "num_channels": widths[0],
         "num_res_blocks": config["layers_per_block"],
         "channel_mult": ",".join(f"{width / widths[0]:g}" for width in widths),

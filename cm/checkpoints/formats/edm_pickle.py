@@ -193,7 +193,7 @@ PRECOND_CLASSES = {
 NETWORK_CONFIGS = {"SongUNet": SongConfig, "DhariwalUNet": DhariwalConfig}
 NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments that change no image
 # Arguments with one legal value each, where a network has them.
-FIXED = {"channel_mult_emb": 4, "in_channels": 3, "decoder_type": "standard"}
+FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
 
 
 def _convert(net: Record, source: str) -> EDMNet:
@@ -210,12 +210,14 @@ def _convert(net: Record, source: str) -> EDMNet:
         _demand(arguments.get(name, value) == value, source, name, arguments.get(name), value)
     weights = _tensors_of(model)
     if precond.name == "iddpm":                                     # it also predicts a variance, which no sampler uses
-        weights |= {name: value[:3].clone() for name, value in weights.items() if name.startswith("out_conv.")}
+        kept = arguments["in_channels"]
+        weights |= {name: value[:kept].clone() for name, value in weights.items() if name.startswith("out_conv.")}
     label_dim = arguments["label_dim"]
     return EDMNet(
         {
             "arch": _arch_of(model.class_name, arguments, source),
             "image_size": arguments["img_resolution"],
+            "channels": arguments["in_channels"],
             "num_channels": arguments["model_channels"],
             "num_res_blocks": arguments["num_blocks"],
             "channel_mult": ",".join(f"{mult:g}" for mult in arguments["channel_mult"]),

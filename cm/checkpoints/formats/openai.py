@@ -71,6 +71,7 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     emb_rows = shape("input_blocks.1.0.emb_layers.1.weight")[0]
     classes = shape("label_emb.weight")[0] if "label_emb.weight" in weights else 0
     return {
+        "channels": (*shape("input_blocks.0.0.weight")[1:2], 3)[0],        # odd shapes are reported when they are used
         "num_channels": channels,
         "channel_mult": ",".join(f"{width / channels:g}" for width in widths),
         "num_res_blocks": per_level - 1,

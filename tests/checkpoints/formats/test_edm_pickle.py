@@ -89,6 +89,16 @@ def test_what_these_pickles_ask_for(tmp_path):
     }
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_channels_are_those_of_the_network(tmp_path, channels):
+    sides = {"in_channels": channels, "out_channels": channels}
+    kwargs = KWARGS["ddpmpp"] | sides
+    path = edm_pickles.dump(tmp_path / "net.pkl", edm_pickles.net_of(network("ddpmpp", **sides), kwargs, "EDMPrecond"))
+    net = read(path)
+    assert net.flags["channels"] == channels
+    network("ddpmpp", **sides).load_state_dict(net.weights)
+
+
 def test_iddpms_variances_are_left_out(tmp_path):
     """Its network has six output channels; the last three are of no use to a sampler."""
     model = network("adm", out_channels=6)
@@ -126,7 +136,6 @@ def test_it_serves_as_a_teacher_and_as_a_start(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(changes={"in_channels": 1}), "in_channels=1; this toolkit knows 3"),
     (dict(changes={"decoder_type": "skip"}), "decoder_type='skip'; this toolkit knows 'standard' alone"),
     (dict(changes={"channel_mult_emb": 2}), "channel_mult_emb=2; this toolkit knows 4"),
     (dict(changes={"resample_filter": [1, 2, 1]}), "neither DDPM.. nor NCSN.."),

@@ -239,6 +239,8 @@ SMALL = dict(image_size=32, num_channels=32, num_res_blocks=1, channel_mult="1,2
     {"class_cond": True, "num_classes": 10, "use_scale_shift_norm": True},
     {"resblock_updown": True, "num_res_blocks": 2, "attention_resolutions": "32,16"},
     {"channel_mult": "1", "attention_resolutions": "32"},
+    {"channels": 1},
+    {"channels": 4, "resblock_updown": True},
     {"channel_mult": "1,2,2", "attention_resolutions": "16,8", "resblock_updown": True, "num_res_blocks": 3},
 ])
 def test_architecture_is_read_off_the_weights(options):
@@ -251,14 +253,16 @@ def test_architecture_is_read_off_the_weights(options):
         }
     for name in ("num_channels", "num_res_blocks", "channel_mult", "attention_resolutions"):
         assert flags[name] == asked[name], name
+    assert flags["channels"] == asked.get("channels", 3)
     assert flags.get("resblock_updown", False) == (asked.get("resblock_updown", False) and asked["channel_mult"] != "1")
 
 
 def test_published_imagenet64_is_recognised():
     flags = openai.model_flags(published_weights(64), "cd_imagenet64_l2.pt")
     assert flags == {
-        "num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3, "use_scale_shift_norm": True,
-        "resblock_updown": True, "class_cond": True, "num_classes": 1000, "image_size": 64, "num_head_channels": 64,
+        "channels": 3, "num_channels": 192, "channel_mult": "1,2,3,4", "num_res_blocks": 3,
+        "use_scale_shift_norm": True, "resblock_updown": True,
+        "class_cond": True, "num_classes": 1000, "image_size": 64, "num_head_channels": 64,
         "attention_resolutions": "32,16,8",
     }
 

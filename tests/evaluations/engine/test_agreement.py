@@ -128,7 +128,7 @@ def test_collapsed_samples_are_called_that(folder, extractor, tmp_path):
     (lambda x: x / 255, "float32.*from \\[0, 1\\] with .*the first image lies between 0"),
     (lambda x: x * 1.0, "float32.*from \\[0, 255\\] with x.round"),
     (lambda x: x.transpose(0, 3, 1, 2).astype(np.uint8), r"are NCHW, but must be NHWC: x.transpose\(0, 2, 3, 1\)"),
-    (lambda x: x[..., 0].astype(np.uint8), "are grey, but must be RGB .*repeat"),
+    (lambda x: x[..., 0].astype(np.uint8), "lack an axis of channels"),
 ])
 def test_images_of_another_form_are_told_how_to_convert(folder, tmp_path, convert, found):
     x = np.load(folder / "8.npz")["arr_0"].astype(np.float32)

@@ -1,0 +1,27 @@
+"""The handwritten digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cm.data.formats.npz import ArraySource, with_channels
+from cm.data.image_source import Format
+from cm.errors import UserError
+
+
+def digits_source(data_dir: str, image_size: int, channels: int = 3) -> ArraySource:
+    """1797 handwritten digits of 8x8 pixels in 10 classes, from scikit-learn's own files.
+
+    :raises UserError: if scikit-learn is not installed, or for channels other than 1 and 3.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits come with scikit-learn, which is not installed: pip install scikit-learn") from None
+    grey, labels = load_digits(return_X_y=True)                     # [1797,64] in 0..16, [1797]
+    grey = np.round(grey * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    images, _ = with_channels(grey, channels, data_dir)
+    return ArraySource(data_dir, image_size, images, labels.astype(np.int64), "")
+
+
+FORMAT = Format(lambda data_dir: data_dir == "digits", digits_source, "the word digits", on_disk="no")

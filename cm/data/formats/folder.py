@@ -1,0 +1,25 @@
+"""The images of a folder and the folders in it."""
+
+from __future__ import annotations
+
+from cm.data.decode import IMAGE_BYTES
+from cm.data.image_source import EncodedSource, Format
+from cm.io import storage, untrusted
+
+
+class FolderSource(EncodedSource):
+    """The images of a folder and the folders in it."""
+
+    def __init__(self, data_dir: str, image_size: int, channels: int = 3):
+        super().__init__(data_dir, image_size, storage.files_under(data_dir), channels)
+
+    def read(self, name: str, limit: int = IMAGE_BYTES) -> bytes:
+        """The content of a file, see `EncodedSource.read`."""
+        path = f"{self.data_dir}/{name}"
+        if not storage.is_remote(path):
+            untrusted.demand_regular(path)
+        with storage.open_file(path, random_access=True) as file:
+            return untrusted.read_file(file, limit)
+
+
+FORMAT = Format(lambda data_dir: True, FolderSource, "a folder of images", on_disk="folder")

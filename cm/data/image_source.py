@@ -1,0 +1,174 @@
+"""What a source of images is: the pixels, the class and the name of image i of N.
+
+`cm.data.formats` has a subclass for each format. Shapes: N images, H height, W width, C channels, S image_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, images_among, why_unreadable
+from cm.data.labels import LABEL_FILE, label_bytes, labels_of_json, labels_of_names
+from cm.errors import UserError
+from cm.io import untrusted
+
+CACHE_BYTES = 256 * 2**20                                           # largest set that is kept decoded in memory
+
+
+class ImageSource:
+    """N images of C channels; the subclasses define how an image is loaded.
+
+    `labels` is int64 [N], or None; then `no_labels` gives the reason and names the first image without a class.
+    `note` says what is done to images of other channels, if anything.
+    """
+
+    def __init__(self, data_dir: str, image_size: int, length: int, channels: int = 3):
+        self.data_dir = data_dir
+        self.image_size = image_size
+        self.channels = channels
+        self.note = ""
+        self.labels: np.ndarray | None = None
+        self.no_labels = ""
+        self._length = length
+        self._cache: np.ndarray | None = None
+        self._cached = np.zeros(length, bool)
+        self.keep_decoded(CACHE_BYTES)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def keep_decoded(self, limit_bytes: int) -> None:
+        """Decode each image only once per process if all together have at most so many bytes; what is decoded stays.
+
+        The operating system commits the memory only as it is filled.
+        """
+        size = self.image_size
+        needed = len(self) * size**2 * self.channels
+        if self._cache is None and needed <= limit_bytes:
+            self._cache = np.empty((len(self), size, size, self.channels), np.uint8)
+        elif self._cache is not None and not self._cached.any() and needed > limit_bytes:
+            self._cache = None
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether its images are floats, which the network sees as they are, and not bytes."""
+        return False
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every image stays in memory once it has been read."""
+        return self._cache is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Largest label + 1; None without labels."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    def label(self, i: int) -> int | None:
+        """The class of image i, None without labels."""
+        return None if self.labels is None else int(self.labels[i])
+
+    def name(self, i: int) -> str:
+        """The name of image i in messages."""
+        raise NotImplementedError
+
+    def load(self, i: int) -> Image.Image:
+        """The complete image i in RGB or, with one channel, in grey (mode L).
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        raise NotImplementedError
+
+    def image(self, i: int) -> np.ndarray:
+        """The largest central square of image i at the size of the source: uint8 [S,S,C], or latents as float32.
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        return self.images(np.array([i]))[0]
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """`image` for several at once: int64 [B] -> [B,S,S,C], a copy that the caller may change."""
+        if self._cache is None:
+            return np.stack([self._square(i) for i in indices.tolist()])
+        for i in indices[~self._cached[indices]].tolist():
+            self._cache[i] = self._square(i)
+            self._cached[i] = True
+        return self._cache[indices]
+
+    def _square(self, i: int) -> np.ndarray:
+        size = self.image_size
+        return centre_crop(self.load(i), size).reshape(size, size, self.channels)
+
+
+class EncodedSource(ImageSource):
+    """Images in a folder or an archive, decoded on demand. Names are relative paths with slashes."""
+
+    def __init__(self, data_dir: str, image_size: int, files: list[str], channels: int = 3):
+        if channels not in MODES:
+            raise UserError(f"--channels {channels}: the image files of {data_dir} have 1 channel (grey) or 3; latents "
+                            "of other channels are read from an npz with arr_0 [N,H,W,C]")
+        names = images_among(files)
+        if not names:
+            raise UserError(f"no images in {data_dir}: looked at every depth for {' '.join(IMAGE_SUFFIXES)}")
+        super().__init__(data_dir, image_size, len(names), channels)
+        if channels == 1:
+            self.note = "read as grey: images in colour are converted to their luma"
+        self._names = names
+        if LABEL_FILE in files:
+            try:
+                text = self.read(LABEL_FILE, label_bytes(len(names)))
+            except untrusted.DAMAGE as error:
+                raise UserError(f"{data_dir}: {LABEL_FILE} cannot be read: {error}") from None
+            self.labels, self.no_labels = labels_of_json(text, names)
+        else:
+            self.labels, self.no_labels = labels_of_names(names)
+        self.has_label_file = LABEL_FILE in files
+
+    def label_by(self, rule: str) -> None:
+        """Take the classes by another rule than "auto", see `labels_of_names`; a dataset.json wins over each."""
+        if not self.has_label_file:
+            self.labels, self.no_labels = labels_of_names(self._names, rule)
+
+    def name(self, i: int) -> str:
+        """The path of image i in the folder or archive."""
+        return self._names[i]
+
+    def load(self, i: int) -> Image.Image:
+        """The complete image i in RGB or, with one channel, in grey (mode L).
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        try:
+            image = decode(self.encoded(i))
+            return image.convert(MODES[1]) if self.channels == 1 else image
+        except MemoryError:
+            raise
+        except Exception as error:                                  # decoders and archives raise many kinds
+            raise UserError(
+                f"{self.data_dir}: image {i} ({self._names[i]}) cannot be read: {why_unreadable(error)}. "
+                "Replace or remove it."
+            ) from error
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of the file of image i."""
+        return self.read(self._names[i])
+
+    def read(self, name: str, limit: int = IMAGE_BYTES) -> bytes:
+        """The content of a file.
+
+        :raises ValueError: if it has more than `limit` bytes. Other errors of the storage are passed on.
+        """
+        raise NotImplementedError
+
+
+class Format(NamedTuple):
+    """A format of data sets."""
+
+    claims: Callable[[str], bool]               # whether the name of a set is of this format
+    open: Callable[[str, int, int], Any]        # from (data_dir, image_size, channels) to the set
+    what: str                                   # how messages call such a set
+    on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place at all

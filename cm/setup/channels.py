@@ -1,0 +1,36 @@
+"""What the channels of a run mean: 1 and 3 are pictures, in grey and RGB, any other number is latents.
+
+Latents are numbers of another network's encoder. They have no bounds, no mirror image and no colours, and no network
+that knows pictures, such as LPIPS or Inception, takes them.
+"""
+
+from __future__ import annotations
+
+from cm.config.flags import Settings
+from cm.data.decode import MODES
+from cm.errors import UserError
+
+FOR_PICTURES = ("random_flip", "clip_denoised")
+"""Flags that are on by default and make sense for pictures alone."""
+
+
+def are_pictures(channels: int) -> bool:
+    """Whether so many channels are a picture."""
+    return channels in MODES
+
+
+def apply_latent_defaults(settings: Settings) -> None:
+    """Turn off what makes sense for pictures alone, where nobody has asked for it."""
+    if are_pictures(settings.values["channels"]):
+        return
+    for name in FOR_PICTURES:
+        if name in settings.values and not settings.is_given(name):
+            settings.replace(**{name: False})
+
+
+def demand_pictures(settings: Settings, what: str) -> None:
+    """:raises UserError: unless the run is of pictures; `what` begins the message."""
+    channels = settings.values["channels"]
+    if not are_pictures(channels):
+        raise UserError(f"{what} is for pictures, of 1 or 3 channels, but this run has latents of "
+                        f"{channels} channels, whose samples go to an npz")
