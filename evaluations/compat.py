@@ -297,12 +297,15 @@ class FIDAndIS:
     :param clip_score_batch_size: without effect.
     :param path: a file of Inception's weights, or what else `load_extractor` takes; None, and an address, stand
         for the extractor that $CM_INCEPTION names, or else Inception's published weights.
+    :param trusted: see `load_extractor`.
     :raises UserError: if the weights cannot be had.
     """
 
-    def __init__(self, softmax_batch_size: int = 512, clip_score_batch_size: int = 512, path: str | None = None):
+    def __init__(self, softmax_batch_size: int = 512, clip_score_batch_size: int = 512, path: str | None = None,
+                 trusted: bool = False):
         self.softmax_batch_size, self.clip_score_batch_size = softmax_batch_size, clip_score_batch_size
-        self.extractor = load_extractor(None if path is None or "://" in path else path, dist.dev())
+        self.extractor = load_extractor(None if path is None or "://" in path else path, dist.dev(),
+                                        trusted=trusted)
         self.ref_features: dict[str, tuple[FIDStatistics | None, ...]] = {}
 
     def get_statistics(self, activations: Activations, resolution: int) -> FIDStatistics:

@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> None:
     result = evaluate(
         args.ref_batch,
         args.sample_batch,
-        load_extractor(named, dist.dev()) if named else None,
+        load_extractor(named, dist.dev(), trusted=args.trust_extractor) if named else None,
         device=dist.dev(),
         metrics=asked_metrics(args),
         batch_size=args.batch_size,

@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.features import load_extractor
 
     dist.setup_dist()
-    extractor = load_extractor(args.inception, dist.dev())
+    extractor = load_extractor(args.inception, dist.dev(), trusted=args.trust_extractor)
     if args.command == "ref":
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch,
                    image_size=args.image_size)

@@ -110,9 +110,11 @@ def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
-    """The flag --inception."""
+    """The flags --inception and --trust_extractor."""
     parser.add_argument("--inception", metavar="PATH",
                         help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
+    parser.add_argument("--trust_extractor", action="store_true",
+                        help="run the extractor although it is a program (a TorchScript file of others)")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

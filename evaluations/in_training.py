@@ -37,7 +37,9 @@ class TrainingMetric:
         return self.evaluator.evaluate(batches)[FRECHET_KEY].value
 
 
-def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_samples: int) -> TrainingMetric:
+def open_metric(
+    ref: str, inception: str, image_size: int, batch_size: int, num_samples: int, trusted: bool = False
+) -> TrainingMetric:
     """Load the extractor and measure the reference.
 
     :param ref: npz of reference images or of statistics.
@@ -45,9 +47,10 @@ def open_metric(ref: str, inception: str, image_size: int, batch_size: int, num_
     :param image_size: side of the samples in pixels.
     :param batch_size: images of the reference per pass and rank.
     :param num_samples: how many samples a distance will be of; a warning says if they are few.
+    :param trusted: see `load_extractor`.
     :raises UserError: if one of the two cannot be used, or they do not fit together.
     """
-    extractor = load_extractor(inception or None, dist.dev())
+    extractor = load_extractor(inception or None, dist.dev(), trusted=trusted)
     evaluator = ThEvaluator(ref, extractor, image_size, batch_size=batch_size, cache=open_cache(None))
     evaluator.warn_of_few(num_samples)
     key = "fid" if extractor.is_inception else FRECHET_KEY

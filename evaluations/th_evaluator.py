@@ -162,8 +162,9 @@ def _run(args: argparse.Namespace) -> None:
     samples, names = BatchFile(args.sample_batch), asked_metrics(args)
     samples.check_has_images()
     assert samples.image_shape is not None
+    extractor = load_extractor(args.inception, dist.dev(), trusted=args.trust_extractor)
     evaluator = ThEvaluator(
-        args.ref_batch, load_extractor(args.inception, dist.dev()), samples.image_shape[1:3],
+        args.ref_batch, extractor, samples.image_shape[1:3],
         metrics=None if names == default_names() else names, batch_size=args.batch_size, split_size=args.split_size,
         k=args.k, pr_dtype=args.pr_dtype, cache=open_cache(args.cache),
     )

@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     from cm.samplers.sample import SampleOptions
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
-    from cm.setup.run import open_log, run_precision
+    from cm.setup.run import open_log, run_precision, trusts_extractor
     from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
@@ -81,7 +81,8 @@ def main(settings: Settings) -> None:
     open_log(settings)
     start = time.monotonic()
     precision = run_precision(settings)
-    extractor = load_extractor(config.inception or None, dist.dev())
+    trusted = trusts_extractor(settings)
+    extractor = load_extractor(config.inception or None, dist.dev(), trusted=trusted)
     store = dist.on_main(start_score_store, settings, precision, extractor.id)
     evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)

@@ -243,6 +243,9 @@ class EvalConfig:
     inception: str = option(
         "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
     )
+    trust_extractor: bool = option(
+        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
+    )
     sample_interval: int = option(
         0, "steps between image grids of samples in log_dir/samples; -1: at each save; 0: none", minimum=-1
     )
@@ -490,6 +493,9 @@ class TernarySearchConfig:
     ref_batch: str = option("", "npz of reference images or statistics")
     inception: str = option(
         "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
+    )
+    trust_extractor: bool = option(
+        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
     )
     cache_gib: float = option(
         4.0, "memory per rank for shared network evaluations, in GiB; what does not fit is recomputed", minimum=0

@@ -13,7 +13,7 @@ from cm.io import storage
 from cm.setup.channels import are_pictures, demand_pictures
 from cm.setup.model import model_from
 from cm.setup.objective import kind_of_result
-from cm.setup.run import run_precision
+from cm.setup.run import run_precision, trusts_extractor
 from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
 from cm.training.loop import parse_rates
@@ -65,7 +65,7 @@ def check_flags(settings: Settings) -> None:
 def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> list[Callback]:
     """The callbacks that the flags ask for.
 
-    :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples).
+    :param open_metric: from (ref, inception, image_size in pixels, batch_size, num_samples, trusted).
     """
     config, drawing = settings.section(EvalConfig), sampling_settings(settings)
     callbacks: list[Callback] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
@@ -81,7 +81,7 @@ def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> li
     if config.eval_interval:
         metric = open_metric(
             config.eval_ref, config.inception, settings.values["image_size"], config.eval_batch_size,
-            config.eval_samples,
+            config.eval_samples, trusts_extractor(settings),
         )
         names = ("sampler", "steps", "ts", "seed", "num_samples")
         about = {name: drawing.values[name] for name in names} | {

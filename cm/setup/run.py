@@ -7,9 +7,10 @@ import os
 from torch import nn
 
 from cm.checkpoints import lock
-from cm.config.flags import Settings, words_of
+from cm.config.flags import Provenance, Settings, words_of
 from cm.distributed import setup as dist
 from cm.distributed import signals
+from cm.errors import UserError
 from cm.io import storage, terminal
 from cm.logging import logger
 from cm.networks.build import to_device
@@ -57,3 +58,16 @@ def on_device(settings: Settings, model: nn.Module) -> nn.Module:
 
 def run_precision(settings: Settings) -> str:
     return choose_precision(settings.values["precision"], settings.values["use_fp16"], dist.dev())
+
+
+def trusts_extractor(settings: Settings) -> bool:
+    """Whether the user has named the extractor as a program that may run.
+
+    :raises UserError: if only a file says so: whoever wrote it could have named the extractor, too.
+    """
+    if not settings.values["trust_extractor"]:
+        return False
+    if settings.provenance("trust_extractor") != Provenance.COMMAND_LINE:
+        raise UserError(f"{settings.given.get('trust_extractor', 'a default')} sets trust_extractor, which counts on "
+                        "the command line only: add --trust_extractor there if you trust the extractor's author")
+    return True

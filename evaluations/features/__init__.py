@@ -24,14 +24,18 @@ EXTRACTORS = {"tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscr
 """Kinds of extractors; a path alone is of the first kind that `recognizes` it."""
 
 
-def load_extractor(spec: str | None = None, device: th.device | str = "cpu", default: str = "torch") -> Extractor:
+def load_extractor(
+    spec: str | None = None, device: th.device | str = "cpu", default: str = "torch", *, trusted: bool = False
+) -> Extractor:
     """The extractor that `spec` names: PATH, KIND:PATH, or a KIND alone for the published weights of Inception-v3.
 
     One step of all ranks together. Without `spec`, $CM_INCEPTION; without that either, the kind `default`. Published
     weights are looked for in torch.hub's cache, then downloaded to it.
 
     :param default: a kind in `evaluations.features.inception_files.FILES`.
-    :raises UserError: if the file is missing or of another kind, or the weights cannot be had.
+    :param trusted: the user trusts the file, should it be a program (see `evaluations.features.trust`).
+    :raises UserError: if the file is missing or of another kind, the weights cannot be had, or the file is a program
+        that nobody trusts.
     """
     spec = spec or os.environ.get(EXTRACTOR_VARIABLE) or default
     if os.path.isfile(spec):
@@ -43,7 +47,8 @@ def load_extractor(spec: str | None = None, device: th.device | str = "cpu", def
     else:
         raise UserError(f"the feature extractor {spec} does not exist or is no file; give {EXTRACTOR_CHOICES}; kinds: "
                         f"{', '.join(EXTRACTORS)}")
-    return lookup(EXTRACTORS, kind, "kind of extractor")(path, device)
+    opened = lookup(EXTRACTORS, kind, "kind of extractor")
+    return opened(path, device, trusted) if opened is TorchScriptExtractor else opened(path, device)
 
 
 def kind_of(path: str) -> str:

@@ -6,7 +6,7 @@ Shapes: N images, B of a batch, H and W height and width, K classes, D = FEATURE
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch as th
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cm.errors import UserError
 from cm.networks.classifier_fit import fit
 
 FEATURES = 64
@@ -43,6 +44,23 @@ class Classifier(nn.Module):
         """uint8 [N,3,H,W] -> features [N,D] and logits [N,K]."""
         features = self.body(images.float() / 127.5 - 1)    # [N,D]
         return features, self.head(self.dropout(features))
+
+
+def classifier_of(weights: Mapping[str, Tensor], path: str) -> Classifier:
+    """The classifier with these weights, in evaluation mode.
+
+    :param path: what messages call the file of the weights.
+    :raises UserError: if they are not those of a `Classifier`.
+    """
+    try:
+        width, num_classes = len(weights["body.0.weight"]), len(weights["head.weight"])
+        with th.device("meta"):
+            model = Classifier(num_classes, width)
+        model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} does not hold a classifier of scripts/classifier_train.py: {reason}") from None
+    return model.eval().requires_grad_(False)
 
 
 def conv(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:

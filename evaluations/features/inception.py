@@ -12,7 +12,7 @@ from evaluations.features.base import Features, as_rows, full_float32, hash_weig
 from evaluations.features.inception_v3 import SIDE
 from evaluations.features.inception_weights import holds_inception, read_inception
 from evaluations.features.preprocessing import sidecar_of
-from evaluations.features.torchscript import is_torchscript, load_torchscript
+from evaluations.features.torchscript_tensors import is_torchscript, tensor_names
 
 
 class InceptionExtractor:
@@ -39,7 +39,7 @@ class InceptionExtractor:
         if not is_torchscript(path):
             return True
         described = os.path.exists(sidecar_of(path))
-        return not described and holds_inception(set(load_torchscript(path, "cpu")[0].state_dict()))
+        return not described and holds_inception(tensor_names(path))
 
     @th.inference_mode()
     def extract(self, images: NDArray[np.uint8]) -> Features:

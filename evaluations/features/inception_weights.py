@@ -1,7 +1,7 @@
 """The weights of Inception-v3 in the files that exist of them: three spellings of one network's 378 tensors.
 
 state dict      OpenAI's (layers.conv.weight), pytorch-fid's and torch-fidelity's (Conv2d_1a_3x3.conv.weight)
-TorchScript     NVIDIA's, spelt like OpenAI's
+TorchScript     NVIDIA's, spelt like OpenAI's; its tensors are read, and its code does not run
 frozen graph    TensorFlow's classify_image_graph_def.pb (conv/conv2d_params), read without TensorFlow
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from cm.errors import UserError
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_v3 import Conv, InceptionV3
-from evaluations.features.torchscript import is_torchscript, load_torchscript
+from evaluations.features.torchscript_tensors import is_torchscript, read_module_tensors
 
 
 def read_inception(path: str) -> InceptionV3:
@@ -44,7 +44,7 @@ def read_tensors(path: str) -> Mapping[str, Tensor]:
     if path.endswith(".pb"):
         return {name: th.from_numpy(array) for name, array in read_constants(path).items()}
     if is_torchscript(path):
-        return load_torchscript(path, "cpu")[0].state_dict()
+        return read_module_tensors(path)
     try:
         state = th.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

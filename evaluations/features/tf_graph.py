@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cm.errors import UserError
 from cm.io.downloads import sha256
 from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features
+from evaluations.features.graph_operations import check_operations
 
 INPUT, POOL, SPATIAL, LAST_LAYER = "ExpandDims", "pool_3", "mixed_6/conv", "softmax/logits/MatMul"
 SPATIAL_CHANNELS = 7                                        # of the 192 of `SPATIAL`
@@ -27,7 +28,9 @@ class FrozenGraphExtractor:
     height, width, channel; logits the pooled features times the second input of `softmax/logits/MatMul`, so without
     the bias that the graph adds later.
 
-    :raises UserError: if TensorFlow or the file is missing, or the file is no such graph.
+    A graph is a program, too: it is imported if it uses none but the operations of `graph_operations`.
+
+    :raises UserError: if TensorFlow or the file is missing, the file is no such graph, or does more than compute.
     """
 
     resize = "TF1 bilinear to 299x299, in the graph"
@@ -79,9 +82,9 @@ def import_tensorflow(path: str) -> Any:
 
 
 def read_graph(tf: Any, path: str) -> Any:
-    """The GraphDef in a file.
+    """The GraphDef in a file; its operations are harmless.
 
-    :raises UserError: if it is missing, no graph, or lacks one of the tensors.
+    :raises UserError: if it is missing, no graph, uses an operation that is not allowed, or lacks one of the tensors.
     """
     definition = tf.compat.v1.GraphDef()
     try:
@@ -91,6 +94,7 @@ def read_graph(tf: Any, path: str) -> Any:
         raise UserError(f"the graph {path} cannot be read: {error.strerror}") from None
     except Exception as error:                              # protobuf's DecodeError, whose package is TensorFlow's
         raise UserError(f"{path} is not a frozen TensorFlow graph, or is damaged ({error})") from None
+    check_operations(definition, path)
     missing = {INPUT, POOL, SPATIAL, LAST_LAYER} - {node.name for node in definition.node}
     if missing:
         raise UserError(f"the graph {path} lacks {', '.join(sorted(missing))}: it is not the Inception-v3 of FID "

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +21,16 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.atomic import AtomicFile
 from cm.io.downloads import sha256
 from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
+from evaluations.features.classifier import Classifier, classifier_of
 from evaluations.features.preprocessing import Preprocessing, read_preprocessing
+from evaluations.features.torchscript_tensors import is_torchscript, read_extra, read_module_tensors
+from evaluations.features.trust import read_program
 
 DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote
+CLASSIFIER = {"network": "classifier"}                      # in the description of a network that is in this toolkit
 OUTPUT_NAMES = ("features", "logits", "spatial")
 
 
@@ -40,12 +45,16 @@ class TorchScriptExtractor:
     the module is called with float32 [N,3,S,S], as networks of torchvision's kind are. The description is then part of
     `id`.
 
-    :raises UserError: if the file is missing or is no TorchScript file, or the description is wrong.
+    Such a module is a program, and it runs only if the user trusts it. What `scripts/classifier_train.py` wrote does
+    not run: its tensors are read into the network of this toolkit.
+
+    :param trusted: the user has named this file as trusted; a file in `trust.list_of_hashes` needs no such word.
+    :raises UserError: if the file is missing or is no TorchScript file, the description is wrong, or nobody trusts it.
     """
 
-    def __init__(self, path: str, device: th.device | str = "cpu"):
+    def __init__(self, path: str, device: th.device | str = "cpu", trusted: bool = False):
         self.path, self.device = path, device
-        self.module, description = load_torchscript(path, device)
+        self.module, description = open_module(path, device, trusted)
         weights = dict(self.module.state_dict())
         self.preprocessing = read_preprocessing(path)
         network = hash_weights(weights) if weights else sha256(path)[:ID_DIGITS]
@@ -96,10 +105,10 @@ class TorchScriptExtractor:
         return Features(arrays["features"], arrays.get("spatial"), arrays.get("logits"))
 
 
-def _arguments_of(module: th.jit.ScriptModule) -> list[str]:
-    """The names of what a module's forward takes."""
+def _arguments_of(module: nn.Module) -> list[str]:
+    """The names of what a TorchScript module's forward takes; none for a network of this toolkit."""
     forward: Any = module.forward                           # a ScriptMethod, of which the stubs know nothing
-    return [argument.name for argument in forward.schema.arguments]
+    return [argument.name for argument in forward.schema.arguments] if isinstance(module, th.jit.ScriptModule) else []
 
 
 _SIDECAR_HINT = ". If it takes normalised floats, describe them in {}.json"
@@ -125,34 +134,47 @@ def quiet_torchscript() -> Iterator[None]:
 
 def save_torchscript(module: nn.Module, path: str, name: str, resize: str) -> None:
     """Write a module as an extractor file; `name` and `resize` come back when it is loaded."""
-    partial = f"{path}.partial"
-    with quiet_torchscript():
-        scripted = th.jit.script(module.eval())
-        th.jit.save(scripted, partial, _extra_files={DESCRIPTION_FILE: json.dumps({"name": name, "resize": resize})})
-    os.replace(partial, path)
+    description = {"name": name, "resize": resize, **(CLASSIFIER if isinstance(module, Classifier) else {})}
+    with quiet_torchscript(), AtomicFile(path) as file:
+        th.jit.save(th.jit.script(module.eval()), file, _extra_files={DESCRIPTION_FILE: json.dumps(description)})
 
 
-def is_torchscript(path: str) -> bool:
-    """Whether a file is an archive as torch.jit.save writes it."""
-    return zipfile.is_zipfile(path) and any(
-        name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-    )
+def open_module(path: str, device: th.device | str, trusted: bool) -> tuple[nn.Module, dict[str, str]]:
+    """The module in evaluation mode, and its description (empty for files that other programs wrote).
 
-
-def load_torchscript(path: str, device: th.device | str) -> tuple[th.jit.ScriptModule, dict[str, str]]:
-    """The module in evaluation mode, and its description (empty for files that other programs wrote)."""
+    :raises UserError: if the file is missing or is no TorchScript file, or is a program that nobody trusts.
+    """
     if not os.path.isfile(path):
         raise UserError(f"the feature extractor {path} does not exist or is no file")
-    extra = {DESCRIPTION_FILE: ""}
+    if not is_torchscript(path):
+        raise not_torchscript(path)
+    description = description_in(read_extra(path, DESCRIPTION_FILE), path)
+    if description.items() >= CLASSIFIER.items():
+        module = classifier_of(read_module_tensors(path), path)
+    else:
+        module = run_torchscript(path, device, trusted)
+    return module.to(device).eval(), description
+
+
+def run_torchscript(path: str, device: th.device | str, trusted: bool) -> th.jit.ScriptModule:
+    """Load a TorchScript module, which runs code of the file. The one place that does.
+
+    :raises UserError: if nobody trusts it, or it is damaged.
+    """
+    content = read_program(path, trusted)
     try:
         with quiet_torchscript():
-            module = th.jit.load(path, map_location=device, _extra_files=extra)
+            return th.jit.load(path if content is None else io.BytesIO(content), map_location=device)
     except RuntimeError:
-        raise UserError(
-            f"{path} is not a TorchScript file (a checkpoint or state dict is not one either): give a file made by "
-            "torch.jit.save, such as inception-2015-12-05.pt or what scripts/classifier_train.py writes"
-        ) from None
-    return module.eval(), description_in(extra[DESCRIPTION_FILE], path)
+        raise not_torchscript(path) from None
+
+
+def not_torchscript(path: str) -> UserError:
+    """The error for a file that this kind of extractor cannot be read from."""
+    return UserError(
+        f"{path} is not a TorchScript file (a checkpoint or state dict is not one either): give a file made by "
+        "torch.jit.save, such as inception-2015-12-05.pt or what scripts/classifier_train.py writes"
+    )
 
 
 def description_in(text: bytes | str, path: str) -> dict[str, str]:

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_torchscript(Pool(), str(folder / "pool.ts"), "pool", "none")
     rng = np.random.default_rng(0)
     samples, ref = (rng.integers(0, high, (N, 8, 8, 3), dtype=np.uint8) for high in (200, 256))
-    extractor = load_extractor(str(folder / "pool.ts"))
+    extractor = load_extractor(str(folder / "pool.ts"), trusted=True)
     features = extractor.extract(ref)
     statistics = {}
     for suffix, points in (("", features.pool), ("_s", features.spatial)):
@@ -76,13 +76,13 @@ def batches(folder: Path, size: int) -> Iterator[Any]:
 
 
 def test_fid_and_is_gives_the_evaluators_fid(folder: Path) -> None:
-    fid_is = FIDAndIS(path=str(folder / "pool.ts"))
+    fid_is = FIDAndIS(path=str(folder / "pool.ts"), trusted=True)
     fid_is.set_ref_batch(str(folder / "statistics.npz"))
     ref, ref_spatial, ref_clip = fid_is.get_ref_batch(str(folder / "statistics.npz"))
     pooled, spatial, clip, images = fid_is.get_activations(batches(folder, 8), N, 8, pr_samples=10)
     assert ref is not None and ref_spatial is not None and ref_clip is None
     assert pooled.shape == (N, 5) and spatial.shape == (N, 8) and clip.shape == (N, 0) and len(images) == 10
-    expected = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), load_extractor(str(folder / "pool.ts")),
+    expected = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), fid_is.extractor,
                         metrics=("fid", "sfid"))["metrics"]
     for key, reference, points in (
         ("frechet_distance", ref, pooled), ("spatial_frechet_distance", ref_spatial, spatial),
@@ -109,7 +109,7 @@ def test_fid_and_is_gives_the_evaluators_score(folder: Path, inception: str) -> 
 
 
 def test_what_fid_and_is_cannot_do(folder: Path) -> None:
-    fid_is = FIDAndIS(path=str(folder / "pool.ts"))
+    fid_is = FIDAndIS(path=str(folder / "pool.ts"), trusted=True)
     with pytest.raises(UserError, match="stores no statistics .* `fid.py ref`"):
         fid_is.set_ref_batch(str(folder / "ref.npz"))
     with pytest.raises(UserError, match="last layer of Inception-v3, and pool has"):
@@ -126,7 +126,7 @@ def test_activations_of_two_ranks(folder: Path, tmp_path: Path) -> None:
 
         dist_util.setup_dist()
         rank = dist_util.get_rank()
-        fid_is = FIDAndIS(path={str(folder / "pool.ts")!r})
+        fid_is = FIDAndIS(path={str(folder / "pool.ts")!r}, trusted=True)
         pixels = th.from_numpy(np.load({str(folder / "samples.npz")!r})["arr_0"]).permute(0, 3, 1, 2)
         data = iter([(part.float() / 127.5 - 1, {{}}, None) for part in pixels.split(5)[rank::2]])
         pooled, *rest = fid_is.get_activations(data, {N}, 10)
@@ -136,12 +136,12 @@ def test_activations_of_two_ranks(folder: Path, tmp_path: Path) -> None:
             assert [pooled, *rest] == [[], [], [], []]
     """)
     assert finished.rc == 0, finished
-    alone = FIDAndIS(path=str(folder / "pool.ts")).get_activations(batches(folder, 5), N, 5)[0]
+    alone = FIDAndIS(path=str(folder / "pool.ts"), trusted=True).get_activations(batches(folder, 5), N, 5)[0]
     assert np.allclose(np.load(tmp_path / "pooled.npy"), alone, atol=1e-6)
 
 
 def test_guided_diffusions_evaluator(folder: Path, inception: str) -> None:
-    evaluator = Evaluator(load_extractor(str(folder / "pool.ts")), batch_size=7)
+    evaluator = Evaluator(load_extractor(str(folder / "pool.ts"), trusted=True), batch_size=7)
     evaluator.warmup()
     ref, sample = (evaluator.read_activations(str(folder / name)) for name in ("ref.npz", "samples.npz"))
     stored = evaluator.read_statistics(str(folder / "statistics.npz"), ref)

@@ -14,11 +14,13 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
+from cm.io.downloads import sha256
 from evaluations.engine.readers import Statistics
 from evaluations.engine.statistics_cache import KEPT, StatisticsCache
 from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
 from evaluations.features.torchscript import quiet_torchscript
+from evaluations.features.trust import list_of_hashes
 from evaluations.metrics import default_names
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
@@ -121,7 +123,7 @@ def images_of(path):
 
 
 def run(folder, extractor="two.ts", ref="ref.npz", sample="sample.npz", **options):
-    loaded = load_extractor(str(folder / extractor)) if extractor else None
+    loaded = load_extractor(str(folder / extractor), trusted=True) if extractor else None
     return evaluate(folder / ref, folder / sample, loaded, **options)
 
 
@@ -139,7 +141,7 @@ def with_statistics(path, images=None, dim=DIM, **more):
 def script(module, path):
     with quiet_torchscript():
         th.jit.save(th.jit.script(module), str(path))
-    return TorchScriptExtractor(str(path))
+    return TorchScriptExtractor(str(path), trusted=True)
 
 
 # --- extractors ----------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ def script(module, path):
 
 def test_an_extractor_gives_what_the_module_returns(folder):
     images = images_of(folder / "ref.npz")
-    features = load_extractor(f"torchscript:{folder}/three.ts").extract(images)
+    features = load_extractor(f"torchscript:{folder}/three.ts", trusted=True).extract(images)
     x = images.astype(np.float64) / 64
     np.testing.assert_allclose(features.pool[:, :3], x.mean((1, 2)), rtol=1e-5)
     np.testing.assert_allclose(features.pool[:, 3:], x[:, 1:3, 1:3].mean((1, 2)), rtol=1e-5)
@@ -222,7 +224,7 @@ def test_descriptions_inside_a_file_are_data(folder, tmp_path, text, message):
     with quiet_torchscript():
         th.jit.save(th.jit.load(f"{folder}/two.ts"), str(path), _extra_files={"extractor.json": text})
     with pytest.raises(UserError, match=message):
-        load_extractor(str(path), "cpu")
+        load_extractor(str(path), "cpu", trusted=True)
 
 
 def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
@@ -242,8 +244,11 @@ def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
         load_extractor("torchscript")
 
 
-def test_the_environment_names_the_extractor(folder, monkeypatch):
+def test_the_environment_names_the_extractor(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CM_INCEPTION", f"{folder}/two.ts")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    list_of_hashes().parent.mkdir()
+    list_of_hashes().write_text(sha256(folder / "two.ts"))
     assert load_extractor().name == "tiny"
     assert values(run(folder, extractor=None, metrics=["fid"])) == values(run(folder, metrics=["fid"]))
 
@@ -253,7 +258,7 @@ def test_the_environment_names_the_extractor(folder, monkeypatch):
 
 def test_every_number_is_that_of_its_definition(folder):
     got = values(run(folder, "three.ts", metrics=(*METRIC_NAMES, "class_accuracy"), split_size=20, k=2, batch_size=7))
-    extractor = load_extractor(f"{folder}/three.ts")
+    extractor = load_extractor(f"{folder}/three.ts", trusted=True)
     ref, sample = (extractor.extract(images_of(folder / name)) for name in ("ref.npz", "sample.npz"))
 
     def plain_frechet(a, b):
@@ -286,9 +291,10 @@ def test_equal_sets_are_at_no_distance(folder):
 
 def test_stored_statistics_go_before_images(folder, tmp_path):
     mu, sigma = with_statistics(tmp_path / "ref.npz", images_of(folder / "ref.npz"))
-    result = evaluate(tmp_path / "ref.npz", folder / "sample.npz", load_extractor(f"{folder}/two.ts"))
+    result = evaluate(tmp_path / "ref.npz", folder / "sample.npz", load_extractor(f"{folder}/two.ts", trusted=True))
     fields = result["metrics"]["frechet_distance"]
-    sample = load_extractor(f"{folder}/two.ts").extract(images_of(folder / "sample.npz")).pool.astype(np.float64)
+    extractor = load_extractor(f"{folder}/two.ts", trusted=True)
+    sample = extractor.extract(images_of(folder / "sample.npz")).pool.astype(np.float64)
     expected = frechet_distance(mu, sigma, sample.mean(0), np.cov(sample, rowvar=False))
     assert fields["value"] == pytest.approx(expected, rel=1e-5)
     assert fields["reference_source"] == "stored statistics" and fields["reference_count"] is None
@@ -421,6 +427,7 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
 def test_the_command_keeps_statistics_unless_told_not_to(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = [str(folder / "ref.npz"), str(folder / "sample.npz"), "--inception", str(folder / "two.ts"),
+          "--trust_extractor",
                "--metrics", "fid"]
     main([*command, "--cache", "off"])
     assert not list(tmp_path.rglob("*.npz"))
@@ -555,6 +562,7 @@ def test_the_benchmark_counts_memory(tmp_path):
 def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
     out = tmp_path / "new" / "metrics.json"
     main([str(folder / "ref.npz"), str(folder / "sample.npz"), "--inception", str(folder / "two.ts"),
+          "--trust_extractor",
           "--metrics", "fid, kid", "--class_accuracy", "--json", str(out), "--batch_size", "16"])
     written = json.loads(out.read_text())
     printed = capsys.readouterr()

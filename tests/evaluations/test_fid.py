@@ -74,7 +74,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extractor(data):
-    return load_extractor(f"{data}/0.ts")
+    return load_extractor(f"{data}/0.ts", trusted=True)
 
 
 def distance(data, extractor, images="samples.npz", reference="ref.npz", num=N, **options):
@@ -155,7 +155,7 @@ def test_two_ranks_give_the_number_and_the_reference_of_one(data, extractor, tmp
         from evaluations.fid import main
 
         def both():
-            shared = ["--inception", "{data}/0.ts", "--batch", "32"]
+            shared = ["--inception", "{data}/0.ts", "--trust_extractor", "--batch", "32"]
             main(["ref", "--data", "{data}/samples.zip", "--dest", "{tmp_path}/two.npz", "--images", "50", *shared])
             for name in ("few", "all"):                     # fewer batches than ranks, and an uneven share of them
                 main(["calc", "--images", "{data}/samples", "--ref", "{data}/ref.npz", "--num",
@@ -208,7 +208,7 @@ def test_a_reference_serves_calc_as_its_images_do(data, extractor, tmp_path):
         assert not {"arr_0", "arr_1"} & set(written.files)
     assert distance(data, extractor, "ref.npz", made, num=90) == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=f"ref.npz stores 6 features of {extractor.id}, and the extractor given is"):
-        calc(f"{data}/samples", made, load_extractor(f"{data}/1.ts"), num=N)
+        calc(f"{data}/samples", made, load_extractor(f"{data}/1.ts", trusted=True), num=N)
 
 
 def test_a_reference_is_replaced_only_by_a_complete_one(data, extractor, tmp_path):
@@ -297,6 +297,7 @@ def test_missing_files_are_refused(data, extractor, tmp_path):
 def test_the_number_is_the_last_line(data, extractor, tmp_path, capsys):
     out = tmp_path / "new" / "fid.json"
     main(["calc", f"--images={data}/samples", f"--ref={data}/ref.npz", f"--num={N}", f"--inception={data}/wide.ts",
+          "--trust_extractor",
           f"--json={out}"])
     written, printed = json.loads(out.read_text()), capsys.readouterr()
     *warnings, provenance, number = printed.out.splitlines()
@@ -321,7 +322,7 @@ def test_samples_in_jpeg_are_warned_of(data, extractor, tmp_path):
 
 def test_bad_input_is_one_line_and_status_2(data, tmp_path):
     done = python(["evaluations/fid.py", "calc", "--images", tmp_path, "--ref", data / "ref.npz",
-                       "--inception", data / "0.ts"])
+                       "--inception", data / "0.ts", "--trust_extractor"])
     assert done.rc == 2 and done.stdout == "", done
     assert done.stderr.startswith(f"error: no images in {tmp_path}") and len(done.stderr.splitlines()) == 1
 

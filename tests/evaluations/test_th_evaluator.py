@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extractor(folder):
-    return load_extractor(str(folder / "4.ts"))
+    return load_extractor(str(folder / "4.ts"), trusted=True)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_three_ranks_give_the_numbers_of_one(folder, extractor, tmp_path):
         def main():
             dist.setup_dist()
             images = np.load("{folder}/samples.npz")["arr_0"]
-            evaluator = ThEvaluator("{folder}/ref.npz", load_extractor("{folder}/4.ts"), 8, batch_size=16,
+            evaluator = ThEvaluator("{folder}/ref.npz", load_extractor("{folder}/4.ts", trusted=True), 8, batch_size=16,
                                     metrics=list(default_names()), split_size=10)
             mine = {{0: [(4, images[4:12]), (24, images[24:])], 1: [], 2: [(0, images[:4]), (12, images[12:24])]}}
             results = evaluator.evaluate(mine[dist.get_rank()])
@@ -130,7 +130,8 @@ def test_three_ranks_give_the_numbers_of_one(folder, extractor, tmp_path):
 @pytest.mark.mpi
 def test_the_command_on_two_ranks(folder, tmp_path, theirs):
     done = mpiexec(2, ["evaluations/th_evaluator.py", folder / "ref.npz", folder / "samples.npz", "--inception",
-                       folder / "4.ts", "--split_size", "10", "--batch_size", "8", "--json", tmp_path / "out.json"])
+                       folder / "4.ts", "--trust_extractor", "--split_size", "10", "--batch_size", "8", "--json",
+                       tmp_path / "out.json"])
     assert done.rc == 0, done
     written = json.loads((tmp_path / "out.json").read_text())
     found = {key: fields["value"] for key, fields in written["metrics"].items()}
@@ -186,7 +187,7 @@ def test_features_of_another_network_are_refused(folder, extractor, tmp_path):
     foreign = store_statistics(tmp_path / "foreign.npz", ref, extractor, extractor="torchscript-0")
     with pytest.raises(UserError, match="of torchscript-0, and the extractor given is torchscript-.* with 4"):
         make(tmp_path, extractor, foreign)
-    wide = store_statistics(tmp_path / "wide.npz", ref, load_extractor(str(folder / "6.ts")))
+    wide = store_statistics(tmp_path / "wide.npz", ref, load_extractor(str(folder / "6.ts"), trusted=True))
     with pytest.raises(UserError, match="stores 6 features of an extractor it does not name"):
         make(tmp_path, extractor, wide)
 

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     save_measure(folder)
     for name, lr, scales in (("slow", 1e-4, 12), ("fast", 3e-3, 20)):
         script(ROOT / "scripts/cm_train.py", *TRAIN, "--lr", lr, "--end_scales", scales, "--eval_ref",
-               folder / "ref.npz", "--inception", folder / "tiny.ts", "--log_dir", folder / name)
+               folder / "ref.npz", "--inception", folder / "tiny.ts", "--trust_extractor", "--log_dir", folder / name)
     (folder / "slow" / "metrics.json").write_text(json.dumps({"metrics": {
         "frechet_distance": {"label": "FID", "value": 12.3456789, "sample_count": 50000, "available": True},
     }}))

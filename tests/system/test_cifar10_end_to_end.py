@@ -64,7 +64,7 @@ def test_from_the_archive_to_a_distance(tmp_path):
 
     th.manual_seed(0)
     save_torchscript(TinyExtractor(), str(tmp_path / "features.ts"), "tiny", "none")
-    extractor = ["--inception", str(tmp_path / "features.ts")]
+    extractor = ["--inception", str(tmp_path / "features.ts"), "--trust_extractor"]
     fid = str(ROOT / "evaluations/fid.py")
     succeeds(python([fid, "ref", "--data", str(data), "--dest", str(tmp_path / "ref.npz"), *extractor]))
     done = succeeds(mpiexec(2, [fid, "calc", "--images", str(out), "--ref", str(tmp_path / "ref.npz"), "--num", "17",

@@ -127,7 +127,7 @@ def test_train_sample_evaluate(teacher, tmp_path):
     save_torchscript(TinyExtractor(), str(extractor), "tiny", "none")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "ref.npz", arr_0=rng.integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
-    script("evaluations/evaluator.py", tmp_path / "ref.npz", samples, "--inception", extractor,
+    script("evaluations/evaluator.py", tmp_path / "ref.npz", samples, "--inception", extractor, "--trust_extractor",
            "--json", tmp_path / "metrics.json", ranks=1)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["frechet_distance"]["sample_count"] == 40 and metrics["frechet_distance"]["value"] > 0

@@ -13,7 +13,7 @@ import io
 import mmap
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
@@ -23,20 +23,11 @@ from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from cm.errors import UserError
+from cm.io.pickles import Call, Record
 from cm.networks.edm import SONG, DhariwalConfig, SongConfig
 from cm.registry import lookup
 
 PERSISTENT_VERSION = 6
-
-
-class Record:
-    """An object of a class of EDM's: its contents, and the name of the class where the pickle holds it."""
-
-    class_name = ""
-    state: Mapping[str, Any] = {}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.state = state
 
 
 def _persistent_record(meta: Mapping[str, Any]) -> Record:
@@ -76,21 +67,6 @@ class NumberType:
 def _number(kind: NumberType, content: bytes) -> float | int | bool:
     """A numpy scalar as a Python number."""
     return np.frombuffer(content, kind.byte_order + kind.name)[0].item()
-
-
-class Call:
-    """A function that a pickle may call and cannot change: pickles can set attributes of whatever they are given."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f"it tries to change {self.function.__name__}")
 
 
 # Every name that a pickle may use, and what stands for it here.

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def extractor(folder):
-    return load_extractor(str(folder / "coarse.ts"))
+    return load_extractor(str(folder / "coarse.ts"), trusted=True)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,8 @@ def expected(folder):
 
 
 def test_every_front_gives_its_number(folder, with_toys):
-    files, extractor = (str(folder / "ref.npz"), str(folder / "samples.npz")), load_extractor(f"{folder}/colours.ts")
+    files = str(folder / "ref.npz"), str(folder / "samples.npz")
+    extractor = load_extractor(f"{folder}/colours.ts", trusted=True)
     result = evaluate(*files, extractor, metrics=["mean_distance", "first_class"])["metrics"]
     assert result["mean_distance"]["value"] == pytest.approx(expected(folder), rel=1e-6) and expected(folder) > 1
     assert result["mean_distance"]["label"] == "Mean distance (colours features, not Inception)"
@@ -119,6 +120,7 @@ def test_every_front_gives_its_number(folder, with_toys):
 
 def test_the_command_line_knows_it(folder, with_toys, tmp_path, capsys):
     flags = [str(folder / "ref.npz"), str(folder / "samples.npz"), "--inception", str(folder / "colours.ts"),
+             "--trust_extractor",
              "--cache", "off"]
     main([*flags, "--metrics", "mean_distance", "--json", str(tmp_path / "out.json")])
     assert "Mean distance (colours features, not Inception): " in capsys.readouterr().out
@@ -145,7 +147,8 @@ def test_the_evaluator_gives_it_on_any_number_of_ranks(folder, tmp_path, ranks):
         METRICS["mean_distance"] = MeanDistance()
 
         def main():
-            evaluator.main(["{folder}/ref.npz", "{folder}/samples.npz", "--inception", "{folder}/colours.ts", "--cache",
+            evaluator.main(["{folder}/ref.npz", "{folder}/samples.npz", "--inception", "{folder}/colours.ts",
+                            "--trust_extractor", "--cache",
                             "off", "--batch_size", "7", "--split_size", "10", "--json", "{tmp_path}/{ranks}.json"])
 
         dist.run(main)
@@ -153,7 +156,8 @@ def test_the_evaluator_gives_it_on_any_number_of_ranks(folder, tmp_path, ranks):
     assert done.rc == 0, done
     written = json.loads((tmp_path / f"{ranks}.json").read_text())
     assert written["settings"]["ranks"] == ranks and done.stdout.count("Mean distance") == 1
-    alone = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), load_extractor(f"{folder}/colours.ts"),
+    extractor = load_extractor(f"{folder}/colours.ts", trusted=True)
+    alone = evaluate(str(folder / "ref.npz"), str(folder / "samples.npz"), extractor,
                      batch_size=7, split_size=10)["metrics"]
     found = {key: fields["value"] for key, fields in written["metrics"].items()}
     assert found.pop("mean_distance") == pytest.approx(expected(folder), rel=1e-6)

@@ -45,7 +45,7 @@ def images():
 
 def describe(path, **changes):
     path.with_name("net.ts.json").write_text(json.dumps(DESCRIPTION | changes))
-    return load_extractor(str(path))
+    return load_extractor(str(path), trusted=True)
 
 
 def by_hand(net, images, **resize):
@@ -70,7 +70,7 @@ def test_features_are_those_of_the_same_steps_by_hand(net, path, images, rule, o
 def test_without_a_resize_images_stay_and_the_range_may_be_signed(net, path, images):
     path.with_name("net.ts.json").write_text(json.dumps({"range": [-1, 1]}))
     x = th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    extractor = load_extractor(str(path))
+    extractor = load_extractor(str(path), trusted=True)
     with th.no_grad():
         np.testing.assert_allclose(extractor.extract(images).pool, net(x).numpy(), rtol=1e-5, atol=1e-6)
     assert extractor.resize == "none" and extractor.name == "net"
@@ -80,13 +80,13 @@ def test_the_identity_is_of_the_network_and_the_description(path):
     ids = [describe(path).id, describe(path, name="other").id, describe(path, mean=[0, 0, 0]).id,
            describe(path, resize={"side": 12, "mode": "bicubic", "antialias": False}).id]
     path.with_name("net.ts.json").unlink()
-    ids.append(load_extractor(str(path)).id)
+    ids.append(load_extractor(str(path), trusted=True).id)
     assert ids[0] == ids[1] and len(set(ids[1:])) == 4 and all(each.startswith("torchscript-") for each in ids)
 
 
 def test_a_network_that_takes_floats_asks_for_a_description(path, images):
     with pytest.raises(UserError, match="failed on uint8 images .*describe them in .*net.ts.json"):
-        load_extractor(str(path)).extract(images)
+        load_extractor(str(path), trusted=True).extract(images)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -111,7 +111,7 @@ def test_a_wrong_description_is_refused_with_what_may_stand(path, changes, messa
 def test_what_is_no_description_is_refused(path, text, message):
     path.with_name("net.ts.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        load_extractor(str(path))
+        load_extractor(str(path), trusted=True)
 
 
 def test_a_kind_of_extractor_is_a_line_in_the_table(path, images, monkeypatch):

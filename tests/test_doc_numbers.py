@@ -1,0 +1,128 @@
+"""Numbers of the pages are those of the results files that their commands have written.
+
+A number that is rounded on a page is rounded here in the same way. A page changes with its file, or this fails.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def page(name: str) -> str:
+    """The text of a page in one line, so that a sentence is found wherever it breaks."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def rows(name: str) -> set[str]:
+    return set((ROOT / name).read_text(encoding="utf-8").splitlines())
+
+
+def results(path: str) -> dict:
+    return json.loads((ROOT / path).read_text())
+
+
+def span(values: list[float]) -> str:
+    """Lowest and highest value with two decimals, as the pages write a range."""
+    low, high = (f"{value:.2f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+# --- docs/performance.md ----------------------------------------------------------------------------------------------
+
+SUITES = {suite: {line["name"]: line for line in content["lines"]}
+          for suite, content in results("benchmarks/results_cpu.json").items()}
+VARIANTS = ("toolkit fp32", "toolkit bf16", "diffusers' network fp32", "diffusers' network bf16")
+
+
+def ratios(suite: str, variant: str) -> list[float]:
+    return [line["time_over_baseline"] for name, line in SUITES[suite].items() if name.endswith(variant)]
+
+
+@pytest.mark.parametrize("suite, label", [
+    ("train", "time of training steps (EDM, distillation, consistency training)"),
+    ("sample", "time of sampling (one step, Heun)"),
+])
+def test_ratios_of_time(suite, label):
+    cells = [span(ratios(suite, variant)) for variant in VARIANTS]
+    assert f"| {label} | {' | '.join(cells)} |" in rows("docs/performance.md")
+
+
+def test_ratios_of_memory():
+    peaks = {name: line["peak_mib"] for name, line in SUITES["memory"].items()}
+    kinds = sorted({name.split(",")[0] for name in peaks})
+    cells = [span([peaks[f"{kind}, {variant}"] / peaks[f"{kind}, plain fp32"] for kind in kinds])
+             for variant in VARIANTS[:2]]
+    assert f"| peak memory of a step | {' | '.join(cells)} | | |" in rows("docs/performance.md")
+
+
+def test_speed_beside_the_ceilings():
+    fp32 = [line for suite in ("train", "sample") for name, line in SUITES[suite].items()
+            if name.endswith("toolkit fp32")]
+    gemm, conv = ([100 * line[share] for line in fp32] for share in ("share_of_gemm", "share_of_conv"))
+    text = page("docs/performance.md")
+    assert f"run at {min(gemm):.0f} to {max(gemm):.0f} % of the speed of large matrix products" in text
+    assert f"at {min(conv):.0f} to {max(conv):.0f} % of the speed of its 3x3 convolutions" in text
+
+
+def test_cost_of_the_objectives():
+    # The median of ratios of neighbouring runs, which the benchmark writes as "1.02 of edm's time, ...".
+    stf, sadpm, cdm, two = (SUITES["objectives"][name]["note"].split()[0] for name in (
+        "stf, 4096 references", "sadpm, 2 steps", "cdm, 6 levels", "cdm, 2 levels",
+    ))
+    assert (f"STF takes {stf} times as long per step as EDM, SA-DPM {sadpm} times, CDM {cdm} times "
+            f"({two} with two levels)") in page("docs/performance.md")
+
+
+def test_cost_of_zips():
+    notes = {name: line["note"].split()[0] for name, line in SUITES["data"].items()}
+    without, worker = (notes[f"batches, {kind}, zip"] for kind in ("no worker", "one worker"))
+    assert f"{without} of the folder's time without loader processes and {worker} with one" in page("datasets/README.md")
+
+
+def test_cost_of_evaluation():
+    lines = SUITES["eval"]
+    distance = lines["Frechet distance, 2048 pooled features"]["seconds"]
+    moments = 50_000 / lines["moments, 2048 pooled features"]["images_per_second"]
+    pairs = lines["precision and recall, 10000 x 10000, 2048 features"]["seconds"] * 25 / 60
+    inception = lines["Inception-v3"]["images_per_second"]
+    assert (f"take about {pairs:.0f} minutes (extrapolated from 10,000 x 10,000), the Fréchet distance {distance:.1f} s, "
+            f"the moments of 50,000 images {moments:.0f} s. Inception processes {inception:.0f} images/s"
+            ) in page("docs/performance.md")
+
+
+# --- docs/samplers.md -------------------------------------------------------------------------------------------------
+
+COST = results("docs/samplers/cost.json")
+
+
+@pytest.mark.parametrize("panel", ["exact denoiser", "imperfect denoiser"])
+def test_errors_of_the_samplers_against_cost(panel):
+    for name, curve in COST[panel].items():
+        cells = " | ".join(f"{error:.1e}" for _, error in curve)
+        assert f"| {name} | {cells} |" in rows("docs/samplers.md")
+        assert all(evaluations <= budget for (evaluations, _), budget in zip(curve, COST["budgets"]))
+
+
+def test_measured_orders_of_the_samplers():
+    for name, found in results("docs/samplers/orders.json")["samplers"].items():
+        cells = " | ".join(f"{order:.2f} ({expected})" for order, expected in zip(found["orders"], found["expected"]))
+        assert f"| {name} | {cells} | {found['strong_errors']['256']:.1e} |" in rows("docs/samplers.md")
+
+
+def test_what_is_said_of_the_samplers_holds_in_the_table():
+    exact, wrong = ({name: [error for _, error in curve] for name, curve in COST[panel].items()}
+                    for panel in ("exact denoiser", "imperfect denoiser"))
+    at = {budget: column for column, budget in enumerate(COST["budgets"])}
+    order_one = {"euler", "ancestral", "sde", "ddim", "ddim, eta 1", "pc, ve", "pc, vp"}
+    best = {budget: min(order_one, key=lambda name: exact[name][column]) for budget, column in at.items()}
+    assert (best[8], best[16], best[32], best[64]) == ("pc, vp", "sde", "pc, vp", "pc, vp")
+    for budget in (64, 128, 256):
+        assert min(exact, key=lambda name: exact[name][at[budget]]) == "dpm"
+    assert exact["ito"][at[64]] > exact["sde"][at[64]] and exact["ito"][at[128]] < exact["sde"][at[128]]
+    # "reach 0.011 at": the first budget whose error is printed as 1.1e-02.
+    reached = {name: next(budget for budget, column in at.items() if f"{wrong[name][column]:.1e}" == "1.1e-02")
+               for name in ("heun", "dpm", "ito, eta 0", "euler", "ddim")}
+    assert reached == {"heun": 64, "dpm": 64, "ito, eta 0": 128, "euler": 256, "ddim": 256}
