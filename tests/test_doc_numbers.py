@@ -79,7 +79,8 @@ def test_cost_of_the_objectives():
 def test_cost_of_zips():
     notes = {name: line["note"].split()[0] for name, line in SUITES["data"].items()}
     without, worker = (notes[f"batches, {kind}, zip"] for kind in ("no worker", "one worker"))
-    assert f"{without} of the folder's time without loader processes and {worker} with one" in page("datasets/README.md")
+    text = page("datasets/README.md")
+    assert f"{without} of the folder's time without loader processes and {worker} with one" in text
 
 
 def test_cost_of_evaluation():
@@ -88,9 +89,10 @@ def test_cost_of_evaluation():
     moments = 50_000 / lines["moments, 2048 pooled features"]["images_per_second"]
     pairs = lines["precision and recall, 10000 x 10000, 2048 features"]["seconds"] * 25 / 60
     inception = lines["Inception-v3"]["images_per_second"]
-    assert (f"take about {pairs:.0f} minutes (extrapolated from 10,000 x 10,000), the Fréchet distance {distance:.1f} s, "
-            f"the moments of 50,000 images {moments:.0f} s. Inception processes {inception:.0f} images/s"
-            ) in page("docs/performance.md")
+    text = page("docs/performance.md")
+    assert f"take about {pairs:.0f} minutes (extrapolated from 10,000 x 10,000)" in text
+    assert f"the Fréchet distance {distance:.1f} s, the moments of 50,000 images {moments:.0f} s" in text
+    assert f"Inception processes {inception:.0f} images/s" in text
 
 
 # --- docs/samplers.md -------------------------------------------------------------------------------------------------
