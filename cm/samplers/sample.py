@@ -42,6 +42,7 @@ class SampleOptions:
     :param ts: see `cm.samplers.multistep`; used only where `sampler` is the name multistep.
     :param sigma_min, sigma_max, rho: of the grid; the levels are clipped to those of the network.
     :param churn: noise added back before the steps.
+    :param ends_at: the noise level at which a consistency function gives its images, where that is not sigma_min.
     :param clip_denoised: clamp every denoised image to [-1, 1]; the result is always clamped.
     """
 
@@ -53,6 +54,7 @@ class SampleOptions:
     rho: float = 7.0
     churn: Churn = field(default_factory=Churn)
     clip_denoised: bool = True
+    ends_at: float | None = None
 
     def make_sampler(self) -> Sampler:
         """The sampler itself.
@@ -60,7 +62,8 @@ class SampleOptions:
         :raises UserError: for a name that is not in SAMPLERS.
         """
         if isinstance(self.sampler, str):
-            return make_sampler(self.sampler, {"ts": self.ts, "sigma_min": self.sigma_min})
+            ends_at = self.sigma_min if self.ends_at is None else self.ends_at
+            return make_sampler(self.sampler, {"ts": self.ts, "sigma_min": ends_at})
         return self.sampler
 
 

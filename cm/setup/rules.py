@@ -43,7 +43,7 @@ def inherit_teacher(settings: Settings) -> None:
     if not settings.values["teacher_model_path"]:
         return
     teacher = inherit_checkpoint(settings, "teacher_model_path")
-    if teacher.training_mode and kind_of_result(teacher.training_mode).distillation:
+    if teacher.training_mode and kind_of_result(teacher.training_mode).few_step:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
 
 
