@@ -100,8 +100,9 @@ def create_model_and_diffusion(
     precond: str = "edm",
     arch: str = "unet",
     augment_dim: int = 0,
+    time_scale: float = 0.0,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names; the last five are the toolkit's own.
+    """Network and denoiser from flags, by guided-diffusion's names; the last six are the toolkit's own.
 
     :param distillation: scale the network as a consistency function.
     :raises UserError: if the flags describe no network, naming the flag.
@@ -116,7 +117,7 @@ def create_model_and_diffusion(
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,
-        loss_norm=loss_norm, precond=precond, arch=arch,
+        loss_norm=loss_norm, precond=precond, arch=arch, time_scale=time_scale,
     )
     return model, diffusion
 

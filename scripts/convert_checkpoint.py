@@ -93,7 +93,7 @@ def training_levels(trained: Mapping[str, Any], settings: Settings) -> int:
     """
     if trained.get("scale_mode") == "fixed":
         return trained["start_scales"]
-    if trained.get("scale_mode") == "progressive":
+    if trained.get("scale_mode") in ("progressive", "doubling"):
         return trained["end_scales"] + 1
     if settings.values["training_mode"] != "consistency_training":
         return DISTILLED_LEVELS

@@ -68,6 +68,10 @@ class DiffusionConfig:
         "karras", "loss weight as a function of the noise level",
         choices=("karras", "snr", "snr+1", "truncated-snr", "uniform"),
     )
+    time_scale: float = option(
+        0.0, "the network is conditioned on time_scale ln(sigma) / 4; 0: 1000 for unet, as in guided-diffusion, and 1 "
+        "for EDM's networks; see docs/few-step.md", minimum=0,
+    )
 
 
 @dataclass(frozen=True)

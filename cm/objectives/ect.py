@@ -19,6 +19,7 @@ class ECT(Consistency):
     q = 2 and does not fall with the error. It is 1e-8 and not 0, where the gradient of two equal images is infinite.
     """
 
+    needs_slow_clock = True
     words = Words(pairs="shrinking", pair_path="noise", pair_weight="gap", pair_target="online")
     distillation = False
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -14,6 +14,7 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.setup import durations
 from cm.setup.callbacks import check_flags
+from cm.setup.clock import check_clock
 from cm.setup.data import share_of_batch
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.model import drop_unreachable_attention
@@ -55,5 +56,6 @@ TRAINING: tuple[Rule, ...] = (
     drop_unreachable_attention,                             # of the default attention resolutions
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
+    check_clock,
     check_flags,                                            # of samples and measurements during training
 )

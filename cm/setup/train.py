@@ -12,6 +12,7 @@ from cm.distributed import setup as dist
 from cm.objectives.base import Companion, Objective
 from cm.setup import rules
 from cm.setup.callbacks import open_callbacks
+from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
 from cm.setup.model import diffusion_from, model_from
@@ -36,6 +37,7 @@ def train(settings: Settings) -> None:
     start_run(settings)
     diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
     objective = kind.from_flags(diffusion, settings.values)
+    warn_of_fast_clock(settings, diffusion)
     data = open_data(settings, references=objective.references)
     callbacks = open_callbacks(settings, open_metric)
     model, companions = make_networks(settings, objective)
