@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch as th
-
 from cm.config.flags import Settings
 from cm.diffusion.denoiser import Diffusion
 from cm.diffusion.schedules import geometric_grid

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -108,8 +109,9 @@ def test_a_fine_tuned_diffusion_model_may_have_a_new_clock(saved):
 
 
 def test_weights_without_a_manifest_have_the_clock_that_is_asked_for(saved, tmp_path):
-    path = tmp_path / "bare.pt"
-    (tmp_path / "bare.pt").write_bytes(open(saved(), "rb").read())
+    path = tmp_path / "alone" / "bare.pt"
+    path.parent.mkdir()
+    path.write_bytes(Path(saved()).read_bytes())
     settings = settings_of("--resume_checkpoint", str(path), "--time_scale", "1", "--image_size", "8",
                            "--num_head_channels", "32")
     inherit_resumed(settings)

@@ -3,13 +3,13 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import RunConfig, TrainConfig
+from cm.config.schema import FewStepConfig, RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.setup.durations import resolve_durations, steps_of
 
 
 def resolved(*argv, batch=512):
-    settings = parse("", TrainConfig, RunConfig, argv=[str(word) for word in argv])
+    settings = parse("", TrainConfig, FewStepConfig, RunConfig, argv=[str(word) for word in argv])
     resolve_durations(settings, batch)
     return settings
 
