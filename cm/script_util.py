@@ -103,6 +103,7 @@ def create_model_and_diffusion(
     arch: str = "unet",
     augment_dim: int = 0,
     channels: int = 3,
+    time_scale: float = 0.0,
 ) -> tuple[Network, KarrasDenoiser]:
     """Network and denoiser from flags, by guided-diffusion's names; the last six are the toolkit's own.
 
@@ -119,7 +120,7 @@ def create_model_and_diffusion(
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,
-        loss_norm=loss_norm, precond=precond, arch=arch,
+        loss_norm=loss_norm, precond=precond, arch=arch, time_scale=time_scale,
     )
     return model, diffusion
 

@@ -62,7 +62,7 @@ def main(settings: Settings) -> None:
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
     from cm.setup.run import open_log, run_precision, trusts_extractor
-    from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
+    from cm.setup.sample import inherit_model, level_of_images, load_model, sampling_diffusion, sampling_plan
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
 
@@ -88,9 +88,8 @@ def main(settings: Settings) -> None:
     evaluator.warn_of_few(plan.num_samples)
     prefixes = PrefixCache(sampling_diffusion(settings), config.cache_gib * 2**30)
     options = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max")}
-    scorer = Scorer(
-        load_model(settings), prefixes, plan, SampleOptions(sampler="multistep", **options), evaluator
-    )
+    sampling = SampleOptions(sampler="multistep", ends_at=level_of_images(settings), **options)
+    scorer = Scorer(load_model(settings), prefixes, plan, sampling, evaluator)
     with at_precision(scorer.model, precision):
         found = list(search_schedule(
             lambda ts: store.score(as_text(ts), partial(scorer, ts)), space, config.num_ts, prefixes.share
@@ -118,10 +117,10 @@ def check_flags(settings: Settings) -> None:
     values = settings.values
     if not values["model_path"]:
         raise UserError("--model_path is missing: give a consistency model, such as runs/cd/ema_0.9999_600000.pt")
-    if not kind_of_result(values["training_mode"]).distillation:
+    if not kind_of_result(values["training_mode"]).few_step:
         raise UserError(
             f"--training_mode {values['training_mode']}: multistep schedules are for consistency models "
-            f"({', '.join(name for name, kind in OBJECTIVES.items() if kind.distillation)})"
+            f"({', '.join(name for name, kind in OBJECTIVES.items() if kind.few_step)})"
         )
     if not values["ref_batch"]:
         raise UserError("--ref_batch is missing: give an npz of reference images or statistics")

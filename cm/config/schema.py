@@ -16,7 +16,7 @@ EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoi
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
-TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist")
+TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class DiffusionConfig:
     weight_schedule: str = option(
         "karras", "loss weight as a function of the noise level",
         choices=("karras", "snr", "snr+1", "truncated-snr", "uniform"),
+    )
+    time_scale: float = option(
+        0.0, "the network is conditioned on time_scale ln(sigma) / 4; 0: 1000 for unet, as in guided-diffusion, and 1 "
+        "for EDM's networks; see docs/few-step.md", minimum=0,
     )
 
 
@@ -302,7 +306,8 @@ class ConsistencyConfig:
     )
     target_ema_mode: str = option("fixed", "schedule of the target's EMA decay rate", choices=("fixed", "adaptive"))
     scale_mode: str = option(
-        "fixed", "schedule of the number of noise levels N(step)", choices=("fixed", "progressive", "progdist")
+        "fixed", "schedule of the number of noise levels N(step)",
+        choices=("fixed", "progressive", "progdist", "doubling"),
     )
     start_ema: float = option(
         0.0, "EMA decay rate of the target; with target_ema_mode adaptive, at the start", minimum=0, maximum=1
@@ -310,6 +315,42 @@ class ConsistencyConfig:
     start_scales: int = option(40, "number of noise levels N at the start", minimum=1)
     end_scales: int = option(40, "number of noise levels N at the end", minimum=1)
     distill_steps_per_iter: int = option(50000, "training steps per halving in progressive distillation", minimum=1)
+
+
+@dataclass(frozen=True)
+class FewStepConfig:
+    """consistency losses; see docs/few-step.md"""
+
+    pairs: str = option(
+        "", "how the two noise levels of a consistency loss are drawn; empty: as training_mode does",
+        choices=("", "grid", "lognormal-grid", "shrinking"),
+    )
+    pair_path: str = option(
+        "", "from the noisier to the cleaner image along the teacher's ODE, or with the same noise; empty: as "
+        "training_mode does", choices=("", "teacher", "noise"),
+    )
+    pair_weight: str = option(
+        "", "weight of a pair of levels: weight_schedule's of the noisier level, or that over their gap; empty: as "
+        "training_mode does", choices=("", "level", "gap"),
+    )
+    pair_target: str = option(
+        "", "weights of the network that makes the target: a moving average, or the online ones; empty: as "
+        "training_mode does", choices=("", "ema", "online"),
+    )
+    huber_c: float = option(0.0, "loss_norm pseudo-huber: its c; 0: 0.00054 sqrt(CHW); ect: 1e-8", minimum=0)
+    p_mean: float = option(-1.1, "mean of ln sigma")
+    p_std: float = option(2.0, "standard deviation of ln sigma", minimum=0)
+    shrink_q: float = option(2.0, "pairs shrinking: factor by which 1 - r/t falls from stage to stage", minimum=0)
+    shrink_k: float = option(8.0, "pairs shrinking: k of n(t) = 1 + k sigmoid(-b t)", minimum=0)
+    shrink_b: float = option(1.0, "pairs shrinking: b of n(t)", minimum=0)
+    stages: int = option(8, "pairs shrinking: number of stages", minimum=1)
+    stage_steps: int = option(
+        0, "steps of a stage, for pairs shrinking and scale_mode doubling; 0: stages of equal length fill the training",
+        minimum=0,
+    )
+    stage_kimg: float = option(
+        0.0, "length of a stage in thousands of images, instead of stage_steps; 0: use steps", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -503,6 +544,7 @@ class TernarySearchConfig:
 
 
 TRAINING_SECTIONS = (
-    ModelConfig, DiffusionConfig, ObjectiveConfig, ConsistencyConfig, DataConfig, TrainConfig, EvalConfig, RunConfig,
+    ModelConfig, DiffusionConfig, ObjectiveConfig, ConsistencyConfig, FewStepConfig, DataConfig, TrainConfig,
+    EvalConfig, RunConfig,
 )
 """The flags of every training command."""

@@ -3,7 +3,9 @@
 from cm.objectives.base import Objective
 from cm.objectives.cdm import CDM
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
+from cm.objectives.ect import ECT
 from cm.objectives.edm import EDM
+from cm.objectives.ict import ICT
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.objectives.sadpm import SADPM
 from cm.objectives.stf import STF
@@ -23,5 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "consistency_distillation": ConsistencyDistillation,
     "consistency_training": ConsistencyTraining,
     "progdist": ProgressiveDistillation,
+    "ict": ICT,
+    "ect": ECT,
 }
 """--training_mode: what kind of model is trained; "edm" stands for all of `DENOISING`."""

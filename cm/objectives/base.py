@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cm.diffusion.denoiser import Diffusion
 from cm.distributed import setup as dist
-from cm.objectives.curricula import Curriculum, ema_and_scales
+from cm.objectives.curricula import Curriculum, doublings, ema_and_scales
 from cm.objectives.distances import Distance, get_distance
 from cm.objectives.lpips import check_lpips_channels, prepare_lpips
 from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource
@@ -55,11 +55,15 @@ class Objective(ABC):
     """Flags -> their published values, for those that nobody sets."""
     options: ClassVar[tuple[str, ...]] = ()
     """The flags that only this objective, and its relatives, use."""
-    companions: ClassVar[tuple[Companion, ...]] = ()
+    companions: tuple[Companion, ...] = ()
     updates: ClassVar[Mapping[str, int]] = {ONLINE: 1}
     """One iteration: how many steps each trained network takes, one network after the other, each on a batch."""
     distillation: ClassVar[bool] = False
-    """Whether the result is a consistency function, with D(x, sigma_min) = x."""
+    """Whether the result is scaled so that D(x, sigma_min) = x, a consistency function that ends at sigma_min."""
+    few_step: ClassVar[bool] = False
+    """Whether the result leads from any noise level to an image in one evaluation; a denoiser does not."""
+    needs_slow_clock: ClassVar[bool] = False
+    """Whether the loss depends on the slope of the network in the time that it is told; see `cm.setup.clock`."""
     sampler: ClassVar[str] = "heun"
     """The sampler that fits the result."""
 
@@ -75,6 +79,16 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         """The loss of the network that `trains` names; it changes nothing, for a pass may be thrown away."""
+
+    @classmethod
+    def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
+        """The companions of the objective that resolved flags describe."""
+        return cls.companions
+
+    @classmethod
+    def options_of(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `options` that the objective uses which flags describe; flags that are missing have defaults."""
+        return cls.options
 
     @classmethod
     def prepare(cls, values: Mapping[str, Any]) -> None:
@@ -154,16 +168,7 @@ class GridObjective(Objective):
 
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> GridObjective:
-        curriculum = ema_and_scales(
-            target_ema_mode=values["target_ema_mode"],
-            start_ema=values["start_ema"],
-            scale_mode=values["scale_mode"],
-            start_scales=values["start_scales"],
-            end_scales=values["end_scales"],
-            total_steps=values["total_training_steps"],
-            distill_steps_per_iter=values["distill_steps_per_iter"],
-        )
-        return cls.on_grid(diffusion, curriculum)
+        return cls.on_grid(diffusion, curriculum_of(values))
 
     @classmethod
     def prepare(cls, values: Mapping[str, Any]) -> None:
@@ -204,6 +209,25 @@ class GridObjective(Objective):
     def logs(self, step: int) -> dict[str, float]:
         target_ema, num_scales = self.curriculum(step)
         return {"target_ema": target_ema, "num_scales": num_scales}
+
+
+def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
+    """The curriculum that resolved flags describe.
+
+    :raises UserError: for values that do not go together.
+    """
+    total = values["total_training_steps"]
+    if values["scale_mode"] == "doubling" and values["stage_steps"]:
+        total = values["stage_steps"] * doublings(values["start_scales"], values["end_scales"])
+    return ema_and_scales(
+        target_ema_mode=values["target_ema_mode"],
+        start_ema=values["start_ema"],
+        scale_mode=values["scale_mode"],
+        start_scales=values["start_scales"],
+        end_scales=values["end_scales"],
+        total_steps=total,
+        distill_steps_per_iter=values["distill_steps_per_iter"],
+    )
 
 
 def roles(companions: Sequence[Companion], changes: str) -> list[str]:

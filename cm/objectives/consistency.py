@@ -1,83 +1,211 @@
-"""Consistency distillation and training: Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithms 2 and 3.
+"""Consistency losses: the one sentence that most few-step methods are, and its five words.
 
-Shapes: N batch, C channels, H and W height and width. Times are noise levels: t > t2 are neighbours on a grid.
+    weight(t, r)  distance( f(x_t, t),  f'(x_r, r) )        with x_r on a path through x_t, t > r
+
+| word | table | says |
+|---|---|---|
+| pairs | `PAIRS` | how the two noise levels t and r of a sample are drawn |
+| path | `PATHS` | how x_t becomes x_r: along a teacher's ODE, or with the same noise |
+| distance | `DISTANCES` | how far apart two images are |
+| weight | `PAIR_WEIGHTS` | what a pair's distance counts |
+| target | `TARGETS` | whose weights f' has |
+
+A method is a row of words with published settings; other combinations are flags (--pairs and so on), not code.
+Consistency distillation and training are Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithms 2 and 3.
+
+Shapes: N batch, C channels, H and W height and width. Times are noise levels.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch as th
 from torch import Tensor
 
+from cm.diffusion.denoiser import Diffusion
 from cm.errors import UserError
-from cm.objectives.base import TARGET, TEACHER, GridObjective
+from cm.objectives.base import TARGET, Companion, GridObjective, curriculum_of
+from cm.objectives.distances import get_distance
+from cm.objectives.pairs import PAIRS, Pairs, intervals
+from cm.objectives.paths import PATHS, land
 from cm.random_util import SharedDropout
-from cm.samplers.heun import Heun
+from cm.registry import lookup
 from cm.tensors import append_dims, update_ema
-from cm.types import Batch, LossTerms, Networks
+from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 
 
-class Consistency(GridObjective):
-    """weight(t) d(f(x_t, t), f_target(x_t2, t2)), where x_t2 lies on the path of the ODE through x_t.
+def _by_level(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tensor:
+    """--weight_schedule's weight of the noisier level."""
+    return weight(t)
 
-    num_scales is the number of noise levels on the grid.
+
+def _over_gap(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tensor:
+    """The same over t - r, so that the loss is a slope: it stays of one size while the pairs move together."""
+    return weight(t) / (t - r)
+
+
+PAIR_WEIGHTS = {"level": _by_level, "gap": _over_gap}
+
+
+@dataclass(frozen=True)
+class TargetWeights:
+    """Whose weights the target has.
+
+    :param network: the denoiser among those of a step; None where it is missing.
+    :param companions: what it takes besides the online network.
+    :param options: the flags that it uses.
     """
 
-    companions = (TARGET,)
+    network: Callable[[Networks], Denoiser | None]
+    companions: tuple[Companion, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+TARGETS = {
+    "ema": TargetWeights(lambda nets: nets.target, (TARGET,), ("target_ema_mode", "start_ema")),
+    "online": TargetWeights(lambda nets: nets.online),              # without gradient
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a sentence, by their names in the tables; the distance is --loss_norm.
+
+    The fields are flags, of which an empty one leaves the method's own word.
+    """
+
+    pairs: str
+    pair_path: str
+    pair_weight: str
+    pair_target: str
+
+    def changed_by(self, flags: Mapping[str, Any]) -> Words:
+        """With the words that flags give."""
+        return Words(**{field.name: flags.get(field.name) or getattr(self, field.name) for field in fields(self)})
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """The networks that the sentence takes besides the online one."""
+        return (*TARGETS[self.pair_target].companions, *PATHS[self.pair_path].companions)
+
+
+@dataclass
+class Consistency(GridObjective):
+    """A method of the family; a subclass is a row: its words, its published settings, and its boundary condition.
+
+    :param chosen: the words, where they are not the method's own.
+    :param drawn: the distribution of the pairs, where it is not the published one.
+    """
+
+    words: ClassVar[Words]
+    few_step = True
     distillation = True
     sampler = "onestep"
 
-    @abstractmethod
-    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
-        """x_t2, one step from t down to t2: [N,C,H,W]."""
+    chosen: Words | None = None
+    drawn: Pairs | None = None
+
+    def __post_init__(self) -> None:
+        words = self.chosen or self.words
+        self.path = lookup(PATHS, words.pair_path, "pair_path")
+        self.pair_weight = lookup(PAIR_WEIGHTS, words.pair_weight, "pair_weight")
+        self.target = lookup(TARGETS, words.pair_target, "pair_target")
+        self.pairs = self.drawn or lookup(PAIRS, words.pairs, "pairs").published(self.levels, self.curriculum)
+        self.companions = words.companions
+
+    # --- from flags ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Consistency:
+        words, curriculum = cls.words.changed_by(values), curriculum_of(values)
+        kind = lookup(PAIRS, words.pairs, "pairs")
+        if kind.reaches_zero == cls.distillation:
+            fitting = [name for name, each in PAIRS.items() if each.reaches_zero != cls.distillation]
+            raise UserError(
+                f"--pairs {words.pairs}: the function that --training_mode {values['training_mode']} trains is the "
+                f"identity at {'sigma_min' if cls.distillation else 'noise level 0'}, where these pairs do not end; "
+                f"choose {' or '.join(fitting)}"
+            )
+        distance = get_distance(values["loss_norm"], values["huber_c"] if _is_huber(values) else 0)
+        pairs = kind.from_flags(diffusion.noise_levels, curriculum, values)
+        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, words, pairs)
+
+    @classmethod
+    def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
+        return cls.words.changed_by(values).companions
+
+    @classmethod
+    def options_of(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        words = cls.words.changed_by(values)
+        return (
+            "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(Words)),
+            *PAIRS[words.pairs].options, *TARGETS[words.pair_target].options,
+        )
+
+    # --- the loss --------------------------------------------------------------------------------------------------
 
     def intervals(self, num_scales: int) -> int:
-        if num_scales < 2:
-            raise UserError(
-                f"consistency losses compare neighbouring noise levels: num_scales must be at least 2, got {num_scales}"
-            )
-        return num_scales - 1
+        return intervals(num_scales)
+
+    def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
+        noise = rng.randn_like(batch.images)
+        t, r = self.pairs.draw(step, rng, batch.images)
+        return self.compare(nets, batch, noise, t, r)
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
-        if nets.target is None:
+        grid = self.levels(num_scales, device=batch.images.device, dtype=batch.images.dtype)
+        return self.compare(nets, batch, noise, grid[index], grid[index + 1])
+
+    def compare(self, nets: Networks, batch: Batch, noise: Tensor, t: Tensor, r: Tensor) -> LossTerms:
+        """The loss of given noise [N,C,H,W] and levels t > r [N]."""
+        f_target = self.target.network(nets)
+        if f_target is None:
             raise UserError("consistency losses compare with a target network: give a target_model")
         x0, cond = batch.images, batch.cond
-        grid = self.levels(num_scales, device=x0.device, dtype=x0.dtype)
-        t, t2 = grid[index], grid[index + 1]
         x_t = x0 + noise * append_dims(t, x0.ndim)
         masks = SharedDropout(x0.device)
         # Without gradients first: this memory is free again before the online network keeps its activations.
         with th.no_grad():
-            x_t2 = self.follow(nets, batch, noise, x_t, t, t2)
+            x_r = land(self.path, nets, batch, noise, x_t, t, r, self.pairs.reaches_zero)
             with masks:
-                target = nets.target(x_t2, t2, **cond)
+                target = f_target(x_r, th.where(r > 0, r, t) if self.pairs.reaches_zero else r, **cond)
+            if self.pairs.reaches_zero:                             # f(x, 0) = x
+                target = th.where(append_dims(r > 0, x0.ndim), target, x_r)
         with masks:
             denoised = nets.online(x_t, t, **cond)
-        loss = self.weight(t) * self.distance(denoised, target)
-        return LossTerms(loss, t)
+        return LossTerms(self.pair_weight(self.weight, t, r) * self.distance(denoised, target), t)
+
+    # --- over the steps --------------------------------------------------------------------------------------------
 
     def after_step(self, nets: Networks, step: int) -> bool:
-        """Move the target a little toward the online network."""
-        target_ema, _ = self.curriculum(step)
-        update_ema(nets.target_params, nets.online_params, target_ema)
+        """Move the target, if it has weights of its own, a little toward the online network."""
+        if self.target.companions:
+            target_ema, _ = self.curriculum(step)
+            update_ema(nets.target_params, nets.online_params, target_ema)
         return False
+
+    def check(self, total_steps: int) -> None:
+        self.pairs.check(total_steps)
+
+    def logs(self, step: int) -> dict[str, float]:
+        decay = {"target_ema": self.curriculum(step)[0]} if self.target.companions else {}
+        return decay | self.pairs.logs(step)
+
+
+def _is_huber(values: Mapping[str, Any]) -> bool:
+    return values.get("loss_norm", "pseudo-huber") == "pseudo-huber"
 
 
 class ConsistencyDistillation(Consistency):
-    """x_t2 by one Heun step along the teacher's ODE."""
+    """Neighbours on a grid, one Heun step along the teacher's ODE, against a slow average of the weights."""
 
-    companions = (TARGET, TEACHER)
-
-    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
-        if nets.teacher is None:
-            raise UserError("consistency distillation needs a teacher: give a teacher_model")
-        return Heun().step(partial(nets.teacher, **batch.cond), x_t, t, t2, None)
+    words = Words(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
 
 
 class ConsistencyTraining(Consistency):
-    """x_t2 = x0 + t2 z: an Euler step along (x_t - x0) / t, an unbiased estimate of the ODE's slope."""
+    """The same without a teacher: x_r has the noise of x_t."""
 
-    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, t2: Tensor) -> Tensor:
-        return batch.images + noise * append_dims(t2, noise.ndim)
+    words = Words(pairs="grid", pair_path="noise", pair_weight="level", pair_target="ema")

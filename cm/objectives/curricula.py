@@ -1,8 +1,9 @@
 """How a consistency training changes over its steps: the number of noise levels N, and the target's decay rate.
 
 Sources: Song et al. 2023 (Consistency Models, arXiv 2303.01469), appendix C: N grows, so that the bias of the loss
-falls while its variance rises, and the target follows more slowly. Salimans and Ho 2022 (Progressive Distillation,
-arXiv 2202.00512): N halves. All arithmetic is in float64, because `ceil` meets whole numbers exactly.
+falls while its variance rises, and the target follows more slowly. Song and Dhariwal 2023 (iCT, arXiv 2310.14189),
+section 3.4: N doubles. Salimans and Ho 2022 (Progressive Distillation, arXiv 2202.00512): N halves. All arithmetic is
+in float64, because `ceil` meets whole numbers exactly.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def ema_and_scales(
     """The curriculum of a run, a function from the step k (0 for the first) to (target decay rate, N).
 
     scale_mode `fixed`: N = start_scales. `progressive`: N(k) = max(1, ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1)) + 1
-    with s0 = start_scales, s1 = end_scales and K = total_steps, after which N stays. `progdist`: N is halved every
+    with s0 = start_scales, s1 = end_scales and K = total_steps, after which N stays. `doubling`: N(k) =
+    min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (floor(log2(s1/s0)) + 1)). `progdist`: N is halved every
     `distill_steps_per_iter` steps; the stage of 2 lasts twice as long, and 1 stays.
 
     target_ema_mode `fixed`: start_ema (but 1 with progdist, which has no target). `adaptive`, with progressive only:
@@ -93,7 +95,31 @@ def halving_scales(start: int, end: int, total_steps: int, steps_per_iter: int) 
     return scales
 
 
-SCALE_MODES = {"fixed": fixed_scales, "progressive": progressive_scales, "progdist": halving_scales}
+def doubling_scales(start: int, end: int, total_steps: int, steps_per_iter: int) -> Scales:
+    """N = min(start 2^stage, end) + 1 in stages of equal length: iCT, section 3.4."""
+    stage_steps = max(1, total_steps // doublings(start, end))
+    at_least("total_steps", total_steps, 1)
+
+    def scales(step: int) -> int:
+        stage = min(step // stage_steps, end.bit_length())          # a power beyond end is not needed, nor is it small
+        return min(start << stage, end) + 1
+
+    return scales
+
+
+def doublings(start: int, end: int) -> int:
+    """How many stages a doubling N has from start to end intervals: floor(log2(end / start)) + 1.
+
+    :raises UserError: unless 1 <= start <= end.
+    """
+    at_least("start_scales", start, 1)
+    at_least("end_scales", end, start, "start_scales")
+    return (end // start).bit_length()
+
+
+SCALE_MODES = {
+    "fixed": fixed_scales, "progressive": progressive_scales, "progdist": halving_scales, "doubling": doubling_scales,
+}
 
 
 # --- the decay rate of the target ------------------------------------------------------------------------------------

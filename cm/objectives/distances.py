@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm.errors import UserError
 from cm.objectives.lpips import check_lpips_channels, lpips_network
 from cm.registry import lookup
 
@@ -36,13 +38,15 @@ def l2_32(a: Tensor, b: Tensor) -> Tensor:
     return difference.square().flatten(1).mean(1)
 
 
-def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(|a-b|^2 + c^2) - c over the whole sample, c = 0.00054 sqrt(CHW): Song and Dhariwal 2023 (arXiv 2310.14189).
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(|a-b|^2 + c^2) - c over the whole sample: Song and Dhariwal 2023 (arXiv 2310.14189).
 
     The norm is over the sample, not the pixel: c compares with the distance of two images, not of two numbers.
+
+    :param c: below it the distance is a square, above it a norm; by default 0.00054 sqrt(CHW).
     """
     squared = (a - b).square().flatten(1)                          # [N, CHW]
-    c = 0.00054 * math.sqrt(squared.shape[1])
+    c = 0.00054 * math.sqrt(squared.shape[1]) if c is None else c
     total = squared.sum(1)
     return total / ((total + c**2).sqrt() + c)                     # the definition, without its cancellation near 0
 
@@ -73,9 +77,13 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-def get_distance(loss_norm: str) -> Distance:
+def get_distance(loss_norm: str, huber_c: float = 0.0) -> Distance:
     """The distance of that name.
 
-    :raises ValueError: for a name that is not in DISTANCES.
+    :param huber_c: c of `pseudo_huber`; 0 for 0.00054 sqrt(CHW).
+    :raises ValueError: for a name that is not in DISTANCES, and for a huber_c with another distance.
     """
-    return lookup(DISTANCES, loss_norm, "loss_norm")
+    distance = lookup(DISTANCES, loss_norm, "loss_norm")
+    if huber_c and distance is not pseudo_huber:
+        raise UserError(f"--huber_c {huber_c:g} is for --loss_norm pseudo-huber, not for {loss_norm}; drop one of them")
+    return partial(pseudo_huber, c=huber_c) if huber_c else distance

@@ -16,17 +16,23 @@ from torch import Tensor, nn
 
 from cm.diffusion.denoiser import Diffusion
 from cm.diffusion.noise_sampling import ScheduleSampler
-from cm.objectives import OBJECTIVES
 from cm.objectives.base import GridObjective
+from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.curricula import Curriculum
 from cm.objectives.distances import Distance, get_distance
 from cm.objectives.edm import EDM, edm_terms
+from cm.objectives.progdist import ProgressiveDistillation
 from cm.registry import lookup
 from cm.types import Batch, LossTerms, Networks
 
 __all__ = ["KarrasDenoiser"]
 
 Cond = Mapping[str, Any] | None
+ON_GRID: dict[str, type[GridObjective]] = {
+    "consistency_distillation": ConsistencyDistillation, "consistency_training": ConsistencyTraining,
+    "progdist": ProgressiveDistillation,
+}
+"""The methods of that repository."""
 
 
 class KarrasDenoiser(Diffusion):
@@ -56,8 +62,7 @@ class KarrasDenoiser(Diffusion):
         :param ema_scale_fn: step -> (target decay rate, num_scales), from `cm.objectives.curricula`.
         :raises ValueError: for any other training_mode.
         """
-        modes = {name: kind for name, kind in OBJECTIVES.items() if issubclass(kind, GridObjective)}
-        return lookup(modes, training_mode, "training_mode").on_grid(self, ema_scale_fn)
+        return lookup(ON_GRID, training_mode, "training_mode").on_grid(self, ema_scale_fn)
 
     # --- losses of given batches ------------------------------------------------------------------------------------
 

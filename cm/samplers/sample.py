@@ -44,6 +44,7 @@ class SampleOptions:
     :param churn: noise added back before the steps.
     :param clip_denoised: clamp every denoised image to [-1, 1].
     :param clip_result: clamp the result to [-1, 1]; False for latents, which have no such bounds.
+    :param ends_at: the noise level at which a consistency function gives its images, where that is not sigma_min.
     """
 
     steps: int
@@ -55,6 +56,7 @@ class SampleOptions:
     churn: Churn = field(default_factory=Churn)
     clip_denoised: bool = True
     clip_result: bool = True
+    ends_at: float | None = None
 
     def make_sampler(self) -> Sampler:
         """The sampler itself.
@@ -62,7 +64,8 @@ class SampleOptions:
         :raises UserError: for a name that is not in SAMPLERS.
         """
         if isinstance(self.sampler, str):
-            return make_sampler(self.sampler, {"ts": self.ts, "sigma_min": self.sigma_min})
+            ends_at = self.sigma_min if self.ends_at is None else self.ends_at
+            return make_sampler(self.sampler, {"ts": self.ts, "sigma_min": ends_at})
         return self.sampler
 
 

@@ -59,7 +59,7 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         ema_device=train.ema_device,
         shard_ema=train.shard_ema,
         shard_optimizer=train.shard_optimizer,
-        companions={each.name: each.changes for each in objective_kind(settings.values).companions},
+        companions={each.name: each.changes for each in objective_kind(settings.values).companions_of(settings.values)},
         on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )
     return run, min(images, train.microbatch) if train.microbatch > 0 else images

@@ -33,6 +33,8 @@ def resolve_durations(settings: Settings, batch: int) -> None:
                         "such as --tick_kimg 50")
     if values["total_kimg"]:
         set_steps(settings, "total_training_steps", "total_kimg", steps_of(values["total_kimg"], batch), batch)
+    if values.get("stage_kimg"):
+        set_steps(settings, "stage_steps", "stage_kimg", steps_of(values["stage_kimg"], batch), batch)
     if values["tick_kimg"]:
         tick = steps_of(values["tick_kimg"], batch)
         set_steps(settings, "log_interval", "tick_kimg", tick, batch)

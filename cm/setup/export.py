@@ -50,7 +50,7 @@ def training_levels(trained: Mapping[str, Any], training_mode: str) -> int:
     """
     if trained.get("scale_mode") == "fixed":
         return trained["start_scales"]
-    if trained.get("scale_mode") == "progressive":
+    if trained.get("scale_mode") in ("progressive", "doubling"):
         return trained["end_scales"] + 1
     if training_mode != "consistency_training":
         return DISTILLED_LEVELS

@@ -32,6 +32,10 @@ OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weig
 """Flags that change no weights and no meaning of them: each run chooses its own."""
 
 
+UNSAID: dict[str, Any] = {"time_scale": 0.0}
+"""Flags of which a manifest says nothing that was written before there were such flags -> what it means by that."""
+
+
 def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
@@ -52,10 +56,11 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
             return source
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
-        known = checkpoint.config
+        known = UNSAID | checkpoint.config
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
     elif kind in FOREIGN:
         known, source.weights = FOREIGN[kind](path)
+        known = UNSAID | known
     else:
         return _inherit_bare(settings, source, also)
     inherit_flags(settings, known, also, path)
@@ -116,7 +121,7 @@ def inherit_resumed(settings: Settings) -> None:
     resume = settings.values["resume"]
     if resume not in ("auto", "never"):
         found = dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True))
-        inherit_flags(settings, found.config, (), resume)
+        inherit_flags(settings, UNSAID | found.config, (), resume)
     elif settings.values["resume_checkpoint"]:
         inherit_checkpoint(settings, "resume_checkpoint")
 
@@ -191,7 +196,17 @@ def _same_attention(settings: Settings, taken: Taken, known: Mapping[str, Any]) 
         settings.replace(**{name: taken[name]})
 
 
-MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths, _same_attention)
+def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """A diffusion model that starts from the weights of another may be told the time in its own way."""
+    values = settings.values
+    fine_tunes = values.get("resume_checkpoint") and values.get("training_mode") == "edm"
+    if fine_tunes and settings.is_given("time_scale") and values["time_scale"] != taken.get("time_scale"):
+        logger.warn(f"--time_scale {values['time_scale']:g}: the weights of {values['resume_checkpoint']} were trained "
+                    "with another clock; their first steps are off")
+        taken.pop("time_scale", None)
+
+
+MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock)
 """What may differ between a checkpoint and the flags without being a contradiction."""
 
 

@@ -26,12 +26,18 @@ def create_diffusion(
     loss_norm: str = "lpips",
     precond: str = "edm",
     arch: str = "unet",
+    time_scale: float = 0.0,
 ) -> KarrasDenoiser:
-    """The denoiser around a network; `distillation` chooses the boundary scalings of a consistency model."""
+    """The denoiser around a network.
+
+    :param distillation: chooses the boundary scalings of a consistency model.
+    :param time_scale: the network is conditioned on time_scale ln(sigma) / 4; 0 for what its authors have, 1000 for
+        --arch unet and 1 for EDM's networks.
+    """
     return KarrasDenoiser(
         sigma_data=0.5, sigma_max=sigma_max, sigma_min=sigma_min, distillation=distillation,
         weight_schedule=weight_schedule, loss_norm=loss_norm, precond=precond,
-        time_scale=1000.0 if arch == "unet" else 1.0,
+        time_scale=time_scale or (1000.0 if arch == "unet" else 1.0),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cm.config.flags import Provenance, Settings, defaults_of
-from cm.config.schema import ConsistencyConfig, ObjectiveConfig
+from cm.config.schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.errors import UserError
 from cm.objectives import DENOISING, OBJECTIVES
 from cm.objectives.base import Objective
@@ -42,9 +42,9 @@ def apply_objective_defaults(settings: Settings) -> None:
     values = settings.values
     kind = objective_kind(values)
     settings.replace(**{name: value for name, value in kind.defaults.items() if not settings.is_given(name)})
-    defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig)
+    defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig) | defaults_of(FewStepConfig)
     users = flags_of_objectives()
-    for name in users.keys() & values.keys() - set(kind.options):
+    for name in users.keys() & values.keys() - set(kind.options_of(values)):
         # A file may hold every flag of another run; there only a value that somebody chose has been lost.
         typed = settings.provenance(name) == Provenance.COMMAND_LINE
         if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
@@ -59,7 +59,7 @@ def flags_of_objectives() -> dict[str, list[str]]:
     users: dict[str, list[str]] = {}
     for flag, table in (("objective", DENOISING), ("training_mode", OBJECTIVES)):
         for name, kind in table.items():
-            for option in kind.options:
+            for option in kind.options_of({}):
                 users.setdefault(option, []).append(f"--{flag} {name}")
     return users
 
@@ -83,7 +83,7 @@ def check_teacher(settings: Settings) -> None:
     :raises UserError: if it is not, or a diffusion model is to be trained from one.
     """
     values = settings.values
-    needs = any(each.origin == "teacher" for each in objective_kind(values).companions)
+    needs = any(each.origin == "teacher" for each in objective_kind(values).companions_of(values))
     if needs and not values["teacher_model_path"]:
         raise UserError(f"--training_mode {values['training_mode']} needs a teacher: give --teacher_model_path")
     if values["training_mode"] == "edm" and values["teacher_model_path"]:

@@ -15,6 +15,7 @@ from cm.errors import UserError
 from cm.setup import durations
 from cm.setup.callbacks import check_flags
 from cm.setup.channels import apply_latent_defaults
+from cm.setup.clock import check_clock
 from cm.setup.data import share_of_batch
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.model import drop_unreachable_attention
@@ -44,7 +45,7 @@ def inherit_teacher(settings: Settings) -> None:
     if not settings.values["teacher_model_path"]:
         return
     teacher = inherit_checkpoint(settings, "teacher_model_path")
-    if teacher.training_mode and kind_of_result(teacher.training_mode).distillation:
+    if teacher.training_mode and kind_of_result(teacher.training_mode).few_step:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
 
 
@@ -57,5 +58,6 @@ TRAINING: tuple[Rule, ...] = (
     drop_unreachable_attention,                             # of the default attention resolutions
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
+    check_clock,
     check_flags,                                            # of samples and measurements during training
 )

@@ -145,6 +145,8 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
         "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
     }
+    if config.sampler == "multistep":
+        options["sigma_min"] = level_of_images(settings)
     if solver.eta == OWN_ETA:
         del options["eta"]
     sampler = make_sampler(config.sampler, options)
@@ -152,6 +154,14 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         raise UserError(f"--compile True: --sampler {config.sampler} differentiates the network in forward mode, which "
                         "compiled networks do not allow; drop --compile, or choose another sampler")
     return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
+
+
+def level_of_images(settings: Settings) -> float:
+    """The noise level at which the network of --model_path gives images: 0 for a consistency function with
+    D(x, 0) = x, else sigma_min.
+    """
+    kind = kind_of_result(settings.values["training_mode"])
+    return 0.0 if kind.few_step and not kind.distillation else settings.values["sigma_min"]
 
 
 def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:

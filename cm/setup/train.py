@@ -13,6 +13,7 @@ from cm.logging import logger
 from cm.objectives.base import Companion, Objective
 from cm.setup import rules
 from cm.setup.callbacks import open_callbacks
+from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
 from cm.setup.model import diffusion_from, model_from
@@ -47,6 +48,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     """Make the parts of a run whose log is open, and train; returns whether a signal has stopped it."""
     diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
     objective = kind.from_flags(diffusion, settings.values)
+    warn_of_fast_clock(settings, diffusion)
     data = open_data(settings, references=objective.references)
     callbacks = open_callbacks(settings, open_metric)
     model, companions = make_networks(settings, objective)

@@ -15,6 +15,7 @@ from cm.config.schema import (
     DataConfig,
     DiffusionConfig,
     EvalConfig,
+    FewStepConfig,
     ModelConfig,
     ObjectiveConfig,
     PngConfig,
@@ -71,8 +72,11 @@ def test_choices_are_the_tables():
     from cm.logging import FORMATS
     from cm.objectives import DENOISING, OBJECTIVES
     from cm.objectives.cdm import BACKWARD
+    from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, Words
     from cm.objectives.curricula import EMA_MODES, SCALE_MODES
     from cm.objectives.distances import DISTANCES
+    from cm.objectives.pairs import PAIRS
+    from cm.objectives.paths import PATHS
     from cm.random_util import GENERATORS
     from cm.samplers import SAMPLERS
     from cm.training.optimizer import OPTIMIZERS
@@ -91,6 +95,10 @@ def test_choices_are_the_tables():
     assert choices(ConsistencyConfig, "loss_norm") == set(DISTANCES)
     assert choices(ConsistencyConfig, "target_ema_mode") == set(EMA_MODES)
     assert choices(ConsistencyConfig, "scale_mode") == set(SCALE_MODES)
+    words = {"pairs": PAIRS, "pair_path": PATHS, "pair_weight": PAIR_WEIGHTS, "pair_target": TARGETS}
+    assert set(words) == {field.name for field in dataclasses.fields(Words)}
+    for name, table in words.items():
+        assert choices(FewStepConfig, name) == {"", *table}
     assert choices(SampleConfig, "generator") == set(GENERATORS)
     assert choices(RunConfig, "log_formats") == set(FORMATS)
 

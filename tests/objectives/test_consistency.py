@@ -8,6 +8,9 @@ from torch import nn
 
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.distances import l1, l2
+from cm.objectives.ect import ECT
+from cm.objectives.ict import ICT
+from cm.objectives.pairs import ShrinkingPairs
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted, stored
 from support.objectives import F64, Linear, levels, nets_of, orthonormal, plain
@@ -74,7 +77,7 @@ class Dropper(nn.Module):
         return nn.functional.dropout(th.ones_like(x), 0.5, training=True) * self.scale
 
 
-@pytest.mark.parametrize("kind", [ConsistencyTraining, ConsistencyDistillation])
+@pytest.mark.parametrize("kind", [ConsistencyTraining, ConsistencyDistillation, ICT, ECT])
 def test_online_and_target_network_share_their_dropout_mask(kind):
     """Also when a teacher with a dropout of its own is asked in between; and the next mask is another one."""
     th.manual_seed(0)
@@ -84,12 +87,13 @@ def test_online_and_target_network_share_their_dropout_mask(kind):
         masks.append(online(x, sigma))
         return masks[-1]
 
-    objective = kind(lambda step: (0.0, 5), levels, plain, l1)
+    pairs = ShrinkingPairs(q=256) if kind is ECT else None          # whose r is above 0 from the first step
+    objective = kind(lambda step: (0.0, 5), levels, plain, l1, drawn=pairs)
     nets = Networks(watched, online, Dropper(), online, Dropper())
     for _ in range(2):
         terms = objective(nets, Batch(th.zeros(4, 3, 8, 8)), 0, th)
         assert (terms.loss == 0).all()
-    assert not th.equal(*masks)
+    assert not th.equal(masks[0], masks[-1])
 
 
 def test_after_a_step_the_target_follows():

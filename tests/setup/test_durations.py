@@ -3,13 +3,13 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import RunConfig, TrainConfig
+from cm.config.schema import FewStepConfig, RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.setup.durations import resolve_durations, steps_of
 
 
 def resolved(*argv, batch=512):
-    settings = parse("", TrainConfig, RunConfig, argv=[str(word) for word in argv])
+    settings = parse("", TrainConfig, FewStepConfig, RunConfig, argv=[str(word) for word in argv])
     resolve_durations(settings, batch)
     return settings
 
@@ -33,6 +33,7 @@ def test_flags_of_edm_become_steps():
     ]
     assert steps("--tick", 50, "--snap", 50, "--dump", 10)[2] == 980        # the more frequent of both
     assert steps("--tick", 50, "--dump", 10)[2] == 980
+    assert resolved("--stage_kimg", 100).values["stage_steps"] == 196
     assert steps("--ema_rate", "0.999,0.9999", "--ema_halflife_kimg", 0.5)[3] == "0.999,0.9999,0.5kimg"
 
 

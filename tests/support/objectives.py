@@ -1,11 +1,18 @@
 """What tests of several objectives share: levels, weights and networks of the test beds."""
 
+from typing import Any
+
 import torch as th
 from torch import nn
 
+from cm.config.flags import parse
+from cm.config.schema import TRAINING_SECTIONS
 from cm.diffusion.schedules import karras_grid
+from cm.objectives.base import Objective
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.progdist import ProgressiveDistillation
+from cm.setup.model import diffusion_from
+from cm.setup.objective import apply_objective_defaults
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian
 
@@ -30,6 +37,13 @@ def orthonormal(bed: Gaussian, n: int) -> tuple[Batch, th.Tensor]:
 def nets_of(online, target=None, teacher=None) -> Networks:
     empty = nn.Module()
     return Networks(online, empty, target or online, empty, teacher, empty)
+
+
+def objective_of(kind: type[Objective], *argv: str) -> tuple[Any, dict[str, Any]]:
+    """An objective as cm_train.py makes it of flags, and their values."""
+    settings = parse("", *TRAINING_SECTIONS, argv=argv, total_training_steps=600_000)
+    apply_objective_defaults(settings)
+    return kind.from_flags(diffusion_from(settings, kind.distillation), settings.values), settings.values
 
 
 class Linear(nn.Module):

@@ -146,6 +146,9 @@ def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     :raises UserError: where they have no such network, or their pipeline would use it wrongly.
     """
+    if flags.get("time_scale", 0) not in (0, 1000):
+        raise UserError(f"diffusers has consistency models that are told 250 ln(sigma) alone, not with --time_scale "
+                        f"{flags['time_scale']:g}")
     if flags["arch"] != "unet" or flags["precond"] != "edm":
         raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
                         f"{flags['arch']} and {flags['precond']}")

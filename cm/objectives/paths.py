@@ -1,0 +1,93 @@
+"""Which way an image moves when its noise level changes: along a teacher's ODE, or along the line of its own noise.
+
+Either is a pair of end points of the line x = data + sigma noise, whose slope dx/dsigma is the noise: the teacher's
+denoised image and the noise that it sees in x, or the sample's own image and the noise that was added to it. The second
+is the first on average over the images that could have become x.
+
+Shapes: N batch, C channels, H and W height and width. Times are noise levels: t > r.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import ClassVar
+
+import torch as th
+from torch import Tensor
+
+from cm.errors import UserError
+from cm.objectives.base import TEACHER, Companion
+from cm.samplers.heun import Heun
+from cm.tensors import append_dims
+from cm.types import Batch, Denoiser, Networks
+
+
+class Path(ABC):
+    """A way through the noise levels of a batch."""
+
+    companions: ClassVar[tuple[Companion, ...]] = ()
+
+    @abstractmethod
+    def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(data, noise) of the line through x [N,C,H,W] at levels sigma [N]: [N,C,H,W] each."""
+
+    @abstractmethod
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The image at levels r > 0 on the path through x_t: [N,C,H,W]."""
+
+    def data(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image at level 0 of the line through x_t."""
+        return self.ends(nets, batch, noise, x_t, t)[0]
+
+
+class TeacherPath(Path):
+    """Along the teacher's probability-flow ODE."""
+
+    companions = (TEACHER,)
+
+    def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        denoised = teacher_of(nets, batch)(x, sigma)
+        return denoised, (x - denoised) / append_dims(sigma, x.ndim)
+
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """One Heun step."""
+        return Heun().step(teacher_of(nets, batch), x_t, t, r, None)
+
+
+class NoisePath(Path):
+    """Along the sample's own noise: an unbiased estimate of the ODE's slope, without a teacher."""
+
+    def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return batch.images, noise
+
+    def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """x0 + r z, exactly."""
+        return batch.images + noise * append_dims(r, noise.ndim)
+
+
+def teacher_of(nets: Networks, batch: Batch) -> Denoiser:
+    """The teacher's denoiser with the conditioning of a batch; the one place through which objectives ask a teacher.
+
+    :raises UserError: if there is none.
+    """
+    if nets.teacher is None:
+        raise UserError("consistency distillation needs a teacher: give a teacher_model")
+    return partial(nets.teacher, **batch.cond)
+
+
+PATHS: dict[str, Path] = {"teacher": TeacherPath(), "noise": NoisePath()}
+
+
+def land(
+    path: Path, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, reaches_zero: bool
+) -> Tensor:
+    """The image at levels r on the path through x_t; where r is 0 that is the line's data, whatever the solver.
+
+    :param reaches_zero: whether r may be 0.
+    """
+    if not reaches_zero:
+        return path.follow(nets, batch, noise, x_t, t, r)
+    data = path.data(nets, batch, noise, x_t, t)
+    above = path.follow(nets, batch, noise, x_t, t, th.where(r > 0, r, t))
+    return th.where(append_dims(r > 0, x_t.ndim), above, data)

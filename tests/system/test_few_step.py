@@ -1,0 +1,112 @@
+"""The few-step methods through the real scripts on real ranks: the same curve on any ranks, resume, sample."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.mpi import mpi_program
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.mpi
+
+RUNS = {
+    "ict": ["--training_mode", "ict", "--start_scales", "4", "--end_scales", "16", "--dropout", "0.0"],
+    "ect": ["--training_mode", "ect", "--stages", "3"],
+}
+STUDENTS = ("ect",)                                                 # which start from the teacher
+SAMPLERS = {
+    "ict": ["--sampler", "onestep"], "ect": ["--sampler", "multistep", "--steps", "40", "--ts", "0,24,39"],
+}
+NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
+           "--attention_resolutions", "8", "--num_head_channels", "32", "--class_cond", "True", "--time_scale", "1"]
+DATA = ["--data_dir", "digits", "--random_flip", "False", "--lr", "1e-3", "--log_interval", "1"]
+QUIET = {"OPENAI_LOG_FORMAT": "log,csv"}
+
+HEAD = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+import edm_train, cm_train, image_sample
+from cm.distributed import setup as dist
+
+RUNS, STUDENTS, SAMPLERS = {RUNS!r}, {STUDENTS!r}, {SAMPLERS!r}
+
+def run(script, *args):
+    sys.argv = ["script", *map(str, args)]
+    script.main(*[script.read_flags()] * (script is image_sample))
+
+def train(name, folder, steps):
+    start = ["--teacher_model_path", "teacher/ema_0.9_000003.pt"] if name in STUDENTS else {NETWORK!r}
+    run(cm_train, *start, *{DATA!r}, *RUNS[name], "--global_batch_size", 16, "--microbatch", 8, "--save_interval", 4,
+        "--stage_steps", 2, "--total_training_steps", steps, "--log_dir", folder + "/" + name)
+"""
+
+TWO_RANKS = """
+def main():
+    run(edm_train, *NETWORK, *DATA, "--global_batch_size", 16, "--total_training_steps", 3, "--ema_rate", "0.9",
+        "--log_dir", "teacher")
+    for name in RUNS:
+        train(name, "two", 6)
+        train(name, "again", 4)
+        train(name, "again", 6)
+        run(image_sample, "--model_path", f"two/{name}/ema_0.9999_000006.pt", *SAMPLERS[name],
+            "--num_samples", 4, "--log_dir", f"two/{name}")
+
+dist.run(main)
+"""
+
+ONE_RANK = """
+def main():
+    for name in RUNS:
+        train(name, "one", 4)
+
+dist.run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few_step")
+    for ranks, text in [(2, TWO_RANKS), (1, ONE_RANK)]:
+        head = HEAD + f"NETWORK, DATA = {NETWORK!r}, {DATA!r}\nos.chdir({str(folder)!r})\n"
+        done = mpi_program(folder, ranks, head + text, timeout=240, env=QUIET)
+        assert done.rc == 0, done
+    return folder
+
+
+def curve(folder, column="loss"):
+    with open(folder / "progress.csv") as file:
+        return np.array([float(row[column]) for row in csv.DictReader(file)])
+
+
+def files_of(folder, step):
+    return {path.name: path.read_bytes() for path in folder.glob(f"*{step:06d}.pt")}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_ranks_gives_the_same_curve(runs, name):
+    two = curve(runs / "two" / name)
+    assert len(two) == 6 and np.isfinite(two).all()
+    np.testing.assert_allclose(curve(runs / "one" / name), two[:4], rtol=2e-4)     # sums in another order
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_same_run(runs, name):
+    whole, again = runs / "two" / name, runs / "again" / name
+    assert files_of(whole, 6) == files_of(again, 6) and len(files_of(whole, 6)) == 4
+    assert np.array_equal(curve(whole), curve(again))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_result_knows_its_clock_and_how_it_was_trained(runs, name):
+    config = json.loads((runs / "two" / name / "checkpoint_000006.json").read_text())["config"]
+    assert (config["time_scale"], config["training_mode"]) == (1, name)
+    samples = np.load(runs / "two" / name / "samples_4x8x8x3.npz")["arr_0"]
+    assert samples.shape == (4, 8, 8, 3) and samples.std() > 0
+
+
+def test_the_stages_are_in_the_log(runs):
+    assert list(curve(runs / "two" / "ict", "num_scales")) == [5, 5, 9, 9, 17, 17]
+    assert list(curve(runs / "two" / "ect", "stage")) == [0, 0, 1, 1, 2, 2]
