@@ -33,8 +33,6 @@ ELSEWHERE = {
     "cm/setup/model.py": "test_drop_in.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",
-    "cm/setup/sample.py": "scripts/test_edm_presets.py",
-    "cm/setup/train.py": "setup/test_dry_run.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",
     "evaluations/defaults.py": "system/test_start_up.py",
     "evaluations/flags.py": "system/test_start_up.py",
