@@ -31,6 +31,7 @@ ELSEWHERE = {
     "cm/pipeline/pictures.py": "pipeline/test_pipeline.py",
     "cm/setup/export.py": "scripts/test_convert_checkpoint.py",
     "cm/setup/model.py": "test_drop_in.py",
+    "cm/setup/network.py": "setup/test_guide.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",

@@ -44,6 +44,9 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout probability", minimum=0, below=1)
     class_cond: bool = option(False, "condition on class labels")
     num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
+    null_class: bool = option(
+        False, "the network also has a label for no class, as classifier-free guidance needs; label_dropout sets it"
+    )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "unet: apply the time embedding as scale and shift; False: add it")
     resblock_updown: bool = option(False, "unet: change the resolution in residual blocks; False: in convolutions")
@@ -123,6 +126,10 @@ class DataConfig:
     labels: str = option(
         "auto", "where classes come from without a dataset.json; auto: sub-folders where there are several, else the "
         "part of file names before the first _", choices=("auto", "folders", "names"),
+    )
+    label_dropout: float = option(
+        0.0, "probability that a training image loses its class label, for classifier-free guidance (usually 0.1); "
+        "needs class_cond", minimum=0, below=1,
     )
     random_crop: bool = option(False, "crop at a random position instead of the centre")
     cache_gib: float = option(
@@ -300,6 +307,15 @@ class ConsistencyConfig:
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
     teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
+    teacher_guide_scale: float = option(
+        1.0, "strength w of the guidance that is distilled into the student, see guide_scale; 1: none", minimum=0
+    )
+    teacher_guide_path: str = option(
+        "", "worse diffusion checkpoint that guides the teacher; empty: the teacher itself, without its class"
+    )
+    teacher_guide_interval: str = option(
+        "", "noise levels lo,hi at which the teacher is guided: lo < sigma <= hi; empty: all"
+    )
     loss_norm: str = option(
         "lpips", "distance between the denoised images in the loss",
         choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber"),
@@ -431,10 +447,21 @@ class SolverConfig(AblationConfig):
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """classifier guidance"""
+    """guidance"""
 
+    guide_scale: float = option(
+        1.0, "strength w of guidance by a worse network, D_guide + w (D - D_guide): the model itself without its class "
+        "(classifier-free), or guide_path (autoguidance); 1: none", minimum=0,
+    )
+    guide_path: str = option(
+        "", "checkpoint of the guiding network, such as an earlier or smaller one; its flags come from its manifest"
+    )
+    guide_interval: str = option(
+        "", "noise levels lo,hi at which guide_scale acts: lo < sigma <= hi; elsewhere the guide is not evaluated; "
+        "empty: all"
+    )
     classifier_path: str = option("", "classifier of noisy images, trained with classifier_train.py --noised True")
-    classifier_scale: float = option(1.0, "strength of the guidance; 0: none", minimum=0)
+    classifier_scale: float = option(1.0, "strength of the classifier's guidance; 0: none", minimum=0)
 
 
 @dataclass(frozen=True)

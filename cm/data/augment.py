@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm.data.mapped import mapped
 from cm.random_util import SampleStreams
 from cm.types import Batch, NoiseSource
 
@@ -173,45 +174,21 @@ def _half_steps(side: int, device: Any) -> Tensor:
     return (th.arange(-LEAD, 2 * side + len(SYM6) - LEAD - 2, device=device) - (side - 1)) / 2
 
 
-@runtime_checkable
-class _Closable(Protocol):
-    """A stream with processes or files behind it."""
-
-    def close(self) -> None:
-        """End them."""
-
-
-class AugmentedStream:
-    """Batches of a stream with their images augmented, on the device, and `augment_labels` [N,9] for the network.
-
-    The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
-    are not transformed.
-    """
-
-    def __init__(self, batches: Iterator[Batch], pipe: AugmentPipe, seed: int, device: th.device):
-        self.batches, self.pipe, self.seed, self.device = batches, pipe, seed, device
-
-    def __iter__(self) -> AugmentedStream:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self.batches)
-        rng = SampleStreams(self.seed, batch.positions, stream="augment")
-        images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
-        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
-
-    def close(self) -> None:
-        """End the loader processes behind the stream."""
-        if isinstance(self.batches, _Closable):
-            self.batches.close()
-
-
 def augmented(
     data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device
 ) -> Callable[[int], Iterator[Batch]]:
-    """A version of `data` whose batches are augmented.
+    """A version of `data` with images augmented, on the device, and `augment_labels` [N,9] for the network.
+
+    The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
+    are not transformed.
 
     :param data: from the number of samples already consumed to a stream.
     """
     pipe = AugmentPipe(p)
-    return lambda start: AugmentedStream(data(start), pipe, seed, device)
+
+    def augment(batch: Batch) -> Batch:
+        rng = SampleStreams(seed, batch.positions, stream="augment")
+        images, labels = pipe(batch.images.to(device, non_blocking=True), rng)
+        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
+
+    return mapped(data, augment)

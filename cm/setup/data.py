@@ -12,6 +12,7 @@ from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, augmented
 from cm.data.image_source import ImageSource
+from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
 from cm.data.sources import open_source
@@ -137,3 +138,9 @@ def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
             f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
         )
     return augmented(data, p, settings.values["seed"], dist.dev())
+
+
+def drop_labels(settings: Settings, data: Any) -> Any:
+    """The data of `open_data` where some samples have lost their class, as --label_dropout asks."""
+    p = settings.section(DataConfig).label_dropout
+    return with_label_dropout(data, p, settings.values["seed"], settings.values["num_classes"]) if p else data

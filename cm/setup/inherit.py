@@ -102,7 +102,8 @@ def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]
     """From weights without a manifest, of which names and shapes tell most."""
     weights = dist.load_state_dict(source.path)
     side = settings.values["image_size"] if settings.is_given("image_size") else None
-    known = openai.model_flags(weights, source.path, side) | openai.published_mode(source.path)
+    known = openai.model_flags(weights, source.path, side, settings.values["null_class"])
+    known |= openai.published_mode(source.path) | {"null_class": settings.values["null_class"]}
     require_unknown_flags(settings, known, also, source.path)
     inherit_flags(settings, known, also, source.path)
     heads = {name: settings.values[name] for name in HEADS}
@@ -147,7 +148,8 @@ def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str,
 
     :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
     """
-    known = {"channels": ModelConfig.channels, **known}     # older manifests do not say: all were RGB
+    # Older manifests do not say these: all were RGB, and trained with their classes alone.
+    known = {"channels": ModelConfig.channels, "null_class": False, **known}
     flags = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), *also)
     taken = {name: plain_value(name, known[name], path) for name in flags if name in known and name not in OWN}
     for policy in MERGE_POLICIES:

@@ -200,6 +200,7 @@ def _convert(net: Record, source: str) -> EDMNet:
             "attention_resolutions": ",".join(map(str, arguments["attn_resolutions"])),
             "class_cond": label_dim > 0,
             "num_classes": label_dim,
+            "null_class": label_dim > 0 and bool(arguments.get("label_dropout", 0)),
             "augment_dim": arguments["augment_dim"],
             "num_head_channels": -1,
             "learn_sigma": False,
