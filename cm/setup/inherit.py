@@ -32,7 +32,7 @@ OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weig
 """Flags that change no weights and no meaning of them: each run chooses its own."""
 
 
-UNSAID: dict[str, Any] = {"time_scale": 0.0}
+UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False}
 """Flags of which a manifest says nothing that was written before there were such flags -> what it means by that."""
 
 
@@ -103,7 +103,7 @@ def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]
     weights = dist.load_state_dict(source.path)
     side = settings.values["image_size"] if settings.is_given("image_size") else None
     known = openai.model_flags(weights, source.path, side, settings.values["null_class"])
-    known |= openai.published_mode(source.path) | {"null_class": settings.values["null_class"]}
+    known |= openai.published_mode(source.path)
     require_unknown_flags(settings, known, also, source.path)
     inherit_flags(settings, known, also, source.path)
     heads = {name: settings.values[name] for name in HEADS}
@@ -148,8 +148,7 @@ def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str,
 
     :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
     """
-    # Older manifests do not say these: all were RGB, and trained with their classes alone.
-    known = {"channels": ModelConfig.channels, "null_class": False, **known}
+    known = {"channels": ModelConfig.channels, **known}     # older manifests do not say: all were RGB
     flags = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), *also)
     taken = {name: plain_value(name, known[name], path) for name in flags if name in known and name not in OWN}
     for policy in MERGE_POLICIES:
