@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from cm.config import presets
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.io.untrusted import read_file, shown
@@ -319,10 +320,15 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
 
     The key `base` names another file, relative to this one, for what is not set here.
+
+    :param path: a file, or the name of a preset such as digits/edm.
     """
+    path = presets.find(path)
     try:
         with open(path, "rb") as file:
             content = parse_flat(read_file(file, CONFIG_BYTES))
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: {error.strerror}{presets.suggestion(path)}") from None
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:
