@@ -45,6 +45,7 @@ ELSEWHERE = {
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
     "cm/config/console.py": "system/test_wheel.py",
+    "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",
     **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (

@@ -25,7 +25,7 @@ class ModelConfig:
 
     arch: str = option(
         "unet", "network: unet (guided-diffusion), ddpmpp (EDM's DDPM++), ncsnpp (EDM's NCSN++), adm (EDM's ADM)",
-        choices=("unet", "ddpmpp", "ncsnpp", "adm"),
+        choices=("unet", "ddpmpp", "ncsnpp", "adm"), table="arch",
     )
     image_size: int = option(64, "width and height of the images in pixels", minimum=1)
     channels: int = option(
@@ -90,7 +90,7 @@ class RunConfig:
     log_formats: str = option(
         "", "how the log is written, comma-separated; tensorboard and wandb also show the flags and the grids of "
         "samples, and need their packages; empty: OPENAI_LOG_FORMAT, or stdout,log,csv",
-        choices=LOG_FORMATS, several=True,
+        choices=LOG_FORMATS, several=True, table="log format",
     )
     seed: int = option(
         0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
@@ -263,7 +263,7 @@ class EvalConfig:
     eval_sampler: str = option(
         "", "sampler for evaluation and grids; empty: heun for edm, onestep for consistency models, progdist for "
         "progdist",
-        choices=("", *SAMPLER_NAMES),
+        choices=("", *SAMPLER_NAMES), table="sampler",
     )
     eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1)
     eval_ts: str = option("", "same as --ts of image_sample.py")
@@ -281,7 +281,7 @@ class EvalConfig:
 class ObjectiveConfig:
     """objective"""
 
-    objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES)
+    objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES, table="objective")
     martingale_lambda: float = option(10.0, "cdm: weight of the martingale regulariser", minimum=0)
     martingale_steps: int = option(6, "cdm: noise levels of a backward walk, including both ends", minimum=2)
     martingale_sde: str = option(
@@ -303,7 +303,7 @@ class ConsistencyConfig:
 
     training_mode: str = option(
         "consistency_distillation", "training method; edm: a diffusion model, by the method that objective names",
-        choices=TRAINING_MODES,
+        choices=TRAINING_MODES, table="training_mode",
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
     teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
@@ -374,8 +374,10 @@ class SampleConfig:
     """sampling"""
 
     model_path: str = option("", "checkpoint to sample from")
-    training_mode: str = option("edm", "training method of the checkpoint", choices=TRAINING_MODES)
-    sampler: str = option("heun", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
+    training_mode: str = option(
+        "edm", "training method of the checkpoint", choices=TRAINING_MODES, table="training_mode"
+    )
+    sampler: str = option("heun", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES, table="sampler")
     steps: int = option(
         40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
     )
@@ -478,7 +480,8 @@ class ConvertConfig:
         choices=("native", "diffusers"),
     )
     training_mode: str = option(
-        "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES
+        "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES,
+        table="training_mode",
     )
     num_train_timesteps: int = option(
         0, "diffusers: number of noise levels the consistency model was trained with; 0: from its checkpoint, or 40 "
@@ -500,7 +503,9 @@ class EditConfig(SampleConfig):
         0, "number of results; if larger than the number of images, they are edited repeatedly; 0: one per image; "
         "interpolate: number of noise samples", minimum=0,
     )
-    sampler: str = option("multistep", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
+    sampler: str = option(
+        "multistep", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES, table="sampler"
+    )
     ts: str = option("0,22,39", "multistep: indices of noise levels; must end with steps-1, which costs no evaluation")
     mask: str = option("", "inpaint: PNG or npy of the image size; white or 1 marks known pixels")
     mask_box: str = option("", "inpaint, instead of mask: box to fill in, as top,left,height,width in pixels")

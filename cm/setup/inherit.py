@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
-from torch import Tensor
 
 from cm.checkpoints import manifest
-from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai
-from cm.checkpoints.loading import WeightsFile, look_at
+from cm.checkpoints.formats import FORMATS, guided_diffusion, openai
+from cm.checkpoints.loading import WeightsFile, format_of, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.config.flags import Settings, check, convert, defaults_of
 from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
-from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import storage, untrusted
 from cm.logging import logger
@@ -58,8 +56,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     if checkpoint is not None:
         known = UNSAID | checkpoint.config
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
-    elif kind in FOREIGN:
-        known, source.weights = FOREIGN[kind](path)
+    elif kind in FORMATS:
+        known, source.weights = FORMATS[kind].read(path)
         known = UNSAID | known
     else:
         return _inherit_bare(settings, source, also)
@@ -73,7 +71,7 @@ def weights_in(path: str, flag: str) -> str:
 
     :raises UserError: for a folder without weights.
     """
-    if storage.is_remote(path) or not os.path.isdir(path) or diffusers.is_folder(path):
+    if storage.is_remote(path) or not os.path.isdir(path) or format_of(path):
         return path
     best = os.path.join(path, "best.json")
     if os.path.exists(best):
@@ -127,19 +125,6 @@ def inherit_resumed(settings: Settings) -> None:
         inherit_checkpoint(settings, "resume_checkpoint")
 
 
-def read_edm_pickle(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Flags and weights of an EDM pickle, on every rank."""
-    net = edm_pickle.read(read_everywhere(path), path)
-    return net.flags, net.weights
-
-
-FOREIGN: dict[str, Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]] = {
-    "EDM pickle": read_edm_pickle,
-    "diffusers folder": diffusers.read,
-}
-"""Kinds of files that hold their flags themselves -> a reader of flags and weights, on every rank."""
-
-
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
@@ -161,8 +146,8 @@ Taken = dict[str, Any]
 
 def _same_result(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
     """Consistency models are one kind of network, however they were trained."""
-    modes = [taken.get("training_mode"), settings.values.get("training_mode")]
-    alike = all(mode in OBJECTIVES and OBJECTIVES[mode].distillation for mode in modes)
+    kinds = [OBJECTIVES.get(str(each.get("training_mode"))) for each in (taken, settings.values)]
+    alike = all(kind is not None and kind.distillation for kind in kinds)
     if settings.is_given("training_mode") and alike:
         del taken["training_mode"]
 

@@ -22,6 +22,7 @@ import torch as th
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io.pickles import Call, Record
 from cm.networks.edm import SONG, DhariwalConfig, SongConfig
@@ -131,6 +132,12 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
         reason = str(error).strip().split("\n")[0] or "it is damaged"
         raise UserError(f"{source} is not read as an EDM pickle: {reason} ({type(error).__name__}). Nothing in it was "
                         "run") from None
+
+
+def read_path(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The flags and weights of a file, on every rank; see `read`."""
+    net = read(read_everywhere(path), path)
+    return net.flags, net.weights
 
 
 def _part(record: Record, kind: str, name: str) -> Any:
