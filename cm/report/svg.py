@@ -170,7 +170,7 @@ def log_span(values: Sequence[float]) -> tuple[float, float]:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers between the two, evenly spaced."""
-    from matplotlib.ticker import MaxNLocator              # matplotlib is slow to import
+    from matplotlib.ticker import MaxNLocator  # matplotlib is slow to import
 
     return between(MaxNLocator(MAX_TICKS - 1, steps=[1, 2, 5, 10]).tick_values(low, high), low, high)
 
