@@ -16,7 +16,7 @@ EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoi
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
-TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect")
+TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect", "scd", "sct")
 
 
 @dataclass(frozen=True)
@@ -359,6 +359,17 @@ class FewStepConfig:
     shrink_q: float = option(2.0, "pairs shrinking: factor by which 1 - r/t falls from stage to stage", minimum=0)
     shrink_k: float = option(8.0, "pairs shrinking: k of n(t) = 1 + k sigmoid(-b t)", minimum=0)
     shrink_b: float = option(1.0, "pairs shrinking: b of n(t)", minimum=0)
+    tangent_c: float = option(0.1, "scd, sct: number added to the size by which the tangent is divided", minimum=0)
+    tangent_norm: str = option(
+        "rms", "scd, sct: size of a sample's tangent: root mean square, or root of the sum of squares",
+        choices=("rms", "norm"),
+    )
+    tangent_warmup: int = option(
+        10000, "scd, sct: steps over which the network's own part of the tangent grows from 0", minimum=0
+    )
+    bin_weights: bool = option(
+        False, "scd, sct: divide the loss by its running mean at the noise level, over all ranks"
+    )
     stages: int = option(8, "pairs shrinking: number of stages", minimum=1)
     stage_steps: int = option(
         0, "steps of a stage, for pairs shrinking and scale_mode doubling; 0: stages of equal length fill the training",

@@ -8,6 +8,7 @@ from cm.objectives.edm import EDM
 from cm.objectives.ict import ICT
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.objectives.sadpm import SADPM
+from cm.objectives.scm import SCD, SCT
 from cm.objectives.stf import STF
 from cm.registry import Table
 
@@ -28,5 +29,7 @@ OBJECTIVES: Table[type[Objective]] = Table("training_mode", {
     "progdist": ProgressiveDistillation,
     "ict": ICT,
     "ect": ECT,
+    "scd": SCD,
+    "sct": SCT,
 })
 """--training_mode: what kind of model is trained; "edm" stands for all of `DENOISING`."""
