@@ -106,7 +106,7 @@ def test_labels(runs):
 
 
 def test_guidance_by_another_checkpoint(runs, tmp_path):
-    """D_guide + w (D - D_guide) by networks of one architecture: at scale 0 the guide's images, at 1 the model's own."""
+    """D_guide + w (D - D_guide): at scale 0 the images of the guide, at 1 those of the model."""
     other = checkpoint(tmp_path / "other", "edm")
     weights = {name: -value for name, value in tiny().state_dict().items()}
     manifest.save(str(other), 4, {"model": weights}, manifest.newest(str(other)).config, 32)
