@@ -2,7 +2,8 @@
 
 The samples of a run are counted by their position p, over all steps and ranks. Position p shows image
 `permutation(seed, p // N)[p % N]`, flipped or cropped at random by a stream that depends on (seed, p) only. So 1, 2 and
-4 ranks read the same samples, and a run resumes at any position without replaying the earlier ones.
+4 ranks read the same samples, and a run resumes at any position without replaying the earlier ones. A stream has its
+own order, see `cm.data.streams`.
 
 Shapes: N images of the set, B images of a rank's batch, S image_size.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import torch as th
@@ -21,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
-from cm.data.image_source import ImageSource
-from cm.data.sources import open_source
+from cm.data.sources import open_source, open_stream
+from cm.data.streams import WINDOW, StreamedSource
 from cm.distributed import signals
 from cm.errors import UserError
 from cm.random_util import stream_seed, stream_seeds
 from cm.types import Batch
 
+Order = Callable[[np.ndarray], np.ndarray]                          # positions [B] -> indices of the images [B]
 CROP_FRACTION = 0.8                                                 # least part of the shorter side in a random crop
 
 
@@ -50,6 +53,8 @@ def load_data(
     cache_bytes: int | None = None,
     labels: str = "auto",
     channels: int = 3,
+    shuffle_window: int = WINDOW,
+    num_classes: int | None = None,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -71,15 +76,25 @@ def load_data(
         `cm.data.image_source.CACHE_BYTES`.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
     :param channels: C, see `cm.data.sources.open_source`.
+    :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
+    :param num_classes: of a stream, an image with a class that is not less is an error.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    source = open_source(data_dir, image_size, labels=labels, channels=channels)
-    if cache_bytes is not None:
-        source.keep_decoded(cache_bytes)
-    if class_cond and source.labels is None:
-        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
+    shuffle = not deterministic
+    if stream := open_stream(data_dir):
+        streamed = StreamedSource(
+            stream, image_size, channels, seed=seed, shuffle=shuffle, window=shuffle_window, num_classes=num_classes
+        )
+        source, order = streamed, streamed.order
+    else:
+        images = open_source(data_dir, image_size, labels=labels, channels=channels)
+        if cache_bytes is not None:
+            images.keep_decoded(cache_bytes)
+        if class_cond and images.labels is None:
+            raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {images.no_labels}")
+        source, order = images, EpochOrder(len(images), seed, shuffle)
     requests = Requests(
-        EpochOrder(len(source), seed, shuffle=not deterministic),
+        order,
         offsets_of_rank(batch_size, rank, world_size, global_batch),
         world_size * batch_size if global_batch is None else global_batch,
         start,
@@ -88,6 +103,39 @@ def load_data(
     if num_workers is None:
         num_workers = 0 if source.in_memory and not random_crop else 1
     return BatchStream(samples, requests, num_workers, pin_memory)
+
+
+class LoaderSource(Protocol):
+    """What batches are made of: an `ImageSource`, or a stream."""
+
+    image_size: int
+    channels: int
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether its images are floats, which the network sees as they are."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every image stays in memory once it has been read."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> None:
+        """Make ready the images of a batch, which the other methods are then asked for."""
+        ...
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Their squares [B,S,S,C], a copy that the caller may change."""
+        ...
+
+    def load(self, i: int) -> Image.Image:
+        """The complete image i."""
+        ...
+
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        """Their classes, int64 [B]."""
+        ...
 
 
 def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: int | None) -> np.ndarray:
@@ -140,7 +188,7 @@ class EpochOrder:
 class Requests:
     """The positions and image indices of this rank's batches, without end: pairs of int64 [B]."""
 
-    def __init__(self, order: EpochOrder, offsets: np.ndarray, global_batch: int, start: int):
+    def __init__(self, order: Order, offsets: np.ndarray, global_batch: int, start: int):
         self.order = order
         self._offsets = offsets
         self._global_batch = global_batch
@@ -157,7 +205,7 @@ class Requests:
 class Samples(Dataset):
     """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker."""
 
-    def __init__(self, source: ImageSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
+    def __init__(self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
         self.source = source
         self._class_cond = class_cond
         self._seed = seed
@@ -172,12 +220,12 @@ class Samples(Dataset):
         """
         positions, indices = request
         try:
+            self.source.gather(indices)
             pixels = self._pixels(positions, indices)
+            cond = {"y": th.from_numpy(self.source.classes(indices))} if self._class_cond else {}
         except UserError as error:
             return error
         images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        labels = self.source.labels if self._class_cond else None   # `load_data` checked that there are some
-        cond = {} if labels is None else {"y": th.from_numpy(labels[indices])}
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:
