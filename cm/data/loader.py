@@ -61,7 +61,8 @@ def load_data(
     `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
     `class_cond`, else empty.
 
-    :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits.
+    :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits; or a
+        stream, see `cm.data.sources.open_stream`.
     :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
     :param deterministic: images in the order of the set instead of a new permutation in each epoch.
     :param random_crop: a random square of random size instead of the central one.

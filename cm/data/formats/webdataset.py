@@ -110,7 +110,6 @@ def _members(shard: str, place: _Place) -> Iterator[dict[str, Any]]:
                                 "holes; remove it")
             if member.isreg() and not META.match(member.name):
                 yield {"fname": member.name, "data": b"", "__url__": shard}
-            archive.members = []                                    # which would hold them all
         file.seek(archive.offset)                                   # tarfile takes an unreadable header for the end
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("what follows is neither a member nor the end")
@@ -151,7 +150,8 @@ def _label(sample: dict[str, Any], shard: str) -> int | None:
         if "cls" in sample:
             label = int(sample["cls"])
         elif "json" in sample:
-            suffix, content = "json", untrusted.parse_json(sample["json"])
+            suffix = "json"
+            content = untrusted.parse_json(sample["json"])
             label = next((content[key] for key in LABEL_KEYS if key in content), None)
         if label is None or type(label) is int and 0 <= label < MAX_CLASSES:
             return label
