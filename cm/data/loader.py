@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
+from cm.data.image_source import ImageSource
 from cm.data.sources import open_source, open_stream
 from cm.data.streams import WINDOW, StreamedSource
 from cm.distributed import signals
@@ -61,8 +62,7 @@ def load_data(
     `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
     `class_cond`, else empty.
 
-    :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits; or a
-        stream, see `cm.data.sources.open_stream`.
+    :param data_dir: what `open_source` or `open_stream` of `cm.data.sources` reads.
     :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
     :param deterministic: images in the order of the set instead of a new permutation in each epoch.
     :param random_crop: a random square of random size instead of the central one.
@@ -73,37 +73,40 @@ def load_data(
     :param start: samples that the run has consumed already, over all ranks.
     :param num_workers: processes that read images ahead; None means none if the set is kept in memory, else one.
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
-    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is
-        `cm.data.image_source.CACHE_BYTES`.
+    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None for 256 MiB.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
     :param channels: C, see `cm.data.sources.open_source`.
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    shuffle = not deterministic
+    options: dict[str, Any] = {"image_size": image_size, "channels": channels}
     if stream := open_stream(data_dir):
-        streamed = StreamedSource(
-            stream, image_size, channels, seed=seed, shuffle=shuffle, window=shuffle_window, num_classes=num_classes
-        )
-        source, order = streamed, streamed.order
+        options |= {"window": shuffle_window, "num_classes": num_classes}
+        source = StreamedSource(stream, seed=seed, shuffle=not deterministic, **options)
+        order = source.order
     else:
-        images = open_source(data_dir, image_size, labels=labels, channels=channels)
-        if cache_bytes is not None:
-            images.keep_decoded(cache_bytes)
-        if class_cond and images.labels is None:
-            raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {images.no_labels}")
-        source, order = images, EpochOrder(len(images), seed, shuffle)
-    requests = Requests(
-        order,
-        offsets_of_rank(batch_size, rank, world_size, global_batch),
-        world_size * batch_size if global_batch is None else global_batch,
-        start,
-    )
+        source = _open_images(data_dir, class_cond, cache_bytes, labels=labels, **options)
+        order = EpochOrder(len(source), seed, shuffle=not deterministic)
+    step = world_size * batch_size if global_batch is None else global_batch
+    requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
     samples = Samples(source, class_cond, seed, random_crop, random_flip)
     if num_workers is None:
         num_workers = 0 if source.in_memory and not random_crop else 1
     return BatchStream(samples, requests, num_workers, pin_memory)
+
+
+def _open_images(data_dir: str, class_cond: bool, cache_bytes: int | None, **options: Any) -> ImageSource:
+    """A set of images that are read in any order.
+
+    :raises UserError: if there are no images, or classes are asked for and missing.
+    """
+    source = open_source(data_dir, **options)
+    if cache_bytes is not None:
+        source.keep_decoded(cache_bytes)
+    if class_cond and source.labels is None:
+        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
+    return source
 
 
 class LoaderSource(Protocol):
