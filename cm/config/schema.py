@@ -115,7 +115,8 @@ class DataConfig:
     """data"""
 
     data_dir: str = option(
-        "", "folder, EDM zip or npz of images, or the word digits for scikit-learn's handwritten digits"
+        "", "folder, EDM zip or npz of images; shards of a WebDataset, such as set-{000..127}.tar, or a folder of "
+        "them; or the word digits for scikit-learn's handwritten digits"
     )
     random_flip: bool = option(True, "mirror half of the images horizontally")
     augment: float = option(
@@ -135,6 +136,10 @@ class DataConfig:
     cache_gib: float = option(
         0.25, "a data set that fits into this much memory per rank, in GiB, is decoded once and kept; 0: never",
         minimum=0,
+    )
+    shuffle_window: int = option(
+        1000, "shards: images that each loader process holds, as files, and shuffles among each other; the order of "
+        "the shards changes in every epoch", minimum=1,
     )
     num_workers: int = option(-1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1)
 

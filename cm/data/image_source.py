@@ -99,6 +99,14 @@ class ImageSource:
             self._cached[i] = True
         return self._cache[indices]
 
+    def gather(self, indices: np.ndarray) -> None:
+        """Make ready the images of a batch: nothing, where each can be read at any time."""
+
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        """The classes of these images, of a source that has `labels`: int64 [B]."""
+        assert self.labels is not None, "whoever asks has checked it"
+        return self.labels[indices]
+
     def _square(self, i: int) -> np.ndarray:
         size = self.image_size
         return centre_crop(self.load(i), size).reshape(size, size, self.channels)
@@ -169,6 +177,7 @@ class Format(NamedTuple):
     """A format of data sets."""
 
     claims: Callable[[str], bool]               # whether the name of a set is of this format
-    open: Callable[[str, int, int], Any]        # from (data_dir, image_size, channels) to the set
+    open: Callable[..., Any]                    # from (data_dir, image_size, channels); of a stream, from (data_dir)
     what: str                                   # how messages call such a set
-    on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place at all
+    on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place to look for
+    is_stream: bool = False                     # whether it is opened as a `cm.data.streams.ImageStream`

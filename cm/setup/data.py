@@ -15,7 +15,9 @@ from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import open_source
+from cm.data.sources import choices, open_source
+from cm.data.sources import open_stream as open_shards
+from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
@@ -48,22 +50,11 @@ def open_data(settings: Settings, references: int = 0) -> Any:
     """
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
-        raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
-    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
-    logger.log(_found(source))
-    if values["class_cond"]:
-        if source.num_classes is None:
-            raise UserError(
-                f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
-                f"no class labels: {source.no_labels}"
-            )
-        _warn_of_odd_classes(source)
-        if not values["num_classes"]:
-            settings.replace(num_classes=source.num_classes)
-        if source.num_classes > values["num_classes"]:
-            raise UserError(
-                f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
-            )
+        raise UserError(f"--data_dir is missing: give {choices()}")
+    if stream := open_shards(data.data_dir):
+        _look_at_stream(settings, stream)
+    else:
+        _look_at_images(settings, data)
     if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
         settings.replace(random_flip=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -91,7 +82,44 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         cache_bytes=int(data.cache_gib * 2**30),
         labels=data.labels,
         channels=values["channels"],
+        shuffle_window=data.shuffle_window,
+        num_classes=values["num_classes"] or None,
     )
+
+
+def _look_at_images(settings: Settings, data: DataConfig) -> None:
+    """Log what a set of images holds, and take the number of classes from it.
+
+    :raises UserError: if there is no such data, or its classes are not those of the network.
+    """
+    values = settings.values
+    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
+    logger.log(_found(source))
+    if values["class_cond"]:
+        if source.num_classes is None:
+            raise UserError(
+                f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
+                f"no class labels: {source.no_labels}"
+            )
+        _warn_of_odd_classes(source)
+        if not values["num_classes"]:
+            settings.replace(num_classes=source.num_classes)
+        if source.num_classes > values["num_classes"]:
+            raise UserError(
+                f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
+            )
+
+
+def _look_at_stream(settings: Settings, stream: ImageStream) -> None:
+    """Log what a stream is; its images and classes are not known before they are read.
+
+    :raises UserError: if class_cond is asked of it without a number of classes.
+    """
+    grey = "; images in colour are converted to their luma" if settings.values["channels"] == 1 else ""
+    logger.log(f"{stream.data_dir}: {stream.num_parts} shard(s), read one after the other{grey}")
+    if settings.values["class_cond"] and not settings.values["num_classes"]:
+        raise UserError(f"{stream.data_dir} is a stream, whose classes are not known before it is read: give "
+                        "--num_classes, or leave out --class_cond")
 
 
 def _found(source: ImageSource) -> str:
