@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, augmented
+from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
@@ -37,20 +38,32 @@ def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_siz
     return len(range(rank, global_batch_size, world_size)), global_batch_size
 
 
-def open_data(settings: Settings, references: int = 0) -> Any:
-    """A function from the samples already consumed to the endless iterator of this rank's batches.
+class OpenedData(NamedTuple):
+    """The images of a run.
+
+    :param stream: from the samples already consumed to the endless iterator of this rank's batches.
+    :param class_names: of the classes that the network is told of, where they are known.
+    """
+
+    stream: Any
+    class_names: ClassNames
+    source: ImageSource
+
+
+def open_data(settings: Settings, references: int = 0) -> OpenedData:
+    """Open the images that the flags name, and compare their classes with those of checkpoints.
 
     Sets num_classes from the data, where no flag or checkpoint has set it.
 
     :param references: how many reference images every batch carries.
     :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
-        references than images of a step.
+        references than images of a step, or its classes are not those of the checkpoint that the run starts from.
     """
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
         raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
     source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
-    logger.log(_found(source))
+    class_names: ClassNames = ()
     if values["class_cond"]:
         if source.num_classes is None:
             raise UserError(
@@ -58,6 +71,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
                 f"no class labels: {source.no_labels}"
             )
         _warn_of_odd_classes(source)
+        class_names = _compare_classes(settings, source)
         if not values["num_classes"]:
             settings.replace(num_classes=source.num_classes)
         if source.num_classes > values["num_classes"]:
@@ -73,7 +87,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
             f"--num_references {references} is less than the {global_batch} images of a step, which are among the "
             f"reference images: give --num_references {global_batch} or more"
         )
-    return partial(
+    stream = partial(
         open_stream,
         references=references,
         data_dir=data.data_dir,
@@ -92,17 +106,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         labels=data.labels,
         channels=values["channels"],
     )
-
-
-def _found(source: ImageSource) -> str:
-    """What the data set holds, in one line of the log."""
-    what = f"{len(source)} images in {source.data_dir}{f' ({source.note})' if source.note else ''}"
-    if source.labels is None:
-        return f"{what}, without class labels: {source.no_labels}"
-    counts = np.bincount(source.labels)
-    shown = ", ".join(f"{number}: {count}" for number, count in enumerate(counts[:10]))
-    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
-    return f"{what}, {len(counts)} classes; images of each: {shown}{more}"
+    return OpenedData(stream, class_names, source)
 
 
 def _warn_of_odd_classes(source: ImageSource) -> None:
@@ -113,6 +117,21 @@ def _warn_of_odd_classes(source: ImageSource) -> None:
             f"{len(source)} images are in {classes} class{'es' * (classes > 1)}: classes come from a dataset.json, "
             "from sub-folders, or from file names up to the first _ (see --labels); without any, leave out --class_cond"
         )
+
+
+def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:
+    """Compare the classes of the data with those of the files that the run starts from; returns their names.
+
+    :raises UserError: see `require_same`.
+    """
+    names = source.class_names
+    for flag, file in settings.sources.items():
+        allowed = settings.section(TrainConfig).allow_other_classes
+        warning = require_same(file.class_names, source.class_names, f"--{flag} {file.path}", source.data_dir, allowed)
+        if warning and flag == "teacher_model_path":        # of the other flags the loop warns, which resumes
+            logger.warn(warning)
+        names = names or file.class_names
+    return names
 
 
 def open_stream(start: int, references: int, rank: int, world_size: int, **options: Any) -> Any:
