@@ -39,10 +39,10 @@ class LineProgress(tqdm):
         """Lines follow each other."""
 
     def close(self) -> None:
-        """Write the last line, unless the progress is to leave nothing."""
+        """Write the last line if all is done, unless the progress is to leave nothing."""
         if self.disable:
             return
-        if self.leave:
+        if self.leave and (self.total is None or self.n >= self.total):    # not of work that an error has ended
             self._write_line()
         self.disable = True
         # As the library's own `close` does, which writes a carriage return besides.

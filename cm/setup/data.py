@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, augmented
@@ -125,7 +126,8 @@ def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:
     :raises UserError: see `require_same`.
     """
     names = source.class_names
-    for flag, file in settings.sources.items():
+    files = {flag: file for flag, file in settings.sources.items() if isinstance(file, WeightsFile)}
+    for flag, file in files.items():
         allowed = settings.section(TrainConfig).allow_other_classes
         warning = require_same(file.class_names, source.class_names, f"--{flag} {file.path}", source.data_dir, allowed)
         if warning and flag == "teacher_model_path":        # of the other flags the loop warns, which resumes
