@@ -20,6 +20,8 @@ from functools import cache
 from typing import Any
 
 from cm.checkpoints import serialization
+from cm.data import class_names
+from cm.data.class_names import ClassNames
 from cm.errors import UserError
 from cm.io import storage, untrusted
 from cm.io.atomic import PARTIAL, written_for
@@ -74,6 +76,7 @@ class Checkpoint:
     files: dict[str, dict[str, int]]            # file name -> {"size": bytes, "crc32": checksum}
     seconds: float = 0.0                        # that the run has trained so far, over all its starts
     origin: str = ""                            # the --resume PATH that the run began from, if there was one
+    class_names: ClassNames = ()                # which class each number is; empty where that is not known
 
     @property
     def manifest(self) -> str:
@@ -124,10 +127,11 @@ class Checkpoint:
 
 def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
-    seconds: float = 0.0, origin: str = "",
+    seconds: float = 0.0, origin: str = "", classes: ClassNames = (),
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
+    :param classes: the names of the classes that the network knows, where it knows any.
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
@@ -144,7 +148,8 @@ def save(
             file = file_name(name, step)
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
-        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
+        names = class_names.worth_keeping(classes)
+        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin, names)
         checkpoint.write_manifest()
         if not is_remote:
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
@@ -176,6 +181,7 @@ def read(path: str) -> Checkpoint:
         checkpoint = Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
+            class_names.checked(content.get("class_names", ())),
         )
         _check_whole(content, checkpoint.step, path)
         return checkpoint

@@ -245,6 +245,10 @@ class TrainConfig:
         "auto", "auto: resume from the newest checkpoint of the run; never: refuse a folder with a checkpoint; or the "
         "path of a checkpoint to resume from: its manifest, one of its files, or its folder"
     )
+    allow_other_classes: bool = option(
+        False, "go on from a checkpoint or a teacher, with a warning, although its list of classes is not that of the "
+        "data, so that class numbers change their meaning; without this flag it is refused"
+    )
 
 
 @dataclass(frozen=True)
@@ -406,7 +410,10 @@ class SampleConfig:
         "determ", "determ, determ-indiv: an image depends only on seed and index; dummy: use torch's global generator",
         choices=("determ", "determ-indiv", "dummy"),
     )
-    class_label: int = option(-1, "generate only this class; -1: random classes", minimum=-1)
+    class_label: str = option(
+        "-1", "generate only these classes: a number or a name, or several with commas, such as cat,dog; -1: random "
+        "classes"
+    )
     clip_denoised: bool = option(True, "clamp denoised images to [-1, 1] in every step")
     s_churn: float = option(0.0, "amount of stochastic churn, for heun, euler, dpm and ablation", minimum=0)
     s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)
