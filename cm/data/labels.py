@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from cm.io import untrusted
+from cm.io.budget import Budget, parse_json
 
 LABEL_FILE = "dataset.json"
-LABEL_BYTES = 4096                                                  # of dataset.json for each image
 MAX_CLASSES = 1_000_000
 
 
-def label_bytes(images: int) -> int:
-    """The largest size of a dataset.json, in bytes, that is read for so many images."""
-    return 2**20 + LABEL_BYTES * images
+def label_budget(images: int) -> Budget:
+    """What a dataset.json may hold for so many images."""
+    return Budget(2**20 + 4096 * images, 2**20 + 64 * images, 10)
 
 
 RULES = ("auto", "folders", "names")
@@ -43,7 +43,7 @@ def labels_of_names(names: list[str], rule: str = "auto") -> tuple[np.ndarray | 
 def labels_of_json(text: bytes, names: list[str]) -> tuple[np.ndarray | None, str]:
     """Classes from the `dataset.json` of EDM and StyleGAN: int64 [N] and "", or None and the reason."""
     try:
-        pairs = untrusted.parse_json(text)["labels"]
+        pairs = parse_json(text, label_budget(len(names)))["labels"]
         table = None if pairs is None else {str(name): label for name, label in pairs}
     except (ValueError, KeyError, TypeError) as error:
         return None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}"

@@ -314,7 +314,8 @@ def test_folders_hold_pipes_devices_and_links_to_themselves(tmp_path, little_mem
     assert [source.name(i) for i in range(len(source))] == ["a_0.png", "b_0.png", "c_0.png"]
     np.testing.assert_array_equal(source.image(0), PIXELS[0])
     for i in (1, 2):
-        refused(lambda path, i=i: source.image(i), tmp_path, "is no regular file. Replace or remove it")
+        message = "is a (named pipe|device), where a file is expected.*Replace or remove it"
+        refused(lambda path, i=i: source.image(i), tmp_path, message)
 
 
 def test_files_and_labels_of_absurd_size(tmp_path, little_memory, monkeypatch):
@@ -421,7 +422,7 @@ MANIFESTS = {
     "infinite step": (json.dumps(GOOD | {"step": 1e999}), "is not a manifest"),
     "files in a list": (json.dumps(GOOD | {"files": ["model000010.pt"]}), "is not a manifest"),
     "sizes in words": (json.dumps(GOOD | {"files": {"model000010.pt": {"size": "1", "crc32": 1}}}), "no size"),
-    "long number": ('{"step": ' + "9" * 6000 + "}", "Exceeds the limit"),
+    "long number": ('{"step": ' + "9" * 6000 + "}", "has 6,000 digits"),
     "a number": ("5", "is not a manifest"),
     "bytes": ("\udcff\udcfe", "is not a manifest"),
 }
