@@ -71,22 +71,17 @@ def _check_legacy(stream: IO[bytes], size: int) -> int:
 
 
 def check_extent(content: Any, file_bytes: int) -> None:
-    """Refuse views that repeat their values very often, of which a copy would take all memory, and values that are
-    not in the file: torch makes room for them, and leaves in it what was there.
+    """Refuse views that repeat their values very often: a copy of such a tensor would take all memory.
 
-    :raises ValueError: if the tensors are much larger than the file they come from, or have no place in it.
+    :raises ValueError: if the tensors are much larger than the file they come from.
     """
-    total, seen, waiting, storages = 0, set(), [content], {}
+    total, seen, waiting = 0, set(), [content]
     while waiting:
         item = waiting.pop()
         if isinstance(item, Tensor):
             total += item.numel() * item.element_size()
-            if item.numel():
-                storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
             seen.add(id(item))
             waiting.extend(item.values() if isinstance(item, Mapping) else item)
     if total > SHARED * file_bytes:
         raise ValueError(f"its tensors would take {total:,} bytes, the file has only {file_bytes:,}")
-    if sum(storages.values()) > file_bytes:
-        raise ValueError(f"its tensors hold {sum(storages.values()):,} bytes, the file has only {file_bytes:,}")

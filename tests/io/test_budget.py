@@ -33,6 +33,7 @@ def test_a_file_is_measured_before_it_is_read(tmp_path, monkeypatch):
     assert read_text(path, Budget(10, 4)) == "a,b\nc\ufffd,d\n"
     with pytest.raises(ValueError, match="3 cells"):
         read_text(path, Budget(10, 3))
+    path.write_bytes(bytes(10))
     monkeypatch.setattr(budget, "read_file", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match="9 bytes"):
         read_bytes(path, Budget(9))

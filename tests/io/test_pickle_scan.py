@@ -17,8 +17,8 @@ class Kept:
         self.inner = [1, 2, {3: (4, 5)}]
 
 
-HONEST = [None, 3.5, "x", [1, [2, [3]]], {"a": (1, 2, 3), "b": {1, 2}}, frozenset({1}), bytes(300), bytearray(9), Kept(),
-          OrderedDict(a=1), np.arange(5), 2**70, list(range(3000))]
+HONEST = [None, 3.5, "x", [1, [2, [3]]], {"a": (1, 2, 3), "b": {1, 2}}, frozenset({1}), bytes(300), bytearray(9),
+          Kept(), OrderedDict(a=1), np.arange(5), 2**70, list(range(3000))]
 
 
 @pytest.mark.parametrize("protocol", range(6))

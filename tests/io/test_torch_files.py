@@ -1,4 +1,4 @@
-"""Files by torch.save, within bounds: what they say of their values must be in them, and match its checksums."""
+"""Files by torch.save, within bounds: what they say of their size, and whether they match their checksums."""
 
 import io
 import zipfile
@@ -41,26 +41,6 @@ def test_shared_values_are_no_enlargement():
     values = th.arange(1000.0)
     loaded = load(saved({"x": values, "y": values.view(10, 100), "z": values[5:50]}))
     assert loaded["x"].data_ptr() == loaded["y"].data_ptr()
-
-
-def enlarged(data, name="data.pkl"):
-    """The file with tensors [600] that claim to be [60000] in the same bytes, for which torch would make room."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        pickled = next(archive.read(each) for each in archive.namelist() if each.endswith(name))
-        members = {each: archive.read(each) for each in archive.namelist()}
-    old, new = b"K\x00M\x58\x02\x85", b"K\x00M\x60\xea\x85"             # offset 0, size (600,) -> (60000,)
-    assert old in pickled
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for each, content in members.items():
-            archive.writestr(each, content.replace(old, new) if each.endswith(name) else content)
-    return out.getvalue()
-
-
-def test_values_that_are_not_in_the_file_are_refused():
-    big = {"a": th.arange(600.0), "b": th.zeros(60000)}
-    with pytest.raises(ValueError, match="tensors (hold|would take) .* bytes, the file has only"):
-        load(enlarged(saved(big)))
 
 
 def test_a_repeated_view_is_refused():

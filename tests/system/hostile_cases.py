@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch as th
+from torch._utils import _rebuild_tensor_v2
 
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
@@ -26,7 +27,8 @@ from cm.errors import UserError
 from cm.generate import edit_tasks
 from cm.generate.png import PngFolder
 from cm.generate.score_store import open_score_store
-from cm.logging.writers import CSVOutput, JSONOutput
+from cm.logging.csv_rows import CSVWriter
+from cm.logging.json_lines import JSONWriter
 from cm.networks import noisy_classifier
 from cm.report.page import page
 from cm.report.run_records import read_run
@@ -115,6 +117,16 @@ def classifier(folder, **changes):
     return folder / "x.pt"
 
 
+def enlarged(state):
+    """A tensor of a billion numbers in the storage of three, for which torch would make room."""
+    state["_parameters"]["bomb"] = Enlarged()
+
+
+class Enlarged:
+    def __reduce__(self):
+        return _rebuild_tensor_v2, (th.ones(3).storage(), 0, (10**9,), (1,), False, {})
+
+
 def mnist_bomb(folder):
     count = 4 * GIB // 784
     header = struct.pack(">iiii", 0x803, count, 28, 28)
@@ -133,6 +145,7 @@ ATTACKS = {
     "EDM pickle: tuple in tuple as a key": (written("x.pkl", bombs.nested_key()), inherited),
     "EDM pickle: large memo": (written("x.pkl", bombs.large_memo()), inherited),
     "EDM pickle: shared modules": (edm_with(shared_modules), inherited),
+    "EDM pickle: numbers that are not there": (edm_with(enlarged), inherited),
     "EDM pickle: inner archive": (edm_with(inner_zip), inherited),
     "weights: tuple in tuple as a key": (written("x.pt", bombs.torch_zip(bombs.nested_key())), dist.load_state_dict),
     "older weights: tuple in tuple as a key": (written("x.pt", bombs.nested_key()), dist.load_state_dict),
@@ -140,7 +153,8 @@ ATTACKS = {
     "weights: swelling archive": (
         written("x.pt", lambda: bombs.swelling_zip([f"a/{i}" for i in range(10)], 200)), dist.load_state_dict),
     "Inception's weights: swelling archive": (
-        written("x.pth", lambda: bombs.swelling_zip([f"a/{i}" for i in range(10)], 200)), lambda path: read_tensors(str(path))),
+        written("x.pth", lambda: bombs.swelling_zip([f"a/{i}" for i in range(10)], 200)),
+        lambda path: read_tensors(str(path))),
     "safetensors: overlapping names": (written("x.safetensors", bombs.overlapping_tensors),
                                        lambda path: safetensor_files.read(str(path))),
     "safetensors: header of empty lists": (
@@ -182,8 +196,8 @@ ATTACKS = {
     "report: many cells": (
         lambda folder: written("progress.csv", lambda: b"a," * 16_000_000 + b"\n")(folder).parent, rendered),
     "log: sparse": (lambda folder: bombs.sparse(folder / "progress.csv", GIB),
-                    lambda path: CSVOutput(path).drop_after(1)),
-    "JSON log: sparse": (lambda folder: bombs.sparse(folder / "progress.json", 3 * GIB), JSONOutput),
+                    lambda path: CSVWriter(path).drop_after(1)),
+    "JSON log: sparse": (lambda folder: bombs.sparse(folder / "progress.json", 3 * GIB), JSONWriter),
     "sidecar: sparse": (lambda folder: bombs.sparse(folder / "x.ts.json", 3 * GIB),
                         lambda path: read_preprocessing(str(path)[:-5])),
     "config: sparse": (lambda folder: bombs.sparse(folder / "x.yaml", 3 * GIB),
@@ -223,8 +237,8 @@ PIPES = {
     "npz of a batch": ("x.npz", BatchFile),
     "mask": ("x.npy", lambda path: edit_tasks.read_mask(path, 8)),
     "search state": ("x.json", lambda path: open_score_store(path, {})),
-    "log": ("progress.csv", lambda path: CSVOutput(Path(path)).drop_after(1)),
-    "JSON log": ("progress.json", lambda path: JSONOutput(Path(path))),
+    "log": ("progress.csv", lambda path: CSVWriter(Path(path)).drop_after(1)),
+    "JSON log": ("progress.json", lambda path: JSONWriter(Path(path))),
     "report": ("progress.csv", lambda path: read_run(os.path.dirname(path))),
     "best.json": ("best.json", lambda path: weights_in(os.path.dirname(path), "model_path")),
     "sampling.json": ("sampling.json", lambda path: PngFolder(os.path.dirname(path), False).claim({"a": 1})),
