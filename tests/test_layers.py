@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors", "types", "tensors"],
     ["registry"],
-    ["io", "random_util", "report"],
-    ["diffusion", "distributed"],
+    ["io", "random_util"],
+    ["diffusion", "distributed", "report"],
     ["networks", "data", "config", "logging"],
     ["samplers", "checkpoints"],
     ["objectives", "evaluations"],

@@ -18,17 +18,20 @@ KERNEL = 9                                                  # weights of a 3x3 c
 
 
 def least_parameters(flags: Mapping[str, Any]) -> int:
-    """A lower bound on the parameters of the network of `flags`, names as in `cm.networks.build.NetworkConfig`.
+    """A lower bound on the parameters of the network of `flags`, called as in `cm.networks.build.NetworkConfig`.
 
     Level l, w_l channels wide, has R residual blocks on the way down and R + 1 on the way up, and in each of them a 3x3
-    convolution of w_l to w_l channels. The embedding is 4 C wide, and has two layers and a row for each class.
+    convolution of w_l to w_l channels. The embedding is 4 C wide, and has two layers and a row for each class. The
+    first and the last convolution are those of the images.
     """
     channels = flags["num_channels"]
     mults = parse_channel_mult(flags["channel_mult"], flags["image_size"])
-    squares = sum(max(1, int(mult * channels)) ** 2 for mult in mults)
+    widths = [max(1, int(mult * channels)) for mult in mults]
+    squares = sum(width**2 for width in widths)
     classes = flags["num_classes"] if flags["class_cond"] else 0
     blocks = 2 * flags["num_res_blocks"] + 1
-    return KERNEL * blocks * squares + 16 * channels**2 + (classes + flags["augment_dim"]) * channels
+    images = 2 * KERNEL * flags.get("channels", 3) * widths[0]
+    return KERNEL * blocks * squares + images + 16 * channels**2 + (classes + flags["augment_dim"]) * channels
 
 
 def demand_held(flags: Mapping[str, Any], file_bytes: int, source: str) -> None:

@@ -266,7 +266,7 @@ def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no complete folder of diffusers: {error}") from None
     if pipeline != PIPELINE or config.get("_class_name") != UNET:
-        raise UserError(f"{folder} holds a {shown(pipeline)} with a {shown(config.get('_class_name'))}, not a "
+        raise UserError(f"{folder} holds a {str(pipeline)[:100]} with a {str(config.get('_class_name'))[:100]}, not a "
                         f"{PIPELINE} with a {UNET}")
     for name in WEIGHTS:
         if os.path.exists(os.path.join(folder, "unet", name)):
@@ -284,6 +284,8 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
 
     for name in ("sample_size", "layers_per_block"):
         count(name)
+    if "in_channels" in config:
+        count("in_channels")
     for name in ("num_class_embeds", "attention_head_dim"):
         count(name, may_be_none=True)
     widths, downs = config.get("block_out_channels"), config.get("down_block_types")
@@ -307,7 +309,7 @@ def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     updown = config.get("downsample_type", "conv") == "resnet"
     legal = (WITH_ATTENTION["down"], PLAIN["down", updown])
     if strange := [kind for kind in downs if kind not in legal]:
-        raise UserError(f"{folder} has blocks of kind {shown(strange[0])}; this toolkit has {' and '.join(legal)}")
+        raise UserError(f"{folder} has blocks of kind {str(strange[0])[:100]}; this toolkit has {' and '.join(legal)}")
     classes, head = config.get("num_class_embeds"), config.get("attention_head_dim")
     return {
         "arch": "unet",
