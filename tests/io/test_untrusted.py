@@ -449,10 +449,10 @@ def test_a_search_state_or_labels_nested_without_end(tmp_path):
 
 def test_a_log_that_a_power_cut_filled_with_zeros_is_gone_on_with(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"step,loss\n1,2\n2,3\n" + bytes(400))
-    CSVWriter(tmp_path / "x.csv").writekvs({"step": 3, "loss": 4})
+    CSVWriter(tmp_path / "x.csv").scalars(3, {"step": 3, "loss": 4})
     assert (tmp_path / "x.csv").read_text() == "step,loss\n1,2\n2,3\n3,4\n"
     (tmp_path / "x.json").write_bytes(b'{"step": 1}\n{"step": 2}\n' + bytes(400))
-    JSONWriter(tmp_path / "x.json").writekvs({"step": 3})
+    JSONWriter(tmp_path / "x.json").scalars(3, {"step": 3})
     assert (tmp_path / "x.json").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 

@@ -4,6 +4,8 @@
 """
 
 import argparse
+import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -39,7 +41,8 @@ def main() -> int:
             place = Path(tempfile.mkdtemp(dir=kept))
             path = reader.prepare(place)
             try:
-                counts[name] += feed(reader, path, max(1, int(ROUND * reader.share)), seed)
+                with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+                    counts[name] += feed(reader, path, max(1, int(ROUND * reader.share)), seed)
             except Exception:                               # its file is the smallest that was found, and stays
                 counts[name]["failed"] += 1
                 print(f"{name}, seed {seed}: {path}\n{traceback.format_exc(limit=-6)}", flush=True)
