@@ -11,6 +11,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 from hypothesis import strategies as st
+from torch import nn
 
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
@@ -26,7 +27,8 @@ from cm.setup.sample import inherit_model, load_model
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_weights import read_tensors
 from evaluations.features.preprocessing import read_preprocessing
-from evaluations.features.torchscript import check_archive, is_torchscript
+from evaluations.features.torchscript import save_torchscript
+from evaluations.features.torchscript_tensors import check_archive, is_torchscript, read_extra, read_module_tensors
 from support import bombs, edm_pickles
 from support.published_sets import cifar10, cifar_batch, mnist
 from support.weights import TINY, tiny
@@ -34,6 +36,7 @@ from system.fuzz_readers import (
     CSV,
     IMAGES,
     LABELS,
+    PLAIN,
     PNG,
     READERS,
     SIDE,
@@ -42,6 +45,7 @@ from system.fuzz_readers import (
     Reader,
     damaged,
     damaged_inside,
+    members_of,
     other_values,
     render,
     torch_file,
@@ -107,7 +111,10 @@ def damaged_pages(draw, data, page=4096):
 @st.composite
 def edited_manifest(draw, content):
     """A manifest with other flags and a right checksum, as somebody may have written it on purpose."""
-    edited = {**content, "config": json.loads(draw(other_values(content["config"])))}
+    names = draw(st.lists(st.sampled_from(sorted(content["config"])), min_size=1, max_size=2, unique=True))
+    values = {name: draw(PLAIN | st.integers(-1, 64) | st.sampled_from([10**8, 10**12, "1,1", "1,2", "8,4"]))
+              for name in names}
+    edited = {**content, "config": {**content["config"], **values}}
     edited.pop(manifest.CHECKSUM)
     edited[manifest.CHECKSUM] = manifest.checksum(edited)
     return json.dumps(edited).encode()
@@ -148,6 +155,13 @@ def read_raw(path):
             assert str(error) or type(error), error
 
 
+def read_script(path):
+    if is_torchscript(path):
+        check_archive(path)
+        read_extra(path, "extractor.json")
+        read_module_tensors(path)
+
+
 def read_pictures(path):
     folder = PngFolder(os.path.dirname(path), False)
     folder.missing(range(5))
@@ -182,7 +196,8 @@ DATABASE = made(write_database, "data.mdb")["data.mdb"]
 GRAPH = b"".join(bombs.filled_constant(name, 4) for name in (b"a", b"bc", b"d"))
 SIDECAR = {"name": "x", "resize": {"side": 224, "mode": "bicubic", "antialias": True}, "range": [0, 1],
            "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-SCRIPT = {"x/constants.pkl": b"N.", "x/extra/extractor.json": b'{"name": "x", "resize": "none"}', "x/version": b"3\n"}
+SCRIPT = members_of(made(lambda folder: save_torchscript(nn.Linear(3, 2), str(folder / "x"), "x", "none"))["x"])
+TREE = next(name for name in SCRIPT if name.endswith("data.pkl"))
 RECIPE = {"weights": {"size": 3, "crc32": 4}, "classifier": None, "steps": 40, "sampler": "heun"}
 BEST = {"metric": "FID", "step": 10, "value": 3.5, "file": "best/ema_0.9_000010.pt", "settings": {"num_samples": 50}}
 CONFIG = {"training_mode": "edm", "image_size": 64, "total_training_steps": 1000, "data_dir": "x", "lr": 0.1}
@@ -234,8 +249,8 @@ READERS |= {
         lambda labels: zipped({**IMAGES, "dataset.json": labels})) | damaged_inside(IMAGES), zipped(IMAGES)),
     "graph": Reader("x.pb", read_constants, damaged([GRAPH]), GRAPH),
     "sidecar": json_reader("x.ts.json", SIDECAR, lambda path: read_preprocessing(path[:-5])),
-    "archive of TorchScript": Reader("x.ts", lambda path: is_torchscript(path) and check_archive(path),
-                                     damaged([zipped(SCRIPT)]) | damaged_inside(SCRIPT), zipped(SCRIPT)),
+    "TorchScript": Reader("x.ts", read_script, damaged([zipped(SCRIPT)]) | damaged_inside(SCRIPT) | damaged_operations(
+        SCRIPT[TREE]).map(lambda tree: zipped({**SCRIPT, TREE: tree})), zipped(SCRIPT)),
     "sampling.json": json_reader("sampling.json", RECIPE,
                                  lambda path: PngFolder(os.path.dirname(path), False).claim(RECIPE)),
     "picture of a seed": Reader("000003.png", read_pictures, damaged([PNG]) | damaged([PNG]).map(with_checksums), PNG),

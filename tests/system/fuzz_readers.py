@@ -281,7 +281,8 @@ READERS = {
     "weights without manifest": Reader("x.pt", read_bare_weights, TORCH, LEGACY_STATE),
     "weights of guided-diffusion": Reader("x.pt", read_guided_weights, damaged([torch_file(GUIDED)]) | damaged_inside(
         members_of(torch_file(GUIDED)), zipfile.ZIP_STORED), torch_file(GUIDED)),
-    "manifest": Reader("checkpoint_000010.json", read_manifest, *damaged_json(MANIFEST), {"model000010.pt": bytes(200_000)}),
+    "manifest": Reader("checkpoint_000010.json", read_manifest, *damaged_json(MANIFEST),
+                       {"model000010.pt": bytes(200_000)}),
     "search state": Reader("x.json", lambda path: open_score_store(path, {"steps": 40}), *damaged_json(LEDGER)),
     "config": Reader("x.yaml", read_config, damaged([CONFIG]) | YAML | other_values(yaml.safe_load(CONFIG)), CONFIG),
     "report of a csv": Reader("progress.csv", render, damaged([CSV]), CSV),

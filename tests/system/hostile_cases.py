@@ -37,7 +37,7 @@ from evaluations.engine.readers import BatchFile
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_weights import read_tensors
 from evaluations.features.preprocessing import read_preprocessing
-from evaluations.features.torchscript import load_torchscript
+from evaluations.features.torchscript import open_module
 from support import bombs, edm_pickles
 from support.nets import plain_state_dict
 from support.weights import TINY, tiny
@@ -190,7 +190,7 @@ ATTACKS = {
         lambda path: read_constants(str(path))),
     "TorchScript: a text that swells": (
         written("x.ts", lambda: bombs.swelling_zip(["x/extra/extractor.json"], 250, **{"x/constants.pkl": b"N."})),
-        lambda path: load_torchscript(str(path), "cpu")),
+        lambda path: open_module(str(path), "cpu", False)),
     "report: a sparse log": (lambda folder: bombs.sparse(folder / "progress.csv", GIB, b"step,loss\n1,2\n").parent,
                              rendered),
     "report: many cells": (
@@ -247,7 +247,7 @@ PIPES = {
     "CIFAR-10": ("cifar-10-python.tar.gz", open_raw),
     "lmdb": ("x_lmdb/data.mdb", lambda path: open_raw(os.path.dirname(path))),
     "graph": ("x.pb", read_constants),
-    "TorchScript": ("x.ts", lambda path: load_torchscript(path, "cpu")),
+    "TorchScript": ("x.ts", lambda path: open_module(path, "cpu", False)),
     "Inception's weights": ("x.pth", read_tensors),
     "sidecar": ("x.ts.json", lambda path: read_preprocessing(path[:-5])),
 }
