@@ -57,10 +57,13 @@ def read_module_tensors(path: str) -> dict[str, Tensor]:
     """
     with _opened(path) as archive:
         storages: dict[str, Tensor] = {}
-        sizes = [math.prod(place.shape) * place.dtype.itemsize for _, place in _places(archive)]
-        if sum(sizes) > SHARED * os.path.getsize(path):     # each is copied out of its storage
-            raise ValueError(f"its tensors would take {sum(sizes):,} bytes")
-        return {name: _tensor(archive, place, storages) for name, place in _places(archive)}
+        tensors, total = {}, 0
+        for name, place in _places(archive):
+            tensors[name] = _tensor(archive, place, storages)
+            total += tensors[name].nbytes
+            if total > SHARED * os.path.getsize(path):      # each is copied out of its storage, which many may share
+                raise ValueError(f"its tensors would take more than {total:,} bytes")
+        return tensors
 
 
 def read_extra(path: str, name: str) -> bytes:
