@@ -1,6 +1,7 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
+# make fuzz: damaged files to every reader, MINUTES=10 of it.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo demo-clean test test-slow soak lint types install browser clean
+.PHONY: demo demo-clean test test-slow soak fuzz lint types install browser clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +36,10 @@ test-slow: install
 # Not a part of `test`, which runs it for half a minute: the longer, the more moments are struck.
 soak: install
 	$(BIN)/python tests/system/soak.py --minutes $(MINUTES)
+
+# Nor is this; the tests feed a few files to each reader.
+fuzz: install
+	$(BIN)/python tests/system/fuzz.py --minutes $(MINUTES)
 
 lint: install types
 	$(BIN)/python -m ruff check .

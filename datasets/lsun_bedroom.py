@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from cm.data.decode import centre_crop, decode
-from cm.data.raw import open_database
+from cm.data.lmdb_file import LmdbFile
 from cm.errors import UserError
 from cm.generate.grids import save_picture
 from cm.io import atomic, storage
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if os.sep in args.prefix:
         raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
     check_outputs([Output("OUT", args.out, "folder")], {"LMDB": args.lmdb})
-    database = open_database(args.lmdb)
+    database = LmdbFile(args.lmdb)
     storage.make_folder(args.out)
     atomic.remove_old_temporaries(args.out)
     count = export(database, args.out, args.image_size, args.prefix, args.workers)
@@ -68,13 +68,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def export(database: Any, out: Path, image_size: int, prefix: str, workers: int) -> Counter:
+def export(database: LmdbFile, out: Path, image_size: int, prefix: str, workers: int) -> Counter:
     """Write all images; returns how many are written, were there, and are unreadable, each of which is named."""
     count: Counter = Counter()
     entries = read_entries(database, out, prefix)
     with (
         ThreadPoolExecutor(workers) as pool,                        # Pillow releases Python's lock
-        progress(title="exporting", total=database.stat()["entries"], unit="image") as bar,
+        progress(title="exporting", total=len(database), unit="image") as bar,
     ):
         while chunk := list(islice(entries, 16 * workers)):
             for outcome, complaint in pool.map(lambda entry: convert(entry, image_size), chunk):
@@ -85,13 +85,13 @@ def export(database: Any, out: Path, image_size: int, prefix: str, workers: int)
     return count
 
 
-def read_entries(database: Any, out: Path, prefix: str) -> Iterator[Entry]:
+def read_entries(database: LmdbFile, out: Path, prefix: str) -> Iterator[Entry]:
     """All entries in the order of their keys; unreadable ones keep their number."""
     there = {file.name for file in os.scandir(out)}
-    with database.begin(buffers=True) as transaction:               # data that is not needed is not read
-        for i, (key, data) in enumerate(transaction.cursor()):
-            path = out / f"{prefix}_{i:07d}.png"
-            yield Entry(bytes(key).decode(errors="replace"), path, b"" if path.name in there else bytes(data))
+    for i, entry in enumerate(database.entries()):
+        path = out / f"{prefix}_{i:07d}.png"
+        data = b"" if path.name in there else database.value(entry)         # data that is not needed is not read
+        yield Entry(entry.key.decode(errors="replace"), path, data)
 
 
 def convert(entry: Entry, image_size: int) -> tuple[str, str]:

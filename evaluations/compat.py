@@ -25,6 +25,7 @@ from torch import Tensor
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.budget import open_regular
 from cm.io.progress import progress
 from evaluations.defaults import BATCH_SIZE, SPLIT_SIZE
 from evaluations.engine.readers import BatchFile
@@ -237,7 +238,7 @@ class MemoryNpzArrayReader(NpzArrayReader):
     @classmethod
     def load(cls, path: str | os.PathLike[str], arr_name: str) -> MemoryNpzArrayReader:
         """The array `arr_name` of an npz file."""
-        with open(path, "rb") as file, untrusted.open_zip(file) as archive:
+        with open_regular(path) as file, untrusted.open_zip(file) as archive:
             return cls(untrusted.read_member_array(archive, arr_name))
 
     def read_batch(self, batch_size: int) -> NDArray[Any] | None:
@@ -259,7 +260,7 @@ def open_npz_array(path: str | os.PathLike[str], arr_name: str) -> Iterator[NpzA
     """
     with contextlib.ExitStack() as opened:
         try:
-            file = opened.enter_context(open(path, "rb"))
+            file = opened.enter_context(open_regular(path))
             archive = opened.enter_context(untrusted.open_zip(file))
             member, size = opened.enter_context(untrusted.open_member(archive, f"{arr_name}.npy"))
             header = untrusted.read_header(member, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from cm.checkpoints import manifest
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import storage, terminal
+from cm.io import budget, storage, terminal
 from cm.io.atomic import PARTIAL
 from cm.logging import logger
 from cm.registry import lookup
@@ -170,5 +169,4 @@ def _best_step(log_dir: str) -> int | None:
     path = os.path.join(log_dir, BEST)
     if not os.path.exists(path):
         return None
-    with open(path) as file:
-        return int(json.load(file)["step"])
+    return int(budget.read_json(path, budget.SETTINGS)["step"])

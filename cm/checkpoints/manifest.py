@@ -23,13 +23,12 @@ from cm.checkpoints import serialization
 from cm.data import class_names
 from cm.data.class_names import ClassNames
 from cm.errors import UserError
-from cm.io import storage, untrusted
+from cm.io import budget, storage, untrusted
 from cm.io.atomic import PARTIAL, written_for
 from cm.logging import logger
 
 FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
 CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
-MANIFEST_BYTES = 16 * 2**20                     # the largest that is read
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
 WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
@@ -176,7 +175,7 @@ def read(path: str) -> Checkpoint:
     """
     try:
         with storage.open_file(path) as file:
-            content = untrusted.parse_json(untrusted.read_file(file, MANIFEST_BYTES))
+            content = budget.parse_json(budget.read_file(file, budget.MANIFEST.bytes), budget.MANIFEST)
         _check_files(content["files"])
         checkpoint = Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),

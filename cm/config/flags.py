@@ -22,10 +22,9 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from cm.config import plugins, presets
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
-from cm.io.untrusted import read_file, shown
+from cm.io.budget import SETTINGS, read_bytes
+from cm.io.untrusted import shown
 from cm.registry import added
-
-CONFIG_BYTES = 2**20                            # the largest config file that is read
 
 Section = TypeVar("Section")
 
@@ -333,8 +332,9 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     """
     path = presets.find(path)
     try:
-        with open(path, "rb") as file:
-            content = parse_flat(read_file(file, CONFIG_BYTES))
+        content = parse_flat(read_bytes(path, SETTINGS))
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
     except FileNotFoundError as error:
         raise UserError(f"--config {path}: {error.strerror}{presets.suggestion(path)}") from None
     except OSError as error:

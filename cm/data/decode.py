@@ -7,9 +7,11 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cm.io.budget import PICTURE
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")      # by content; PIL runs a program for EPS
-IMAGE_BYTES = 512 * 2**20                                           # largest file of an image
+IMAGE_BYTES = PICTURE.bytes                                         # largest file of an image
 MODES = {1: "L", 3: "RGB"}                                          # channels of pictures -> their mode in PIL
 MAX_ASPECT = 100                                                    # resizing a strip would need unbounded memory
 

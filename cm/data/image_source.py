@@ -13,7 +13,7 @@ from PIL import Image
 
 from cm.data.class_names import ClassNames
 from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, images_among, why_unreadable
-from cm.data.labels import LABEL_FILE, Labels, label_bytes, labels_of_json, labels_of_names
+from cm.data.labels import LABEL_FILE, Labels, label_budget, labels_of_json, labels_of_names
 from cm.errors import UserError
 from cm.io import untrusted
 
@@ -135,7 +135,7 @@ class EncodedSource(ImageSource):
         self._names = names
         if LABEL_FILE in files:
             try:
-                text = self.read(LABEL_FILE, label_bytes(len(names)))
+                text = self.read(LABEL_FILE, label_budget(len(names)).bytes)
             except untrusted.DAMAGE as error:
                 raise UserError(f"{data_dir}: {LABEL_FILE} cannot be read: {error}") from None
             self.take_labels(labels_of_json(text, names))

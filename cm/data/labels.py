@@ -8,15 +8,15 @@ import numpy as np
 
 from cm.data.class_names import ClassNames, checked
 from cm.io import untrusted
+from cm.io.budget import Budget, parse_json
 
 LABEL_FILE = "dataset.json"
-LABEL_BYTES = 4096                                                  # of dataset.json for each image
 MAX_CLASSES = 1_000_000
 
 
-def label_bytes(images: int) -> int:
-    """The largest size of a dataset.json, in bytes, that is read for so many images."""
-    return 2**20 + LABEL_BYTES * images
+def label_budget(images: int) -> Budget:
+    """What a dataset.json may hold for so many images."""
+    return Budget(2**20 + 4096 * images, 2**20 + 64 * images, 10)
 
 
 RULES = ("auto", "folders", "names")
@@ -60,7 +60,7 @@ def _numbered(classes: list[str], origin: str) -> Labels:
 def labels_of_json(text: bytes, names: list[str]) -> Labels:
     """Classes from the `dataset.json` of EDM and StyleGAN, which may also list their names under "class_names"."""
     try:
-        content = untrusted.parse_json(text)
+        content = parse_json(text, label_budget(len(names)))
         pairs, classes = content["labels"], content.get("class_names") or []
         table = None if pairs is None else {str(name): label for name, label in pairs}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

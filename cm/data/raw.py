@@ -7,14 +7,15 @@ Shapes: N images, H height, W width.
 from __future__ import annotations
 
 import gzip
-import json
+import io
 import math
 import pickle
 import tarfile
 import zlib
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 from PIL import Image
@@ -22,9 +23,13 @@ from PIL import Image
 from cm.data.class_names import ClassNames
 from cm.data.decode import decode
 from cm.data.image_source import EncodedSource
-from cm.data.labels import LABEL_FILE
+from cm.data.labels import LABEL_FILE, label_budget
+from cm.data.lmdb_file import LmdbFile
 from cm.data.sources import open_source
 from cm.errors import UserError
+from cm.io.budget import ARCHIVE, INFLATED, PICKLE, Meter, open_regular, parse_json, read_file
+from cm.io.pickle_scan import scan
+from cm.io.untrusted import BOMB_RATIO
 
 CIFAR_FOLDER = "cifar-10-batches-py"
 CIFAR_BATCHES = 5
@@ -109,33 +114,27 @@ class EncodedFiles:
 
 
 class Database:
-    """The images of an LSUN category, in the order of their keys.
-
-    The database is closed after reading the keys, and opened again for the first image: a process must not use an
-    lmdb database that was open when the process was forked.
-    """
+    """The images of an LSUN category, in the order of their keys; each process opens the file for itself."""
 
     labels: list[Any] | None = None
     class_names: ClassNames = ()
 
     def __init__(self, path: Path, limit: int | None):
         self.path = path
-        self._handle: Any = None                                    # opened by the process that reads images
-        with open_database(path) as database, database.begin() as transaction:
-            self.keys = list(islice(transaction.cursor().iternext(keys=True, values=False), limit))
+        self._file: LmdbFile | None = None                          # opened by the process that reads images
+        self.entries = list(islice(LmdbFile(path).entries(), limit))
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.entries)
 
     def name(self, i: int) -> str:
         """The number and the key of the entry."""
-        return f"entry {i} ({self.keys[i].decode(errors='replace')})"
+        return f"entry {i} ({self.entries[i].key.decode(errors='replace')})"
 
     def image(self, i: int) -> Image.Image:
         """Image i in RGB or grey (mode L)."""
-        self._handle = self._handle or open_database(self.path)
-        with self._handle.begin(buffers=True) as transaction:
-            return decode(bytes(transaction.get(self.keys[i])), keep_gray=True)
+        self._file = self._file or LmdbFile(self.path)
+        return decode(self._file.value(self.entries[i]), keep_gray=True)
 
 
 def open_raw(source: str, limit: int | None = None) -> RawImages:
@@ -183,11 +182,14 @@ def _existing(path: Path) -> Path:
 def _json_labels(source: EncodedSource, names: list[str]) -> list[Any] | None:
     """The labels that a dataset.json gives, of any kind; None unless every image has one."""
     try:
-        pairs = json.loads(source.read(LABEL_FILE))["labels"] or []
+        limits = label_budget(len(names))
+        pairs = parse_json(source.read(LABEL_FILE, limits.bytes), limits)["labels"] or []
         table = {str(name): label for name, label in pairs}
-    except (OSError, KeyError):                                     # no such file or member, or no labels in it
+    except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except KeyError:                                                # no such member, or no labels in it
+        return None
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{source.data_dir}: {LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error}"
         ) from None
@@ -212,26 +214,48 @@ def _open_cifar10(path: Path) -> Arrays:
 
     :raises UserError: if the archive is damaged or is not CIFAR-10, or its pickles hold more than plain arrays.
     """
-    images, labels = [], []
+    wanted = [f"{CIFAR_FOLDER}/data_batch_{batch}" for batch in range(1, CIFAR_BATCHES + 1)]
+    found: dict[str, tuple[np.ndarray, list[int]]] = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            for batch in range(1, CIFAR_BATCHES + 1):
-                member = f"{CIFAR_FOLDER}/data_batch_{batch}"
-                file = archive.extractfile(member)
-                if file is None:
-                    raise KeyError(f"{member} is not a file")
-                pixels, classes = _cifar_batch(file)
-                images.append(pixels)
-                labels += classes
+        with open_regular(path) as packed, gzip.open(packed) as unpacked:
+            stream, meter = _Metered(cast(IO[bytes], unpacked)), Meter(ARCHIVE)
+            with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as archive:
+                while len(found) < CIFAR_BATCHES and (member := archive.next()):
+                    meter.spend()
+                    file = archive.extractfile(member) if member.name in wanted else None
+                    if file:
+                        found[member.name] = _cifar_batch(read_file(file, PICKLE.bytes))
+        if missing := [name for name in wanted if name not in found]:
+            raise KeyError(f"{missing[0]} is missing")
+    except UserError:
+        raise
     except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError, pickle.UnpicklingError, ValueError, TypeError,
             IndexError, AttributeError) as error:
         raise UserError(f"{path} is not cifar-10-python.tar.gz, or the download is not complete: {error}") from None
-    return Arrays(path.name, np.concatenate(images), labels)
+    images, labels = zip(*(found[name] for name in wanted))
+    return Arrays(path.name, np.concatenate(images), [label for batch in labels for label in batch])
 
 
-def _cifar_batch(file: IO[bytes]) -> tuple[np.ndarray, list[int]]:
+class _Metered:
+    """A stream that unpacks no more than the budget of an archive."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.meter = file, Meter(replace(ARCHIVE, nodes=ARCHIVE.bytes))
+
+    def read(self, size: int) -> bytes:
+        """As of a file.
+
+        :raises ValueError: if it becomes too much.
+        """
+        data = self.file.read(min(size, ARCHIVE.bytes))
+        self.meter.spend(size=len(data))
+        return data
+
+
+def _cifar_batch(pickled: bytes) -> tuple[np.ndarray, list[int]]:
     """uint8 [n,32,32,3] and n classes of one batch."""
-    content = _PlainUnpickler(file, encoding="latin1").load()
+    scan(io.BytesIO(pickled))
+    content = _PlainUnpickler(io.BytesIO(pickled), encoding="latin1").load()
     data, labels = content["data"].array(), content["labels"]       # [n,3072]: planes of red, green, blue
     if data.shape != (len(labels), 3 * CIFAR_SIDE**2) or not all(type(label) is int and label >= 0 for label in labels):
         raise ValueError(f"a batch has pixels {list(data.shape)} and {len(labels)} labels")
@@ -307,35 +331,17 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
     :raises UserError: if it is anything else, or damaged.
     """
     try:
-        data = gzip.decompress(path.read_bytes())
+        with open_regular(path) as packed, gzip.open(packed) as file:
+            limit = max(INFLATED.bytes, BOMB_RATIO * path.stat().st_size)
+            header = file.read(4 + 4 * axes)
+            is_idx = header[:4] == bytes([0, 0, IDX_UINT8, axes]) and len(header) == 4 + 4 * axes
+            shape = np.frombuffer(header[4:], ">u4").tolist() if is_idx else []
+            size = math.prod(shape)
+            if size > limit:
+                raise UserError(f"{path} would swell to {size:,} bytes, which no images of that file size do")
+            data = file.read(size + 1) if is_idx else b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no gzip file, or the download is not complete: {error}") from None
-    header = 4 + 4 * axes
-    is_idx = data[:4] == bytes([0, 0, IDX_UINT8, axes]) and len(data) >= header
-    shape = np.frombuffer(data[4:header], ">i4").tolist() if is_idx else []
-    if not is_idx or len(data) != header + math.prod(shape):
+    if not is_idx or len(data) != size:
         raise UserError(f"{path} is not an idx file of bytes with {axes} axes, or it is cut short")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
-# ---- LSUN ----
-
-
-def open_database(path: Path) -> Any:
-    """Open an lmdb database for reading only, without a lock file, because the folder may be on a read-only disk.
-
-    :raises UserError: if lmdb is not installed, or there is no such database, or it is empty.
-    """
-    try:
-        import lmdb
-    except ImportError:
-        raise UserError("reading LSUN's databases needs the package lmdb: pip install lmdb") from None
-    if not (path / "data.mdb").exists():
-        raise UserError(f"{path} is no lmdb folder: there is no {path / 'data.mdb'}")
-    try:
-        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise UserError(f"{path} cannot be opened as an lmdb database: {error}; is the download complete?") from None
-    if not database.stat()["entries"]:
-        raise UserError(f"{path} is empty")
-    return database
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cm.distributed.launchers import launcher_size
 from cm.errors import UserError
-from cm.io import storage, untrusted
+from cm.io import storage, torch_files
 
 Result = TypeVar("Result")
 
@@ -26,15 +26,22 @@ MESSAGE_BYTES = 256 * 2**20
 """Bytes of the largest single broadcast: this bounds the copies that messages need, not what can be sent."""
 READ_BYTES = 2**20
 """Bytes of a file that are read at a time."""
-SHARED = 8
-"""How many times larger than their file tensors may be, as tied weights share their bytes in it."""
 CPU = th.device("cpu")
+
+
 LOOKALIKES = {
     b"<!doctype html": "it is a web page, not the file that a link on it leads to",
     b"<html": "it is a web page, not the file that a link on it leads to",
     b"<?xml": "it is an XML text, perhaps a server's error message",
     b"version https://git-lfs": "it is a git-LFS pointer: `git lfs pull` fetches the file it stands for",
 }
+
+
+class Content(mmap.mmap):
+    """The bytes of a file in memory, with the methods of a file that zipfile asks for."""
+
+    def seekable(self) -> bool:
+        return True
 
 
 def ranks() -> int:
@@ -199,24 +206,20 @@ def _portable(error: Exception | None) -> Exception | None:
 
 
 def load_state_dict(
-    path: str | os.PathLike, map_location: Any = "cpu", expected: Mapping[str, int] | None = None
+    path: str | os.PathLike, map_location: Any = "cpu", expected: Mapping[str, int] | None = None, verify: bool = False,
 ) -> Any:
     """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. No code in it is executed.
 
     :param path: a local path, or a URL that blobfile knows (gs://, az://, https://...blob.core.windows.net).
     :param expected: see `read_everywhere`.
+    :param verify: where nothing is expected, compare the parts of the file with the checksums that it holds itself.
     :raises FileNotFoundError: on every rank, if rank 0 does not find it.
     :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
     """
     content = read_everywhere(path, expected)
     stream = cast(IO[bytes], content)               # an mmap has the methods of a file, but not the type
     try:
-        if content[:4] == b"PK\3\4":
-            untrusted.open_zip(stream)              # torch would unpack a zip bomb
-            content.seek(0)
-        loaded = th.load(stream, map_location=map_location, weights_only=True)
-        _check_extent(loaded, len(content))
-        return loaded
+        return torch_files.load(stream, len(content), map_location, verify and expected is None)
     except th.OutOfMemoryError:
         raise
     except Exception as error:                      # damaged or forged pickles and archives raise many kinds
@@ -225,23 +228,6 @@ def load_state_dict(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
             "tensors and plain values only; if it should be one, fetch or write it again"
         ) from error
-
-
-def _check_extent(content: Any, file_bytes: int) -> None:
-    """Refuse views that repeat their values very often: a copy of such a tensor would take all memory.
-
-    :raises ValueError: if the tensors are much larger than the file they come from.
-    """
-    total, seen, waiting = 0, set(), [content]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Tensor):
-            total += item.numel() * item.element_size()
-        elif isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            waiting.extend(item.values() if isinstance(item, Mapping) else item)
-    if total > SHARED * file_bytes:
-        raise ValueError(f"its tensors would take {total:,} bytes, the file has only {file_bytes:,}")
 
 
 def _kind_of(content: mmap.mmap) -> str:
@@ -264,7 +250,7 @@ def read_everywhere(path: str | os.PathLike, expected: Mapping[str, int] | None 
         return len(read[0])
 
     size = on_main(read_here)
-    content = read[0] if read else mmap.mmap(-1, size)
+    content = read[0] if read else Content(-1, size)
     if ranks() > 1:
         for part in th.frombuffer(content, dtype=th.uint8).split(MESSAGE_BYTES):
             dist.broadcast(part, 0)
@@ -279,7 +265,7 @@ def _read(path: str | os.PathLike, expected: Mapping[str, int] | None) -> mmap.m
             raise UserError(f"{path} is empty")
         if expected is not None and size != expected["size"]:
             raise _mismatch(path, f"{size:,} bytes long", f"{expected['size']:,} bytes")
-        content = mmap.mmap(-1, size)
+        content = Content(-1, size)
         while content.tell() < size and (part := source.read(min(READ_BYTES, size - content.tell()))):
             content.write(part)
             if expected is not None:

@@ -39,7 +39,7 @@ from cm.generate.editing import (
 from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, no_images, noise_of
 from cm.generate.finite import finite_images
 from cm.generate.npz import to_array
-from cm.io import untrusted
+from cm.io import budget, untrusted
 from cm.io.storage import open_file
 from cm.registry import lookup
 from cm.samplers import Churn, CountingDenoiser
@@ -270,7 +270,7 @@ def read_mask(path: str, size: int) -> np.ndarray:
     """[S,S] boolean, True where known."""
     try:
         with open_file(path) as file:
-            data = untrusted.read_file(file, IMAGE_BYTES)
+            data = budget.read_file(file, IMAGE_BYTES)
         if path.lower().endswith(".npy"):
             mask = untrusted.read_array(io.BytesIO(data), len(data))
         else:

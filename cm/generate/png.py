@@ -7,7 +7,7 @@ to them, says how the images were made: a folder never holds images of two kinds
 from __future__ import annotations
 
 import json
-import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +21,12 @@ from cm.data.class_names import CLASS_NAMES, ClassNames
 from cm.data.labels import LABEL_FILE
 from cm.errors import UserError
 from cm.generate.grids import save_picture, to_picture
-from cm.io import atomic, storage
+from cm.io import atomic, budget, storage, untrusted
 
 RECIPE = "sampling.json"
 PER_FOLDER = 1000
+PNG_START = b"\x89PNG\r\n\x1a\n"
+CHUNK_FRAME = 12                                # bytes of a chunk besides its content: length, name, checksum
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 ENCODERS = 2                                    # threads; zlib releases Python's lock
 WAITING = 256                                   # images that may wait for an encoder
@@ -56,24 +58,22 @@ class PngFolder:
             for folder in (self.outdir, *(entry for entry in self.outdir.iterdir() if entry.is_dir())):
                 atomic.remove_old_temporaries(folder)
             if path.exists():
-                return self.compare(json.loads(path.read_text()), wanted)
+                return self.compare(_read_recipe(path), wanted)
             if stranger := next(self.outdir.rglob("*.png"), None):
                 raise UserError(f"--outdir {self.outdir} holds images, such as {stranger}, and no {RECIPE} that says "
                                 "how they were made: choose another --outdir")
             storage.write_json(path, wanted)
         except OSError as error:
             raise UserError(f"--outdir {self.outdir}: {atomic.write_failure(path, error)}") from None
-        except json.JSONDecodeError:
-            raise UserError(f"{path} is damaged, so it is not known how the images next to it were made: "
-                            "choose another --outdir") from None
 
     def compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """:raises UserError: naming the first value in which two recipes differ."""
         for name in {**wanted, **found}:
             if found.get(name) != wanted.get(name):
+                word, before = name[:100], untrusted.shown(found.get(name))
                 raise UserError(
-                    f"--outdir {self.outdir} holds images made with {name}={found.get(name)!r}, and this run has "
-                    f"{name}={wanted.get(name)!r}: choose another --outdir, or the same model and flags to resume"
+                    f"--outdir {self.outdir} holds images made with {word}={before}, and this run has "
+                    f"{word}={wanted.get(name)!r}: choose another --outdir, or the same model and flags to resume"
                 )
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
@@ -134,6 +134,21 @@ class PngWriter:
             self._waiting.popleft().result()
 
 
+def _read_recipe(path: Path) -> Mapping[str, Any]:
+    """:raises UserError: if the file holds no recipe."""
+    try:
+        recipe = budget.read_json(path, budget.SETTINGS)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}), so it is not known how the images next to it were made: "
+                        "choose another --outdir") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is damaged (it holds a {type(recipe).__name__}, not an object), so it is not known "
+                        "how the images next to it were made: choose another --outdir")
+    return recipe
+
+
 def _write_png(path: Path, image: np.ndarray) -> None:
     """Write an image, [H,W,C] uint8.
 
@@ -144,10 +159,22 @@ def _write_png(path: Path, image: np.ndarray) -> None:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether there is a PNG with its last byte: after a power cut a file may exist without its content."""
+    """Whether there is a PNG all of whose chunks match their checksums: a power cut may leave a file without its
+    content, and a disk may change a part of it.
+
+    :raises UserError: if something other than a file is there.
+    """
     try:
-        with path.open("rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:                                                 # no file, or a shorter one
+        data = budget.read_bytes(path, budget.PICTURE)
+    except UserError:
+        raise
+    except (OSError, ValueError):                                   # no file, or one that is too large
         return False
+    place, end = len(PNG_START), len(data)
+    while place + CHUNK_FRAME <= end:
+        size = int.from_bytes(data[place : place + 4], "big")
+        stop = place + CHUNK_FRAME + size
+        if stop > end or zlib.crc32(data[place + 4 : stop - 4]) != int.from_bytes(data[stop - 4 : stop], "big"):
+            return False
+        place = stop
+    return place == end and data.startswith(PNG_START) and data.endswith(PNG_END)

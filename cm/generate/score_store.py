@@ -10,11 +10,9 @@ from typing import Any
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import untrusted
+from cm.io import budget, untrusted
 from cm.io.storage import write_json
 from cm.logging import logger
-
-STATE_BYTES = 64 * 2**20                                            # the largest file of scores that is read
 
 
 @dataclass
@@ -53,8 +51,7 @@ def open_score_store(path: str, conditions: Mapping[str, Any]) -> ScoreStore:
     if not os.path.exists(path):
         return ScoreStore(path, dict(conditions))
     try:
-        with open(path, "rb") as file:
-            content = untrusted.parse_json(untrusted.read_file(file, STATE_BYTES))
+        content = budget.read_json(path, budget.SCORES)
         stored, scores = dict(content["conditions"]), {name: float(score) for name, score in content["scores"].items()}
         store = ScoreStore(path, stored, scores, int(content["network_evaluations"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import IO, Any, BinaryIO, cast
 
 from cm.errors import UserError
-from cm.io import atomic
+from cm.io import atomic, budget
 
 RETRIES = 12
 """Attempts at a request that an object store answers with an error, with pauses that double up to a minute."""
@@ -62,10 +62,10 @@ def open_file(path: str, mode: str = "rb", *, random_access: bool = False) -> Bi
 
     :param random_access: read from any place in it; an object store's file is then fetched to this machine first.
     :raises OSError: for a local path, as `open`.
-    :raises UserError: for a URL that cannot be opened.
+    :raises UserError: for a URL that cannot be opened, and for a pipe, a device or a folder that is to be read.
     """
     if not is_remote(path):
-        return cast(BinaryIO, open(path, mode))
+        return budget.open_regular(path) if mode == "rb" else cast(BinaryIO, open(path, mode))
     with _store(path, "opened") as blobfile:
         if random_access:
             return blobfile.BlobFile(path, mode, streaming=False)

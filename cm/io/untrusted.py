@@ -1,4 +1,4 @@
-"""Files from anybody: JSON, zip archives and arrays that may be damaged, or made to do harm.
+"""Files from anybody: zip archives and arrays that may be damaged, or made to do harm.
 
 What a file says of its own size is believed only as far as its bytes can bear it out, so the memory that reading takes
 is bounded by what lies on the disk. Nothing in a file is ever executed: arrays hold plain numbers and text.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
-import os
 import stat
 import zipfile
 import zlib
@@ -19,12 +17,13 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from cm.io.budget import CHUNK_BYTES, INFLATED
+
 INFLATION = 1032
 """Bytes that a byte of deflate can stand for at most (RFC 1951: a match of 258 bytes takes two bits)."""
-BOMB_BYTES, BOMB_RATIO = 256 * 2**20, 100
-"""A member larger than the one is refused if packing made it smaller than by the other; pixels shrink far less."""
+BOMB_RATIO = 100
+"""A member beyond the budget is refused if packing made it smaller by more than that; pixels shrink far less."""
 HEADER_BYTES = 2**16                                        # more than any npy header of one array has
-CHUNK_BYTES = 2**20                                         # read at once
 
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -32,40 +31,6 @@ HEADER_READERS = {
 }
 DAMAGE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 """What the readers below raise for a bad file, and nothing else."""
-
-
-def parse_json(text: bytes | str) -> Any:
-    """What a JSON text says.
-
-    :raises ValueError: if it is none, or nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def read_file(file: IO[bytes], limit: int) -> bytes:
-    """The whole content of an open file.
-
-    :raises ValueError: if it has more than `limit` bytes.
-    """
-    parts, size = [], 0
-    while part := file.read(CHUNK_BYTES):                   # all that is asked for is set aside, even for a short file
-        parts.append(part)
-        size += len(part)
-        if size > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
-    return b"".join(parts)
-
-
-def demand_regular(path: str) -> None:
-    """Reading a pipe or a device would wait, or go on, for ever.
-
-    :raises OSError: if there is nothing at this local path, or something other than a file.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is no regular file")
 
 
 # --- zip archives ----------------------------------------------------------------------------------------------------
@@ -88,6 +53,8 @@ def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
         problem = rejection_reason(info, size)
         if problem:
             raise zipfile.BadZipFile(f"its member {shown(info.filename)} {problem}")
+    if sum(info.compress_size for info in archive.infolist()) > size:
+        raise zipfile.BadZipFile("its members overlap")
     return archive
 
 
@@ -104,7 +71,7 @@ def rejection_reason(info: zipfile.ZipInfo, archive_bytes: int) -> str:
     most = info.compress_size if info.compress_type == zipfile.ZIP_STORED else INFLATION * info.compress_size + 64
     if info.compress_size > archive_bytes or info.file_size > most:
         return f"claims {info.file_size:,} bytes, more than the archive can hold"
-    if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
+    if info.file_size > INFLATED.bytes and info.file_size > BOMB_RATIO * info.compress_size:
         return f"would swell from {info.compress_size:,} to {info.file_size:,} bytes; pack it again without compression"
     return ""
 

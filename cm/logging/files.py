@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cm.io import storage
+from cm.errors import UserError
+from cm.io import budget, storage
 
 
 def append(path: Path, content: str | bytes) -> None:
@@ -37,9 +38,16 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def readable_text(path: Path) -> str:
-    """The text of a file, without the zeros that a power cut can leave at its end."""
-    with path.open(newline="", errors="replace") as file:
-        return file.read().replace("\0", "")
+    """The text of a file, without the zeros that a power cut can leave at its end.
+
+    :raises UserError: if it is no file, or larger than a log that is read may be.
+    """
+    try:
+        return budget.read_text(path, budget.LOG).replace("\0", "")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is no log of a run ({error}); move it away to continue without it") from None
 
 
 def is_after(row: Mapping[str, Any], step: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cm.io import untrusted
+from cm.io import budget
 from cm.logging.files import append, is_after, readable_text, replace_file
 from cm.logging.writers import Row, Writer
 
@@ -79,7 +79,7 @@ def _as_json(row: Row) -> str:
 def _parsed(line: str) -> dict[str, Any] | None:
     """The row on a line of JSON; None if there is none."""
     try:
-        row = untrusted.parse_json(line)
+        row = budget.parse_json(line, budget.LOG)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch as th
 from torch import Tensor, nn
 
 from cm.diffusion.preconditioning import EDMPrecond
@@ -95,6 +96,15 @@ def from_content(content: Any, path: str) -> NoisyClassifier:
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no classifier of noisy images; make one with classifier_train.py --noised True")
-    model = NoisyClassifier(NoisyClassifierConfig(**content["config"]))
-    model.load_state_dict(content["weights"])
+    try:
+        config, weights = NoisyClassifierConfig(**content["config"]), content["weights"]
+        if config.depth * len(config.channel_mult) > len(weights):          # each block has several tensors
+            raise ValueError(f"{config.depth} blocks on {len(config.channel_mult)} levels in {len(weights)} tensors")
+        with th.device("meta"):                             # what it describes must not need more than the file holds
+            model = NoisyClassifier(config)
+        model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    except (UserError, TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError,
+            AssertionError) as error:
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise UserError(f"{path} is a damaged classifier of noisy images ({reason}); fetch or make it again") from None
     return model.eval().requires_grad_(False)

@@ -10,6 +10,8 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.errors import UserError
+from cm.io import torch_files
+from cm.io.budget import open_regular
 from cm.io.downloads import DOWNLOAD_ERRORS, WeightFile, download, path_of, where_files_go
 from cm.io.torchvision_shim import import_torchvision
 
@@ -116,7 +118,8 @@ def layer_weights() -> list[Tensor]:
 def load(file: WeightFile) -> Any:
     path = path_of(file)
     try:
-        return th.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as stream:
+            return torch_files.load(stream, os.path.getsize(path))
     except Exception as error:                                      # readers of archives and pickles raise many kinds
         reason = (str(error) or repr(error)).splitlines()[0]
         raise broken(file, f"{os.path.getsize(path)} bytes, {reason}") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -20,10 +19,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cm.errors import UserError
+from cm.io import budget
 
-SUMMARY_BYTES = 2**20                                               # a larger JSON file is no summary
 OWN_FILES = re.compile(r"(config|best|checkpoint_\d+|progress.*|.*_state)\.json")
 STEP = "step"
+LARGEST_STEP = 1e15                                                 # up to it, floats can count
+LARGEST, SMALLEST = 1e100, 1e-100                                   # values that can be drawn, but for 0
 MUST_BE_FINITE = ("loss", "grad_norm")                              # columns where nan or inf is a problem
 
 
@@ -76,7 +77,7 @@ def read_run(directory: str) -> RunRecord:
         run.best = _read_json(path / "best.json", problems, "the best checkpoint is not known")
     run.grids = _read_grids(path / "samples", problems)
     for file in sorted(path.glob("*.json")):
-        if not OWN_FILES.fullmatch(file.name) and file.stat().st_size <= SUMMARY_BYTES:
+        if not OWN_FILES.fullmatch(file.name) and file.is_file() and file.stat().st_size <= budget.SETTINGS.bytes:
             run.summaries[file.name] = _read_json(file, problems, "its content is not shown")
     return run
 
@@ -92,9 +93,11 @@ def _read_log(path: Path, problems: list[str]) -> Sequence[Mapping[str, Any]]:
     for name, read in (("progress.csv", _csv_rows), ("progress.json", _json_rows)):
         if (path / name).exists():
             try:
-                text = (path / name).read_text(encoding="utf-8", errors="replace")
-            except OSError as error:
-                raise UserError(f"cannot read {path / name}: {error.strerror}") from None
+                text = budget.read_text(path / name, budget.LOG)
+            except UserError:
+                raise
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {path / name}: {getattr(error, 'strerror', None) or error}") from None
             rows: list[Mapping[str, Any]] = list(read(text, name, problems))
             if not rows:
                 raise UserError(f"{path / name} has no row yet: the run has not logged a step")
@@ -129,8 +132,8 @@ def _json_rows(text: str, name: str, problems: list[str]) -> Iterator[dict[str, 
     bad = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = budget.parse_json(line)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             yield row
@@ -146,6 +149,7 @@ class _Columns:
 
     values: dict[str, dict[float, float]] = field(default_factory=dict)     # {step: value}
     not_numbers: Counter[str] = field(default_factory=Counter)              # how many cells are no number
+    too_large: Counter[str] = field(default_factory=Counter)                # how many cells no axis can hold
     not_finite: dict[str, list[float]] = field(default_factory=dict)        # steps
 
     def add(self, column: str, step: float, cell: Any) -> None:
@@ -153,8 +157,10 @@ class _Columns:
         value = _as_number(cell)
         if value is None:
             self.not_numbers[column] += cell not in ("", None)
+        elif math.isfinite(value) and abs(value) > LARGEST:
+            self.too_large[column] += 1
         elif math.isfinite(value):
-            self.values.setdefault(column, {})[step] = value
+            self.values.setdefault(column, {})[step] = value if abs(value) >= SMALLEST else 0.0
         elif column in MUST_BE_FINITE:
             self.not_finite.setdefault(column, []).append(step)
 
@@ -163,6 +169,8 @@ class _Columns:
         counts = [(column, count) for column, count in self.not_numbers.items() if count]
         return [
             *(f"column {column!r}: {count} cell(s) are no number" for column, count in counts),
+            *(f"column {column!r}: {count} cell(s) beyond {LARGEST:g}, left out" for column, count in
+              self.too_large.items()),
             *(f"{column} is not finite at {_listed('step', steps)}" for column, steps in self.not_finite.items()),
         ]
 
@@ -175,7 +183,7 @@ def _curves_of(rows: Sequence[Mapping[str, Any]], problems: list[str]) -> dict[s
     columns = _Columns()
     for row in rows:
         step = _as_number(row.get(STEP))
-        if step is None or not math.isfinite(step):
+        if step is None or not abs(step) <= LARGEST_STEP:
             columns.not_numbers[STEP] += 1
             continue
         for column, cell in row.items():
@@ -206,11 +214,11 @@ def _listed(what: str, numbers: Iterable[float], shown: int = 5) -> str:
 def _read_json(path: Path, problems: list[str], consequence: str) -> dict[str, Any]:
     """The object in a JSON file; if there is none, an empty one, and a problem that names the `consequence`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = budget.read_json(path, budget.SETTINGS)
     except FileNotFoundError:
         problems.append(f"no {path.name}: {consequence}")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read ({type(error).__name__}): {consequence}")
         return {}
     if not isinstance(content, dict):
@@ -221,14 +229,15 @@ def _read_json(path: Path, problems: list[str], consequence: str) -> dict[str, A
 
 def _read_grids(folder: Path, problems: list[str]) -> list[Grid]:
     """The pictures, by the step that ends their names: samples_000100.png."""
-    grids = {}
+    grids, meter = {}, budget.Meter(budget.GRIDS)
     for path in sorted(folder.glob("*.png")):
         number = re.search(r"(\d+)$", path.stem)
         if not number:
             problems.append(f"samples/{path.name} names no step, left out")
             continue
         try:
-            png = path.read_bytes()
+            png = budget.read_bytes(path, budget.GRIDS)
+            meter.spend(size=len(png))
             with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
                 size = image.size
                 image.verify()

@@ -13,18 +13,19 @@ from cm.checkpoints import manifest
 from cm.checkpoints.formats import FORMATS, guided_diffusion, openai
 from cm.checkpoints.loading import WeightsFile, format_of, look_at
 from cm.checkpoints.loading import check as check_weights
+from cm.checkpoints.serialization import size_of
 from cm.config.flags import Settings, check, convert, defaults_of
 from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import storage, untrusted
+from cm.io import budget, storage, untrusted
 from cm.logging import logger
 from cm.networks.build import parse_channel_mult, parse_resolutions
+from cm.networks.extent import demand_held
 from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
-BEST_BYTES = 2**20                                          # the largest best.json that is read
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
 """Flags that change no weights and no meaning of them: each run chooses its own."""
@@ -64,6 +65,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     else:
         return _inherit_bare(settings, source, also)
     inherit_flags(settings, known, also, path)
+    held = dist.on_main(storage.size, path) if source.weights is None else size_of(source.weights)
+    demand_held(settings.values, held, path)
     source.training_mode = known.get("training_mode")
     return source
 
@@ -77,17 +80,29 @@ def weights_in(path: str, flag: str) -> str:
         return path
     best = os.path.join(path, "best.json")
     if os.path.exists(best):
-        with open(best, "rb") as file:
-            name = untrusted.parse_json(untrusted.read_file(file, BEST_BYTES)).get("file", "")
-        found = os.path.join(path, str(name))
-        if name and not untrusted.escapes(str(name)) and os.path.exists(found):
-            return found
+        name = _file_of_best(best)
+        if name and not untrusted.escapes(name) and os.path.exists(os.path.join(path, name)):
+            return os.path.join(path, name)
     checkpoint = manifest.newest(path)
     averages = [name for name in checkpoint.names() if name.startswith("ema_")] if checkpoint else []
     if checkpoint is None:
         raise UserError(f"--{flag} {path} is a folder without a complete checkpoint (checkpoint_*.json) and without "
                         "best.json: give a file of weights such as ema_0.9999_600000.pt")
     return checkpoint.path(averages[0] if averages else "model") or path
+
+
+def _file_of_best(path: str) -> str:
+    """What best.json calls the file with the best average; empty if it names none.
+
+    :raises UserError: if it is damaged.
+    """
+    try:
+        return str(dict(budget.read_json(path, budget.SETTINGS)).get("file", ""))
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a file of weights such as ema_0.9999_600000.pt instead "
+                        "of the folder") from None
 
 
 def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:
@@ -100,7 +115,7 @@ def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | No
 
 def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
     """From weights without a manifest, of which names and shapes tell most."""
-    weights = dist.load_state_dict(source.path)
+    weights = dist.load_state_dict(source.path, verify=settings.values.get("verify_weights", True))
     side = settings.values["image_size"] if settings.is_given("image_size") else None
     known = openai.model_flags(weights, source.path, side, settings.values["null_class"])
     known |= openai.published_mode(source.path)
@@ -124,6 +139,7 @@ def inherit_resumed(settings: Settings) -> None:
         found = dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True))
         inherit_flags(settings, UNSAID | found.config, (), resume)
         settings.sources["resume"] = WeightsFile(found.manifest, class_names=found.class_names)
+        demand_held(settings.values, sum(facts["size"] for facts in found.files.values()), found.manifest)
     elif settings.values["resume_checkpoint"]:
         inherit_checkpoint(settings, "resume_checkpoint")
 

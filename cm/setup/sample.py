@@ -262,7 +262,7 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
                             "--classifier_path, made by classifier_train.py --noised True")
         return None
     try:
-        classifier = from_content(dist.load_state_dict(path), path)
+        classifier = from_content(dist.load_state_dict(path, verify=values.get("verify_weights", True)), path)
     except FileNotFoundError:
         raise UserError(f"--classifier_path {path}: no such file") from None
     own = classifier.config

@@ -25,8 +25,12 @@ from numpy.typing import NDArray
 
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.budget import open_regular
 from cm.io.untrusted import DAMAGE, Header
 from evaluations.metrics.arrays import Array
+
+LARGEST_FEATURE = 1e30                                      # squares and sums of them stay far from overflow
+ROUNDING = 1e-4                                             # of the largest value
 
 Scalar = TypeVar("Scalar", str, int)
 
@@ -124,14 +128,18 @@ class BatchFile:
             )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(f"{self.path}: {mu_key} or {sigma_key} is not finite; make the statistics again")
-        return Statistics(mu.astype(np.float64), sigma.astype(np.float64), self._scalar("extractor", str),
+        mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+        if problem := why_no_covariance(mu, sigma):
+            raise UserError(f"{self.path}: {mu_key} and {sigma_key} are no mean and covariance ({problem}); make the "
+                            "statistics again")
+        return Statistics(mu, sigma, self._scalar("extractor", str),
                           self._scalar("num_images", int), self._image_size(), self._scalar("resize", str))
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _archive(self) -> Iterator[zipfile.ZipFile]:
-        with open(self.path, "rb") as file, untrusted.open_zip(file) as archive:
+        with open_regular(self.path) as file, untrusted.open_zip(file) as archive:
             yield archive
 
     def _list_keys(self) -> tuple[str, ...]:
@@ -204,6 +212,25 @@ class BatchFile:
 def as_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[B,H,W,3] as they are, grey ones [B,H,W,1] repeated: what an extractor sees."""
     return images.repeat(3, axis=3) if images.shape[3] == 1 else images
+
+
+def why_no_covariance(mu: Array, sigma: Array) -> str:
+    """What shows that mu [D] and sigma [D,D] are of no features; empty if nothing does.
+
+    Rounding of single precision is allowed for. The bound on a covariance by the variances is Cauchy and Schwarz's.
+    """
+    if max(np.abs(mu).max(initial=0), np.sqrt(np.abs(sigma).max(initial=0))) > LARGEST_FEATURE:
+        return f"values beyond {LARGEST_FEATURE:g}"
+    rounding = ROUNDING * np.abs(sigma).max(initial=0)
+    variances = sigma.diagonal()
+    if variances.min(initial=0) < -rounding:
+        return f"a variance is {variances.min():.3g}"
+    if np.abs(sigma - sigma.T).max(initial=0) > rounding:
+        return "the covariance is not symmetric"
+    deviations = np.sqrt(variances.clip(min=0))
+    if (np.abs(sigma) - np.outer(deviations, deviations)).max(initial=0) > rounding:
+        return "a covariance is larger than its two variances allow"
+    return ""
 
 
 def read_header(member: IO[bytes], size: int, path: str) -> Header:

@@ -8,16 +8,20 @@ TensorProto.dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5; T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cm.errors import UserError
+from cm.io.budget import GRAPH, Meter, read_bytes
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5                # wire types
 FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 DT_FLOAT = 1
+MAX_AXES = 32                                               # of an array of numpy
+VARINT_BITS = 70                                            # of ten bytes, the longest
 
 
 def read_constants(path: str) -> dict[str, NDArray[np.float32]]:
@@ -26,49 +30,58 @@ def read_constants(path: str) -> dict[str, NDArray[np.float32]]:
     :raises UserError: if the file is missing, or is no graph.
     """
     try:
-        with open(path, "rb") as file:
-            graph = memoryview(file.read())
+        graph = memoryview(read_bytes(path, GRAPH))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"the graph {path} cannot be read: {error.strerror}") from None
-    constants = {}
+    except ValueError as error:
+        raise UserError(f"the graph {path} cannot be read: {error}") from None
+    constants, meter = {}, Meter(GRAPH)
     try:
-        for number, node in fields(graph):
+        for number, node in fields(graph, meter):
             if number == 1:
-                name, tensor = read_node(_message(node))
+                name, tensor = read_node(_message(node), meter)
                 if tensor is not None:
                     constants[name] = tensor
-    except (IndexError, ValueError, TypeError) as error:
+    except (IndexError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a TensorFlow graph, or is damaged ({error})") from None
     return constants
 
 
-def read_node(node: memoryview) -> tuple[str, NDArray[np.float32] | None]:
+def read_node(node: memoryview, meter: Meter) -> tuple[str, NDArray[np.float32] | None]:
     """The name of a NodeDef, and its value if it is a float constant."""
     name, op, tensor = "", "", None
-    for number, value in fields(node):
+    for number, value in fields(node, meter):
         if number == 1:
             name = bytes(_message(value)).decode()
         elif number == 2:
             op = bytes(_message(value)).decode()
         elif number == 5:
-            entry = dict(fields(_message(value)))
+            entry = dict(fields(_message(value), meter))
             if bytes(_message(entry[1])) == b"value":
-                tensor = dict(fields(_message(entry[2]))).get(8)
-    return name, read_tensor(_message(tensor)) if op == "Const" and tensor is not None else None
+                tensor = dict(fields(_message(entry[2]), meter)).get(8)
+    return name, read_tensor(_message(tensor), meter) if op == "Const" and tensor is not None else None
 
 
-def read_tensor(tensor: memoryview) -> NDArray[np.float32] | None:
-    """A TensorProto of floats, or None for another type."""
+def read_tensor(tensor: memoryview, meter: Meter) -> NDArray[np.float32] | None:
+    """A TensorProto of floats, or None for another type.
+
+    :param meter: of the values that are not in the file: a single one may stand for many.
+    """
     dtype: int | memoryview | None = None
     shape: tuple[int, ...] = ()
     content: memoryview | None = None
     listed: list[NDArray[np.float32]] = []
-    for number, value in fields(tensor):
+    for number, value in fields(tensor, meter):
         if number == 1:
             dtype = value
         elif number == 2:
-            dims = [dict(fields(_message(dim))).get(1, 0) for key, dim in fields(_message(value)) if key == 2]
-            shape = tuple(dim for dim in dims if isinstance(dim, int))
+            dims = [_message(dim) for key, dim in fields(_message(value), meter) if key == 2]
+            sizes = [dict(fields(dim, meter)).get(1, 0) for dim in dims]
+            shape = tuple(size for size in sizes if isinstance(size, int))
+            if len(shape) > MAX_AXES:
+                raise ValueError(f"a constant has {len(shape)} axes")
         elif number == 4:
             content = _message(value)
         elif number == 5:                                   # packed, or one by one
@@ -76,8 +89,10 @@ def read_tensor(tensor: memoryview) -> NDArray[np.float32] | None:
     if dtype != DT_FLOAT:
         return None
     values = np.frombuffer(content, "<f4") if content is not None else np.concatenate(listed or [np.zeros(1, "<f4")])
-    if len(values) < np.prod(shape, dtype=np.int64):        # the last value stands for all that follow
-        values = np.concatenate([values, np.repeat(values[-1:], np.prod(shape, dtype=np.int64) - len(values))])
+    count = math.prod(shape)
+    if len(values) < count:                                 # the last value stands for all that follow
+        meter.spend(count - len(values))
+        values = np.concatenate([values, np.repeat(values[-1:], count - len(values))])
     return values.reshape(shape).astype(np.float32)         # a copy of its own, which torch may take
 
 
@@ -88,13 +103,14 @@ def _message(value: int | memoryview) -> memoryview:
     return value
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def fields(message: memoryview, meter: Meter) -> Iterator[tuple[int, int | memoryview]]:
     """The fields of a message: number, and an int or the bytes.
 
-    :raises IndexError, ValueError: if it is no message.
+    :raises IndexError, ValueError: if it is no message, or the budget is used up.
     """
     at = 0
     while at < len(message):
+        meter.spend()
         key, at = varint(message, at)
         kind = key & 7
         if kind == VARINT:
@@ -108,7 +124,10 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The integer at a place, and the place behind it."""
+    """The integer at a place, and the place behind it.
+
+    :raises IndexError, ValueError: if none ends there.
+    """
     value = shift = 0
     while True:
         byte = message[at]
@@ -116,3 +135,5 @@ def varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift >= VARINT_BITS:
+            raise ValueError(f"the number before byte {at} has no end")

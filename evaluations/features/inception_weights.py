@@ -7,6 +7,7 @@ frozen graph    TensorFlow's classify_image_graph_def.pb (conv/conv2d_params), r
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.io import torch_files
+from cm.io.budget import open_regular
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_v3 import Conv, InceptionV3
 from evaluations.features.torchscript_tensors import is_torchscript, read_module_tensors
@@ -46,9 +49,12 @@ def read_tensors(path: str) -> Mapping[str, Tensor]:
     if is_torchscript(path):
         return read_module_tensors(path)
     try:
-        state = th.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as stream:
+            state = torch_files.load(stream, os.path.getsize(path))
     except FileNotFoundError:
         raise UserError(f"the weights {path} do not exist") from None
+    except UserError:
+        raise
     except Exception as error:                              # readers of archives and pickles raise many kinds
         reason = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"{path} is neither TorchScript, nor a state dict, nor a graph (.pb): {reason}") from None

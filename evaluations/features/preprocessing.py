@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.io import untrusted
+from cm.io import budget, untrusted
 
 MODES = ("bilinear", "bicubic", "area")
 KEYS = ("name", "resize", "range", "mean", "std")
@@ -91,8 +91,9 @@ def read_preprocessing(path: str) -> Preprocessing | None:
     if not os.path.exists(sidecar):
         return None
     try:
-        with open(sidecar, "rb") as file:
-            content = untrusted.parse_json(file.read())
+        content = budget.read_json(sidecar, budget.SETTINGS)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{sidecar} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -13,6 +13,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from cm.errors import UserError
+from cm.io.budget import GRAPH, read_bytes
 from cm.io.downloads import sha256
 from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features
 from evaluations.features.graph_operations import check_operations
@@ -88,8 +89,9 @@ def read_graph(tf: Any, path: str) -> Any:
     """
     definition = tf.compat.v1.GraphDef()
     try:
-        with open(path, "rb") as file:
-            definition.ParseFromString(file.read())
+        definition.ParseFromString(read_bytes(path, GRAPH))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"the graph {path} cannot be read: {error.strerror}") from None
     except Exception as error:                              # protobuf's DecodeError, whose package is TensorFlow's

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.io import untrusted
 from cm.io.atomic import AtomicFile
+from cm.io.budget import parse_json
 from cm.io.downloads import sha256
 from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
 from evaluations.features.classifier import Classifier, classifier_of
 from evaluations.features.preprocessing import Preprocessing, read_preprocessing
-from evaluations.features.torchscript_tensors import is_torchscript, read_extra, read_module_tensors
+from evaluations.features.torchscript_tensors import check_archive, is_torchscript, read_extra, read_module_tensors
 from evaluations.features.trust import read_program
 
 DESCRIPTION_FILE = "extractor.json"                         # inside a TorchScript archive that this toolkit wrote
@@ -148,6 +149,7 @@ def open_module(path: str, device: th.device | str, trusted: bool) -> tuple[nn.M
         raise UserError(f"the feature extractor {path} does not exist or is no file")
     if not is_torchscript(path):
         raise not_torchscript(path)
+    check_archive(path)
     description = description_in(read_extra(path, DESCRIPTION_FILE), path)
     if description.items() >= CLASSIFIER.items():
         module = classifier_of(read_module_tensors(path), path)
@@ -180,7 +182,7 @@ def not_torchscript(path: str) -> UserError:
 def description_in(text: bytes | str, path: str) -> dict[str, str]:
     """Name and resize, as far as they are said."""
     try:
-        description = untrusted.parse_json(text or "{}")
+        description = parse_json(text or "{}")
     except ValueError as error:
         raise UserError(f"{path}: its {DESCRIPTION_FILE} is not JSON: {error}") from None
     if not isinstance(description, dict) or not all(isinstance(value, str) for value in description.values()):

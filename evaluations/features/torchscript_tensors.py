@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.budget import PICKLE, SETTINGS, open_regular
+from cm.io.pickle_scan import scan
 from cm.io.pickles import Call, Record
+from cm.io.torch_files import SHARED
 
-TREE_BYTES = 64 * 2**20                                     # of the pickle; Inception's has 0.2 MB
 MOST_MODULES, MOST_DIMS = 100_000, 64
 DTYPES = {
     "FloatStorage": th.float32, "DoubleStorage": th.float64, "HalfStorage": th.float16, "BFloat16Storage": th.bfloat16,
@@ -33,7 +36,7 @@ DTYPES = {
 
 def is_torchscript(path: str) -> bool:
     """Whether a file is an archive as torch.jit.save writes it."""
-    with contextlib.suppress(*untrusted.DAMAGE), open(path, "rb") as file:
+    with contextlib.suppress(*untrusted.DAMAGE), open_regular(path) as file:
         return any(name.endswith("/constants.pkl") for name in untrusted.open_zip(file).namelist())
     return False
 
@@ -54,7 +57,13 @@ def read_module_tensors(path: str) -> dict[str, Tensor]:
     """
     with _opened(path) as archive:
         storages: dict[str, Tensor] = {}
-        return {name: _tensor(archive, place, storages) for name, place in _places(archive)}
+        tensors, total = {}, 0
+        for name, place in _places(archive):
+            tensors[name] = _tensor(archive, place, storages)
+            total += tensors[name].nbytes
+            if total > SHARED * os.path.getsize(path):      # each is copied out of its storage, which many may share
+                raise ValueError(f"its tensors would take more than {total:,} bytes")
+        return tensors
 
 
 def read_extra(path: str, name: str) -> bytes:
@@ -64,14 +73,27 @@ def read_extra(path: str, name: str) -> bytes:
     """
     with _opened(path) as archive:
         member = f"{_folder(archive)}extra/{name}"
-        return untrusted.read_member(archive, member, TREE_BYTES) if member in archive.namelist() else b""
+        return untrusted.read_member(archive, member, SETTINGS.bytes) if member in archive.namelist() else b""
+
+
+def check_archive(path: str) -> None:
+    """Look at the whole archive, whoever reads it afterwards.
+
+    :raises UserError: if its text would unpack to much more than a text has, or a part does not match its checksum.
+    """
+    with _opened(path) as archive:
+        for name in archive.namelist():
+            if name.lower().endswith(".json"):
+                untrusted.read_member(archive, name, SETTINGS.bytes)
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {untrusted.shown(damaged)} does not match its checksum; fetch or make it again")
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[zipfile.ZipFile]:
     """The archive; what is wrong with it becomes one error."""
     try:
-        with open(path, "rb") as file, untrusted.open_zip(file) as archive:
+        with open_regular(path) as file, untrusted.open_zip(file) as archive:
             yield archive
     except (UserError, MemoryError):
         raise
@@ -150,7 +172,8 @@ class Reader(pickle.Unpickler):
 
 def _places(archive: zipfile.ZipFile) -> list[tuple[str, Place]]:
     """Names and places of the tensors in the attributes of the module and of those within it."""
-    tree = untrusted.read_member(archive, f"{_folder(archive)}data.pkl", TREE_BYTES)
+    tree = untrusted.read_member(archive, f"{_folder(archive)}data.pkl", PICKLE.bytes)
+    scan(io.BytesIO(tree))
     found, waiting, seen = [], [("", Reader(io.BytesIO(tree)).load())], 0
     while waiting:
         prefix, record = waiting.pop()

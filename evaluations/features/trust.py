@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.budget import SETTINGS, open_regular, read_bytes
 
 FLAG = "--trust_extractor"
-LIST_BYTES = 2**20                                          # the largest list that is read
 LINE = re.compile(r"([0-9a-fA-F]{64})(\s.*)?")
 
 
@@ -29,8 +29,7 @@ def trusted_hashes() -> set[str]:
     """
     path = list_of_hashes()
     try:
-        with open(path, "rb") as file:
-            lines = untrusted.read_file(file, LIST_BYTES).decode(errors="replace").splitlines()
+        lines = read_bytes(path, SETTINGS).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return set()
     except (OSError, ValueError) as error:
@@ -55,7 +54,7 @@ def read_program(path: str, trusted: bool) -> bytes | None:
     """
     if trusted:
         return None
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         content = file.read()
     found = hashlib.sha256(content).hexdigest()
     if found in trusted_hashes():

@@ -359,7 +359,9 @@ def test_warnings_say_when_a_number_is_weak(folder, tmp_path):
     assert any("5 samples are fewer than the 6 feature dimensions" in text for text in result["warnings"])
     assert result["metrics"]["frechet_distance"]["clipped"] < 1e-6
     assert run(folder, metrics=["fid"])["warnings"] == []
-    np.savez(tmp_path / "damaged.npz", mu=np.zeros(DIM), sigma=np.diag([1.0] * (DIM - 1) + [-1]))
+    sigma = np.eye(DIM)
+    sigma[:3, :3] = 1.9 * np.eye(3) - 0.9                   # each pair is possible, and not all three together
+    np.savez(tmp_path / "damaged.npz", mu=np.zeros(DIM), sigma=sigma)
     warnings = run(folder, ref=tmp_path / "damaged.npz", metrics=["fid"])["warnings"]
     assert any("damaged" in text for text in warnings)
 

@@ -167,3 +167,27 @@ def test_grey_images_are_repeated_for_extractors(path, order):
     np.savez(path, np.asarray(IMAGES[..., :1], order=order))
     assert BatchFile(path).image_shape == (*IMAGES.shape[:3], 1)
     assert np.array_equal(np.concatenate(list(BatchFile(path).batches(2))), IMAGES[..., :1].repeat(3, axis=3))
+GOOD = np.cov(np.random.default_rng(0).standard_normal((9, 4)).T)
+NO_STATISTICS = {
+    "negative": (np.zeros(4), -np.eye(4), "a variance is -1"),
+    "not symmetric": (np.zeros(4), GOOD + np.eye(4, k=1), "not symmetric"),
+    "large mean": (np.array([0, 0, 1e300, 0]), GOOD, r"values beyond 1e\+30"),
+    "large covariance": (np.zeros(4), 1e80 * GOOD, r"values beyond 1e\+30"),
+    "no covariance": (np.zeros(4), np.ones((4, 4)) + 4 * (1 - np.eye(4)), "larger than its two variances allow"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATISTICS)
+def test_statistics_that_no_features_have_are_refused(tmp_path, name):
+    mu, sigma, message = NO_STATISTICS[name]
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+    with pytest.raises(UserError, match=f"ref.npz: mu and sigma are no mean and covariance .*{message}"):
+        BatchFile(tmp_path / "ref.npz").statistics()
+
+
+def test_statistics_in_single_precision_are_read(tmp_path):
+    x = np.random.default_rng(1).standard_normal((20, 50)) * np.logspace(-4, 2, 50)     # of less than full rank
+    sigma = np.cov(x.T).astype(np.float32)
+    sigma[3, 7] *= 1 + 1e-6                                 # as sums in another order round
+    np.savez(tmp_path / "ref.npz", mu=x.mean(0).astype(np.float32), sigma=sigma)
+    np.testing.assert_array_equal(BatchFile(tmp_path / "ref.npz").statistics().sigma, sigma)

@@ -314,7 +314,8 @@ def test_folders_hold_pipes_devices_and_links_to_themselves(tmp_path, little_mem
     assert [source.name(i) for i in range(len(source))] == ["a_0.png", "b_0.png", "c_0.png"]
     np.testing.assert_array_equal(source.image(0), PIXELS[0])
     for i in (1, 2):
-        refused(lambda path, i=i: source.image(i), tmp_path, "is no regular file. Replace or remove it")
+        message = "is a (named pipe|device), where a file is expected.*Replace or remove it"
+        refused(lambda path, i=i: source.image(i), tmp_path, message)
 
 
 def test_files_and_labels_of_absurd_size(tmp_path, little_memory, monkeypatch):
@@ -421,7 +422,7 @@ MANIFESTS = {
     "infinite step": (json.dumps(GOOD | {"step": 1e999}), "is not a manifest"),
     "files in a list": (json.dumps(GOOD | {"files": ["model000010.pt"]}), "is not a manifest"),
     "sizes in words": (json.dumps(GOOD | {"files": {"model000010.pt": {"size": "1", "crc32": 1}}}), "no size"),
-    "long number": ('{"step": ' + "9" * 6000 + "}", "Exceeds the limit"),
+    "long number": ('{"step": ' + "9" * 6000 + "}", "has 6,000 digits"),
     "a number": ("5", "is not a manifest"),
     "bytes": ("\udcff\udcfe", "is not a manifest"),
 }
@@ -448,10 +449,10 @@ def test_a_search_state_or_labels_nested_without_end(tmp_path):
 
 def test_a_log_that_a_power_cut_filled_with_zeros_is_gone_on_with(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"step,loss\n1,2\n2,3\n" + bytes(400))
-    CSVWriter(tmp_path / "x.csv").writekvs({"step": 3, "loss": 4})
+    CSVWriter(tmp_path / "x.csv").scalars(3, {"step": 3, "loss": 4})
     assert (tmp_path / "x.csv").read_text() == "step,loss\n1,2\n2,3\n3,4\n"
     (tmp_path / "x.json").write_bytes(b'{"step": 1}\n{"step": 2}\n' + bytes(400))
-    JSONWriter(tmp_path / "x.json").writekvs({"step": 3})
+    JSONWriter(tmp_path / "x.json").scalars(3, {"step": 3})
     assert (tmp_path / "x.json").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 

@@ -116,3 +116,11 @@ def test_a_log_alone_says_what_is_missing(run):
         path.unlink()
     problems = read_run(str(run)).problems
     assert ["no config.json" in problems[0], "--sample_interval -1" in problems[1], len(problems)] == [True, True, 2]
+
+
+def test_values_that_no_axis_holds_are_named_and_left_out(tmp_path):
+    (tmp_path / "progress.csv").write_text("step,fid\n1,1e308\n2,-1e101\n3,5e-324\n1e16,2\n4,7\n")
+    run = read_run(str(tmp_path))
+    assert run.curves["fid"] == [(3, 0.0), (4, 7.0)]
+    assert any("column 'fid': 2 cell(s) beyond 1e+100" in problem for problem in run.problems)
+    assert any("column 'step': 1 cell(s) are no number" in problem for problem in run.problems)

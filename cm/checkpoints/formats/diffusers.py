@@ -8,7 +8,6 @@ Level l of L works at image_size / 2^l, with R residual blocks on the way down a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,10 +16,14 @@ import torch as th
 from torch import Tensor
 
 from cm.checkpoints.formats import safetensor_files
+from cm.checkpoints.serialization import size_of
 from cm.data.class_names import ClassNames, checked
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.budget import SETTINGS, read_json
+from cm.io.untrusted import shown
+from cm.networks.extent import demand_held
 
 PIPELINE, UNET, SCHEDULER = "ConsistencyModelPipeline", "UNet2DModel", "CMStochasticIterativeScheduler"
 VERSION = "0.18.0.dev0"                                             # the first with this pipeline
@@ -223,7 +226,18 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = os.path.join(folder, "unet", file)
     is_pickle = file.endswith(".bin")
     theirs = dist.load_state_dict(path) if is_pickle else safetensor_files.read(path)
+    if not isinstance(theirs, dict) or not all(isinstance(value, Tensor) for value in theirs.values()):
+        raise UserError(f"{path} is no dict of tensors; fetch it again")
     flags = _flags_of(config, folder)
+    demand_held(flags, size_of(theirs), folder)
+    try:
+        return flags, _renamed(theirs, flags)
+    except RuntimeError as error:                                   # parts of other shapes
+        raise UserError(f"{path} does not hold the network of its config.json: {error}") from None
+
+
+def _renamed(theirs: dict[str, Tensor], flags: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights under the names of this toolkit, in float32; those of no known name keep theirs."""
     thirds: dict[str, list[Tensor]] = {}
     weights: dict[str, Tensor] = {}
     for name, (ours, third) in _names_for(flags).items():
@@ -236,7 +250,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             thirds.setdefault(ours, []).append(value)
     weights |= {name: th.cat(parts) for name, parts in thirds.items()} | theirs
     convolutions = (".qkv.weight", ".proj_out.weight")
-    return flags, {
+    return {
         name: (value[..., None, None] if name.endswith(convolutions) and value.ndim == 2 else value).float()
         for name, value in weights.items()
     }
@@ -244,19 +258,22 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     """The network's configuration and the name of its file of weights; for one rank."""
+    def read_object(*place: str) -> dict[str, Any]:
+        content = read_json(os.path.join(folder, *place), SETTINGS)
+        if not isinstance(content, dict):
+            raise ValueError(f"{place[-1]} holds a {type(content).__name__}, not an object")
+        return content
+
     try:
-        with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
-            index = json.load(file)
-            pipeline, id2label = index.get("_class_name"), index.get("id2label")
-        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-        with open(os.path.join(folder, "scheduler", "scheduler_config.json"), encoding="utf-8") as file:
-            scheduler = json.load(file)
-    except (OSError, ValueError, AttributeError) as error:
+        index = read_object("model_index.json")
+        pipeline, id2label = index.get("_class_name"), index.get("id2label")
+        config = read_object("unet", "config.json")
+        scheduler = read_object("scheduler", "scheduler_config.json")
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no complete folder of diffusers: {error}") from None
     if pipeline != PIPELINE or config.get("_class_name") != UNET:
-        raise UserError(f"{folder} holds a {pipeline} with a {config.get('_class_name')}, not a {PIPELINE} with a "
-                        f"{UNET}")
+        raise UserError(f"{folder} holds a {str(pipeline)[:100]} with a {str(config.get('_class_name'))[:100]}, not a "
+                        f"{PIPELINE} with a {UNET}")
     for name in WEIGHTS:
         if os.path.exists(os.path.join(folder, "unet", name)):
             levels = {"sigma_min": scheduler.get("sigma_min", 0.002), "sigma_max": scheduler.get("sigma_max", 80.0)}
@@ -264,17 +281,41 @@ def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     raise UserError(f"{os.path.join(folder, 'unet')} has no weights: none of {', '.join(WEIGHTS)}")
 
 
+def _check_config(config: Mapping[str, Any], folder: str) -> None:
+    """:raises UserError: unless the values that make the network are there and of their types."""
+    def count(name: str, may_be_none: bool = False) -> None:
+        value = config.get(name)
+        if not (type(value) is int and value > 0 or may_be_none and value is None):
+            raise UserError(f"{folder}: {name} is {shown(value)}, not a whole number above 0; fetch config.json again")
+
+    for name in ("sample_size", "layers_per_block"):
+        count(name)
+    if "in_channels" in config:
+        count("in_channels")
+    for name in ("num_class_embeds", "attention_head_dim"):
+        count(name, may_be_none=True)
+    widths, downs = config.get("block_out_channels"), config.get("down_block_types")
+    if not (isinstance(widths, list) and isinstance(downs, list) and 0 < len(widths) == len(downs)
+            and all(type(width) is int and width > 0 for width in widths)):
+        raise UserError(f"{folder}: block_out_channels {shown(widths)} and down_block_types {shown(downs)} do not "
+                        "describe the levels of a network; fetch config.json again")
+    for name in ("sigma_min", "sigma_max"):
+        if type(config[name]) not in (int, float) or not 0 < config[name] < float("inf"):
+            raise UserError(f"{folder}: {name} is {shown(config[name])}, not a number above 0")
+
+
 def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """The flags that make the network of a configuration.
 
     :raises UserError: for a network that the U-Net here cannot be.
     """
+    _check_config(config, folder)
     widths, downs = config["block_out_channels"], config["down_block_types"]
     attention = [level for level, kind in enumerate(downs) if kind == WITH_ATTENTION["down"]]
     updown = config.get("downsample_type", "conv") == "resnet"
     legal = (WITH_ATTENTION["down"], PLAIN["down", updown])
     if strange := [kind for kind in downs if kind not in legal]:
-        raise UserError(f"{folder} has blocks of kind {strange[0]}; this toolkit has {' and '.join(legal)}")
+        raise UserError(f"{folder} has blocks of kind {str(strange[0])[:100]}; this toolkit has {' and '.join(legal)}")
     classes, head = config.get("num_class_embeds"), config.get("attention_head_dim")
     return {
         "arch": "unet",

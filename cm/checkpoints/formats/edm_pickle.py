@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import mmap
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
-import torch as th
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
+from cm.io import pickle_scan, torch_files
+from cm.io.budget import WEIGHTS, Budget, Meter
 from cm.io.pickles import Call, Record
 from cm.networks.edm import SONG, DhariwalConfig, SongConfig
 from cm.registry import lookup
 
 PERSISTENT_VERSION = 6
+MODULES = Budget(0, 50_000, 20)                                     # a node is a module; EDM's largest has 800
 
 
 def _persistent_record(meta: Mapping[str, Any]) -> Record:
@@ -41,6 +44,16 @@ def _persistent_record(meta: Mapping[str, Any]) -> Record:
     return record
 
 
+def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
+    """What `torch._utils._rebuild_tensor_v2` is called with; torch would enlarge a storage that is too short."""
+    if math.prod(size) and min((offset, *size, *stride)) >= 0:
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride))
+        held = storage._untyped_storage.nbytes() // storage._element_size()
+        if last >= held:
+            raise pickle.UnpicklingError(f"a tensor of {last + 1:,} numbers in a storage of {held:,}")
+    return _rebuild_tensor_v2(storage, offset, size, stride, *rest)
+
+
 def _tensor_of_parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
     """What `torch._utils._rebuild_parameter` is called with, as a plain tensor."""
     return data
@@ -48,7 +61,7 @@ def _tensor_of_parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tenso
 
 def _storage_from_bytes(content: bytes) -> Any:
     """The storage of tensors; torch's own function would unpickle these bytes without limits."""
-    return th.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return torch_files.load(io.BytesIO(content), len(content))
 
 
 class NumberType:
@@ -78,7 +91,7 @@ ALLOWED = {
     "torch.nn.modules.container.Sequential": Record,
     "collections.OrderedDict": OrderedDict,
     "dnnlib.util.EasyDict": dict,
-    "torch._utils._rebuild_tensor_v2": Call(_rebuild_tensor_v2),
+    "torch._utils._rebuild_tensor_v2": Call(_tensor),
     "torch._utils._rebuild_parameter": Call(_tensor_of_parameter),
     "torch.storage._load_from_bytes": Call(_storage_from_bytes),
     "numpy.core.multiarray.scalar": Call(_number),
@@ -120,12 +133,16 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
         toolkit does not have.
     """
     try:
-        content = Reader(file).load()
+        pickle_scan.scan(cast(IO[bytes], file), WEIGHTS)
+        file.seek(0)
+        content = Reader(cast(IO[bytes], file)).load()
         net = content.get("ema") if isinstance(content, Mapping) else None
         if not isinstance(net, Record) or not isinstance(_part(net, "_modules", "model"), Record):
             names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise UserError(f"{source} holds no EDM network: it has no 'ema' with a 'model', only {names or 'nothing'}")
-        return _convert(net, source)
+        converted = _convert(net, source)
+        torch_files.check_extent(converted.weights, file.seek(0, io.SEEK_END) or file.tell())
+        return converted
     except UserError:
         raise
     except Exception as error:                              # a damaged or hostile file can lead to any
@@ -145,15 +162,21 @@ def _part(record: Record, kind: str, name: str) -> Any:
     return record.state.get(kind, {}).get(name)
 
 
-def _tensors_of(record: Record, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a module and all within it."""
-    found = {}
-    for kind in ("_parameters", "_buffers"):
-        values = record.state.get(kind, {}).items()
-        found |= {prefix + name: value.detach() for name, value in values if isinstance(value, Tensor)}
-    for name, module in record.state.get("_modules", {}).items():
-        if isinstance(module, Record):
-            found |= _tensors_of(module, f"{prefix}{name}.")
+def _tensors_of(record: Record) -> dict[str, Tensor]:
+    """The state dict of a module and all within it.
+
+    :raises ValueError: for more modules than any network has, as where they contain one another.
+    """
+    found, meter, waiting = {}, Meter(MODULES), [("", record, 1)]
+    while waiting:
+        prefix, module, depth = waiting.pop()
+        meter.spend()
+        meter.descend(depth)
+        for kind in ("_parameters", "_buffers"):
+            values = module.state.get(kind, {}).items()
+            found |= {prefix + name: value.detach() for name, value in values if isinstance(value, Tensor)}
+        inner = module.state.get("_modules", {}).items()
+        waiting += [(f"{prefix}{name}.", each, depth + 1) for name, each in inner if isinstance(each, Record)]
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import storage, untrusted
+from cm.io.budget import HEADER, parse_json
 
 METADATA = {"format": "pt"}                                         # these are tensors of torch
 LENGTH_BYTES = 8                                                    # of the header, at the start of the file
@@ -46,9 +47,11 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
     :raises UserError: as `read`.
     """
     try:
-        tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:LENGTH_BYTES], "little")
-        json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length], object_pairs_hook=refuse_duplicates)
+        header = data[LENGTH_BYTES : LENGTH_BYTES + length]
+        parse_json(header, HEADER)                                  # within bounds, before anything is made of it
+        json.loads(header, object_pairs_hook=refuse_duplicates)
+        tensors = safetensors.torch.load(data)
     except DAMAGE as error:
         raise UserError(
             f"{source} is no complete safetensors file ({len(data):,} bytes): {error}. Fetch or write it again"

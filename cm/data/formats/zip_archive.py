@@ -11,7 +11,7 @@ import numpy as np
 
 from cm.data.decode import IMAGE_BYTES
 from cm.data.image_source import EncodedSource, Format
-from cm.data.labels import LABEL_FILE, label_bytes
+from cm.data.labels import LABEL_FILE, label_budget
 from cm.errors import UserError
 from cm.io import storage, untrusted
 
@@ -33,7 +33,7 @@ class ZipSource(EncodedSource):
         try:
             with untrusted.open_zip(self.file()) as archive:
                 members = {member.filename: member for member in archive.infolist()}
-                limit = label_bytes(len(members))
+                limit = label_budget(len(members)).bytes
                 self._labels = {
                     name: untrusted.read_member(archive, name, limit) for name in members if name == LABEL_FILE
                 }
