@@ -112,11 +112,11 @@ def resolve_resume(directory: str, resume: str, verify: bool = True) -> manifest
             f"--resume {resume}: {directory} holds a run of its own, at step {own.step}, that did not start from "
             "it; choose another --log_dir, or --resume auto to resume that run"
         )
-    _archive(directory, asked.step)
+    archive_after(directory, asked.step)
     return replace(asked, origin=path)
 
 
-def _archive(directory: str, step: int) -> None:
+def archive_after(directory: str, step: int) -> None:
     """Rename the checkpoints after `step`, which are no longer part of the run, to names ending in .aside."""
     for later in manifest.steps(directory):
         if later > step:
