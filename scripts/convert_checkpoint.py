@@ -7,11 +7,11 @@ python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cm.config import early_exit
-from cm.config.flags import Settings, parse
+from cm.config.flags import Settings, parse, with_names
 from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
@@ -20,14 +20,8 @@ from cm.logging import logger
 
 def read_flags() -> Settings:
     """The flags of the command line."""
-    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=with_names(sys.argv[1:]))
-
-
-def with_names(arguments: Sequence[str]) -> list[str]:
-    """SOURCE and DEST at the front become --source SOURCE --dest DEST."""
-    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    named = [part for pair in zip(("--source", "--dest"), arguments[:count]) for part in pair]
-    return [*named, *arguments[min(count, 2):]]
+    argv = with_names(sys.argv[1:], ("--source", "--dest"))
+    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=argv)
 
 
 def main(settings: Settings) -> None:

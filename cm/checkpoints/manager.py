@@ -123,11 +123,11 @@ def resolve_resume(
             "it; choose another --log_dir, or --resume auto to resume that run"
         )
     if not looks_only:
-        _archive(directory, asked.step)
+        archive_after(directory, asked.step)
     return replace(asked, origin=path)
 
 
-def _archive(directory: str, step: int) -> None:
+def archive_after(directory: str, step: int) -> None:
     """Rename the checkpoints after `step`, which are no longer part of the run, to names ending in .aside."""
     for later in manifest.steps(directory):
         if later > step:

@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from cm.logging import logger
 FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
 CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_[\d.]+(?:kimg)?_)(\d{6,})\.pt")
+WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_(?:power|posthoc)?[\d.]+(?:kimg)?_)(\d{6,})\.pt")
 
 
 def file_name(name: str, step: int) -> str:
@@ -166,6 +166,20 @@ def save(
             "are unchanged. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
         ) from error
     return checkpoint
+
+
+def add(checkpoint: Checkpoint, name: str, tensors: Any) -> Checkpoint:
+    """Write one more file of a checkpoint, or write it anew, and list it in the manifest; call it on one rank.
+
+    :param checkpoint: one without files, to begin with.
+    :raises UserError: if it cannot be written.
+    """
+    file = file_name(name, checkpoint.step)
+    storage.make_folder(checkpoint.directory)
+    facts = serialization.save_tensors(storage.join(checkpoint.directory, file), tensors)
+    added = replace(checkpoint, files=checkpoint.files | {file: facts})
+    added.write_manifest()
+    return added
 
 
 def read(path: str) -> Checkpoint:

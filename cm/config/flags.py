@@ -209,6 +209,13 @@ def expand_home(word: str) -> str:
     return flag + equals + os.path.expanduser(value) if value.startswith("~") else word
 
 
+def with_names(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The first words of a command line, as far as they are no flags, become the values of these flags, in order."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    named = [part for pair in zip(flags, arguments[:count]) for part in pair]
+    return [*named, *arguments[min(count, len(flags)):]]
+
+
 def positive(word: str) -> int:
     """The type of a flag that is a whole number of at least 1."""
     value = int(word)

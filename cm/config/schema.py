@@ -176,7 +176,12 @@ class TrainConfig:
         "rounding", minimum=-1,
     )
     ema_rate: str = option(
-        "0.9999", "decay rates of the weight averages per step, comma-separated; 500kimg: half-life of 500,000 images"
+        "0.9999", "decay rates of the weight averages per step, comma-separated; 500kimg: half-life of 500,000 images; "
+        "power0.05: power-function average of relative width 0.05, see ema_snapshot_interval"
+    )
+    ema_snapshot_interval: int = option(
+        0, "steps between snapshots of the power-function averages, from which posthoc_ema.py makes averages of any "
+        "width; 0: none", minimum=0,
     )
     ema_halflife_kimg: float = option(
         0.0, "adds a weight average with this half-life in thousands of images (EDM: 500); replaces the default of "
@@ -595,6 +600,29 @@ class TernarySearchConfig:
     )
     cache_gib: float = option(
         4.0, "memory per rank for shared network evaluations, in GiB; what does not fit is recomputed", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class PosthocConfig:
+    """weight averages of any width, afterwards"""
+
+    run: str = option("", "folder of a training run; may be given as the first argument without the flag")
+    std: str = option(
+        "0.05", "relative widths of the averages, comma-separated; lo:hi stands for every hundredth, lo:hi:step for "
+        "other steps"
+    )
+    step: int = option(0, "step at which the averages end; 0: the last one with a snapshot", minimum=0)
+    extrapolate: bool = option(
+        False, "also make averages that the snapshots determine badly: more than 2.5 times as wide as the widest "
+        "tracked one, or with a profile error above 5 %"
+    )
+    ref: str = option("", "npz of reference images or statistics: measure the Frechet distance of each average")
+    inception: str = option(
+        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
+    )
+    trust_extractor: bool = option(
+        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
     )
 
 

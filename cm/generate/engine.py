@@ -158,6 +158,26 @@ def draw(
     return Drawn(pixels, result.evaluations, finite_images(result.images))
 
 
+def draw_batches(
+    model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, precision: str, options: SampleOptions, title: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """This rank's part of the plan: rows [n] of the result and their images [n,H,W,C], n >= 0; as many pairs on every
+    rank, which draw them together.
+
+    :param title: of a bar of progress.
+    :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
+    """
+    non_finite = NonFiniteCount(plan.allow_non_finite)
+    shares = list(rank_batches(plan, dist.get_rank(), dist.get_world_size()))
+    for rows in progress(shares, title, unit="batch", shown=dist.is_main(), leave=False):
+        with at_precision(model, precision):                # left before others compute with the images
+            drawn = draw(model, diffusion, plan, rows, labels_of(rows, plan), options)
+        non_finite.add(drawn.finite)
+        yield rows, drawn.images
+    non_finite.check()
+    non_finite.warn()
+
+
 def no_images(plan: SamplingPlan) -> np.ndarray:
     """[0,H,W,C]: what a rank without work contributes."""
     return np.zeros((0, plan.image_size, plan.image_size, plan.channels), type_of(plan.channels))

@@ -16,6 +16,7 @@ from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision, trusts_extractor
 from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
+from cm.training.ema_snapshots import EmaSnapshots
 from cm.training.loop import parse_rates
 from cm.training.profiler import Profile
 from cm.types import Callback
@@ -45,6 +46,7 @@ def check_flags(settings: Settings) -> None:
     config, rates = settings.section(EvalConfig), parse_rates(settings.values["ema_rate"])
     if config.eval_ref and not config.eval_interval:
         raise UserError(f"--eval_ref {config.eval_ref} has no effect without --eval_interval: give both, or neither")
+    _check_snapshots(settings)
     if not (config.eval_interval or config.sample_interval):
         return
     if config.eval_interval and not config.eval_ref:
@@ -62,6 +64,14 @@ def check_flags(settings: Settings) -> None:
         raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
 
 
+def _check_snapshots(settings: Settings) -> None:
+    """:raises UserError: if snapshots are asked for, and there is no average to take them of."""
+    interval, rates = settings.values["ema_snapshot_interval"], settings.values["ema_rate"]
+    if interval and all(rate.power_std is None for rate in parse_rates(rates)):
+        raise UserError(f"--ema_snapshot_interval {interval} is for power-function averages, and --ema_rate {rates} "
+                        "names none: add them, such as --ema_rate power0.05,power0.10")
+
+
 def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> list[Callback]:
     """The callbacks that the flags ask for.
 
@@ -69,6 +79,8 @@ def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> li
     """
     config, drawing = settings.section(EvalConfig), sampling_settings(settings)
     callbacks: list[Callback] = [Profile(settings.values["profile"])] if settings.values["profile"] else []
+    if settings.values["ema_snapshot_interval"]:
+        callbacks.append(EmaSnapshots(settings.values["ema_snapshot_interval"]))
     if not (config.eval_interval or config.sample_interval):
         return callbacks
     sampler = AverageSampler(

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from cm.checkpoints import loading, manifest
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_rows, labels_of, rank_batches
-from cm.generate.finite import NonFiniteCount
+from cm.generate.engine import SHOWN, SamplingPlan, draw_batches, gather_rows
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
-from cm.io.progress import progress
 from cm.io.storage import write_json
 from cm.logging import logger
 from cm.networks.build import to_device
@@ -88,18 +86,10 @@ class AverageSampler:
 
         :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
         """
-        plan, non_finite = replace(self.plan, num_samples=num_samples), NonFiniteCount(self.plan.allow_non_finite)
-        model = self.make_model()
+        plan, model = replace(self.plan, num_samples=num_samples), self.make_model()
         loading.fit(model, self.weights(loop), f"the average {self.rate}")
         model = to_device(model, loop.device).eval()
-        shares = list(rank_batches(plan, loop.rank, loop.world_size))
-        for rows in progress(shares, title, unit="batch", shown=dist.is_main(), leave=False):
-            with at_precision(model, self.precision):       # left before others compute with the images
-                drawn = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
-            non_finite.add(drawn.finite)
-            yield rows, drawn.images
-        non_finite.check()
-        non_finite.warn()
+        return draw_batches(model, self.diffusion, plan, self.precision, self.options, title)
 
 
 @dataclass

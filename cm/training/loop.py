@@ -74,6 +74,7 @@ class TrainLoop:
         self.microbatches: list[tuple[Batch, LossTerms]] = []  # of the latest step
         self.report: StepReport | None = None               # of the latest step of the online network
         self.step = self.images_seen = 0
+        self.averages_began: int | None = None              # images seen then; None: before the next step
         self.seconds_before = 0.0                           # trained before this start
         self.stop_signal = 0                                # on which all ranks have agreed to stop
         self.data: Iterator[Any] = iter(())                 # opened by `resume`
@@ -206,14 +207,28 @@ class TrainLoop:
             self.update_loss_history()
         if role == ONLINE:
             self.report = report
-            if report.stepped:
-                self.averages.update([rate.decay(self.images_seen, self.global_batch) for rate in self.ema_rate])
+        self.update_averages(role == ONLINE and report.stepped)
         if self.objective.after_step(self.networks(role), self.step):
             self.reset_optimizer_and_ema()
         for moving in self.moving.values():
             moving.master_params_to_model_params()
         self.step += 1
         self.images_seen += self.global_batch
+
+    def update_averages(self, moved: bool) -> None:
+        """Let the averages follow the weights.
+
+        :param moved: whether the step changed the online network. A power function weighs every image, so its averages
+            follow after a step of another network, or one that was skipped, too.
+        """
+        if self.averages_began is None:
+            self.averages_began = self.images_seen
+        decays = [
+            rate.decay(self.images_seen, self.global_batch, self.averages_began)
+            if moved or rate.power_std is not None else 1.0 for rate in self.ema_rate
+        ]
+        if any(decay != 1 for decay in decays):
+            self.averages.update(decays)
 
     @property
     def seed(self) -> int:
@@ -290,6 +305,7 @@ class TrainLoop:
         for network in self.trained.values():
             network.reset_optimizer()
         self.averages.restart()
+        self.averages_began = None
 
     def non_finite_error(self, network: TrainedNetwork) -> NonFiniteError:
         """What to tell about the latest step; one call of all ranks together."""

@@ -34,12 +34,14 @@ def state_dict(loop: Any) -> dict[str, Any]:
     if not dist.is_main():
         return {}
     others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
+    began = loop.images_seen if loop.averages_began is None else loop.averages_began
     # The keys "memory" and "watchers" are those of every checkpoint so far.
     rest = {
         "memory": objective.history and objective.history.state_dict(),
         "watchers": {each.name: each.state_dict() for each in loop.callbacks},
         "objective": objective.state_dict(),
         "trainers": {name: other.state_dict() for name, other in others.items()},
+        "averages_began": began if any(rate.power_std for rate in loop.ema_rate) else 0,
     }
     return {
         "model": trainer.master_params_to_state_dict(trainer.master_params),
@@ -77,6 +79,7 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
         network.opt.load_state_dict(load_part(file_of(role), checkpoint, verify))
     rest = load_part("trainer", checkpoint, verify)
     loop.trainer.load_state_dict(rest)
+    loop.averages_began = rest.get("averages_began", 0)
     for name, trainer in others.items():
         trainer.load_state_dict(rest["trainers"][name])
     if loop.objective.history is not None:

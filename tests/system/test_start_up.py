@@ -94,7 +94,7 @@ def test_nothing_before_the_first_image_grows_with_their_number(tmp_path, num_sa
 
 REQUIRED = {                                                # words without which a command has more to complain of
     **{f"scripts/{name}": () for name in ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search",
-                                          "convert_checkpoint", "classifier_train", "demo")},
+                                          "convert_checkpoint", "classifier_train", "demo", "posthoc_ema")},
     "scripts/report": ("run",),
     **{f"evaluations/{name}": ("ref.npz", "samples.npz") for name in ("evaluator", "th_evaluator")},
     "evaluations/fid": ("calc", "--images", "a", "--ref", "b"),

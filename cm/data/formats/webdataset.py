@@ -19,6 +19,7 @@ from cm.data.labels import MAX_CLASSES
 from cm.data.streams import Item
 from cm.errors import UserError
 from cm.io import storage, untrusted
+from cm.io.budget import parse_json
 
 BESIDE_SHARDS = (".json", ".txt", ".csv", ".idx")                   # what tools leave in a folder of shards
 META = re.compile(r"__[^/]*__($|/)")                                # members that webdataset leaves out
@@ -151,7 +152,7 @@ def _label(sample: dict[str, Any], shard: str) -> int | None:
             label = int(sample["cls"])
         elif "json" in sample:
             suffix = "json"
-            content = untrusted.parse_json(sample["json"])
+            content = parse_json(sample["json"])
             label = next((content[key] for key in LABEL_KEYS if key in content), None)
         if label is None or type(label) is int and 0 <= label < MAX_CLASSES:
             return label
