@@ -51,13 +51,13 @@ def test_the_loop_averages_by_power_functions_and_resumes_them_to_the_last_bit(i
 
 def test_a_step_that_is_skipped_counts_for_power_functions_alone(images, tmp_path):
     """Its images have been seen with the weights of before."""
-    training = loop(images, tmp_path, 6, ema_rate="power0.1,0.5")
+    training = loop(images, tmp_path, 6, ema_rate="power0.25,0.5")
     first, second = steps_of(training, 2)
     before = [flat(params) for params in training.ema_params]
     training.images_seen += BATCH
     training.update_averages(moved=False)
     after = [flat(params) for params in training.ema_params]
-    th.testing.assert_close(after[0], written_out([first, second, second], 0.1), rtol=0, atol=1e-6)
+    th.testing.assert_close(after[0], written_out([first, second, second], 0.25), rtol=0, atol=1e-6)
     assert th.equal(after[1], before[1])
 
 
