@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cm.io import storage
+from cm.io import atomic, storage
 
 
 def append(path: Path, content: str | bytes) -> None:
@@ -18,7 +18,7 @@ def append(path: Path, content: str | bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    with path.open("ab", buffering=0) as file:
+    with open(atomic.open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(data) < len(data):
@@ -38,7 +38,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def readable_text(path: Path) -> str:
     """The text of a file, without the zeros that a power cut can leave at its end."""
-    with path.open(newline="", errors="replace") as file:
+    with open(atomic.open_own(path, os.O_RDONLY), newline="", errors="replace") as file:
         return file.read().replace("\0", "")
 
 
