@@ -2,6 +2,8 @@
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
 # make fuzz: damaged files to every reader, MINUTES=10 of it.
+# make install LOCKED=1: only files whose SHA-256 stands in requirements.lock.    make lock: write that file anew.
+# make licences: the licence of every installed package.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
 PYTHON ?= python3
@@ -11,14 +13,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo demo-clean test test-slow soak fuzz lint types install browser clean
+.PHONY: demo demo-clean test test-slow soak fuzz lint types install lock licences browser clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+else
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpi,demo,test]'
+endif
 	touch $@
+
+lock: install
+	$(BIN)/python tools/lock.py
+
+licences: install
+	$(BIN)/python tools/licences.py
 
 demo: install
 	$(BIN)/python scripts/demo.py --ranks $(RANKS) --out $(DEMO)
@@ -45,7 +58,7 @@ lint: install types
 	$(BIN)/python -m ruff check .
 
 types: install
-	$(BIN)/pyright --pythonpath $(BIN)/python cm evaluations scripts datasets
+	$(BIN)/pyright --pythonpath $(BIN)/python cm evaluations scripts datasets tools
 
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

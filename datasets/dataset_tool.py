@@ -36,6 +36,7 @@ from cm.errors import UserError
 from cm.io import atomic, storage
 from cm.io.outputs import Output, check_outputs
 from cm.io.progress import progress, say
+from cm.io.terminal import without_controls
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--dest {args.dest}: {atomic.write_failure(args.dest, error)}") from error
         raise
     classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
-    print(f"{args.dest}: {summary(outcomes)}; {classes}")
+    print(without_controls(f"{args.dest}: {summary(outcomes)}; {classes}"))
     return SOME_UNREADABLE if outcomes["unreadable"] else 0
 
 

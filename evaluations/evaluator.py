@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from cm.distributed import setup as dist
     from cm.io.storage import write_json
+    from cm.io.terminal import without_controls
     from evaluations.engine.statistics_cache import open_cache
     from evaluations.features import load_extractor
 
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
         progress=True,
     )
     if dist.is_main():
-        print(report(result))
+        print(without_controls(report(result)))
     if args.json:
         dist.on_main(write_json, args.json, result)
 

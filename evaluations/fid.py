@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from cm.distributed import setup as dist
     from cm.io.storage import write_json
+    from cm.io.terminal import without_controls
     from evaluations.engine.statistics_cache import open_cache
     from evaluations.features import load_extractor
 
@@ -116,7 +117,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.json:
             dist.on_main(write_json, args.json, result)
     if dist.is_main():
-        print(text)
+        print(without_controls(text))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from cm.distributed import setup as dist
     from cm.io.storage import write_json
+    from cm.io.terminal import without_controls
     from evaluations.engine.readers import BatchFile
     from evaluations.engine.results import as_json
     from evaluations.engine.statistics_cache import open_cache
@@ -172,7 +173,7 @@ def _run(args: argparse.Namespace) -> None:
     result = as_json(measured, evaluator.skipped, evaluator.extractor, args.ref_batch, args.sample_batch,
                      evaluator.reported(len(samples)), time.monotonic() - begun)
     if dist.is_main():
-        print(report(result))
+        print(without_controls(report(result)))
     if args.json:
         dist.on_main(write_json, args.json, result)
 

@@ -23,6 +23,8 @@ from cm.config.flags import Parser
 from cm.data.sources import open_source
 from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
+from cm.io.storage import write_bytes
+from cm.io.terminal import without_controls
 
 SCRIPTS = Path(__file__).resolve().parent
 REAL_SEED = 7
@@ -114,7 +116,7 @@ class Demo:
              "--log_dir", str(self.out / run), *options, *self.extra],
             ranks=self.ranks,
         )
-        (self.out / run / "finished").touch()
+        write_bytes(self.out / run / "finished", b"")
 
     def sample(self, key: str, method: Method) -> None:
         """Samples of a method."""
@@ -125,7 +127,7 @@ class Demo:
              "--log_dir", str(self.out / key), *method.options],
             ranks=self.ranks,
         )
-        (self.out / key / "finished").touch()
+        write_bytes(self.out / key / "finished", b"")
 
     def evaluate(self, key: str, method: Method) -> dict:
         """A row of the table."""
@@ -174,7 +176,7 @@ class Demo:
             return
         started = any(product.parent.glob("checkpoint_*.json"))
         full = [*(mpiexec(ranks) if ranks else []), sys.executable, *command]
-        print(f"\n[{name}]{' resuming' if started else ''}\n$ {shlex.join(full)}", flush=True)
+        print(without_controls(f"\n[{name}]{' resuming' if started else ''}\n$ {shlex.join(full)}"), flush=True)
         status = subprocess.run(full, env=os.environ | {"OPENAI_LOG_FORMAT": "log,csv,json"}).returncode
         if status:
             sys.exit(f"demo: the stage {name!r} ended with status {status}; see its messages above")

@@ -9,7 +9,7 @@ import time
 from typing import IO
 
 from cm.errors import UserError
-from cm.io import terminal
+from cm.io import atomic, terminal
 from cm.logging import logger
 
 NAME = ".lock"
@@ -32,12 +32,13 @@ def take(directory: str) -> None:
         return
     try:
         os.makedirs(directory, exist_ok=True)
-        file = open(os.path.join(directory, NAME), "a+")  # noqa: SIM115 (held open: closing it would give up the lock)
+        handle = atomic.open_own(os.path.join(directory, NAME), os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         raise UserError(
             f"cannot write to {terminal.printable(directory)}: {error.strerror}; choose another --log_dir, a folder "
             "that can be made and written"
         ) from None
+    file = os.fdopen(handle, "a+")                          # held open: closing it would give up the lock
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -160,7 +160,9 @@ def _prune(directory: str, keep: int, milestone_interval: int, spared: Collectio
         else:
             storage.rename(checkpoint.manifest, going)
         for file in checkpoint.files.keys() - kept.keys():
-            storage.remove(storage.join(directory, file))
+            parsed = manifest.parse_name(file)
+            if parsed and parsed[1] == step:    # a manifest that was written by others may list any file
+                storage.remove(storage.join(directory, file))
         storage.remove(going)
 
 

@@ -23,6 +23,7 @@ from cm.config import plugins, presets
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.io.budget import SETTINGS, read_bytes
+from cm.io.terminal import without_controls
 from cm.io.untrusted import shown
 from cm.registry import added
 
@@ -178,7 +179,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if launcher_rank() == 0:
-            print(f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help.", file=sys.stderr)
+            text = f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help."
+            print(without_controls(text), file=sys.stderr)
         sys.exit(2)
 
     def suggestion(self, message: str) -> str:

@@ -5,6 +5,7 @@ Uses neither MPI nor torch, so it is quick to import and every rule in it can be
 
 import array
 import os
+import re
 import socket
 import struct
 import sys
@@ -15,6 +16,9 @@ from typing import NamedTuple
 from cm.errors import UserError
 from cm.registry import Table
 
+LOOPBACK = "127.0.0.1"
+BACKLOG = 4096
+"""Connections that may wait at once: every rank's may."""
 PROBE_S = 3.0
 """Seconds to wait for an address of another machine to answer."""
 
@@ -230,6 +234,37 @@ def own_addresses() -> list[str]:
         by_name = []
     addresses = dict.fromkeys([*by_name, *interface_addresses().values()])
     return [address for address in addresses if not address.startswith("127.")]
+
+
+def is_own(host: str) -> bool:
+    """Whether a name or an IPv4 address leads to this machine; on systems other than Linux only a loopback address."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+    except OSError:
+        return False
+    mine = set(interface_addresses().values())
+    return bool(found) and all(each in mine or each.startswith("127.") for each in found)
+
+
+def loopback_of(host: str) -> str | None:
+    """The address that only this machine reaches, if the host means that: 127.x.y.z, or localhost.
+
+    The machine's own name does not, although it often leads to 127.0.1.1 here: others know it by another address.
+    """
+    if host == "localhost":
+        return LOOPBACK
+    return host if re.fullmatch(r"127(\.\d{1,3}){3}", host) else None
+
+
+def listen_at(address: str, port: int) -> tuple[int, int]:
+    """A socket that listens at one address of this machine: its descriptor and its port.
+
+    :param port: 0 for any that is free.
+    :raises OSError: if the port is taken.
+    """
+    server = socket.create_server((address, port), backlog=BACKLOG)
+    port = server.getsockname()[1]
+    return server.detach(), port
 
 
 def probe(addresses: Sequence[str], port: int) -> dict[str, str]:

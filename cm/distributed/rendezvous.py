@@ -114,7 +114,8 @@ def _load_mpi() -> tuple[Any, str]:
 def _meet_by_mpi(mpi: Any, timeout: timedelta) -> Job:
     """Rank 0 opens a store on a free port and sends its address to all by MPI.
 
-    MASTER_ADDR and MASTER_PORT are used if set. Between machines the address is one that every rank has reached.
+    MASTER_ADDR and MASTER_PORT are used if set. Between machines the address is one that every rank has reached; on one
+    machine, other machines cannot connect.
     """
     comm = mpi.COMM_WORLD
     machine = comm.Split_type(mpi.COMM_TYPE_SHARED)
@@ -124,10 +125,13 @@ def _meet_by_mpi(mpi: Any, timeout: timedelta) -> Job:
     if comm.rank == 0:
         try:
             host, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", 0))
-            # The server listens at every address; this one is only how rank 0 itself connects to it.
-            store = TCPStore("127.0.0.1", port, None, True, timeout, wait_for_workers=False)
-            offer = [host] if host else ["127.0.0.1"] if one_machine else launchers.own_addresses(), store.port, None
-        except (RuntimeError, ValueError) as error:
+            if one_machine and (not host or launchers.is_own(host)):
+                store, addresses = _serve_at(launchers.LOOPBACK, port, None, timeout), [launchers.LOOPBACK]
+            else:           # the server listens at every address; this one is only how rank 0 itself connects to it
+                store = TCPStore(launchers.LOOPBACK, port, None, True, timeout, wait_for_workers=False)
+                addresses = [host] if host else launchers.own_addresses()
+            offer = addresses, store.port, None
+        except (OSError, RuntimeError, ValueError) as error:
             offer = [], 0, f"rank 0 cannot listen at MASTER_PORT={os.environ.get('MASTER_PORT', '0 (any)')}: {error}"
     addresses, port, problem = comm.bcast(offer)
     if problem:
@@ -153,11 +157,39 @@ def _meet_by_address(timeout: timedelta) -> Job:
     if missing:
         raise UserError(f"{', '.join(missing)} must be set together with the rest of {', '.join(needed)}, "
                         "as torchrun does")
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store, rank, size = _server_on_loopback(timeout) or next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
         for own_end in launchers.probe([os.environ["MASTER_ADDR"]], int(os.environ["MASTER_PORT"])).values():
             _use_interface_of(own_end)
     return Job(rank, size, os.environ.get("GROUP_RANK") or launchers.machine(), store)
+
+
+def _server_on_loopback(timeout: timedelta) -> tuple[Store, int, int] | None:
+    """The store of rank 0, its rank and the number of ranks, if MASTER_ADDR can mean this machine alone.
+
+    None on other ranks, with other addresses, where torchrun's agent holds the store, and if the port is taken, which
+    `rendezvous` judges: the store may be one of this process.
+    """
+    rank, host, port, size = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+    address = launchers.loopback_of(host)
+    if rank != "0" or address is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    try:
+        return _serve_at(address, int(port), int(size), timeout), 0, int(size)
+    except OSError:
+        return None
+
+
+def _serve_at(address: str, port: int, size: int | None, timeout: timedelta) -> TCPStore:
+    """A store that listens at one address; torch's own would at every one.
+
+    :param size: ranks to wait for; None to wait for none.
+    :raises OSError: if the port is taken.
+    """
+    descriptor, port = launchers.listen_at(address, port)
+    known = size is not None
+    return TCPStore(address, port, size, True, timeout, wait_for_workers=known, multi_tenant=known,
+                    master_listen_fd=descriptor)
 
 
 def _use_interface_of(own_address: str) -> None:

@@ -55,7 +55,8 @@ class PngFolder:
         wanted, path = json.loads(json.dumps(dict(recipe))), self.outdir / RECIPE
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
-            for folder in (self.outdir, *(entry for entry in self.outdir.iterdir() if entry.is_dir())):
+            inside = [entry for entry in self.outdir.iterdir() if entry.is_dir() and not entry.is_symlink()]
+            for folder in (self.outdir, *inside):
                 atomic.remove_old_temporaries(folder)
             if path.exists():
                 return self.compare(_read_recipe(path), wanted)

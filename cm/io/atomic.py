@@ -97,6 +97,27 @@ class AtomicFile:
             raise write_failure(self.path, error) from error
 
 
+def open_own(path: str | os.PathLike[str], flags: int) -> int:
+    """The descriptor of a file of a fixed name in a run's folder, for what cannot be replaced: a log, a lock.
+
+    Whoever may write to the folder could lead such a name to another file, which would then be read or changed.
+
+    :param flags: of os.open.
+    :raises OSError: if it cannot be opened, or is a link or otherwise no regular file; nothing was read or changed.
+    """
+    name = os.path.basename(path)
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)     # a pipe would wait
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(error.errno, f"{name} is a symbolic link, which is not followed: remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"{name} is no regular file: remove it")
+    return handle
+
+
 def is_stream(path: str) -> bool:
     """Whether a pipe, a socket or a device lies there."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cm.errors import UserError
-from cm.io import budget, storage
+from cm.io import atomic, budget, storage
 
 
 def append(path: Path, content: str | bytes) -> None:
@@ -19,7 +19,7 @@ def append(path: Path, content: str | bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    with path.open("ab", buffering=0) as file:
+    with open(atomic.open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             if file.write(data) < len(data):
@@ -40,8 +40,10 @@ def replace_file(path: Path, text: str) -> None:
 def readable_text(path: Path) -> str:
     """The text of a file, without the zeros that a power cut can leave at its end.
 
+    :raises OSError: if the name is a symbolic link, which is not followed.
     :raises UserError: if it is no file, or larger than a log that is read may be.
     """
+    os.close(atomic.open_own(path, os.O_RDONLY))
     try:
         return budget.read_text(path, budget.LOG).replace("\0", "")
     except UserError:

@@ -185,13 +185,14 @@ def configure(
     kinds = {name: lookup(FORMATS, name, "log format") for name in format_strs}
     for name, kind in kinds.items():
         require(kind, name)
-    dir = str(dir or os.environ.get("OPENAI_LOGDIR") or _default_directory())
+    named = dir or os.environ.get("OPENAI_LOGDIR")
+    dir = str(named or _default_directory())
     if "://" in dir:
         raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
     directory = Path(dir).expanduser().absolute()
     try:
         if kinds:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=bool(named))     # in a folder of all users, only a new one
         writers = [kind.open(directory, log_suffix) for kind in kinds.values()]
     except OSError as error:
         raise UserError(

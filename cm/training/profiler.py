@@ -6,8 +6,10 @@ Only rank 0 is traced: the ranks do the same work, and its waits for the others 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
@@ -70,7 +72,10 @@ class Profile:
             for event in profiler.key_averages()
         ], steps)
         trace, listing = (os.path.join(logger.get_dir(), name) for name in (TRACE, TABLE))
-        profiler.export_chrome_trace(trace)
+        with tempfile.TemporaryDirectory() as folder:       # the exporter would follow a link of the trace's name
+            profiler.export_chrome_trace(os.path.join(folder, TRACE))
+            content = Path(folder, TRACE).read_bytes()
+        storage.write_bytes(trace, content)
         storage.write_atomically(listing, lambda file: file.write(text.encode()))
         self.profiler = None
         logger.log(f"where the time of {steps} steps went, on the {'GPU' if on_device else 'CPU'}:\n{text}"

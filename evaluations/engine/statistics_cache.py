@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from cm.errors import UserError
@@ -16,6 +17,7 @@ from evaluations.engine.readers import BatchFile, Statistics
 
 KEPT = 40                                                   # entries; 34 MB each in Inception's features
 HASH_DIGITS = 24
+OWN_NAME = re.compile(rf"[0-9a-f]{{{HASH_DIGITS}}}-.+\.npz", re.DOTALL)     # a user may keep other files there
 
 
 class StatisticsCache:
@@ -65,7 +67,8 @@ class StatisticsCache:
         return self.folder / f"{self._hashes[images]}{choice and f'-{choice}'}-{extractor_id}{kind_suffix}.npz"
 
     def _forget_the_oldest(self) -> None:
-        entries = sorted(self.folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+        own = [path for path in self.folder.glob("*.npz") if OWN_NAME.fullmatch(path.name)]
+        entries = sorted(own, key=lambda path: path.stat().st_mtime)
         for path in entries[:-KEPT]:
             with contextlib.suppress(OSError):              # another process may have been quicker
                 path.unlink()

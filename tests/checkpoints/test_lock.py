@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from cm.checkpoints import lock
+from cm.errors import UserError
 from cm.logging import logger
 from support.mpi import clean_environment, mpi_program, program, python
 
@@ -54,3 +58,12 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     with logger.scoped_configure(str(tmp_path / "log"), format_strs=["log"]):
         lock.take(str(tmp_path / "run"))
     assert "cannot be locked" in (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_a_lock_that_is_a_link_leaves_alone_what_it_leads_to(tmp_path):
+    (tmp_path / "victim").write_text("a month of work")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / lock.NAME).symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=r"\.lock is a symbolic link, which is not followed: remove it"):
+        lock.take(str(tmp_path / "run"))
+    assert (tmp_path / "victim").read_text() == "a month of work"

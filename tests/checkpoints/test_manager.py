@@ -54,6 +54,20 @@ def test_the_last_ones_stay_and_the_averages_of_milestones_and_the_best(tmp_path
     assert state.newest(str(tmp_path)).step == 3            # never the milestone, which lacks the rest
 
 
+def test_only_files_of_the_checkpoints_own_names_are_removed(tmp_path):
+    """A manifest may have been written by others, and list what lies next to it."""
+    save_all(tmp_path, [1])
+    others = ["notes.txt", "model000007.pt", ".lock"]
+    for name in others:
+        (tmp_path / name).write_text("a month of work")
+    first = state.read(str(tmp_path / "checkpoint_000001.json"))
+    facts = {"size": 15, "crc32": 0}
+    dataclasses.replace(first, files=first.files | dict.fromkeys(others, facts)).write_manifest()
+    save_all(tmp_path, [2], keep=1)
+    assert state.steps(str(tmp_path)) == [2] and steps_of(tmp_path, "opt") == [2]
+    assert all((tmp_path / name).read_text() == "a month of work" for name in others)
+
+
 def test_all_stay_unless_told_otherwise(tmp_path):
     save_all(tmp_path, range(1, 5))
     assert state.steps(str(tmp_path)) == steps_of(tmp_path, "model") == [1, 2, 3, 4]

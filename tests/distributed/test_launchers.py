@@ -123,3 +123,17 @@ def test_only_addresses_that_answer_are_reached():
 
 def test_machines_have_names_that_processes_share():
     assert launchers.machine() == launchers.machine() and socket.gethostname() in launchers.machine()
+
+
+@pytest.mark.parametrize("host, address", [
+    ("localhost", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("127.0.1.1", "127.0.1.1"), ("node1", None),
+    ("127.example.org", None), ("10.0.0.1", None), ("", None),
+])
+def test_hosts_that_mean_this_machine_alone(host, address):
+    assert launchers.loopback_of(host) == address
+    assert launchers.loopback_of(socket.gethostname()) is None      # other machines know it by another address
+
+
+def test_whether_an_address_is_of_this_machine():
+    assert launchers.is_own("127.0.0.1") and not launchers.is_own("192.0.2.255")
+    assert not launchers.is_own("no-such-host.invalid")

@@ -126,6 +126,59 @@ def test_an_explicit_master_address_is_obeyed(tmp_path):
     assert nowhere.rc == 2 and "cannot reach rank 0 at port" in nowhere.stderr, nowhere
 
 
+LISTENING = """
+    import os
+    from cm.distributed import setup as dist
+
+    def listening():
+        # Local addresses of this process's sockets in the state LISTEN (0A); /proc/net writes IPv4 in hexadecimal.
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        own = {os.readlink(link) for link in links if os.path.lexists(link)}
+        rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/self/net/{name}").readlines()[1:]]
+        return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
+    def main():
+        if "PMI_RANK" in os.environ:
+            import mpi4py.MPI                               # MPI may listen, too, wherever its own settings say
+        before = listening()
+        dist.setup_dist()
+        dist.all_gather_object(0)
+        mine = sorted({each.partition(":")[0] for each in listening() - before})
+        print(dist.get_rank(), len(dist.all_gather_object(mine)), ",".join(mine), flush=True)
+
+    dist.run(main)
+"""
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def listening_addresses(finished):
+    assert finished.rc == 0, finished
+    return sorted(line for line in finished.stdout.splitlines() if line[:2] in ("0 ", "1 "))
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets are counted in /proc")
+@pytest.mark.parametrize("env", [{}, {"MASTER_ADDR": socket.gethostname()}])
+def test_ranks_of_one_machine_listen_where_no_other_machine_can_connect(tmp_path, env):
+    """The store and gloo alike; 0100007F is 127.0.0.1."""
+    finished = mpi_program(tmp_path, 2, LISTENING, env=env)
+    assert listening_addresses(finished) == ["0 2 0100007F", "1 2 0100007F"], finished
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets are counted in /proc")
+def test_ranks_that_were_given_a_loopback_address_listen_there(tmp_path):
+    path, port = program(tmp_path, LISTENING), free_port()
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as pool:
+        jobs = list(pool.map(lambda rank: python([path], env=env | {"RANK": str(rank)}), range(2)))
+    assert sum((listening_addresses(job) for job in jobs), []) == ["0 2 0100007F", "1 2 0100007F"], jobs
+
+
 @pytest.mark.mpi
 def test_jobs_that_start_at_the_same_time_do_not_mix(tmp_path):
     path = program(tmp_path, HELLO)

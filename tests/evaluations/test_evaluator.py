@@ -416,12 +416,15 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
     cache = StatisticsCache(tmp_path)
     np.savez(tmp_path / "images.npz", np.zeros((2, 4, 4, 3), np.uint8))
     (tmp_path / "images.npz").rename(tmp_path / "images")   # not an entry
+    np.savez(tmp_path / "samples.npz", np.zeros(3))         # the user's own, and the oldest
+    os.utime(tmp_path / "samples.npz", (0, 0))
     statistics = Statistics(np.zeros(2), np.eye(2), "torch-0", 2)
     for number in range(KEPT + 3):
         cache.save(str(tmp_path / "images"), statistics, choice=str(number))
         for entry in tmp_path.glob(f"*-{number}-torch-0.npz"):
             os.utime(entry, (number, number))
         assert number > 3 or cache.load(str(tmp_path / "images"), "torch-0", choice="0").num_images == 2
+    (tmp_path / "samples.npz").unlink()                     # still there
     left = {int(entry.name.split("-")[1]) for entry in tmp_path.glob("*.npz")}
     assert left == {0, *range(4, KEPT + 3)}                 # the first was read in between
 

@@ -301,3 +301,27 @@ def test_a_picture_is_the_same_file_as_pillows_own(tmp_path):
     picture.save(tmp_path / "theirs.png")
     save_picture(tmp_path / "ours.png", picture)
     assert (tmp_path / "ours.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
+
+
+# --- fixed names that cannot be replaced -----------------------------------------------------------------------------
+
+
+def test_a_file_of_a_fixed_name_is_no_link_and_no_pipe(tmp_path):
+    victim, link, pipe = tmp_path / "victim", tmp_path / "log.txt", tmp_path / "pipe"
+    victim.write_text("a month of work")
+    link.symlink_to(victim)
+    os.mkfifo(pipe)
+    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for flags in (append, append | os.O_TRUNC, os.O_RDONLY):
+        with pytest.raises(OSError, match="log.txt is a symbolic link, which is not followed: remove it"):
+            atomic.open_own(link, flags)
+    link.unlink()
+    link.symlink_to(tmp_path / "not-there-yet")
+    with pytest.raises(OSError, match="symbolic link"):
+        atomic.open_own(link, append)
+    for flags in (os.O_RDWR, os.O_RDONLY):
+        with pytest.raises(OSError, match="pipe is no regular file"):
+            atomic.open_own(pipe, flags)
+    assert victim.read_text() == "a month of work" and names(tmp_path) == ["log.txt", "pipe", "victim"]
+    os.close(atomic.open_own(tmp_path / "new", append))
+    assert (tmp_path / "new").read_bytes() == b""

@@ -472,3 +472,36 @@ def test_a_closed_pipe_is_no_error(tmp_path, monkeypatch):
         logger.log("x")
         dump(step=1)
     assert csv_rows(tmp_path) == [{"step": "1"}]
+
+
+@pytest.mark.parametrize("name", ["log.txt", "progress.csv", "progress.json"])
+def test_a_log_that_is_a_link_is_refused_and_leads_nowhere(tmp_path, name):
+    (tmp_path / "victim").write_text("a,b\n1,2\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match=f"cannot write a log to .*{name} is a symbolic link"):
+        logger.configure(str(tmp_path / "run"), ["log", "csv", "json"])
+    assert (tmp_path / "victim").read_text() == "a,b\n1,2\n"
+
+
+def test_a_log_that_becomes_a_link_takes_no_more_lines(tmp_path):
+    logger.configure(str(tmp_path / "run"), ["log", "csv"])
+    dump(step=1)
+    (tmp_path / "victim").write_text("a month of work")
+    for name in ("log.txt", "progress.csv"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).symlink_to(tmp_path / "victim")
+    logger.log("a line")
+    dump(step=2)                                            # a run goes on without its log
+    assert (tmp_path / "victim").read_text() == "a month of work"
+
+
+def test_a_folder_of_its_own_is_a_new_one(tmp_path, monkeypatch):
+    """Anybody can make folders and links in the system's temporary folder."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "taken")
+    for name in ("taken", "link"):
+        monkeypatch.setattr(logger, "_default_directory", lambda name=name: str(tmp_path / name))
+        with pytest.raises(UserError, match="cannot write a log to"):
+            logger.configure(None, ["log"])
+    assert not list((tmp_path / "taken").iterdir())

@@ -124,3 +124,13 @@ def test_so_is_the_port_under_mpiexec(tmp_path, port):
     said = done.stdout + done.stderr
     assert done.returncode == 2 and b"Traceback" not in said, done
     assert said.count(f"MASTER_PORT={port!r} must be a port".encode()) == 1, done
+
+
+@pytest.mark.parametrize("arguments", [
+    ["evaluations/evaluator.py", "{}", "{}", "--no\x1b[2Jflag"], ["scripts/edm_train.py", "--no\x1b[2Jflag"],
+    ["evaluations/fid.py", "ref", "--data", "x", "--dest", "x.npz", "--inception", "{}\x1b[2J"],
+])
+def test_a_message_about_an_odd_name_controls_no_terminal(tmp_path, arguments):
+    done = subprocess.run([sys.executable, *(each.format(tmp_path) for each in arguments)], cwd=ROOT, timeout=100,
+                          capture_output=True, env=clean_environment())
+    assert done.returncode == 2 and b"\\x1b[2J" in done.stderr and b"\x1b" not in done.stderr, done

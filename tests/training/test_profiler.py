@@ -30,9 +30,13 @@ def traced_names(folder):
 @pytest.mark.mpi
 def test_two_ranks_are_traced_for_as_many_steps_as_asked(tmp_path):
     """The flag of a script; the trace holds so many optimizer steps and passes of DDP."""
-    done = mpiexec(2, [ROOT / "scripts" / "edm_train.py", *map(str, TRAIN), "--log_dir", tmp_path,
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TRACE).symlink_to(tmp_path / "victim")              # is replaced, not followed
+    done = mpiexec(2, [ROOT / "scripts" / "edm_train.py", *map(str, TRAIN), "--log_dir", tmp_path / "run",
                        "--total_training_steps", str(WARM_UP + STEPS + 1), "--profile", str(STEPS)], timeout=120)
     assert done.rc == 0, done
+    assert not (tmp_path / "victim").exists()
+    tmp_path /= "run"
     names = traced_names(tmp_path)
     assert sum(name.startswith("Optimizer.step") for name in names) == STEPS
     assert sum(name == "DistributedDataParallel.forward" for name in names) == STEPS
