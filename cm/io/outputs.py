@@ -84,7 +84,7 @@ def _check_writable(output: Output) -> None:
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise UserError(f"{output.flag} {output.path}: cannot create the folder {os.path.dirname(path)}, because "
-                        f"{above} is a file: choose another place for it")
+                        f"{above} is a file: choose another {output.flag}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{output.flag} {output.path}: the folder {above} cannot be written: choose another "
                         f"{output.flag}, or change its permissions")
