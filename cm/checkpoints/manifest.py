@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -74,6 +74,8 @@ class Checkpoint:
     files: dict[str, dict[str, int]]            # file name -> {"size": bytes, "crc32": checksum}
     seconds: float = 0.0                        # that the run has trained so far, over all its starts
     origin: str = ""                            # the --resume PATH that the run began from, if there was one
+    initial_weight: dict[str, float] = field(default_factory=dict)
+    """Average ("ema_0.9999") -> the share that it still holds of the weights that it started from."""
 
     @property
     def manifest(self) -> str:
@@ -124,11 +126,12 @@ class Checkpoint:
 
 def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
-    seconds: float = 0.0, origin: str = "",
+    seconds: float = 0.0, origin: str = "", initial_weight: Mapping[str, float] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
+    :param seconds, origin, initial_weight: see `Checkpoint`.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
@@ -144,7 +147,9 @@ def save(
             file = file_name(name, step)
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
-        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin)
+        checkpoint = Checkpoint(
+            directory, step, images_seen, dict(config), files, seconds, origin, dict(initial_weight or {})
+        )
         checkpoint.write_manifest()
         if not is_remote:
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
@@ -176,6 +181,7 @@ def read(path: str) -> Checkpoint:
         checkpoint = Checkpoint(
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
+            {name: float(share) for name, share in dict(content.get("initial_weight", {})).items()},
         )
         _check_whole(content, checkpoint.step, path)
         return checkpoint

@@ -171,8 +171,8 @@ class TrainConfig:
         "ema_rate; 0: none", minimum=0,
     )
     ema_rampup_ratio: float = option(
-        0.05, "limits half-lives to this fraction of the images seen so far; 0: no limit",
-        minimum=0,
+        0.05, "warm-up of the weight averages: limits their half-lives to this fraction of the images seen so far; 0: "
+        "none, as in consistency_models", minimum=0,
     )
     ema_device: str = option(
         "same", "device of the weight averages: same as the network, or cpu, which saves GPU memory and some GPU time; "
@@ -359,7 +359,10 @@ class SampleConfig:
 
     model_path: str = option("", "checkpoint to sample from")
     training_mode: str = option("edm", "training method of the checkpoint", choices=TRAINING_MODES)
-    sampler: str = option("heun", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
+    sampler: str = option(
+        "", "sampler; see docs/samplers.md; empty: heun for diffusion models, onestep (with ts: multistep) for "
+        "consistency models, progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+    )
     steps: int = option(
         40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
     )
@@ -473,8 +476,18 @@ class EditConfig(SampleConfig):
         0, "number of results; if larger than the number of images, they are edited repeatedly; 0: one per image; "
         "interpolate: number of noise samples", minimum=0,
     )
-    sampler: str = option("multistep", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES)
-    ts: str = option("0,22,39", "multistep: indices of noise levels; must end with steps-1, which costs no evaluation")
+    sampler: str = option(
+        "", "sampler; see docs/samplers.md; empty: multistep for consistency models, heun for diffusion models, "
+        "progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+    )
+    steps: int = option(
+        40, "number of noise levels, or of sampler steps; default: those that the consistency model was trained with, "
+        "or 40 where they were many or are not known", minimum=1,
+    )
+    ts: str = option(
+        "", "multistep: indices of noise levels, such as 0,22,39; must end with steps-1, which costs no evaluation; "
+        "empty: all levels, as the paper does; for interpolate and denoise one evaluation"
+    )
     mask: str = option("", "inpaint: PNG or npy of the image size; white or 1 marks known pixels")
     mask_box: str = option("", "inpaint, instead of mask: box to fill in, as top,left,height,width in pixels")
     superres_factor: int = option(8, "superres: enlargement factor per side", minimum=2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import averages, manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
@@ -58,6 +58,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     if checkpoint is not None:
         known = UNSAID | checkpoint.config
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
+        if text := averages.warning(checkpoint, path):
+            logger.warn(text)
     elif kind in FOREIGN:
         known, source.weights = FOREIGN[kind](path)
         known = UNSAID | known
@@ -65,11 +67,13 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
         return _inherit_bare(settings, source, also)
     inherit_flags(settings, known, also, path)
     source.training_mode = known.get("training_mode")
+    source.levels = known.get("start_scales") if known.get("scale_mode") == "fixed" else None
     return source
 
 
 def weights_in(path: str, flag: str) -> str:
-    """The file that a run's folder stands for: its best average, else the newest; any other path as it is. One rank.
+    """The file that a run's folder stands for: its best average, else the newest, or the newest model where the
+    average still holds much of the initial weights; any other path as it is. One rank.
 
     :raises UserError: for a folder without weights.
     """
@@ -83,11 +87,10 @@ def weights_in(path: str, flag: str) -> str:
         if name and not untrusted.escapes(str(name)) and os.path.exists(found):
             return found
     checkpoint = manifest.newest(path)
-    averages = [name for name in checkpoint.names() if name.startswith("ema_")] if checkpoint else []
     if checkpoint is None:
         raise UserError(f"--{flag} {path} is a folder without a complete checkpoint (checkpoint_*.json) and without "
                         "best.json: give a file of weights such as ema_0.9999_600000.pt")
-    return checkpoint.path(averages[0] if averages else "model") or path
+    return checkpoint.path(averages.best_name(checkpoint)) or path
 
 
 def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:

@@ -1,4 +1,4 @@
-"""How fast a weight average follows the weights: a fixed decay rate, or a half-life counted in images.
+"""How fast a weight average follows the weights: a decay rate, or a half-life counted in images, and its warm-up.
 
 B images per step, n images seen before the step.
 """
@@ -18,7 +18,8 @@ class EmaRate:
     """The decay rate of one average.
 
     :param name: as the flag spells it, "0.9999" or "500kimg"; it also names the average's files.
-    :param rampup_ratio: a half-life is never longer than this fraction of the images seen; 0 for no such limit.
+    :param rampup_ratio: the half-life, also that of a decay rate, is never longer than this fraction of the images
+        seen, so that the average forgets the first weights; 0 for no such limit.
     """
 
     name: str
@@ -31,16 +32,17 @@ class EmaRate:
         """The rate of the step that follows `images_seen` images.
 
         A half-life of h images is min(h, ratio n): 0.5^(B / h) per step, and the first step copies the weights (Karras
-        et al. 2022, arXiv 2206.00364, appendix F; EDM's own runs have h = 500 kimg and a ratio of 0.05).
+        et al. 2022, arXiv 2206.00364, appendix F; EDM's own runs have h = 500 kimg and a ratio of 0.05). A decay rate
+        has the same limit, min(rate, 0.5^(B / (ratio n))).
 
         :param batch: B, images per step over all ranks.
         """
-        if not self.name.endswith(HALF_LIFE):
-            return float(self.name)
-        halflife = float(self.name.removesuffix(HALF_LIFE)) * 1000
+        is_halflife = self.name.endswith(HALF_LIFE)
+        halflife = float(self.name.removesuffix(HALF_LIFE)) * 1000 if is_halflife else math.inf
         if self.rampup_ratio:
             halflife = min(halflife, self.rampup_ratio * images_seen)
-        return 0.5 ** (batch / halflife) if halflife else 0.0
+        limit = 0.5 ** (batch / halflife) if halflife else 0.0      # 1 without a limit
+        return limit if is_halflife else min(float(self.name), limit)
 
 
 def parse_rates(ema_rate: str | float, rampup_ratio: float = 0.0) -> list[EmaRate]:

@@ -345,7 +345,8 @@ class TrainLoop:
         """Write a checkpoint of this step; see `CheckpointManager.save` for what happens if that fails."""
         with signals.unhurried():
             self.checkpoints.save(
-                self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last
+                self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last,
+                state.initial_weights(self),
             )
 
     def resume(self) -> None:

@@ -12,7 +12,8 @@ CONFIG = {**TINY, "training_mode": "edm"}
 
 
 def save(folder, step=10, names=("model", "ema_0.9"), config=CONFIG):
-    return manifest.save(str(folder), step, {name: plain_state_dict(tiny()) for name in names}, config, 40)
+    weights = {name: plain_state_dict(tiny()) for name in names}
+    return manifest.save(str(folder), step, weights, config, 40, initial_weight={"ema_0.9": 0.0})
 
 
 def test_a_damaged_file_of_weights_is_refused_unless_it_is_not_verified(tmp_path):
