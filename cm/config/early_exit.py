@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from cm.distributed import failure, launchers
+from cm.distributed import failure, launchers, restarts
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
 from cm.io import terminal
@@ -47,6 +47,10 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     A mistake in a --config file is reported after the ranks have met: the file may be missing on one machine only.
     """
     terminal.guard()
+    if (mistake := restarts.note()) is not None:
+        if launcher_rank() == 0:
+            failure.say(f"not tried again, for it would end as before: {mistake or 'see the message above'}")
+        leave(failure.USER_STATUS)
     try:
         flags = read_flags()
         launchers.check()
@@ -56,8 +60,10 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
             _fail_after_joining(error)
         if launcher_rank() == 0:
             failure.say(f"error: {error}")
+        failure.note_mistake(error)
         leave(failure.status_of(error))
     except SystemExit as leaving:
+        failure.note_mistake(leaving)
         leave(failure.status_of(leaving))
 
 

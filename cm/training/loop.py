@@ -214,6 +214,7 @@ class TrainLoop:
             moving.master_params_to_model_params()
         self.step += 1
         self.images_seen += self.global_batch
+        signals.stepping()
 
     @property
     def seed(self) -> int:
