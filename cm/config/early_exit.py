@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from cm.distributed import failure, launchers, restarts
+from cm.distributed import failure, launchers, openmp, restarts
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
 from cm.io import terminal
@@ -47,6 +47,7 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     A mistake in a --config file is reported after the ranks have met: the file may be missing on one machine only.
     """
     terminal.guard()
+    openmp.wait_shortly()                                   # read when torch is imported
     if (mistake := restarts.note()) is not None:
         if launcher_rank() == 0:
             failure.say(f"not tried again, for it would end as before: {mistake or 'see the message above'}")

@@ -284,6 +284,10 @@ class ObjectiveConfig:
     num_references: int = option(
         4096, "stf: number of reference images, including the batch of the step", minimum=1, aliases=("rbatch",)
     )
+    augment_references: bool = option(
+        True, "stf with augment: the reference images are augmented as the batch is, and all of them count, as in the "
+        "published code; False: they are not augmented, and an augmented image has no references but itself"
+    )
     num_consecutive_steps: int = option(
         2, "sadpm: number of neighbouring noise levels whose errors are summed", minimum=1
     )

@@ -181,24 +181,34 @@ class _Closable(Protocol):
         """End them."""
 
 
-class AugmentedStream:
-    """Batches of a stream with their images augmented, on the device, and `augment_labels` [N,9] for the network.
+@dataclass(frozen=True)
+class AugmentBatch:
+    """Transforms the images of a batch, on the device, and gives it `augment_labels` [N,9] for the network.
 
-    The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
-    are not transformed.
+    The transform of a sample depends on (seed, position), so it is the same on any number of ranks.
     """
 
-    def __init__(self, batches: Iterator[Batch], pipe: AugmentPipe, seed: int, device: th.device):
-        self.batches, self.pipe, self.seed, self.device = batches, pipe, seed, device
+    pipe: AugmentPipe
+    seed: int
+    device: th.device
+
+    def __call__(self, batch: Batch) -> Batch:
+        rng = SampleStreams(self.seed, batch.positions, stream="augment")
+        images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
+        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
+
+
+class AugmentedStream:
+    """Batches of a stream, augmented. Reference images that they carry are not transformed."""
+
+    def __init__(self, batches: Iterator[Batch], augment: AugmentBatch):
+        self.batches, self.augment = batches, augment
 
     def __iter__(self) -> AugmentedStream:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self.batches)
-        rng = SampleStreams(self.seed, batch.positions, stream="augment")
-        images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
-        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
+        return self.augment(next(self.batches))
 
     def close(self) -> None:
         """End the loader processes behind the stream."""
@@ -213,5 +223,5 @@ def augmented(
 
     :param data: from the number of samples already consumed to a stream.
     """
-    pipe = AugmentPipe(p)
-    return lambda start: AugmentedStream(data(start), pipe, seed, device)
+    augment = AugmentBatch(AugmentPipe(p), seed, device)
+    return lambda start: AugmentedStream(data(start), augment)
