@@ -178,6 +178,10 @@ class TrainConfig:
         "same", "device of the weight averages: same as the network, or cpu, which saves GPU memory and some GPU time; "
         "no effect on a run without GPUs", choices=("same", "cpu", "cuda"),
     )
+    grad_clip: float = option(
+        0.0, "largest L2 norm of the gradient over all parameters, of the batch over all ranks; larger gradients are "
+        "scaled down to it; 0: no limit", minimum=0,
+    )
     shard_ema: bool = option(False, "each rank keeps a shard of the weight averages; no effect on the result")
     shard_optimizer: bool = option(
         False, "each rank keeps a shard of the optimizer state (ZeRO-1); no effect on the result"
@@ -304,6 +308,10 @@ class ConsistencyConfig:
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
     teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
+    teacher_solver: str = option(
+        "heun", "consistency distillation: solver of the teacher's step; euler takes one evaluation of the teacher "
+        "instead of two and needs more noise levels", choices=("heun", "euler"),
+    )
     loss_norm: str = option(
         "lpips", "distance between the denoised images in the loss",
         choices=("l1", "l2", "l2-32", "lpips", "pseudo-huber"),

@@ -106,7 +106,7 @@ class TrainLoop:
         config = self.config
         trainer = MixedPrecisionTrainer(
             model=model, use_fp16=config.use_fp16, fp16_scale_growth=config.fp16_scale_growth,
-            precision=config.precision,
+            precision=config.precision, grad_clip=config.grad_clip,
         )
         sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
         make = partial(
