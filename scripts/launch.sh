@@ -11,7 +11,8 @@
 #   LAUNCHER="mpiexec -n 8"    what starts them, where RANKS is not enough; on SLURM "srun --mpi=pmi2"
 #   PYTHON=.venv/bin/python    the interpreter; mpiexec is taken from beside it if it is there
 #   DATA=data                  holds the images, in the folders of datasets/README.md
-#   MODELS=models              holds the checkpoints, by their published names
+#   MODELS=models              holds the checkpoints, by their published names; where one is missing, the recipe that
+#                              trains it is looked for in RUNS
 #   REFS=refs                  holds the reference batches of the evaluator, by their published names
 #   RUNS=runs                  a recipe's results are in RUNS/NAME; one that was interrupted goes on from there
 set -euo pipefail
@@ -106,8 +107,12 @@ case $model in
     *_cifar10*) images=cifar10 family=cifar10 reference=cifar10-32x32 ;;
 esac
 data_dir=${DATA:-data}/$images
-teacher=${MODELS:-models}/edm_${family}_ema.pt
-trained=${MODELS:-models}/$model.pt
+weights_of() {                                              # NAME FILE: the file, or the folder of the run NAME
+    local file=${MODELS:-models}/$2 run=${RUNS:-runs}/$1
+    [[ -e $file || ! -d $run ]] && echo "$file" || echo "$run"
+}
+teacher=$(weights_of "edm_$family" "edm_${family}_ema.pt")
+trained=$(weights_of "$model" "$model.pt")
 [[ $model != edm_* ]] || trained=$teacher
 case $name in
     edm_* | cdm_* | stf_* | sadpm_*) script=edm_train.py files=(--data_dir "$data_dir") ;;
