@@ -293,7 +293,8 @@ class ObjectiveConfig:
         "published code; False: they are not augmented, and an augmented image has no references but itself"
     )
     num_consecutive_steps: int = option(
-        2, "sadpm: number of neighbouring noise levels whose errors are summed", minimum=1
+        2, "sadpm: number of neighbouring noise levels whose errors are summed; 0, with sa_lambda 0: DDPM's loss",
+        minimum=0,
     )
     sa_lambda: float = option(0.2, "sadpm: weight of the squared sum of errors", minimum=0, aliases=("lamda",))
 
@@ -429,6 +430,11 @@ class SolverConfig(AblationConfig):
     eta: float = option(
         -1.0, "ddim, sde, ito: amount of fresh noise, from 0 (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1: default "
         "of the sampler: 0 for ddim, 1 for sde and ito", minimum=-1,
+    )
+    spacing: str = option(
+        "ends", "ddim: which timesteps; ends: evenly from the last to the first; uniform: as in the published code of "
+        "DDIM and SA-DPM (900, 800, ..., 0 for 10 of 1000); quad: squares, more of them near the image",
+        choices=("ends", "uniform", "quad"),
     )
     ito_form: str = option(
         "exp", "ito: exponential integrator with one forward-mode pass per step, or Ito-Taylor expansion in sigma",
