@@ -19,7 +19,7 @@ from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
-from cm.io import storage, untrusted
+from cm.io import storage, untrusted, web
 from cm.logging import logger
 from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.objectives import OBJECTIVES
@@ -45,6 +45,9 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
         one network, if another flag contradicts it, or if it leaves something open that no flag says either.
     """
+    if settings.dry_run and web.is_address(settings.values[flag]):
+        return WeightsFile(settings.values[flag])           # nothing is read
+    fetch_inputs(settings, flag)
     path = dist.on_main(weights_in, settings.values[flag], flag)
     if path != settings.values[flag]:
         logger.log(f"--{flag} {settings.values[flag]}: taking {path}")
@@ -69,6 +72,17 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     source.training_mode = known.get("training_mode")
     source.levels = known.get("start_scales") if known.get("scale_mode") == "fixed" else None
     return source
+
+
+def fetch_inputs(settings: Settings, *flags: str) -> None:
+    """Download the files whose addresses these flags give; the flags then name the copies. On every rank.
+
+    :raises UserError: on every rank, if one cannot be had.
+    """
+    for flag in flags:
+        if not settings.dry_run and web.is_address(settings.values.get(flag) or ""):
+            dist.on_main(web.local_copy, settings.values[flag], logger.log)         # the others find it, or wait
+            settings.replace(**{flag: web.local_copy(settings.values[flag], logger.log)})
 
 
 def weights_in(path: str, flag: str) -> str:

@@ -34,7 +34,7 @@ from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
 from cm.samplers.sample import SampleOptions
 from cm.setup.channels import apply_latent_defaults, are_pictures
-from cm.setup.inherit import inherit_checkpoint
+from cm.setup.inherit import fetch_inputs, inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
 from cm.setup.objective import kind_of_result
 from cm.setup.run import on_device, run_precision
@@ -265,7 +265,8 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
     :raises UserError: if there is no such file, or it is for images of another size or for fewer classes.
     """
     config, values = settings.section(GuidanceConfig), settings.values
-    path = config.classifier_path
+    fetch_inputs(settings, "classifier_path")
+    path = settings.values["classifier_path"]
     if not path:
         if config.classifier_scale != GuidanceConfig.classifier_scale:
             raise UserError(f"--classifier_scale {config.classifier_scale:g} needs a classifier: give "

@@ -16,6 +16,7 @@ from cm.setup.callbacks import open_callbacks
 from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
+from cm.setup.inherit import fetch_inputs
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import on_device, run_precision, save_config, start_run
@@ -33,6 +34,7 @@ def train(settings: Settings) -> None:
     rules.resolve(settings, rules.TRAINING)
     if settings.dry_run:
         return dry_run(settings)
+    fetch_inputs(settings, "eval_ref", "inception")
     kind = objective_kind(settings.values)
     kind.prepare(settings.values)
     start_run(settings)
