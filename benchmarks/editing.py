@@ -27,13 +27,13 @@ TASKS = {
     "inpaint": ["--images", "digits", "--mask_box", "2,2,4,4"],
     "colorize": ["--images", "digits"],
     "superres": ["--images", "digits", "--superres_factor", "4"],
-    "stroke": ["--images", "digits", "--stroke_start", "20"],
+    "stroke": ["--images", "digits", "--stroke_start", "9"],
     "denoise": ["--images", "digits", "--denoise_sigma", "0.5"],
     "interpolate": ["--interpolate_pairs", "0:1,2:3,4:5"],
 }
 EDITS = {"inpaint": {"mask": "box"}, "colorize": {}, "superres": {"factor": 4}}
-LEVELS = {1: "0,39", 2: "0,22,39", 5: "0,8,16,24,32,39", 39: ",".join(map(str, range(40)))}
-"""Evaluations -> --ts, of 40 levels."""
+EVALUATIONS = (1, 2, 5, 0)
+"""Of the network, at evenly spaced levels of the model's grid; 0: at all of them."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,25 @@ def draw(task: str, flags: list[str], model_path: str, folder: Path) -> None:
 
 
 def measure(config: EditingConfig) -> dict:
-    """{"num_samples", "rms": {task: {evaluations: grey levels}}}."""
+    """{"num_samples", "levels", "rms": {task: {evaluations: grey levels}}}."""
     source, pipe = open_source("digits", 8), cm.load(config.model_path)
     rows = np.arange(config.num_samples)
     originals, labels = source.images(rows), source.labels[rows]
+    levels = pipe.config["start_scales"]
     mask = np.ones((8, 8), bool)
     mask[2:6, 2:6] = False
     rms: dict[str, dict[str, float]] = {}
     for task, options in EDITS.items():
         known = options | ({"mask": mask} if "mask" in options else {})
-        for evaluations, ts in LEVELS.items():
-            edited = pipe.edit(originals, task, labels=labels, output="array", sampler="multistep", steps=40, ts=ts,
-                               **known)
+        for count in EVALUATIONS:
+            evaluations = count or levels - 1
+            ts = ",".join(map(str, np.linspace(0, levels - 1, evaluations + 1).round().astype(int)))
+            edited = pipe.edit(originals, task, labels=labels, output="array", sampler="multistep", steps=levels,
+                               ts=ts, **known)
             error = edited.astype(float) - originals
             rms.setdefault(task, {})[str(evaluations)] = round(float(np.sqrt((error**2).mean())), 1)
         print(task, rms[task], flush=True)
-    return {"num_samples": config.num_samples, "rms": rms}
+    return {"num_samples": config.num_samples, "levels": levels, "rms": rms}
 
 
 if __name__ == "__main__":

@@ -514,7 +514,8 @@ class EditConfig(SampleConfig):
         "are first reduced by averaging"
     )
     stroke_start: int = option(
-        16, "stroke: index of the noise level to start from; lower values add more noise and change more", minimum=0
+        -1, "stroke: index of the noise level to start from; lower values add more noise and change more; -1: 16 of 40 "
+        "levels, and the same share of another number", minimum=-1,
     )
     interpolate_pairs: str = option(
         "", "interpolate: pairs of sample indices of image_sample.py, such as 0:1,4:7; empty: neighbouring indices "

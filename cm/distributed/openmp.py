@@ -2,8 +2,7 @@
 
 OpenMP's threads spin at every barrier, for milliseconds (GCC's libgomp, which torch's wheels for Linux bring) or 200 of
 them (LLVM's and Intel's). Where other programs use the same cores, a thread that spins keeps the one that it waits for
-from running, and a step takes up to a hundred times as long. A short spin costs little on idle cores; see
-docs/performance.md for both.
+from running, and a step takes up to a hundred times as long. `benchmarks/busy_threads.py` measures it.
 
 The libraries read these variables once, when they are loaded: set them before torch is imported.
 """
