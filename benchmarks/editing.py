@@ -3,8 +3,7 @@
 python benchmarks/editing.py --model_path runs/demo/cd --log_dir runs/editing
 
 The pictures are those of image_edit.py, by the commands of docs/editing.md. The cost is measured where the original is
-known: the root mean square, in grey levels, of the difference between an original and its inpainted, colourised or
-sharpened copy.
+known: the root mean square, in grey levels, of the difference between an original and its inpainted or colourised copy.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 import cm
+from cm.checkpoints import manifest
 from cm.config.flags import option, parse
 from cm.data.sources import open_source
 from cm.io.storage import write_json
+from cm.setup.inherit import weights_in
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {
@@ -31,7 +32,7 @@ TASKS = {
     "denoise": ["--images", "digits", "--denoise_sigma", "0.5"],
     "interpolate": ["--interpolate_pairs", "0:1,2:3,4:5"],
 }
-EDITS = {"inpaint": {"mask": "box"}, "colorize": {}, "superres": {"factor": 4}}
+EDITS = {"inpaint": {"mask": "box"}, "colorize": {}}
 EVALUATIONS = (1, 2, 5, 0)
 """Of the network, at evenly spaced levels of the model's grid; 0: at all of them."""
 
@@ -42,13 +43,14 @@ class EditingConfig:
 
     model_path: str = option("runs/demo/cd", "a consistency model of the digits, such as that of the demo")
     num_samples: int = option(200, "images of a measurement", minimum=1)
+    pictures: bool = option(True, "make the pictures, too")
     log_dir: str = option("editing", "folder of pictures and numbers")
 
 
 def main() -> None:
     config = parse(__doc__ or "", EditingConfig).section(EditingConfig)
     folder = Path(config.log_dir)
-    for task, flags in TASKS.items():
+    for task, flags in TASKS.items() if config.pictures else ():
         draw(task, flags, config.model_path, folder)
     write_json(folder / "editing.json", measure(config))
 
@@ -69,7 +71,8 @@ def measure(config: EditingConfig) -> dict:
     source, pipe = open_source("digits", 8), cm.load(config.model_path)
     rows = np.arange(config.num_samples)
     originals, labels = source.images(rows), source.labels[rows]
-    levels = pipe.config["start_scales"]
+    checkpoint = manifest.beside(weights_in(config.model_path, "model_path"))
+    levels = checkpoint.config["start_scales"] if checkpoint else 40
     mask = np.ones((8, 8), bool)
     mask[2:6, 2:6] = False
     rms: dict[str, dict[str, float]] = {}

@@ -11,7 +11,7 @@ import torch as th
 from torch import Tensor
 
 from cm.checkpoints import averages, manifest
-from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai
+from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai, safetensor_files
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.config.flags import Settings, check, convert, defaults_of
@@ -26,6 +26,7 @@ from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
 BEST_BYTES = 2**20                                          # the largest best.json that is read
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
@@ -117,7 +118,9 @@ def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | No
 
 def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
     """From weights without a manifest, of which names and shapes tell most."""
-    weights = dist.load_state_dict(source.path)
+    is_safetensors = source.path.lower().endswith(".safetensors")
+    weights = safetensor_files.read(source.path) if is_safetensors else dist.load_state_dict(source.path)
+    weights = without_wrappers(weights, source.path)
     side = settings.values["image_size"] if settings.is_given("image_size") else None
     known = openai.model_flags(weights, source.path, side) | openai.published_mode(source.path)
     require_unknown_flags(settings, known, also, source.path)
@@ -128,6 +131,15 @@ def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]
     with th.device("meta"):                                 # odd shapes must not ask for more memory than the file has
         check_weights(model_from(settings), source.weights, source.path)
     return source
+
+
+def without_wrappers(weights: Any, path: str) -> Any:
+    """A state dict without the prefixes that DDP and torch.compile put before every name."""
+    for prefix in WRAPPERS:
+        while isinstance(weights, Mapping) and weights and all(str(name).startswith(prefix) for name in weights):
+            logger.log(f"{path}: the names of the weights begin with {prefix}, which is left out")
+            weights = {str(name).removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def inherit_resumed(settings: Settings) -> None:

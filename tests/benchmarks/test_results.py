@@ -38,3 +38,10 @@ def test_references_under_augmentation():
         for row in results["rows"]
     }
     assert table("docs/methods.md", "`--augment_references`") == found and results["num_references"] == 512
+
+
+def test_the_cost_of_fewer_levels_in_edits():
+    results = json.loads((ROOT / "docs/editing/editing.json").read_text())
+    found = {f"`{task}`": list(rms.values()) for task, rms in results["rms"].items()}
+    assert table("docs/editing.md", "evaluations") == found and results["levels"] == 18
+    assert list(results["rms"]["colorize"]) == ["1", "2", "5", "17"] and results["num_samples"] == 200
