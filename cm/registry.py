@@ -1,4 +1,6 @@
-"""Look up a name in a literal table; an unknown name is an error that lists the choices."""
+"""Literal tables of what a flag can name: look a name up, and add to a table from outside of this repository."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -7,6 +9,43 @@ from typing import TypeVar
 from cm.errors import UserError
 
 Entry = TypeVar("Entry")
+
+_added: dict[str, list[str]] = {}                           # names of what was registered, by what the tables list
+
+
+class Table(dict[str, Entry]):
+    """A literal table that code of the user's may add to, see docs/extending.md.
+
+    :param what: what it lists, as in messages: "sampler", "log format". `cm.config.schema` refers to it by this word.
+    """
+
+    def __init__(self, what: str, entries: Mapping[str, Entry]):
+        super().__init__(entries)
+        self.what = what
+
+    def register(self, name: str, entry: Entry) -> Entry:
+        """Add an entry, before those that are there: where several could open a file, it is asked first.
+
+        :raises UserError: if the name is taken.
+        """
+        if name in self:
+            raise UserError(f"there is a {self.what} {name!r} already: choose another name")
+        before = dict(self)
+        self.clear()
+        self.update({name: entry, **before})
+        _added.setdefault(self.what, []).append(name)
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Take out what `register` has added."""
+        _added[self.what].remove(name)
+        del self[name]
+
+
+def added(what: str) -> tuple[str, ...]:
+    """The names that were registered in the table of this word, so far."""
+    return tuple(_added.get(what, ()))
+
 
 
 def lookup(table: Mapping[str, Entry], name: str, what: str = "name") -> Entry:

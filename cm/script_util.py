@@ -59,6 +59,7 @@ def create_model(
     arch: str = "unet",
     augment_dim: int = 0,
     channels: int = 3,
+    null_class: bool = False,
 ) -> Network:
     """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
 
@@ -67,8 +68,7 @@ def create_model(
     config = NetworkConfig(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim,
-        channels,
+        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim, channels, null_class,
     )
     model = build_network(config, UNetModel.of)
     if isinstance(model, UNetModel):
@@ -104,8 +104,9 @@ def create_model_and_diffusion(
     augment_dim: int = 0,
     channels: int = 3,
     time_scale: float = 0.0,
+    null_class: bool = False,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names; the last six are the toolkit's own.
+    """Network and denoiser from flags, by guided-diffusion's names; the last seven are the toolkit's own.
 
     :param distillation: scale the network as a consistency function.
     :raises UserError: if the flags describe no network, naming the flag.
@@ -116,7 +117,7 @@ def create_model_and_diffusion(
         attention_resolutions=attention_resolutions, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
         resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
-        num_classes=num_classes, arch=arch, augment_dim=augment_dim, channels=channels,
+        num_classes=num_classes, arch=arch, augment_dim=augment_dim, channels=channels, null_class=null_class,
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,

@@ -157,7 +157,8 @@ class LossTerms:
 
     loss: Tensor                                                    # [N], differentiable
     sigma: Tensor                                                   # [N], the noise levels that were used
-    logs: Mapping[str, Tensor] = field(default_factory=dict)        # named [N] or scalar values
+    logs: Mapping[str, Tensor] = field(default_factory=dict)        # named [N] or scalar values, logged as means
+    peaks: Mapping[str, Tensor] = field(default_factory=dict)       # the same, logged as maxima
 
 
 class LossHistory(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from cm.config import plugins
 from cm.config.flags import Parser, positive
 from cm.errors import UserError
 from cm.registry import lookup
@@ -110,11 +111,12 @@ def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
-    """The flags --inception and --trust_extractor."""
+    """The flags --inception and --trust_extractor, and --plugin, which may add kinds of them."""
     parser.add_argument("--inception", metavar="PATH",
                         help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
     parser.add_argument("--trust_extractor", action="store_true",
                         help="run the extractor although it is a program (a TorchScript file of others)")
+    plugins.add_flag(parser)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,7 @@ from cm.data.sources import open_source
 from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
 
-ROOT = Path(__file__).resolve().parent.parent
-PRESETS = ROOT / "configs" / "digits"
+SCRIPTS = Path(__file__).resolve().parent
 REAL_SEED = 7
 
 
@@ -77,12 +76,12 @@ class Demo:
         start = time.monotonic()
         self.reference()
         self.classifier()
-        self.train("edm", "edm_train.py")
+        self.train("edm", "edm_train")
         teacher = self.checkpoint("edm")
         measured = ("--eval_interval", "50", "--eval_samples", "1000", "--eval_batch_size", "250", "--eval_ref",
                     str(self.out / "real.npz"), "--inception", str(self.out / "classifier.ts"))
-        self.train("cd", "cm_train.py", "--teacher_model_path", str(teacher), *measured)
-        self.train("ct", "cm_train.py", *measured)
+        self.train("cd", "cm_train", "--teacher_model_path", str(teacher), *measured)
+        self.train("ct", "cm_train", *measured)
         for key, method in METHODS.items():
             self.sample(key, method)
         rows = [self.evaluate(key, method) for key, method in METHODS.items()]
@@ -103,15 +102,15 @@ class Demo:
         """The feature extractor: a small classifier that never sees a generated image."""
         self.stage(
             "classifier", self.out / "classifier.ts",
-            ["scripts/classifier_train.py", "--data_dir", "digits", "--image_size", "8",
+            [script("classifier_train"), "--data_dir", "digits", "--image_size", "8",
              "--out", str(self.out / "classifier.ts")],
         )
 
-    def train(self, run: str, script: str, *options: str) -> None:
+    def train(self, run: str, command: str, *options: str) -> None:
         """A training run on `ranks` ranks, by the preset of its name."""
         self.stage(
             f"training {run}", self.out / run / "finished",
-            [f"scripts/{script}", "--config", str(PRESETS / f"{run}.yaml"),
+            [script(command), "--config", f"digits/{run}",
              "--log_dir", str(self.out / run), *options, *self.extra],
             ranks=self.ranks,
         )
@@ -121,7 +120,7 @@ class Demo:
         """Samples of a method."""
         self.stage(
             f"sampling {method.name}", self.out / key / "finished",
-            ["scripts/image_sample.py", "--model_path", str(self.checkpoint(method.run)),
+            [script("image_sample"), "--model_path", str(self.checkpoint(method.run)),
              "--num_samples", str(self.num_samples), "--batch_size", "250", "--precision", "auto",
              "--log_dir", str(self.out / key), *method.options],
             ranks=self.ranks,
@@ -133,7 +132,7 @@ class Demo:
         result = self.out / key / "metrics.json"
         self.stage(
             f"evaluating {method.name}", result,
-            ["evaluations/evaluator.py", str(self.out / "real.npz"), str(self.samples(key)), "--inception",
+            ["-m", "evaluations.evaluator", str(self.out / "real.npz"), str(self.samples(key)), "--inception",
              str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result), "--cache", "off"],
         )
         summary = json.loads(self.samples(key).with_suffix(".json").read_text())
@@ -163,7 +162,7 @@ class Demo:
         """The training runs on a web page."""
         page = self.out / "report.html"
         folders = [str(self.out / run) for run in runs]
-        self.stage("report", page, ["scripts/report.py", *folders, "--out", str(page)])
+        self.stage("report", page, [script("report"), *folders, "--out", str(page)])
         return page
 
     # --- parts ---------------------------------------------------------------------------------------------------
@@ -176,7 +175,7 @@ class Demo:
         started = any(product.parent.glob("checkpoint_*.json"))
         full = [*(mpiexec(ranks) if ranks else []), sys.executable, *command]
         print(f"\n[{name}]{' resuming' if started else ''}\n$ {shlex.join(full)}", flush=True)
-        status = subprocess.run(full, cwd=ROOT, env=os.environ | {"OPENAI_LOG_FORMAT": "log,csv,json"}).returncode
+        status = subprocess.run(full, env=os.environ | {"OPENAI_LOG_FORMAT": "log,csv,json"}).returncode
         if status:
             sys.exit(f"demo: the stage {name!r} ended with status {status}; see its messages above")
 
@@ -212,6 +211,11 @@ def table(rows: list[dict], classifier_accuracy: str) -> str:
         f"{classifier_accuracy}); not Inception FID, and not comparable with it"
     )
     return "\n".join(text)
+
+
+def script(name: str) -> str:
+    """A command of the toolkit: it lies beside this one, in the repository as in an installed package."""
+    return str(SCRIPTS / f"{name}.py")
 
 
 def mpiexec(ranks: int) -> list[str]:

@@ -22,6 +22,7 @@ from cm.logging import logger
 if TYPE_CHECKING:
     from cm.generate.edit_tasks import EditJob
     from cm.generate.engine import SamplingResult
+    from cm.setup.guide import Guide
 
 COLUMNS = 8                                                 # images in the comparison
 
@@ -39,26 +40,29 @@ def main(settings: Settings) -> None:
     from cm.generate.edit_tasks import edit_images, make_job
     from cm.generate.engine import at_precision, collect_to_npz
     from cm.setup.dry_run import dry_run
+    from cm.setup.guide import SAMPLING, choose_guide
     from cm.setup.run import open_log, run_precision
     from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
     dist.setup_dist()
-    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "images", "mask", "classifier_path")}
+    read = ("model_path", "images", "mask", "classifier_path", "guide_path")
+    inputs = {f"--{name}": settings.values[name] for name in read}
     dist.on_main(check_outputs, [Output("--log_dir", settings.values["log_dir"], "folder")], inputs)
     inherit_model(settings)
+    guide = choose_guide(settings, SAMPLING)
     if settings.dry_run:
         return dry_run(settings)
 
     classifier = load_classifier(settings)
     job = make_job(settings, sampling_plan(settings, classifier), *sampler_of(settings))
     open_log(settings)
-    model, diffusion = load_model(settings), guided_diffusion(settings, classifier)
+    model, diffusion = load_model(settings), guided_diffusion(settings, classifier, guide)
     with at_precision(model, run_precision(settings)):
         result = collect_to_npz(partial(edit_images, job, model, diffusion), job.plan, logger.get_dir(), job.kinds)
-    dist.on_main(report, settings, job, result)
+    dist.on_main(report, settings, job, result, guide)
 
 
-def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
+def report(settings: Settings, job: EditJob, result: SamplingResult, guide: Guide | None) -> None:
     """Write a comparison and a summary next to the results, and log them; call it on rank 0."""
     config = settings.section(EditConfig)
     stem = result.paths["samples"].removesuffix(".npz")
@@ -73,6 +77,7 @@ def report(settings: Settings, job: EditJob, result: SamplingResult) -> None:
         "num_samples": job.plan.num_samples,
         "network_evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
+        **(guide.record() if guide else {}),
     }
     write_json(f"{stem}.json", summary)
     save_picture(f"{stem}.png", labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)))

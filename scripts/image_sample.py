@@ -35,6 +35,7 @@ from cm.logging import logger
 
 if TYPE_CHECKING:
     from cm.generate.engine import PngResult, SamplingPlan, SamplingResult
+    from cm.setup.guide import Guide
 
 
 def read_flags() -> Settings:
@@ -50,6 +51,7 @@ def main(settings: Settings) -> None:
     from cm.distributed import setup as dist
     from cm.generate.engine import sample_to_npz, sample_to_pngs
     from cm.setup.dry_run import dry_run
+    from cm.setup.guide import SAMPLING, choose_guide
     from cm.setup.run import open_log, run_precision
     from cm.setup.sample import (
         choose_seeds,
@@ -62,9 +64,10 @@ def main(settings: Settings) -> None:
     )
 
     dist.setup_dist()
-    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path")}
+    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path", "guide_path")}
     dist.on_main(check_outputs, [Output("--outdir", settings.values["outdir"], "folder")], inputs)
     config = inherit_model(settings)
+    guide = choose_guide(settings, SAMPLING)
     seeds = choose_seeds(settings)
     if settings.dry_run:
         return dry_run(settings)
@@ -72,26 +75,26 @@ def main(settings: Settings) -> None:
     pngs, classifier = settings.section(PngConfig), load_classifier(settings)
     plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
     options = sampler_options(settings)         # checked before anything is loaded
-    folder = claim_folder(settings, pngs, plan) if pngs.outdir else None
+    folder = claim_folder(settings, pngs, plan, guide) if pngs.outdir else None
     open_log(settings)
     if folder:
         result = sample_to_pngs(
-            load_model(settings), guided_diffusion(settings, classifier), plan, folder,
+            load_model(settings), guided_diffusion(settings, classifier, guide), plan, folder,
             run_precision(settings), options,
         )
         return dist.on_main(report_pngs, folder, plan, result)
     result = sample_to_npz(
         load_model(settings),
-        guided_diffusion(settings, classifier),
+        guided_diffusion(settings, classifier, guide),
         plan,
         logger.get_dir(),
         run_precision(settings),
         options,
     )
-    dist.on_main(report, config, plan, result)
+    dist.on_main(report, config, plan, result, guide)
 
 
-def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> PngFolder:
+def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan, guide: Guide | None) -> PngFolder:
     """The folder of --outdir.
 
     :raises UserError: if it holds images of another model or of other flags, or the noise has no seeds.
@@ -104,7 +107,7 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan) -> Png
     if plan.generator == "dummy":
         raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
-    dist.on_main(folder.claim, png_recipe(settings))
+    dist.on_main(folder.claim, png_recipe(settings, guide))
     return folder
 
 
@@ -120,7 +123,7 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
     logger.log(f"grid: {grid_path}")
 
 
-def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> None:
+def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, guide: Guide | None) -> None:
     """Write a grid and a summary next to the npz, and log them; call it on rank 0."""
     path = result.paths["samples"]
     summary = {
@@ -134,6 +137,7 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult) -> 
         "network_evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
         "images_per_second": round(plan.num_samples / result.seconds, 3),
+        **(guide.record() if guide else {}),
     }
     write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"

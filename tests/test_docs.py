@@ -25,8 +25,8 @@ FOREIGN_FLAGS = {
     "nproc_per_node", "nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "max-restarts",
     # SLURM's sbatch, srun and scancel
     "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signal", "requeue", "open-mode", "mpi",
-    # py-spy
-    "pid",
+    # py-spy and pip
+    "pid", "no-deps",
     # a placeholder
     "flag",
 }

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "cm/pipeline/pictures.py": "pipeline/test_pipeline.py",
     "cm/setup/export.py": "scripts/test_convert_checkpoint.py",
     "cm/setup/model.py": "test_drop_in.py",
+    "cm/setup/network.py": "setup/test_guide.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",
@@ -43,6 +44,8 @@ ELSEWHERE = {
     "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
+    "cm/config/console.py": "system/test_wheel.py",
+    "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/errors.py": "distributed/test_failure.py",
     **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (

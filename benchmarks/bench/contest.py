@@ -78,6 +78,8 @@ ALONE = {
     "scale_mode": "progressive", "start_scales": 4, "end_scales": 12, "loss_norm": "pseudo-huber",
     "weight_schedule": "uniform",
 }
+SLOW = {"time_scale": 1}
+"""The clock of EDM's networks, which methods need that compare neighbouring noise levels: docs/few-step.md."""
 TRAININGS = {
     "EDM": Training("edm_train.py", {}, DIFFUSION),
     "CDM": Training("edm_train.py", {"objective": "cdm"}, DIFFUSION),
@@ -86,4 +88,14 @@ TRAININGS = {
     "CD of EDM": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="EDM"),
     "CD of STF": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="STF"),
     "CT": Training("cm_train.py", ALONE, CONSISTENCY),
+    "EDM, slow clock": Training("edm_train.py", SLOW, ("Heun 18", "ancestral 35")),
+    "ECT of EDM": Training(
+        "cm_train.py", {"training_mode": "ect", "stages": 4}, CONSISTENCY, teacher="EDM, slow clock",
+    ),
+    "sCD of EDM": Training(
+        "cm_train.py", {"training_mode": "scd", "teacher_dropout": 0, "tangent_warmup": 50}, CONSISTENCY,
+        teacher="EDM, slow clock",
+    ),
+    "iCT": Training("cm_train.py", {"training_mode": "ict", **SLOW, "start_scales": 4, "end_scales": 32}, CONSISTENCY),
+    "sCT": Training("cm_train.py", {"training_mode": "sct", **SLOW, "tangent_warmup": 50}, CONSISTENCY),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import manifest
-from cm.checkpoints.formats import diffusers
+from cm.checkpoints.formats import FORMATS
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -88,7 +89,12 @@ class WeightsFile:
 
 def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
     """The kind of file at a path, empty if there is none, and the manifest next to it; for one rank."""
-    if diffusers.is_folder(path):
-        return "diffusers folder", None
-    kind = "EDM pickle" if path.endswith(".pkl") else "file of weights"
-    return kind if storage.exists(path) else "", manifest.beside(path)
+    if not storage.exists(path):
+        return "", None
+    kind = format_of(path) or "file of weights"
+    return kind, None if os.path.isdir(path) else manifest.beside(path)
+
+
+def format_of(path: str) -> str:
+    """The name in `FORMATS` of what is at a path; empty for weights of this toolkit. For one rank."""
+    return next((name for name, each in FORMATS.items() if each.claims(path)), "")

@@ -44,7 +44,8 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
 
     So does a mistake in what the environment says of the job (`launchers.check`).
 
-    A mistake in a --config file is reported after the ranks have met: the file may be missing on one machine only.
+    A mistake in a file of --config or --plugin is reported after the ranks have met: it may be missing on one machine
+    only.
     """
     terminal.guard()
     openmp.wait_shortly()                                   # read when torch is imported
@@ -57,7 +58,7 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
         launchers.check()
         return flags
     except UserError as error:
-        if any(word.partition("=")[0] == "--config" for word in sys.argv[1:]):
+        if any(word.partition("=")[0] in ("--config", "--plugin") for word in sys.argv[1:]):
             _fail_after_joining(error)
         if launcher_rank() == 0:
             failure.say(f"error: {error}")

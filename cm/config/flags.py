@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from cm.config import plugins, presets
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.io.untrusted import read_file, shown
+from cm.registry import added
 
 CONFIG_BYTES = 2**20                            # the largest config file that is read
 
@@ -31,17 +33,18 @@ Section = TypeVar("Section")
 def option(
     default: Any, help: str, *, choices: Sequence[str] = (), minimum: float | None = None,
     maximum: float | None = None, below: float | None = None, infinite: bool = False, aliases: Sequence[str] = (),
-    several: bool = False,
+    several: bool = False, table: str = "",
 ) -> Any:
     """A field of a section: its default, one sentence for --help, what is allowed, and other names of the flag.
 
     :param below: the value must be less than this.
     :param infinite: infinity is allowed; a value that is not a number never is.
     :param several: the value is a comma-separated list of choices, which may be empty.
+    :param table: what the `cm.registry.Table` behind the choices lists; what a plugin adds to it is a choice, too.
     """
     allowed = {
         "choices": tuple(choices), "minimum": minimum, "maximum": maximum, "below": below, "infinite": infinite,
-        "several": several,
+        "several": several, "table": table,
     }
     return dataclasses.field(default=default, metadata={"help": help, "aliases": tuple(aliases), **allowed})
 
@@ -158,6 +161,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refuse_repeated(words)
+        if plugins.FLAG in self._option_string_actions:     # before choices are checked and --help lists them
+            for path in plugins.named(words):
+                plugins.load(path)
         return super().parse_known_args(words, namespace)
 
     def _refuse_repeated(self, words: Sequence[str]) -> None:
@@ -225,6 +231,7 @@ def parse(description: str | None, *sections: type, argv: Sequence[str] | None =
     parser = make_parser(description, sections, types, defaults)
     args = vars(parser.parse_args(argv))
     config_file, dry_run = args.pop("config"), args.pop("dry_run")
+    args.pop(plugins.NAME)
 
     values = {name: defaults.get(name, field.default) for name, field in fields.items()}
     given: dict[str, Origin] = {}
@@ -276,11 +283,12 @@ def make_parser(description: str | None, sections: Sequence[type], types: Mappin
     )
     parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
     parser.add_argument("--dry_run", action="store_true", help="print the resolved run and exit")
+    plugins.add_flag(parser)
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])
         for field in dataclasses.fields(section):
             default = defaults.get(field.name, field.default)
-            choices = field.metadata["choices"]
+            choices = choices_of(field)
             shown = f" (choices: {', '.join(choices)})" if choices else ""
             kind = types[field.name]
             others = "".join(f", also --{alias}" for alias in field.metadata["aliases"])
@@ -319,10 +327,15 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
 
     The key `base` names another file, relative to this one, for what is not set here.
+
+    :param path: a file, or the name of a preset such as digits/edm.
     """
+    path = presets.find(path)
     try:
         with open(path, "rb") as file:
             content = parse_flat(read_file(file, CONFIG_BYTES))
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: {error.strerror}{presets.suggestion(path)}") from None
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except ValueError as error:
@@ -399,11 +412,12 @@ def convert(kind: type, value: Any, where: str) -> Any:
 
 def check(field: dataclasses.Field, value: Any, where: str) -> None:
     limits = field.metadata
-    choices, minimum = limits["choices"], limits["minimum"]
+    choices, minimum = choices_of(field), limits["minimum"]
     for word in words_of(value) if limits["several"] else [value]:
         if choices and word not in choices:
             near = get_close_matches(str(word), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint += f" {plugins.FLAG} FILE may add others." if limits["table"] else ""
             raise UserError(f"{where}: {field.name}={word!r} is not one of: {', '.join(choices)}.{hint}")
     if isinstance(value, float) and not math.isfinite(value) and not (limits["infinite"] and value == math.inf):
         raise UserError(f"{where}: {field.name}={value!r} is not a finite number")
@@ -413,6 +427,11 @@ def check(field: dataclasses.Field, value: Any, where: str) -> None:
         raise UserError(f"{where}: {field.name}={value!r} is too large; the largest is {limits['maximum']}")
     if limits["below"] is not None and not value < limits["below"]:
         raise UserError(f"{where}: {field.name}={value!r} is too large; it must be below {limits['below']:g}")
+
+
+def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+    """What the field lists, and what was added to the table behind it; empty if any value will do."""
+    return (*field.metadata["choices"], *added(field.metadata["table"]))
 
 
 def words_of(text: str) -> list[str]:

@@ -16,7 +16,7 @@ EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoi
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
-TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect")
+TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect", "scd", "sct")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelConfig:
 
     arch: str = option(
         "unet", "network: unet (guided-diffusion), ddpmpp (EDM's DDPM++), ncsnpp (EDM's NCSN++), adm (EDM's ADM)",
-        choices=("unet", "ddpmpp", "ncsnpp", "adm"),
+        choices=("unet", "ddpmpp", "ncsnpp", "adm"), table="arch",
     )
     image_size: int = option(64, "width and height of the images in pixels", minimum=1)
     channels: int = option(
@@ -44,6 +44,9 @@ class ModelConfig:
     dropout: float = option(0.0, "dropout probability", minimum=0, below=1)
     class_cond: bool = option(False, "condition on class labels")
     num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
+    null_class: bool = option(
+        False, "the network also has a label for no class, as classifier-free guidance needs; label_dropout sets it"
+    )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "unet: apply the time embedding as scale and shift; False: add it")
     resblock_updown: bool = option(False, "unet: change the resolution in residual blocks; False: in convolutions")
@@ -87,7 +90,7 @@ class RunConfig:
     log_formats: str = option(
         "", "how the log is written, comma-separated; tensorboard and wandb also show the flags and the grids of "
         "samples, and need their packages; empty: OPENAI_LOG_FORMAT, or stdout,log,csv",
-        choices=LOG_FORMATS, several=True,
+        choices=LOG_FORMATS, several=True, table="log format",
     )
     seed: int = option(
         0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
@@ -123,6 +126,10 @@ class DataConfig:
     labels: str = option(
         "auto", "where classes come from without a dataset.json; auto: sub-folders where there are several, else the "
         "part of file names before the first _", choices=("auto", "folders", "names"),
+    )
+    label_dropout: float = option(
+        0.0, "probability that a training image loses its class label, for classifier-free guidance (usually 0.1); "
+        "needs class_cond", minimum=0, below=1,
     )
     random_crop: bool = option(False, "crop at a random position instead of the centre")
     cache_gib: float = option(
@@ -260,7 +267,7 @@ class EvalConfig:
     eval_sampler: str = option(
         "", "sampler for evaluation and grids; empty: heun for edm, onestep for consistency models, progdist for "
         "progdist",
-        choices=("", *SAMPLER_NAMES),
+        choices=("", *SAMPLER_NAMES), table="sampler",
     )
     eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1)
     eval_ts: str = option("", "same as --ts of image_sample.py")
@@ -278,7 +285,7 @@ class EvalConfig:
 class ObjectiveConfig:
     """objective"""
 
-    objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES)
+    objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES, table="objective")
     martingale_lambda: float = option(10.0, "cdm: weight of the martingale regulariser", minimum=0)
     martingale_steps: int = option(6, "cdm: noise levels of a backward walk, including both ends", minimum=2)
     martingale_sde: str = option(
@@ -305,13 +312,22 @@ class ConsistencyConfig:
 
     training_mode: str = option(
         "consistency_distillation", "training method; edm: a diffusion model, by the method that objective names",
-        choices=TRAINING_MODES,
+        choices=TRAINING_MODES, table="training_mode",
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
     teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
     teacher_solver: str = option(
         "heun", "consistency distillation: solver of the teacher's step; euler takes one evaluation of the teacher "
         "instead of two and needs more noise levels", choices=("heun", "euler"),
+    )
+    teacher_guide_scale: float = option(
+        1.0, "strength w of the guidance that is distilled into the student, see guide_scale; 1: none", minimum=0
+    )
+    teacher_guide_path: str = option(
+        "", "worse diffusion checkpoint that guides the teacher; empty: the teacher itself, without its class"
+    )
+    teacher_guide_interval: str = option(
+        "", "noise levels lo,hi at which the teacher is guided: lo < sigma <= hi; empty: all"
     )
     loss_norm: str = option(
         "lpips", "distance between the denoised images in the loss",
@@ -356,6 +372,17 @@ class FewStepConfig:
     shrink_q: float = option(2.0, "pairs shrinking: factor by which 1 - r/t falls from stage to stage", minimum=0)
     shrink_k: float = option(8.0, "pairs shrinking: k of n(t) = 1 + k sigmoid(-b t)", minimum=0)
     shrink_b: float = option(1.0, "pairs shrinking: b of n(t)", minimum=0)
+    tangent_c: float = option(0.1, "scd, sct: number added to the size by which the tangent is divided", minimum=0)
+    tangent_norm: str = option(
+        "rms", "scd, sct: size of a sample's tangent: root mean square, or root of the sum of squares",
+        choices=("rms", "norm"),
+    )
+    tangent_warmup: int = option(
+        10000, "scd, sct: steps over which the network's own part of the tangent grows from 0", minimum=0
+    )
+    bin_weights: bool = option(
+        False, "scd, sct: divide the loss by its running mean at the noise level, over all ranks"
+    )
     stages: int = option(8, "pairs shrinking: number of stages", minimum=1)
     stage_steps: int = option(
         0, "steps of a stage, for pairs shrinking and scale_mode doubling; 0: stages of equal length fill the training",
@@ -371,10 +398,13 @@ class SampleConfig:
     """sampling"""
 
     model_path: str = option("", "checkpoint to sample from")
-    training_mode: str = option("edm", "training method of the checkpoint", choices=TRAINING_MODES)
+    training_mode: str = option(
+        "edm", "training method of the checkpoint", choices=TRAINING_MODES, table="training_mode"
+    )
     sampler: str = option(
         "", "sampler; see docs/samplers.md; empty: heun for diffusion models, onestep (with ts: multistep) for "
         "consistency models, progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+        table="sampler",
     )
     steps: int = option(
         40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
@@ -452,10 +482,21 @@ class SolverConfig(AblationConfig):
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """classifier guidance"""
+    """guidance"""
 
+    guide_scale: float = option(
+        1.0, "strength w of guidance by a worse network, D_guide + w (D - D_guide): the model itself without its class "
+        "(classifier-free), or guide_path (autoguidance); 1: none", minimum=0,
+    )
+    guide_path: str = option(
+        "", "checkpoint of the guiding network, such as an earlier or smaller one; its flags come from its manifest"
+    )
+    guide_interval: str = option(
+        "", "noise levels lo,hi at which guide_scale acts: lo < sigma <= hi; elsewhere the guide is not evaluated; "
+        "empty: all"
+    )
     classifier_path: str = option("", "classifier of noisy images, trained with classifier_train.py --noised True")
-    classifier_scale: float = option(1.0, "strength of the guidance; 0: none", minimum=0)
+    classifier_scale: float = option(1.0, "strength of the classifier's guidance; 0: none", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -472,7 +513,8 @@ class ConvertConfig:
         choices=("native", "diffusers"),
     )
     training_mode: str = option(
-        "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES
+        "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES,
+        table="training_mode",
     )
     num_train_timesteps: int = option(
         0, "diffusers: number of noise levels the consistency model was trained with; 0: from its checkpoint, or 40 "
@@ -497,6 +539,7 @@ class EditConfig(SampleConfig):
     sampler: str = option(
         "", "sampler; see docs/samplers.md; empty: multistep for consistency models, heun for diffusion models, "
         "progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+        table="sampler",
     )
     steps: int = option(
         40, "number of noise levels, or of sampler steps; default: those that the consistency model was trained with, "

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor
 
+from cm.data.mapped import mapped
 from cm.random_util import SampleStreams
 from cm.types import Batch, NoiseSource
 
@@ -173,14 +174,6 @@ def _half_steps(side: int, device: Any) -> Tensor:
     return (th.arange(-LEAD, 2 * side + len(SYM6) - LEAD - 2, device=device) - (side - 1)) / 2
 
 
-@runtime_checkable
-class _Closable(Protocol):
-    """A stream with processes or files behind it."""
-
-    def close(self) -> None:
-        """End them."""
-
-
 @dataclass(frozen=True)
 class AugmentBatch:
     """Transforms the images of a batch, on the device, and gives it `augment_labels` [N,9] for the network.
@@ -198,30 +191,14 @@ class AugmentBatch:
         return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
 
 
-class AugmentedStream:
-    """Batches of a stream, augmented. Reference images that they carry are not transformed."""
-
-    def __init__(self, batches: Iterator[Batch], augment: AugmentBatch):
-        self.batches, self.augment = batches, augment
-
-    def __iter__(self) -> AugmentedStream:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.augment(next(self.batches))
-
-    def close(self) -> None:
-        """End the loader processes behind the stream."""
-        if isinstance(self.batches, _Closable):
-            self.batches.close()
-
-
 def augmented(
     data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device
 ) -> Callable[[int], Iterator[Batch]]:
-    """A version of `data` whose batches are augmented.
+    """A version of `data` with images augmented, on the device, and `augment_labels` [N,9] for the network.
+
+    The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
+    are not transformed.
 
     :param data: from the number of samples already consumed to a stream.
     """
-    augment = AugmentBatch(AugmentPipe(p), seed, device)
-    return lambda start: AugmentedStream(data(start), augment)
+    return mapped(data, AugmentBatch(AugmentPipe(p), seed, device))

@@ -12,13 +12,14 @@ from cm.data.formats import digits, folder, npz, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
 from cm.errors import UserError
 from cm.io import storage
+from cm.registry import Table
 
-FORMATS: dict[str, Format] = {
+FORMATS: Table[Format] = Table("data format", {
     "digits": digits.FORMAT,
     "zip": zip_archive.FORMAT,
     "npz": npz.FORMAT,
     "folder": folder.FORMAT,                    # what no other claims
-}
+})
 """The formats, in the order in which they are asked whether a name is theirs."""
 
 SOURCES = {name: each.open for name, each in FORMATS.items()}

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from cm.errors import UserError
+from cm.registry import Table
 
 PROBE_S = 3.0
 """Seconds to wait for an address of another machine to answer."""
@@ -27,24 +28,25 @@ class Launch(NamedTuple):
     by_mpi: bool                # the ranks meet through MPI, not through MASTER_ADDR and MASTER_PORT
 
 
-class _Launcher(NamedTuple):
-    name: str
+class Launcher(NamedTuple):
+    """The variables by which a launcher tells a process what it is."""
+
     evidence: str               # the variable that only this launcher sets
     rank: str
     size: str
-    by_mpi: bool
+    by_mpi: bool                # see `Launch`
 
 
-# The first that matches is the innermost: torchrun inside srun is torchrun, mpiexec inside a SLURM job is mpiexec.
-LAUNCHERS = (
-    _Launcher("torchrun", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", False),
-    _Launcher("mpiexec", "PMI_RANK", "PMI_RANK", "PMI_SIZE", True),
-    _Launcher("mpiexec of Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", True),
-    _Launcher("mpiexec of MVAPICH", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", True),
-    _Launcher("a PMIx launcher", "PMIX_RANK", "PMIX_RANK", "PMIX_SIZE", True),
-    _Launcher("RANK and WORLD_SIZE", "MASTER_ADDR", "RANK", "WORLD_SIZE", False),
-    _Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", True),
-)
+LAUNCHERS: Table[Launcher] = Table("launcher", {
+    "torchrun": Launcher("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", False),
+    "mpiexec": Launcher("PMI_RANK", "PMI_RANK", "PMI_SIZE", True),
+    "mpiexec of Open MPI": Launcher("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", True),
+    "mpiexec of MVAPICH": Launcher("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", True),
+    "a PMIx launcher": Launcher("PMIX_RANK", "PMIX_RANK", "PMIX_SIZE", True),
+    "RANK and WORLD_SIZE": Launcher("MASTER_ADDR", "RANK", "WORLD_SIZE", False),
+    "srun": Launcher("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", True),
+})
+"""The first that matches is the innermost: torchrun inside srun is torchrun, mpiexec inside a SLURM job is mpiexec."""
 
 
 def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
@@ -53,7 +55,7 @@ def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
     Variables that hold no number announce nothing here; `check` complains of them.
     """
     found = []
-    for name, evidence, rank, size, by_mpi in LAUNCHERS:
+    for name, (evidence, rank, size, by_mpi) in LAUNCHERS.items():
         if evidence in env and _is_number(env.get(rank, "")):
             ranks = env.get(size, "")
             found.append(Launch(name, int(env[rank]), int(ranks) if _is_number(ranks) else 0, by_mpi))
@@ -65,7 +67,7 @@ def check(env: Mapping[str, str] = os.environ) -> None:
 
     :raises UserError: naming the variable, its value and what is allowed.
     """
-    for name, evidence, rank, size, by_mpi in LAUNCHERS:
+    for name, (evidence, rank, size, by_mpi) in LAUNCHERS.items():
         if evidence not in env or rank not in env:
             continue
         remedy = f"; set it as {name} does, or unset {rank}, {size} and {evidence} for a single process"

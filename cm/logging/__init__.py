@@ -6,8 +6,9 @@ from cm.logging.tables import ScreenWriter, TableWriter
 from cm.logging.tensorboard import TensorBoardWriter
 from cm.logging.wandb import WandbWriter
 from cm.logging.writers import Writer
+from cm.registry import Table
 
-FORMATS: dict[str, type[Writer]] = {
+FORMATS: Table[type[Writer]] = Table("log format", {
     "stdout": ScreenWriter,
     "log": TableWriter,
     "csv": CSVWriter,
@@ -15,4 +16,4 @@ FORMATS: dict[str, type[Writer]] = {
     "stats": StatsWriter,
     "tensorboard": TensorBoardWriter,
     "wandb": WandbWriter,
-}
+})

@@ -86,6 +86,7 @@ class NetworkConfig:
     arch: str = "unet"
     augment_dim: int = 0
     channels: int = 3
+    null_class: bool = False
 
 
 def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UNet) -> Network:
@@ -94,6 +95,9 @@ def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UN
     :param unet: makes the network of --arch unet.
     :raises UserError: if there is no such network; the message names the flag.
     """
+    if config.null_class and not config.class_cond:
+        raise UserError("--null_class True is a label of no class for a network that has classes: add --class_cond "
+                        "True, or drop it")
     if config.learn_sigma:
         raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
     return unet(_unet_config(config)) if config.arch == "unet" else _build_edm(config)
@@ -121,6 +125,7 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
         num_heads_upsample=config.num_heads_upsample,
         use_scale_shift_norm=config.use_scale_shift_norm,
         resblock_updown=config.resblock_updown,
+        null_class=config.null_class,
     )
 
 
@@ -141,6 +146,7 @@ def _build_edm(config: NetworkConfig) -> EDMNetwork:
         attn_resolutions=resolutions,
         dropout=config.dropout,
         use_checkpoint=config.use_checkpoint,
+        null_class=config.null_class,
         **({"channels_per_head": config.num_head_channels} if has_own_heads else {}),
     )
 

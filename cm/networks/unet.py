@@ -46,6 +46,7 @@ class UNetConfig:
     :param conv_resample: learnt convolutions at the changes of level; no effect with `resblock_updown`.
     :param dims: 1, 2 or 3 dimensional signals.
     :param num_classes: makes the network class-conditional.
+    :param null_class: it also knows the label num_classes, which stands for no class; a row more in its embedding.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param num_heads: attention heads per layer, if `num_head_channels` is -1.
     :param num_head_channels: width of a head; -1 uses `num_heads` instead.
@@ -72,6 +73,7 @@ class UNetConfig:
     num_heads_upsample: int = -1
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
+    null_class: bool = False
 
     def __post_init__(self) -> None:
         _check_widths(self.widths, self.model_channels, self.channel_mult)
@@ -191,7 +193,7 @@ class UNet(HalfPrecisionTrunk):
             linear(config.model_channels, emb_channels), SiLU(), linear(emb_channels, emb_channels)
         )
         if config.num_classes is not None:
-            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
+            self.label_emb = nn.Embedding(config.num_classes + config.null_class, emb_channels)
 
         make = LayerFactory(config)
         self.input_blocks, skip_widths = make.encoder()
@@ -211,7 +213,8 @@ class UNet(HalfPrecisionTrunk):
 
         :param x: [N,in_channels,H,W], where H and W can be halved between all levels; they need not be image_size.
         :param timesteps: [N], such as 250 ln(sigma).
-        :param y: [N] class labels, for a class-conditional network and no other.
+        :param y: [N] class labels, for a class-conditional network and no other; num_classes is the null class, where
+            the network has one.
         :return: [N,out_channels,H,W] in the dtype of x; channels_last if x or the weights are.
         :raises ValueError: if an input does not fit the network.
         """

@@ -8,24 +8,28 @@ from cm.objectives.edm import EDM
 from cm.objectives.ict import ICT
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.objectives.sadpm import SADPM
+from cm.objectives.scm import SCD, SCT
 from cm.objectives.stf import STF
+from cm.registry import Table
 
 __all__ = ["DENOISING", "OBJECTIVES"]
 
-DENOISING: dict[str, type[Objective]] = {
+DENOISING: Table[type[Objective]] = Table("objective", {
     "edm": EDM,
     "cdm": CDM,
     "stf": STF,
     "sadpm": SADPM,
-}
+})
 """--objective: the ways to train a diffusion model."""
 
-OBJECTIVES: dict[str, type[Objective]] = {
+OBJECTIVES: Table[type[Objective]] = Table("training_mode", {
     "edm": EDM,
     "consistency_distillation": ConsistencyDistillation,
     "consistency_training": ConsistencyTraining,
     "progdist": ProgressiveDistillation,
     "ict": ICT,
     "ect": ECT,
-}
+    "scd": SCD,
+    "sct": SCT,
+})
 """--training_mode: what kind of model is trained; "edm" stands for all of `DENOISING`."""

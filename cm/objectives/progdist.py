@@ -16,8 +16,9 @@ from cm.errors import UserError
 from cm.logging import logger
 from cm.objectives.base import Companion, GridObjective
 from cm.samplers.euler import Euler
+from cm.samplers.network_guidance import unguided
 from cm.tensors import append_dims, copy_tensors
-from cm.types import Batch, LossTerms, Networks
+from cm.types import Batch, Denoiser, LossTerms, Networks
 
 
 class ProgressiveDistillation(GridObjective):
@@ -42,7 +43,7 @@ class ProgressiveDistillation(GridObjective):
         t, t_mid, t_end = grid[2 * index], grid[2 * index + 1], grid[2 * index + 2]
         x_t = x0 + noise * append_dims(t, x0.ndim)
         with th.no_grad():
-            teacher = partial(nets.teacher, **cond)
+            teacher = partial(self.teacher_of(nets.teacher, num_scales), **cond)
             x_mid = Euler().step(teacher, x_t, t, t_mid, None)
             x_end = Euler().step(teacher, x_mid, t_mid, t_end, None)
             # One Euler step toward `target` leads from x_t to x_end.
@@ -57,6 +58,11 @@ class ProgressiveDistillation(GridObjective):
             logger.warn(f"--start_scales {first} is no power of two: the stages of the student have "
                         f"{', '.join(map(str, halved))}, 2, 1 steps, which are not all half of those before; "
                         f"{1 << first.bit_length()} or {1 << first.bit_length() - 1} halve exactly")
+
+    def teacher_of(self, teacher: Denoiser, num_scales: int) -> Denoiser:
+        """The teacher of a stage. Only the first is guided: later teachers are students, which have learnt it."""
+        _, first_scales = self.curriculum(0)
+        return teacher if num_scales == first_scales else unguided(teacher)
 
     def after_step(self, nets: Networks, step: int) -> bool:
         """Where the next step has fewer sampling steps, the student becomes the teacher: a new stage begins."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from torch import Tensor, nn
 
-from cm.config.flags import Settings, give
+from cm.config.flags import Settings, defaults_of, give
 from cm.config.schema import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
 from cm.errors import UserError
 from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke, run_edit
@@ -24,10 +24,11 @@ from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.pipeline.pictures import OUTPUTS, Pictures, from_tensor, to_tensor
 from cm.registry import lookup
-from cm.samplers.sample import sample
+from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.setup import export
+from cm.setup.guide import SAMPLING, choose_guide
 from cm.setup.objective import kind_of_result
-from cm.setup.sample import sampler_of, sampler_options, sampling_plan
+from cm.setup.sample import guided_diffusion, load_classifier, sampler_of, sampler_options, sampling_plan
 
 SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig)
 LEVELS = 40
@@ -47,6 +48,7 @@ class Pipeline:
         self.model, self.diffusion = model, diffusion
         self.device, self.precision = device, precision
         self._settings = settings
+        self._guides: dict[tuple[Any, ...], BindsNetworks] = {}
         self._computes: AbstractContextManager = at_precision(model, precision)
 
     # --- what it is ----------------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ class Pipeline:
     @property
     def channels(self) -> int:
         """Channels of an image."""
-        return self._settings.values.get("channels", 3)
+        return self._settings.values["channels"]
 
     @property
     def num_classes(self) -> int | None:
@@ -103,22 +105,26 @@ class Pipeline:
         :param seed: image i depends on the seed and i alone.
         :param batch_size: images per forward pass; only memory and time depend on it.
         :param output: "pil", "array" (uint8 [N,H,W,C]) or "tensor" (float32 [N,C,H,W] in [-1, 1]).
-        :param options: any other flag of image_sample.py about sampling, such as sampler="dpm", s_churn=10.
+        :param options: any other flag of image_sample.py about sampling, such as sampler="dpm", s_churn=10,
+            guide_scale=2.
         :raises UserError: for an option that does not exist or does not fit, or images that are not finite.
         """
         _check_output(output)
         settings = self._with(flags_for(self._kind.sampler, steps, options))
         give(settings, {"num_samples": count, "batch_size": batch_size, "seed": seed}, *SECTIONS)
-        plan, how = sampling_plan(settings), sampler_options(settings)
+        diffusion, plan, how = self._guided(settings), sampling_plan(settings), sampler_options(settings)
         classes = self._classes(labels, plan)
-        parts = [self._sample(rows, classes, plan, how) for rows in batches(count, batch_size)]
+        parts = [self._sample(diffusion, rows, classes, plan, how) for rows in batches(count, batch_size)]
         return from_tensor(finite(th.cat(parts), plan), output)
 
     @th.inference_mode()
-    def _sample(self, rows: np.ndarray, classes: np.ndarray | None, plan: SamplingPlan, how: Any) -> Tensor:
+    def _sample(
+        self, diffusion: BindsNetworks, rows: np.ndarray, classes: np.ndarray | None, plan: SamplingPlan,
+        how: SampleOptions,
+    ) -> Tensor:
         shape = (len(rows), self.channels, plan.image_size, plan.image_size)
         with self._computes:
-            images = sample(self.diffusion, self.model, shape, how, model_kwargs=self._condition(rows, classes),
+            images = sample(diffusion, self.model, shape, how, model_kwargs=self._condition(rows, classes),
                             device=self.device, generator=noise_of(rows, plan)).images
         return images.float().cpu()
 
@@ -158,7 +164,7 @@ class Pipeline:
     ) -> Tensor:
         sampler, sigmas = sampler_of(settings)
         how = sampler_options(settings)
-        D = partial(self.diffusion.bind(self.model), **self._condition(rows, classes))
+        D = partial(self._guided(settings).bind(self.model), **self._condition(rows, classes))
         with self._computes:
             images = run_edit(D, edit, sampler, sigmas, noise_of(rows, plan), churn=how.churn,
                               clip_denoised=how.clip_denoised)
@@ -190,8 +196,16 @@ class Pipeline:
     def _with(self, options: dict[str, Any]) -> Settings:
         """The settings with these options, on top of what the checkpoint says."""
         settings = Settings(dict(self._settings.values), dict(self._settings.given))
-        give(settings, options, SampleConfig, SolverConfig)
+        give(settings, options, SampleConfig, SolverConfig, GuidanceConfig)
         return settings
+
+    def _guided(self, settings: Settings) -> BindsNetworks:
+        """The diffusion with the guide that the options ask for, whose network is loaded once."""
+        asked = tuple(settings.values[name] for name in defaults_of(GuidanceConfig))
+        if asked not in self._guides:
+            guide = choose_guide(settings, SAMPLING)
+            self._guides[asked] = guided_diffusion(settings, load_classifier(settings), guide)
+        return self._guides[asked]
 
     def _classes(self, labels: int | Sequence[int] | None, plan: SamplingPlan) -> np.ndarray | None:
         """The class of each image [count], or None."""

@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cm.report.plots import Points
 
@@ -171,11 +170,15 @@ def log_span(values: Sequence[float]) -> tuple[float, float]:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers between the two, evenly spaced."""
+    from matplotlib.ticker import MaxNLocator  # matplotlib is slow to import
+
     return between(MaxNLocator(MAX_TICKS - 1, steps=[1, 2, 5, 10]).tick_values(low, high), low, high)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten, with multiples of them where there is room; plain ticks within a small factor."""
+    from matplotlib.ticker import LogLocator
+
     for factors in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         most = MAX_TICKS if factors == (1,) else sys.maxsize        # in the end, powers are left out
         found = between(LogLocator(subs=factors, numticks=most).tick_values(low, high), low, high)

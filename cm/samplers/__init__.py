@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from cm.registry import lookup
+from cm.registry import Table, lookup
 from cm.samplers.ablation import Ablation
 from cm.samplers.ancestral import Ancestral
 from cm.samplers.base import Sampler
@@ -28,7 +28,7 @@ from cm.samplers.progdist import ProgDist
 
 __all__ = ["SAMPLERS", "Churn", "CountingDenoiser", "Sampler", "integrate", "make_sampler"]
 
-SAMPLERS: dict[str, type[Sampler]] = {
+SAMPLERS: Table[type[Sampler]] = Table("sampler", {
     "heun": Heun,
     "euler": Euler,
     "dpm": DPM,
@@ -41,7 +41,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "sde": EulerMaruyama,
     "ito": ItoTaylor,
     "ablation": Ablation,
-}
+})
 
 
 def make_sampler(name: str, options: Mapping[str, Any]) -> Sampler:

@@ -45,15 +45,21 @@ class Churn:
 class CountingDenoiser:
     """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed.
 
-    A forward-mode pass counts as JVP_COST evaluations, and a pass inside a pass as JVP_COST^2.
+    A forward-mode pass counts as JVP_COST evaluations, and a pass inside a pass as JVP_COST^2. A denoiser that
+    evaluates a second network, as guidance does, counts those evaluations itself, as `extra_calls`.
     """
 
     def __init__(self, D: Denoiser):
         self.D = D
-        self.calls = 0
+        self.own_calls = 0
+
+    @property
+    def calls(self) -> int:
+        """Evaluations so far."""
+        return self.own_calls + getattr(self.D, "extra_calls", 0)
 
     def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        self.calls += evaluations_of_a_call()
+        self.own_calls += evaluations_of_a_call()
         return self.D(x, sigma, **cond)
 
 

@@ -12,6 +12,7 @@ from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, AugmentBatch, AugmentPipe, augmented
 from cm.data.image_source import ImageSource
+from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
 from cm.data.sources import open_source
@@ -142,3 +143,9 @@ def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
     if getattr(data, "keywords", {}).get("references") and settings.values["augment_references"]:
         return partial(data, augment_references=AugmentBatch(AugmentPipe(p), seed, dist.dev()))
     return augmented(data, p, seed, dist.dev())
+
+
+def drop_labels(settings: Settings, data: Any) -> Any:
+    """The data of `open_data` where some samples have lost their class, as --label_dropout asks."""
+    p = settings.section(DataConfig).label_dropout
+    return with_label_dropout(data, p, settings.values["seed"], settings.values["num_classes"]) if p else data

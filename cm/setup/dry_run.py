@@ -16,7 +16,8 @@ from cm.setup.model import model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import run_precision
 from cm.training.ema_rates import parse_rates
-from cm.training.memory_estimate import PlannedRun, activations, line, plan
+from cm.training.memory_estimate import PlannedRun, activations, line, nbytes, plan
+from cm.training.mixed_precision import halve
 
 
 def dry_run(settings: Settings) -> None:
@@ -60,6 +61,19 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         shard_ema=train.shard_ema,
         shard_optimizer=train.shard_optimizer,
         companions={each.name: each.changes for each in objective_kind(settings.values).companions_of(settings.values)},
+        guide=guide_bytes(settings),
         on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )
     return run, min(images, train.microbatch) if train.microbatch > 0 else images
+
+
+def guide_bytes(settings: Settings) -> int:
+    """Memory of the network that guides the teacher; 0 where there is none, or it is the teacher itself."""
+    guide = settings.sources.get("teacher_guide")
+    if guide is None or guide.settings is None or guide.scale == 1:
+        return 0
+    with th.device("meta"):
+        model = model_from(guide.settings)
+    if run_precision(settings) == "fp16":
+        halve(model)
+    return nbytes([*model.parameters(), *model.buffers()])

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
-from torch import Tensor
 
 from cm.checkpoints import averages, manifest
-from cm.checkpoints.formats import diffusers, edm_pickle, guided_diffusion, openai, safetensor_files
-from cm.checkpoints.loading import WeightsFile, look_at
+from cm.checkpoints.formats import FORMATS, guided_diffusion, openai, safetensor_files
+from cm.checkpoints.loading import WeightsFile, format_of, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.config.flags import Settings, check, convert, defaults_of
 from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
-from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import storage, untrusted, web
 from cm.logging import logger
@@ -33,7 +31,7 @@ OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weig
 """Flags that change no weights and no meaning of them: each run chooses its own."""
 
 
-UNSAID: dict[str, Any] = {"time_scale": 0.0}
+UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False}
 """Flags of which a manifest says nothing that was written before there were such flags -> what it means by that."""
 
 
@@ -64,8 +62,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
         if text := averages.warning(checkpoint, path):
             logger.warn(text)
-    elif kind in FOREIGN:
-        known, source.weights = FOREIGN[kind](path)
+    elif kind in FORMATS:
+        known, source.weights = FORMATS[kind].read(path)
         known = UNSAID | known
     else:
         return _inherit_bare(settings, source, also)
@@ -92,7 +90,7 @@ def weights_in(path: str, flag: str) -> str:
 
     :raises UserError: for a folder without weights.
     """
-    if storage.is_remote(path) or not os.path.isdir(path) or diffusers.is_folder(path):
+    if storage.is_remote(path) or not os.path.isdir(path) or format_of(path):
         return path
     best = os.path.join(path, "best.json")
     if os.path.exists(best):
@@ -122,7 +120,8 @@ def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]
     weights = safetensor_files.read(source.path) if is_safetensors else dist.load_state_dict(source.path)
     weights = without_wrappers(weights, source.path)
     side = settings.values["image_size"] if settings.is_given("image_size") else None
-    known = openai.model_flags(weights, source.path, side) | openai.published_mode(source.path)
+    known = openai.model_flags(weights, source.path, side, settings.values["null_class"])
+    known |= openai.published_mode(source.path)
     require_unknown_flags(settings, known, also, source.path)
     inherit_flags(settings, known, also, source.path)
     heads = {name: settings.values[name] for name in HEADS}
@@ -155,19 +154,6 @@ def inherit_resumed(settings: Settings) -> None:
         inherit_checkpoint(settings, "resume_checkpoint")
 
 
-def read_edm_pickle(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Flags and weights of an EDM pickle, on every rank."""
-    net = edm_pickle.read(read_everywhere(path), path)
-    return net.flags, net.weights
-
-
-FOREIGN: dict[str, Callable[[str], tuple[dict[str, Any], dict[str, Tensor]]]] = {
-    "EDM pickle": read_edm_pickle,
-    "diffusers folder": diffusers.read,
-}
-"""Kinds of files that hold their flags themselves -> a reader of flags and weights, on every rank."""
-
-
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,8 +175,8 @@ Taken = dict[str, Any]
 
 def _same_result(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
     """Consistency models are one kind of network, however they were trained."""
-    modes = [taken.get("training_mode"), settings.values.get("training_mode")]
-    alike = all(mode in OBJECTIVES and OBJECTIVES[mode].distillation for mode in modes)
+    kinds = [OBJECTIVES.get(str(each.get("training_mode"))) for each in (taken, settings.values)]
+    alike = all(kind is not None and kind.distillation for kind in kinds)
     if settings.is_given("training_mode") and alike:
         del taken["training_mode"]
 

@@ -17,6 +17,7 @@ from cm.setup.callbacks import check_flags
 from cm.setup.channels import apply_latent_defaults
 from cm.setup.clock import check_clock
 from cm.setup.data import share_of_batch
+from cm.setup.guide import choose_teacher_guide, prepare_label_dropout
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.model import drop_unreachable_attention
 from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
@@ -52,10 +53,12 @@ def inherit_teacher(settings: Settings) -> None:
 TRAINING: tuple[Rule, ...] = (
     resolve_durations,                                      # kimg and ticks become steps
     check_teacher,
+    prepare_label_dropout,                                  # the network that it needs
     inherit_teacher,                                        # the architecture, from the file that is distilled
     inherit_resumed,                                        # or from the one that --resume, --resume_checkpoint name
     apply_latent_defaults,                                  # where nobody set the flag
     drop_unreachable_attention,                             # of the default attention resolutions
+    choose_teacher_guide,                                   # which must fit the teacher
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
     check_clock,

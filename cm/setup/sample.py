@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import loading
 from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.schema import (
     LARGEST_SEED,
@@ -32,12 +30,14 @@ from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
 from cm.samplers.guidance import GuidedDiffusion
-from cm.samplers.sample import SampleOptions
+from cm.samplers.sample import BindsNetworks, SampleOptions
 from cm.setup.channels import apply_latent_defaults, are_pictures
+from cm.setup.guide import Guide, guided_by
 from cm.setup.inherit import fetch_inputs, inherit_checkpoint
-from cm.setup.model import diffusion_from, drop_unreachable_attention, model_from, parse_ts
+from cm.setup.model import diffusion_from, drop_unreachable_attention, parse_ts
+from cm.setup.network import load_network
 from cm.setup.objective import kind_of_result
-from cm.setup.run import on_device, run_precision
+from cm.setup.run import run_precision
 from cm.types import Sampler
 
 OF_CONSISTENCY_MODELS = ("onestep", "multistep")
@@ -246,11 +246,7 @@ def sampler_options(settings: Settings) -> SampleOptions:
 
 def load_model(settings: Settings) -> nn.Module:
     """The network with the weights of --model_path, on this rank's device, ready to sample."""
-    source = settings.sources["model_path"]
-    with th.device("meta"):
-        model = model_from(settings)
-    loading.make(model, source.take(), source.path)
-    return on_device(settings, model).eval()
+    return load_network(settings, "model_path")
 
 
 def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
@@ -289,24 +285,31 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
     return classifier.to(dist.dev())
 
 
-def guided_diffusion(settings: Settings, classifier: NoisyClassifier | None) -> KarrasDenoiser | GuidedDiffusion:
-    """`sampling_diffusion`, with the classifier's pull if there is one."""
+def guided_diffusion(
+    settings: Settings, classifier: NoisyClassifier | None, guide: Guide | None = None
+) -> BindsNetworks:
+    """`sampling_diffusion`, guided by a classifier or by a worse network, if there is one."""
     diffusion = sampling_diffusion(settings)
     if classifier is None:
-        return diffusion
+        return guided_by(diffusion, guide, settings)
     scale, class_cond = settings.values["classifier_scale"], settings.values["class_cond"]
     return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 
 
-def png_recipe(settings: Settings) -> dict[str, Any]:
+def png_recipe(settings: Settings, guide: Guide | None = None) -> dict[str, Any]:
     """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
     names = {field.name for section in sections for field in fields(section)} - {
         "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
-        "allow_non_finite", "channels",                     # the weights have their channels
+        "allow_non_finite", "channels", "null_class",       # the weights have their channels
+        "guide_scale", "guide_path", "guide_interval",
     }
     values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}
     weights_of = dist.on_main(storage.checksum, settings.values["model_path"])
-    guide = settings.values["classifier_path"]
-    classifier = dist.on_main(storage.checksum, guide) if guide else None
-    return {"weights": weights_of, "classifier": classifier} | values | {"precision": run_precision(settings)}
+    path = settings.values["classifier_path"]
+    classifier = dist.on_main(storage.checksum, path) if path else None
+    recipe = {"weights": weights_of, "classifier": classifier} | values | {"precision": run_precision(settings)}
+    if guide is not None:                                   # not a word without one, as in folders of older versions
+        recipe |= guide.record()
+        recipe["guide_path"] = dist.on_main(storage.checksum, recipe["guide_path"]) if recipe["guide_path"] else ""
+    return recipe

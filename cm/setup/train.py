@@ -14,8 +14,9 @@ from cm.objectives.base import Companion, Objective
 from cm.setup import rules
 from cm.setup.callbacks import open_callbacks
 from cm.setup.clock import warn_of_fast_clock
-from cm.setup.data import augment, open_data, share_of_batch
+from cm.setup.data import augment, drop_labels, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
+from cm.setup.guide import guided_by
 from cm.setup.inherit import fetch_inputs
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
@@ -55,9 +56,9 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     callbacks = open_callbacks(settings, open_metric)
     model, companions = make_networks(settings, objective)
     parts = RunParts(
-        model=model, diffusion=diffusion, objective=objective, data=augment(settings, data, model),
-        companions=companions, callbacks=callbacks, start=settings.sources.get("resume_checkpoint"),
-        flags=dict(settings.values),
+        model=model, diffusion=diffusion, objective=objective,
+        data=drop_labels(settings, augment(settings, data, model)), companions=companions, callbacks=callbacks,
+        start=settings.sources.get("resume_checkpoint"), flags=dict(settings.values),
     )
     loop = TrainLoop(loop_config(settings), parts)
     loop.resume()
@@ -95,6 +96,8 @@ def placed(settings: Settings, companion: Companion, network: nn.Module) -> Comp
     network.requires_grad_(companion.changes == "trained")
     kind = objective_kind(settings.values)
     diffusion = diffusion_from(settings, companion.distillation, kind.distance_of(settings.values))
+    if companion.origin == "teacher":
+        diffusion = guided_by(diffusion, settings.sources.get("teacher_guide"), settings)
     return CompanionNetwork(network, diffusion)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from cm.checkpoints.loading import WeightsFile
 from cm.diffusion.denoiser import Diffusion
 from cm.objectives.base import Objective
+from cm.samplers.sample import BindsNetworks
 from cm.types import Callback
 
 DataSource = Iterator[Any] | Callable[[int], Iterator[Any]]
@@ -80,7 +81,7 @@ class CompanionNetwork:
     """A companion of the online network, and the scalings with which it is a denoiser."""
 
     model: nn.Module
-    diffusion: Diffusion
+    diffusion: BindsNetworks
 
 
 @dataclass

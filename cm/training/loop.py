@@ -67,7 +67,9 @@ class TrainLoop:
         )
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self._make_networks()
-        self.meter = LossMeter(parts.diffusion.sigma_min, parts.diffusion.sigma_max, dist.all_reduce_sum)
+        self.meter = LossMeter(
+            parts.diffusion.sigma_min, parts.diffusion.sigma_max, dist.all_reduce_sum, dist.all_reduce_max
+        )
 
         self.microbatches: list[tuple[Batch, LossTerms]] = []  # of the latest step
         self.report: StepReport | None = None               # of the latest step of the online network

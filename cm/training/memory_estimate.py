@@ -31,6 +31,7 @@ class PlannedRun:
     """What decides about memory, beside the network.
 
     :param companions: the networks besides the online one, by name, and how each changes; see `Companion`.
+    :param guide: bytes of the network that guides the teacher.
     :param on_gpu: whether device and host are different memories.
     """
 
@@ -42,6 +43,7 @@ class PlannedRun:
     shard_ema: bool = False
     shard_optimizer: bool = False
     companions: Mapping[str, str] = field(default_factory=dict)
+    guide: int = 0
     on_gpu: bool = True
 
 
@@ -99,6 +101,9 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     own = device["parameters"] + device["gradients"] + device["optimizer"] + (2 * nbytes(masters) if half else 0)
     for name, changes in run.companions.items():
         device[name.removesuffix("_model")] = {"never": network, "by_objective": moving, "trained": own}[changes]
+
+    if run.guide:
+        device["guide of the teacher"] = run.guide
 
     kept = [changes for changes in run.companions.values() if changes != "never"]
     files = 1 + len(kept) + len(run.ema_rates)

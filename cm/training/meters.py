@@ -20,9 +20,13 @@ class LossMeter:
     row and every run. Sums stay on the device until `means` is called.
     """
 
-    def __init__(self, sigma_min: float, sigma_max: float, all_reduce_sum: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, sigma_min: float, sigma_max: float, all_reduce_sum: Callable[[Tensor], Tensor],
+        all_reduce_max: Callable[[Tensor], Tensor] = lambda values: values,
+    ):
         self.low, self.high = math.log(sigma_min), math.log(sigma_max)
-        self.all_reduce_sum = all_reduce_sum
+        self.all_reduce_sum, self.all_reduce_max = all_reduce_sum, all_reduce_max
+        self.peaks: dict[str, Tensor] = {}                  # name -> the largest value so far
         self.sums: dict[str, Tensor] = {}                   # name -> [2, QUARTERS]: sums and counts
 
     def quarter(self, sigma: Tensor) -> Tensor:
@@ -39,9 +43,15 @@ class LossMeter:
                 self.sums[name] = th.zeros(2, QUARTERS, dtype=th.float64, device=value.device)
             self.sums[name][0].index_add_(0, quarter, value)
             self.sums[name][1].index_add_(0, quarter, th.ones_like(value))
+        for name, value in terms.peaks.items():
+            largest = value.detach().double().max()
+            self.peaks[name] = th.maximum(self.peaks[name], largest) if name in self.peaks else largest
 
     def means(self) -> dict[str, float | None]:
-        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (None where no sample fell)."""
+        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (None where no sample fell).
+
+        With them the largest values of the peaks, under their own names.
+        """
         means: dict[str, float | None] = {}
         names = sorted(self.sums)
         if not names:
@@ -50,5 +60,10 @@ class LossMeter:
         for name, (total, count) in zip(names, sums):
             means[name] = float(total.sum() / count.sum())
             means.update({f"{name}_q{q}": float(total[q] / count[q]) if count[q] else None for q in range(QUARTERS)})
+        if self.peaks:
+            names = sorted(self.peaks)
+            largest = self.all_reduce_max(th.stack([self.peaks[name] for name in names]))
+            means |= dict(zip(names, largest.tolist()))
         self.sums.clear()
+        self.peaks.clear()
         return means

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch as th
 
 from cm.errors import UserError
-from cm.registry import lookup
+from cm.registry import Table, lookup
 from evaluations.defaults import EXTRACTOR_CHOICES, EXTRACTOR_VARIABLE
 from evaluations.features.base import Extractor, Features
 from evaluations.features.inception import InceptionExtractor
@@ -20,7 +21,9 @@ __all__ = [
     "save_torchscript",
 ]
 
-EXTRACTORS = {"tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor}
+EXTRACTORS: Table[Any] = Table("kind of extractor", {
+    "tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor,
+})
 """Kinds of extractors; a path alone is of the first kind that `recognizes` it."""
 
 

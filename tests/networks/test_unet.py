@@ -340,6 +340,20 @@ def test_labels_that_do_not_fit():
         model(x, t, th.tensor([0, 3]))
 
 
+def test_the_label_of_no_class_has_a_row_of_its_own():
+    """One more row in the embedding, after those of the classes; the classes are as without it."""
+    plain, model, (x, t) = tiny(num_classes=3), tiny(num_classes=3, null_class=True), inputs()
+    weights = model.state_dict()
+    assert weights["label_emb.weight"].shape == (4, weights["time_embed.2.weight"].shape[0])
+    plain.load_state_dict(weights | {"label_emb.weight": weights["label_emb.weight"][:3]})
+    y = th.tensor([0, 2])
+    assert th.equal(model(x, t, y), plain(x, t, y))
+    none = model(x, t, th.tensor([3, 3]))
+    assert not th.allclose(none, model(x, t, th.tensor([2, 2])))
+    with pytest.raises(ValueError, match="not one of the 4 classes"):
+        model(x, t, th.tensor([3, 4]))
+
+
 def test_attention_factors():
     assert attention_factors(64, (32, 16, 8)) == (2, 4, 8)
     assert attention_factors(32, [32]) == (1,)

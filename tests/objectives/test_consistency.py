@@ -16,6 +16,7 @@ from cm.objectives.ect import ECT
 from cm.objectives.ict import ICT
 from cm.objectives.pairs import ShrinkingPairs
 from cm.objectives.paths import TEACHER_SOLVERS
+from cm.samplers.network_guidance import Guidance, NetworkGuidedDenoiser
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted, stored
 from support.objectives import F64, Linear, levels, nets_of, orthonormal, plain
@@ -125,6 +126,28 @@ def test_after_a_step_the_target_follows():
     online.weight.data.add_(1)
     objective.after_step(nets, 2)
     assert not th.equal(target.weight, online.weight)
+
+
+def test_a_guided_teacher_is_followed_where_its_interval_says():
+    """One sample in each interval of the grid; the guided slope is written down once more."""
+    good, bad, n, w = Gaussian(0.3, 0.5), Gaussian(-0.2, 0.9), 7, 2.5
+    guide = NetworkGuidedDenoiser(good.D, Guidance(lambda D: bad.D, w, 0.5, 20.0))
+
+    def formula(x, sigma):
+        inside = ((sigma > 0.5) & (sigma <= 20))[:, None, None]
+        return th.where(inside, bad.D(x, sigma) + w * (good.D(x, sigma) - bad.D(x, sigma)), good.D(x, sigma))
+
+    objective = ConsistencyDistillation(lambda step: (0.0, n), levels, plain, l2)
+    batch, noise = orthonormal(good, n - 1)
+    losses = [
+        objective(nets_of(good.f, teacher=teacher), batch, 0, Scripted(noise, th.arange(n - 1))).loss
+        for teacher in (guide, formula, good.D)
+    ]
+    th.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-15)
+    guided = levels(n)[:-1] <= 20
+    guided &= levels(n)[:-1] > 0.5
+    changed = (losses[0] - losses[2]).abs() > 1e-9 * losses[2]
+    assert guided.any() and changed[guided].all() and not changed[levels(n)[:-1] <= 0.5].any()
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

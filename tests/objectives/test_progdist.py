@@ -14,13 +14,14 @@ from cm.objectives.curricula import ema_and_scales
 from cm.objectives.distances import l2
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.samplers.euler import Euler
+from cm.samplers.network_guidance import Guidance, NetworkGuidedDenoiser
 from cm.script_util import create_model
 from cm.training.loop import as_batch
 from cm.types import Networks
 from support.gaussian import Gaussian, Scripted
 from support.mpi import mpiexec
 from support.nets import plain_state_dict
-from support.objectives import F64, levels, orthonormal, plain
+from support.objectives import F64, levels, nets_of, orthonormal, plain
 from support.training import digest, loop, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,26 @@ def test_resuming_is_the_same_run_to_the_last_bit(images, tmp_path, stop):
     run(images, tmp_path / "stopped", stop, **options)
     run(images, tmp_path / "stopped", 9, **options)
     assert digest(tmp_path / "straight", 9) == digest(tmp_path / "stopped", 9)
+
+
+def test_only_the_first_teacher_is_guided():
+    """Later ones are students of it, which have learnt the guidance."""
+    bed, bad = Gaussian(0.3, 0.5), Gaussian(-0.2, 0.9)
+    objective = ProgressiveDistillation(ema_and_scales("fixed", 0.0, "progdist", 4, 4, 30, 10), levels, plain, l2)
+    batch, noise = orthonormal(bed, 1)
+
+    def loss(teacher, step):
+        return objective(nets_of(bed.D, teacher=teacher), batch, step, Scripted(noise, th.tensor([0]))).loss
+
+    def formula(x, sigma):
+        return bad.D(x, sigma) + 3 * (bed.D(x, sigma) - bad.D(x, sigma))
+
+    guided = NetworkGuidedDenoiser(bed.D, Guidance(lambda D: bad.D, 3.0))
+    th.testing.assert_close(loss(guided, 9), loss(formula, 9), rtol=1e-9, atol=0)
+    assert loss(guided, 9) > 2 * loss(bed.D, 9)
+    calls = guided.extra_calls
+    assert calls == 2 * 2 and all(th.equal(loss(guided, step), loss(bed.D, step)) for step in (10, 29))
+    assert guided.extra_calls == calls
 
 
 def test_curricula_that_leave_no_interval_are_refused_at_the_start(images, tmp_path):

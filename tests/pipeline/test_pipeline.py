@@ -105,6 +105,22 @@ def test_labels(runs):
         pipe.sample(3, labels=[0, 1])
 
 
+def test_guidance_by_another_checkpoint(runs, tmp_path):
+    """D_guide + w (D - D_guide): at scale 0 the images of the guide, at 1 those of the model."""
+    other = checkpoint(tmp_path / "other", "edm")
+    weights = {name: -value for name, value in tiny().state_dict().items()}
+    manifest.save(str(other), 4, {"model": weights}, manifest.newest(str(other)).config, 32)
+    pipe, guide = cm.load(runs["edm"], precision="fp32"), cm.load(other, precision="fp32")
+    how = {"steps": 3, "output": "tensor"}
+    alone = pipe.sample(2, **how)
+    th.testing.assert_close(pipe.sample(2, guide_scale=0, guide_path=str(other), **how), guide.sample(2, **how))
+    between = pipe.sample(2, guide_scale=0.5, guide_path=str(other), **how)
+    assert (between - alone).abs().mean() > 0.05
+    assert th.equal(pipe.sample(2, **how), alone)                             # a guide leaves nothing behind
+    with pytest.raises(UserError, match="without its class, which it has not learnt"):
+        pipe.sample(1, guide_scale=2)
+
+
 # --- editing ---------------------------------------------------------------------------------------------------------
 
 

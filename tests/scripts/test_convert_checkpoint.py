@@ -159,6 +159,34 @@ def test_diffusers_makes_the_same_images_and_the_way_back_the_same_weights(tmp_p
     assert state.newest(str(tmp_path / "native")).config["num_channels"] == 32
 
 
+def test_diffusers_gets_no_label_of_no_class(tmp_path, monkeypatch):
+    """Its pipeline draws from all labels that it finds."""
+    flags = MODELS["as on ImageNet"] | {"null_class": True}
+    path, model = checkpoint(tmp_path / "run", flags, scale_mode="fixed", start_scales=40)
+    convert(monkeypatch, path, tmp_path / "folder", "--format", "diffusers")
+    settings, again = loaded(tmp_path / "folder")
+    assert (settings.values["num_classes"], settings.values["null_class"]) == (10, False)
+    assert th.equal(again.label_emb.weight, model.label_emb.weight[:10])
+    assert json.loads((tmp_path / "folder/unet/config.json").read_text())["num_class_embeds"] == 10
+
+
+def test_the_label_of_no_class_comes_along(tmp_path, monkeypatch):
+    """From weights alone, where a flag must say so, and from a pickle of a network with label dropout."""
+    flags = MODELS["as on ImageNet"] | {"null_class": True}
+    th.save(fresh(**flags).state_dict(), tmp_path / "bare.pt")
+    convert(monkeypatch, tmp_path / "bare.pt", tmp_path / "native", "--null_class", "True", "--image_size", 16,
+            "--num_head_channels", 16, "--training_mode", "edm")
+    config = state.newest(str(tmp_path / "native")).config
+    assert (config["num_classes"], config["null_class"]) == (10, True)
+    assert loaded(tmp_path / "native" / "model000000.pt")[1].label_emb.weight.shape[0] == 11
+
+    source = creates(tmp_path / "trace")
+    for p in (0, 0.1):
+        net = net_of(network("ddpmpp"), KWARGS["ddpmpp"] | {"label_dropout": p}, "VPPrecond", source)
+        convert(monkeypatch, dump(tmp_path / "net.pkl", net, source), tmp_path / f"pickle{p}")
+        assert state.newest(str(tmp_path / f"pickle{p}")).config["null_class"] == (p > 0)
+
+
 def test_the_training_grid_comes_along(tmp_path, monkeypatch):
     path, _ = checkpoint(tmp_path / "run", COMMON, "consistency_training", scale_mode="progressive", end_scales=200)
     convert(monkeypatch, path, tmp_path / "folder", "--format", "diffusers")

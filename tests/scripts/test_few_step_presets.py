@@ -21,6 +21,12 @@ PUBLISHED = {
     "imagenet64/ict": {"lr": 1e-4, "global_batch_size": 4096, "total_training_steps": 800_000, "dropout": 0.2,
                        "ema_rate": "0.99997"},
     "imagenet64/ect": {"p_mean": -0.8, "p_std": 1.6},
+    "cifar10/scd": {"global_batch_size": 512, "total_training_steps": 500_000, "p_mean": -1.0, "p_std": 1.4,
+                    "dropout": 0.0, "tangent_c": 0.1, "tangent_warmup": 10_000},
+    "cifar10/sct": {"global_batch_size": 512, "total_training_steps": 350_000, "p_mean": -1.0, "p_std": 1.8,
+                    "dropout": 0.2},
+    "imagenet64/scd": {"lr": 7e-5, "global_batch_size": 1024, "total_training_steps": 600_000, "p_std": 1.6},
+    "digits/scd": {"tangent_warmup": 50},
     "digits/ict": {"end_scales": 32},
     "digits/ect": {"stages": 4},
 }

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.mpi
 
 RUNS = {
-    "ict": ["--training_mode", "ict", "--start_scales", "4", "--end_scales", "16", "--dropout", "0.0"],
-    "ect": ["--training_mode", "ect", "--stages", "3"],
+    "ict": ["--training_mode", "ict", "--start_scales", "4", "--end_scales", "16", "--stage_steps", "2"],
+    "ect": ["--training_mode", "ect", "--stages", "3", "--stage_steps", "2"],
+    "scd": ["--training_mode", "scd", "--tangent_warmup", "3", "--bin_weights", "True"],
 }
-STUDENTS = ("ect",)                                                 # which start from the teacher
+STUDENTS = ("ect", "scd")                                                 # which start from the teacher
 SAMPLERS = {
-    "ict": ["--sampler", "onestep"], "ect": ["--sampler", "multistep", "--steps", "40", "--ts", "0,24,39"],
+    "ict": ["--sampler", "onestep"], "scd": ["--sampler", "onestep"],
+    "ect": ["--sampler", "multistep", "--steps", "40", "--ts", "0,24,39"],
 }
 NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
            "--attention_resolutions", "8", "--num_head_channels", "32", "--class_cond", "True", "--time_scale", "1"]
@@ -40,7 +42,7 @@ def run(script, *args):
 def train(name, folder, steps):
     start = ["--teacher_model_path", "teacher/ema_0.9_000003.pt"] if name in STUDENTS else {NETWORK!r}
     run(cm_train, *start, *{DATA!r}, *RUNS[name], "--global_batch_size", 16, "--microbatch", 8, "--save_interval", 4,
-        "--stage_steps", 2, "--total_training_steps", steps, "--log_dir", folder + "/" + name)
+        "--total_training_steps", steps, "--log_dir", folder + "/" + name)
 """
 
 TWO_RANKS = """
@@ -110,3 +112,9 @@ def test_the_result_knows_its_clock_and_how_it_was_trained(runs, name):
 def test_the_stages_are_in_the_log(runs):
     assert list(curve(runs / "two" / "ict", "num_scales")) == [5, 5, 9, 9, 17, 17]
     assert list(curve(runs / "two" / "ect", "stage")) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_size_of_the_tangent_is_in_the_log(runs):
+    mean, largest = (curve(runs / "two" / "scd", name) for name in ("tangent", "tangent_max"))
+    assert (mean > 0).all() and (mean < largest).all()
+    np.testing.assert_allclose(curve(runs / "one" / "scd", "tangent_max"), largest[:4], rtol=1e-3)

@@ -33,3 +33,13 @@ def test_sums_of_ranks_add_up():
     ours = LossMeter(0.002, 80.0, lambda tensor: tensor * 2)        # two ranks with the same batch
     ours.add(LossTerms(th.tensor([1.0, 3.0]), th.tensor([0.003, 70.0])))
     assert ours.means()["loss"] == pytest.approx(2)
+
+
+def test_peaks_are_maxima_over_batches_and_ranks():
+    ours = LossMeter(0.002, 80.0, lambda sums: sums, lambda peaks: peaks.clamp(min=4))     # another rank has seen 4
+    sigma = th.tensor([0.003, 70.0])
+    for values in ([1.0, 9.0], [2.0, 3.0]):
+        ours.add(LossTerms(th.ones(2), sigma, {}, {"high": th.tensor(values), "low": th.tensor(values) / 9}))
+    means = ours.means()
+    assert (means["high"], means["low"]) == (9, 4)
+    assert ours.means() == {}

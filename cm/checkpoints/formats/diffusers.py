@@ -114,6 +114,8 @@ def _level_widths(flags: Mapping[str, Any]) -> list[int]:
 def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], num_train_timesteps: int) -> None:
     """Write a consistency model as a folder that `ConsistencyModelPipeline.from_pretrained` loads.
 
+    A label of no class is left out: the pipeline draws from all labels that it finds.
+
     :param flags: those of the network and the diffusion, and its training_mode.
     :param num_train_timesteps: noise levels of the grid that it was trained on, which `timesteps` index.
     :raises UserError: for a model that diffusers cannot have, or a folder that cannot be written.
@@ -131,6 +133,8 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
     for name, (ours, third) in _names_for(flags).items():
         if ours in weights:
             rows = weights[ours] if third is None else weights[ours].chunk(3)[third]
+            if ours == "label_emb.weight" and flags.get("null_class"):
+                rows = rows[:-1].clone()
             is_matrix = ".to_" in name and name.endswith("weight")  # their 1x1 convolutions of attention
             theirs[name] = rows.flatten(1) if is_matrix else rows
     for sub in ("unet", "scheduler"):

@@ -22,6 +22,7 @@ import torch as th
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io.pickles import Call, Record
 from cm.networks.edm import SONG, DhariwalConfig, SongConfig
@@ -133,6 +134,12 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
                         "run") from None
 
 
+def read_path(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The flags and weights of a file, on every rank; see `read`."""
+    net = read(read_everywhere(path), path)
+    return net.flags, net.weights
+
+
 def _part(record: Record, kind: str, name: str) -> Any:
     """A parameter, buffer or module of a record; None if it has none of that name."""
     return record.state.get(kind, {}).get(name)
@@ -200,6 +207,7 @@ def _convert(net: Record, source: str) -> EDMNet:
             "attention_resolutions": ",".join(map(str, arguments["attn_resolutions"])),
             "class_cond": label_dim > 0,
             "num_classes": label_dim,
+            "null_class": label_dim > 0 and bool(arguments.get("label_dropout", 0)),
             "augment_dim": arguments["augment_dim"],
             "num_head_channels": -1,
             "learn_sigma": False,

@@ -45,9 +45,10 @@ def published_mode(path: str) -> dict[str, str]:
     return {"training_mode": PUBLISHED_MODES[match[1]]} if match else {}
 
 
-def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+def architecture(weights: Mapping[str, Tensor], source: str, null_class: bool = False) -> dict[str, Any]:
     """The model flags that names and shapes of a state dict determine, and `attention_levels`.
 
+    :param null_class: whether the last of the classes is the label of no class, which nobody sees in the weights.
     :raises UserError: if these are not the weights of a guided-diffusion U-Net.
     """
     def shape(name: str) -> tuple[int, ...]:
@@ -69,7 +70,7 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     first_blocks = [1 + level * per_level for level in range(levels)]
     widths = [shape(f"input_blocks.{block}.0.out_layers.3.weight")[0] for block in first_blocks]
     emb_rows = shape("input_blocks.1.0.emb_layers.1.weight")[0]
-    classes = shape("label_emb.weight")[0] if "label_emb.weight" in weights else 0
+    classes = shape("label_emb.weight")[0] - null_class if "label_emb.weight" in weights else 0
     return {
         "channels": (*shape("input_blocks.0.0.weight")[1:2], 3)[0],        # odd shapes are reported when they are used
         "num_channels": channels,
@@ -84,13 +85,16 @@ def architecture(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     } | ({"resblock_updown": ups[0].endswith("in_layers.2.weight")} if ups else {})
 
 
-def model_flags(weights: Mapping[str, Tensor], source: str, image_size: int | None = None) -> dict[str, Any]:
+def model_flags(
+    weights: Mapping[str, Tensor], source: str, image_size: int | None = None, null_class: bool = False
+) -> dict[str, Any]:
     """All model flags of a state dict: those that its shapes show and, for the published files, the others.
 
     :param image_size: the side of the images where it is known from elsewhere.
+    :param null_class: see `architecture`.
     :return: flags; image_size, attention_resolutions and num_head_channels only where they are known.
     """
-    flags = architecture(weights, source)
+    flags = architecture(weights, source, null_class)
     levels = flags.pop("attention_levels")
     for visible, others in PUBLISHED:
         if all(flags[name] == value for name, value in visible.items()):

@@ -12,6 +12,7 @@ from typing import Any
 from cm.networks.edm.base import EDMConfig, EDMNetwork
 from cm.networks.edm.dhariwal_unet import DhariwalConfig, DhariwalUNet
 from cm.networks.edm.song_unet import SongConfig, SongUNet
+from cm.registry import Table
 
 __all__ = [
     "EDM_NETWORKS", "SONG", "DhariwalConfig", "DhariwalUNet", "EDMConfig", "EDMNetwork", "SongConfig", "SongUNet",
@@ -33,7 +34,7 @@ def _dhariwal(**fields: Any) -> DhariwalUNet:
     return DhariwalUNet(DhariwalConfig(**fields))
 
 
-EDM_NETWORKS: dict[str, Callable[..., EDMNetwork]] = {
+EDM_NETWORKS: Table[Callable[..., EDMNetwork]] = Table("arch", {
     **{name: partial(_song, **options) for name, options in SONG.items()}, "adm": _dhariwal,
-}
-"""Functions that make a network from the fields of its configuration."""
+})
+"""Functions that make a network from the fields of its configuration; `unet` of --arch is none of them."""

@@ -35,6 +35,7 @@ class EDMConfig:
     :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
     :param dropout: probability, inside the residual blocks.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
+    :param null_class: the label label_dim stands for no class; its one-hot row is zero, as in EDM's label dropout.
     """
 
     img_resolution: int
@@ -49,6 +50,7 @@ class EDMConfig:
     attn_resolutions: Collection[int] = (16,)
     dropout: float = 0.10
     use_checkpoint: bool = field(default=False, kw_only=True)
+    null_class: bool = field(default=False, kw_only=True)
 
     @property
     def widths(self) -> list[int]:
@@ -153,7 +155,8 @@ class EDMNetwork(HalfPrecisionTrunk):
 
         :param x: [N,in_channels,H,W], where H and W can be halved between all levels.
         :param noise_labels: [N], such as ln(sigma) / 4.
-        :param y: class labels, [N] int64 or one-hot [N,K], for a network with classes and no other.
+        :param y: class labels, [N] int64 or one-hot [N,K], for a network with classes and no other; K, or a row of
+            zeros, is the null class, where the network has one.
         :param augment_labels: [N,A]; without them the images count as not augmented.
         :return: [N,out_channels,H,W] in the dtype of x.
         :raises ValueError: if an input does not fit the network.
@@ -192,7 +195,8 @@ class EDMNetwork(HalfPrecisionTrunk):
         if y.ndim == 2:
             return y.float()
         try:
-            return F.one_hot(y, self.label_dim).float()
+            rows = F.one_hot(y, self.label_dim + self.config.null_class)
+            return rows[:, : self.label_dim].float()
         except RuntimeError:
             raise ValueError(f"a label in y is not one of the {self.label_dim} classes, 0 to {self.label_dim - 1}: "
                              f"{y.tolist()}") from None

@@ -257,6 +257,14 @@ def test_architecture_is_read_off_the_weights(options):
     assert flags.get("resblock_updown", False) == (asked.get("resblock_updown", False) and asked["channel_mult"] != "1")
 
 
+def test_the_row_of_no_class_is_no_class():
+    asked = SMALL | {"class_cond": True, "num_classes": 10, "null_class": True}
+    with th.device("meta"):
+        weights = create_model(**asked).state_dict()
+    assert openai.model_flags(weights, "x.pt", 32, null_class=True)["num_classes"] == 10
+    assert openai.model_flags(weights, "x.pt", 32)["num_classes"] == 11, "the weights do not show it"
+
+
 def test_published_imagenet64_is_recognised():
     flags = openai.model_flags(published_weights(64), "cd_imagenet64_l2.pt")
     assert flags == {

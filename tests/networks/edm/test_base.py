@@ -223,7 +223,25 @@ def test_wrong_inputs(change, message):
             tiny("ddpmpp", label_dim=0)(x, t, y)
 
 
+@pytest.mark.parametrize("arch", TINY)
+def test_the_label_of_no_class_is_a_row_of_zeros(arch):
+    """As EDM drops labels; the network has no parameter more."""
+    model, (x, t, y, augment) = tiny(arch, null_class=True), inputs(arch)
+    plain = tiny(arch)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in plain.parameters()]
+    y = y.clone()
+    y[0] = 5
+    rows = th.eye(6)[y][:, :5]
+    assert not rows[0].any() and th.equal(model(x, t, y, augment), plain(x, t, rows, augment))
+    with pytest.raises(ValueError, match="not one of the 5 classes"):
+        plain(x, t, y, augment)
+    with pytest.raises(ValueError, match="not one of the 5 classes"):
+        model(x, t, y + 1, augment)
+
+
 def test_flags_that_do_not_go_together():
+    with pytest.raises(UserError, match="--null_class True is a label of no class.*add --class_cond True"):
+        create_model(8, 32, 1, channel_mult="1", attention_resolutions="8", null_class=True)
     with pytest.raises(UserError, match="--augment_dim 9.*ddpmpp, ncsnpp, adm"):
         create_model(8, 32, 1, channel_mult="1", attention_resolutions="8", augment_dim=9)
     with pytest.raises(UserError, match="unknown arch 'ddpm'.*Did you mean 'ddpmpp'"):

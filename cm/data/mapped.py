@@ -1,0 +1,44 @@
+"""A stream of batches with every batch changed on its way, such as augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+from cm.types import Batch
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    """A stream with processes or files behind it."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+class MappedStream:
+    """The batches of a stream after `change`."""
+
+    def __init__(self, batches: Iterator[Batch], change: Callable[[Batch], Batch]):
+        self.batches, self.change = batches, change
+
+    def __iter__(self) -> MappedStream:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.change(next(self.batches))
+
+    def close(self) -> None:
+        """End the loader processes behind the stream."""
+        if isinstance(self.batches, _Closable):
+            self.batches.close()
+
+
+def mapped(
+    data: Callable[[int], Iterator[Batch]], change: Callable[[Batch], Batch]
+) -> Callable[[int], Iterator[Batch]]:
+    """A version of `data` whose batches are changed.
+
+    :param data: from the number of samples already consumed to a stream.
+    """
+    return lambda start: MappedStream(data(start), change)

@@ -1,0 +1,114 @@
+"""Guidance by a worse denoiser for any sampler, and for a teacher: classifier-free guidance and autoguidance.
+
+D_g = D_bad + w (D - D_bad). In classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, equation 6 with
+w = 1 + their w) D_bad is the network itself without its class; in autoguidance (Karras et al. 2024, arXiv 2406.02507,
+equation 5) it is a smaller or less trained network of the same task. The interval of noise levels is that of
+Kynkäänniemi et al. 2024 (arXiv 2404.07724).
+
+The two denoisers are evaluated one after the other, not as one batch of twice the size: the good one then has the same
+bits as without guidance, memory does not rise, and a compiled network sees one shape.
+
+Shapes: N batch, C channels, H and W height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from torch import Tensor, nn
+
+from cm.diffusion.denoiser import Diffusion
+from cm.diffusion.preconditioning import Precond
+from cm.samplers.integrate import CountingDenoiser
+from cm.types import Denoiser
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What guides a denoiser, how strongly, and at which noise levels.
+
+    :param worse: D -> D_bad; `without_class` for classifier-free guidance, a function to a constant for autoguidance.
+    :param scale: w; at 1 there is no guidance, and D_bad is never evaluated.
+    :param lowest, highest: the guide acts where lowest < sigma <= highest, and is evaluated nowhere else.
+    """
+
+    worse: Callable[[Denoiser], Denoiser]
+    scale: float
+    lowest: float = 0.0
+    highest: float = math.inf
+
+    def covers(self, sigma: Tensor) -> Tensor | None:
+        """Where the guide acts, bool [N]; None for everywhere, which needs no look at the device."""
+        if self.lowest <= 0 and self.highest == math.inf:
+            return None
+        return (sigma > self.lowest) & (sigma <= self.highest)
+
+
+def without_class(D: Denoiser, null_class: int) -> Denoiser:
+    """D for samples of no class, whatever their classes y [N] are."""
+
+    def denoise(x: Tensor, sigma: Tensor, *, y: Tensor, **cond: Any) -> Tensor:
+        return D(x, sigma, y=th.full_like(y, null_class), **cond)
+
+    return denoise
+
+
+class NetworkGuidedDenoiser:
+    """D_g of a denoiser D; `plain` is D itself.
+
+    In a batch of several noise levels the guide sees those samples only for which it acts. A call of the guide
+    counts as one evaluation in any case.
+    """
+
+    def __init__(self, D: Denoiser, guidance: Guidance):
+        self.plain, self.guidance = D, guidance
+        self.worse = CountingDenoiser(guidance.worse(D))
+
+    @property
+    def extra_calls(self) -> int:
+        """Evaluations of the guide so far, which `CountingDenoiser` adds to those of D."""
+        return self.worse.calls
+
+    def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        denoised = self.plain(x, sigma, **cond)
+        if self.guidance.scale == 1:
+            return denoised
+        covered = self.guidance.covers(sigma)
+        count = len(x) if covered is None else int(covered.sum())
+        if count == 0:
+            return denoised
+        if covered is None or count == len(x):
+            return denoised + self._push(denoised, x, sigma, cond)
+        rows = covered.nonzero()[:, 0]
+        some = {name: value[rows] for name, value in cond.items()}
+        return denoised.index_add(0, rows, self._push(denoised[rows], x[rows], sigma[rows], some))
+
+    def _push(self, denoised: Tensor, x: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
+        """D_g - D = (w - 1) (D - D_bad)."""
+        return (self.guidance.scale - 1) * (denoised - self.worse(x, sigma, **cond))
+
+
+@dataclass(frozen=True)
+class NetworkGuidedDiffusion:
+    """The part of a `Diffusion` that sampling and distillation need, guided by a worse denoiser."""
+
+    diffusion: Diffusion
+    guidance: Guidance
+
+    @property
+    def scaling(self) -> Precond:
+        """The scalings around the network, those of `diffusion`."""
+        return self.diffusion.scaling
+
+    def bind(self, model: nn.Module) -> Denoiser:
+        """The guided denoiser of a network."""
+        return NetworkGuidedDenoiser(self.diffusion.bind(model), self.guidance)
+
+
+def unguided(D: Denoiser) -> Denoiser:
+    """The denoiser itself, where a worse one guides it."""
+    return D.plain if isinstance(D, NetworkGuidedDenoiser) else D
