@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
+from cm.data.class_names import CLASS_NAMES
 from cm.data.decode import MODES, why_unreadable
 from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
 from cm.io import atomic, storage
 from cm.io.outputs import Output, check_outputs
+from cm.io.progress import progress, say
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
@@ -287,13 +288,13 @@ def convert(
     labels, uniform = [], Uniform(source)
     with (
         multiprocessing.Pool(workers, start_worker, (source, kind, size, channels)) as pool,
-        tqdm(total=count, unit="image", disable=None) as progress,
+        progress(title="converting", total=count, unit="image") as bar,
     ):
         for made in pool.imap(make_in_worker, range(count), CHUNK):
-            progress.update()
+            bar.update()
             if made.complaint:
                 outcomes["unreadable"] += 1
-                tqdm.write(f"{source.name(made.i)} cannot be read: {made.complaint}: left out", file=sys.stderr)
+                say(f"{source.name(made.i)} cannot be read: {made.complaint}: left out")
             elif not made.png:
                 outcomes["too small"] += 1
             else:
@@ -304,7 +305,8 @@ def convert(
                 outcomes["written"] += 1
     if not outcomes["written"]:
         raise UserError(f"none of {count} images could be used: {summary(outcomes)}")
-    dest.write(LABEL_FILE, json.dumps({"labels": labels or None}).encode())
+    names = {CLASS_NAMES: list(source.class_names)} if labels and source.class_names else {}
+    dest.write(LABEL_FILE, json.dumps({"labels": labels or None} | names).encode())
     return outcomes
 
 

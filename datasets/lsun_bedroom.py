@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from cm.data.decode import centre_crop, decode
 from cm.data.raw import open_database
@@ -27,6 +26,7 @@ from cm.errors import UserError
 from cm.generate.grids import save_picture
 from cm.io import atomic, storage
 from cm.io.outputs import Output, check_outputs
+from cm.io.progress import progress, say
 
 
 class Entry(NamedTuple):
@@ -74,14 +74,14 @@ def export(database: Any, out: Path, image_size: int, prefix: str, workers: int)
     entries = read_entries(database, out, prefix)
     with (
         ThreadPoolExecutor(workers) as pool,                        # Pillow releases Python's lock
-        tqdm(total=database.stat()["entries"], unit="image", disable=None) as progress,
+        progress(title="exporting", total=database.stat()["entries"], unit="image") as bar,
     ):
         while chunk := list(islice(entries, 16 * workers)):
             for outcome, complaint in pool.map(lambda entry: convert(entry, image_size), chunk):
                 count[outcome] += 1
                 if complaint:
-                    tqdm.write(complaint, file=sys.stderr)
-            progress.update(len(chunk))
+                    say(complaint)
+            bar.update(len(chunk))
     return count
 
 

@@ -21,11 +21,11 @@ import torch as th
 import torch.distributed
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import untrusted
+from cm.io.progress import progress
 from evaluations.defaults import BATCH_SIZE, SPLIT_SIZE
 from evaluations.engine.readers import BatchFile
 from evaluations.features import Extractor, InceptionExtractor, load_extractor
@@ -344,7 +344,7 @@ class FIDAndIS:
         :returns: on rank 0 (pooled [N,D], spatial [N,S], [N,0], its images [M,H,W,3]); else four empty lists.
         """
         pooled, spatial, images = [], [], []
-        for _ in tqdm(range(math.ceil(num_samples / global_batch_size)), disable=not dist.is_main()):
+        for _ in progress(range(math.ceil(num_samples / global_batch_size)), "features", shown=dist.is_main()):
             batch, *_ = next(data)
             pool, places, _, _, pixels = self.get_preds(batch)
             places = pool[:, :0] if places is None else places

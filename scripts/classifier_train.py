@@ -14,13 +14,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
+from cm.data.class_names import ClassNames
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
 from cm.errors import UserError
@@ -29,6 +30,13 @@ from cm.io.storage import write_json
 
 SHOWN_LEVELS = (0.25, 0.5, 1.0, 2.0)                        # noise levels at which a guide is judged
 Labelled = tuple[NDArray[Any], NDArray[np.int64]]           # images [N,H,W,C], labels [N]
+
+
+class Classes(NamedTuple):
+    """What a classifier tells apart."""
+
+    count: int
+    names: ClassNames                                       # empty where they are not known
 
 
 @dataclass(frozen=True)
@@ -77,20 +85,20 @@ def main(settings: Settings) -> None:
     facts_path = Path(out).with_suffix(".json")
     outputs = [Output("--out", out), Output("the JSON file of facts next to it", facts_path)]
     check_outputs(outputs, {"--data_dir": config.data_dir})
-    images, labels, num_classes = load_labelled(
-        open_source(config.data_dir, config.image_size, channels=config.channels), config.data_dir
-    )
+    source = open_source(config.data_dir, config.image_size, channels=config.channels)
+    images, labels, classes = load_labelled(source, config.data_dir)
     try:
         kept, held_out = stratified_split(labels, config.holdout, config.seed)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     train = train_guide if config.noised else train_extractor
-    facts, lines = train(config, out, (images[kept], labels[kept]), (images[held_out], labels[held_out]), num_classes)
+    facts, lines = train(config, out, (images[kept], labels[kept]), (images[held_out], labels[held_out]), classes)
     facts |= {
         "held_out_images": len(held_out),
         "training_images": len(kept),
-        "classes": num_classes,
+        "classes": classes.count,
+        "class_names": classes.names,
         "seconds": round(time.monotonic() - start, 2),
     }
     write_json(facts_path, facts)
@@ -99,7 +107,7 @@ def main(settings: Settings) -> None:
 
 
 def train_extractor(
-    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
+    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, classes: Classes
 ) -> tuple[dict[str, Any], list[str]]:
     """Write a feature extractor to `out`: facts for the JSON file, and lines to print."""
     from cm.distributed import setup as dist
@@ -107,7 +115,7 @@ def train_extractor(
     from evaluations.features.classifier import accuracy, train_classifier
 
     model = train_classifier(
-        *training, num_classes,
+        *training, classes.count,
         epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev(),
     )
     held_out_accuracy = accuracy(model, *held_out)
@@ -118,7 +126,7 @@ def train_extractor(
 
 
 def train_guide(
-    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, num_classes: int
+    config: ClassifierConfig, out: str, training: Labelled, held_out: Labelled, classes: Classes
 ) -> tuple[dict[str, Any], list[str]]:
     """As `train_extractor`, for a guide; the accuracy at the lowest noise level stands for that of clean images."""
     from cm.checkpoints import serialization
@@ -132,8 +140,8 @@ def train_guide(
     sides = [config.image_size >> level for level in range(len(widths))]
     attended = [side for side in parse_resolutions(config.classifier_attention_resolutions) if side in sides]
     network = NoisyClassifierConfig(
-        config.image_size, num_classes, config.classifier_width, config.classifier_depth, widths,
-        attention_factors(config.image_size, attended), channels=config.channels,
+        config.image_size, classes.count, config.classifier_width, config.classifier_depth, widths,
+        attention_factors(config.image_size, attended), channels=config.channels, class_names=classes.names,
     )
     model = train_noisy_classifier(
         *training, network, epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, device=dist.dev()
@@ -144,8 +152,8 @@ def train_guide(
     return facts, [f"at noise level {sigma:g}: {share:.1%}" for sigma, share in by_level.items()] + [out]
 
 
-def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[Any], NDArray[np.int64], int]:
-    """Images [N,H,W,C], labels [N], number of classes.
+def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[Any], NDArray[np.int64], Classes]:
+    """Images [N,H,W,C], labels [N], and the classes.
 
     :raises UserError: if the images have no classes, or only one.
     """
@@ -154,7 +162,8 @@ def load_labelled(source: ImageSource, data_dir: str) -> tuple[NDArray[Any], NDA
     if source.num_classes < 2:
         raise UserError(f"--data_dir {data_dir} has only one class; a classifier needs at least 2")
     images = np.stack([source.image(i) for i in range(len(source))])
-    return images, np.array([source.label(i) for i in range(len(source))]), source.num_classes
+    classes = Classes(source.num_classes, source.class_names)
+    return images, np.array([source.label(i) for i in range(len(source))]), classes
 
 
 if __name__ == "__main__":

@@ -49,13 +49,14 @@ def main(settings: Settings) -> None:
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:
         return dry_run(settings)
+    names = source.class_names if settings.values["class_cond"] else ()
     model = model_from(settings)
     loading.fit(model, source.take(), config.source)
     if config.format == "diffusers":
         levels = config.num_train_timesteps
-        dist.on_main(export.save_diffusers, config.dest, model.state_dict(), settings, levels, trained)
+        dist.on_main(export.save_diffusers, config.dest, model.state_dict(), settings, levels, trained, names)
     else:
-        dist.on_main(export.save_native, config.dest, model.state_dict(), settings)
+        dist.on_main(export.save_native, config.dest, model.state_dict(), settings, names)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
 

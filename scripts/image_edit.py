@@ -50,11 +50,12 @@ def main(settings: Settings) -> None:
     dist.on_main(check_outputs, [Output("--log_dir", settings.values["log_dir"], "folder")], inputs)
     inherit_model(settings)
     guide = choose_guide(settings, SAMPLING)
-    if settings.dry_run:
-        return dry_run(settings)
-
     classifier = load_classifier(settings)
     job = make_job(settings, sampling_plan(settings, classifier), *sampler_of(settings))
+    if settings.dry_run:
+        if job.source is not None:
+            job.source.images(np.arange(1))
+        return dry_run(settings)
     open_log(settings)
     model, diffusion = load_model(settings), guided_diffusion(settings, classifier, guide)
     with at_precision(model, run_precision(settings)):

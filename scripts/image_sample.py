@@ -26,6 +26,7 @@ from cm.config.schema import (
     SeedsConfig,
     SolverConfig,
 )
+from cm.data.class_names import named
 from cm.errors import UserError
 from cm.generate.grids import grid_scale, image_grid, save_picture
 from cm.generate.png import PngFolder
@@ -69,12 +70,11 @@ def main(settings: Settings) -> None:
     config = inherit_model(settings)
     guide = choose_guide(settings, SAMPLING)
     seeds = choose_seeds(settings)
-    if settings.dry_run:
-        return dry_run(settings)
-
     pngs, classifier = settings.section(PngConfig), load_classifier(settings)
     plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
     options = sampler_options(settings)         # checked before anything is loaded
+    if settings.dry_run:
+        return dry_run(settings)
     folder = claim_folder(settings, pngs, plan, guide) if pngs.outdir else None
     open_log(settings)
     if folder:
@@ -107,7 +107,7 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan, guide:
     if plan.generator == "dummy":
         raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
-    dist.on_main(folder.claim, png_recipe(settings, guide))
+    dist.on_main(folder.claim, png_recipe(settings, guide, plan.classes))
     return folder
 
 
@@ -132,6 +132,7 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, gui
         "sampler": config.sampler,
         "steps": config.steps,
         "ts": config.ts,
+        "class_label": config.class_label,
         "seed": plan.seed,
         "num_samples": plan.num_samples,
         "network_evaluations": result.evaluations,
@@ -142,6 +143,8 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, gui
     write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"
     save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)))
+    if plan.classes:
+        logger.log("classes: " + ", ".join(named(number, plan.class_names) for number in plan.classes))
     logger.log(f"{plan.num_samples} images, {result.evaluations} network evaluations each, "
                f"{summary['images_per_second']} images/s")
     logger.log(f"samples: {path}\ngrid: {grid_path}")

@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
     precision = run_precision(settings)
     trusted = trusts_extractor(settings)
     extractor = load_extractor(config.inception or None, dist.dev(), trusted=trusted)
-    store = dist.on_main(start_score_store, settings, precision, extractor.id)
+    store = dist.on_main(start_score_store, settings, precision, extractor.id, plan.classes)
     evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)
     prefixes = PrefixCache(sampling_diffusion(settings), config.cache_gib * 2**30)
@@ -141,26 +141,32 @@ def check_flags(settings: Settings) -> None:
         settings.replace(end=str(values["steps"] - 1))
 
 
-def conditions_of(settings: Settings, precision: str, extractor_id: str) -> dict[str, Any]:
+def conditions_of(settings: Settings, precision: str, extractor_id: str, classes: tuple[int, ...]) -> dict[str, Any]:
     """All that a score depends on; on rank 0, which reads the files."""
+    from cm.setup.sample import recorded_classes
+
     values = settings.values
     without_effect = ("dropout", "use_checkpoint", "use_fp16", "channels")        # the weights have their channels
     network = [each.name for each in dataclasses.fields(ModelConfig) if each.name not in without_effect]
-    sampling = ("steps", "num_samples", "seed", "class_label", "clip_denoised", "sigma_min", "sigma_max")
+    sampling = ("steps", "num_samples", "seed", "clip_denoised", "sigma_min", "sigma_max")
     return {
         "model_path": {"path": values["model_path"], **storage.checksum(values["model_path"])},
         "ref_batch": {"path": values["ref_batch"], **storage.checksum(values["ref_batch"])},
         "inception": extractor_id,
         "precision": precision,
+        "class_label": recorded_classes(classes),
         **{name: values[name] for name in (*sampling, *network)},
     }
 
 
-def start_score_store(settings: Settings, precision: str, extractor_id: str) -> ScoreStore:
+def start_score_store(
+    settings: Settings, precision: str, extractor_id: str, classes: tuple[int, ...]
+) -> ScoreStore:
     """The scores of this search so far; call it on rank 0."""
     from cm.generate.score_store import open_score_store
 
-    return open_score_store(os.path.join(logger.get_dir(), STATE), conditions_of(settings, precision, extractor_id))
+    conditions = conditions_of(settings, precision, extractor_id, classes)
+    return open_score_store(os.path.join(logger.get_dir(), STATE), conditions)
 
 
 # --- the report ----------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_cm_train_measures_with_the_loss_norm_it_is_given(monkeypatch, tmp_path,
     loops = []
 
     class Loop:
-        stop_signal = 0
+        step, total_training_steps, stop_signal = 0, 1, 15
 
         def __init__(self, config, parts):
             loops.append(parts)
@@ -182,7 +182,7 @@ def test_edm_train_ends_before_it_has_begun(monkeypatch, tmp_path, close_log, ar
 def test_the_default_resolutions_go_with_images_of_any_size(monkeypatch, tmp_path, capsys, size, mult, sides):
     script = run_script(
         monkeypatch, "edm_train", "--image_size", size, "--channel_mult", mult, "--log_dir", tmp_path / "run",
-        "--dry_run",
+        "--dry_run", "--data_dir", "digits",
     )
     script.main()
     assert f'"attention_resolutions": "{sides}"' in capsys.readouterr().out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import FORMATS
+from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -74,6 +75,7 @@ class WeightsFile:
     training_mode: str | None = None                        # what the network was trained as, where that is known
     levels: int | None = None                               # of its training, where that is known and they were fixed
     weights: Mapping[str, Tensor] | None = None
+    class_names: ClassNames = ()                            # of the classes that it knows, where that is known
     expected: Mapping[str, int] | None = None               # its size and CRC-32, of which `take` makes sure
 
     def take(self) -> Mapping[str, Tensor]:

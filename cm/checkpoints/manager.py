@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cm.checkpoints import manifest
+from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import storage
+from cm.io import storage, terminal
 from cm.io.atomic import PARTIAL
 from cm.logging import logger
 from cm.registry import lookup
@@ -37,6 +38,7 @@ class CheckpointManager:
     on_save_error: str = "stop"
     verify: bool = True
     origin: str = ""                                        # see `manifest.Checkpoint`
+    class_names: ClassNames = ()                            # as `origin`
 
     def __post_init__(self) -> None:
         lookup(ON_SAVE_ERROR, self.on_save_error, "on_save_error")
@@ -77,7 +79,13 @@ class CheckpointManager:
 
         :raises UserError: if it cannot be written.
         """
-        manifest.save(self.directory, step, content, config, images_seen, seconds, self.origin, initial_weight)
+        saved = manifest.save(
+            self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names,
+            initial_weight,
+        )
+        size = terminal.size_text(sum(facts["size"] for facts in saved.files.values()))
+        names = ", ".join(saved.names())
+        logger.log(f"saved step {step} in {terminal.printable(self.directory)}: {names} ({size})")
         if self.keep:
             try:                                            # superfluous files are no reason to end a run
                 _prune(self.directory, self.keep, self.milestone_interval, {step, _best_step(logger.get_dir())})
@@ -85,14 +93,18 @@ class CheckpointManager:
                 logger.warn(f"cannot remove old checkpoints in {self.directory}: {type(error).__name__}: {error}")
 
 
-def resolve_resume(directory: str, resume: str, verify: bool = True) -> manifest.Checkpoint | None:
+def resolve_resume(
+    directory: str, resume: str, verify: bool = True, looks_only: bool = False
+) -> manifest.Checkpoint | None:
     """The checkpoint that a run in `directory` resumes from, if any; for one rank.
 
     :param resume: see `CheckpointManager.find`.
     :param verify: see `CheckpointManager`.
+    :param looks_only: leave every file as it is.
     :raises UserError: as `CheckpointManager.find`.
     """
-    manifest.remove_partial(directory)
+    if not looks_only:
+        manifest.remove_partial(directory)
     own = manifest.newest(directory, verify)
     if own and resume == "never":
         raise UserError(
@@ -116,7 +128,8 @@ def resolve_resume(directory: str, resume: str, verify: bool = True) -> manifest
             f"--resume {resume}: {directory} holds a run of its own, at step {own.step}, that did not start from "
             "it; choose another --log_dir, or --resume auto to resume that run"
         )
-    _archive(directory, asked.step)
+    if not looks_only:
+        _archive(directory, asked.step)
     return replace(asked, origin=path)
 
 

@@ -282,7 +282,8 @@ def make_parser(description: str | None, sections: Sequence[type], types: Mappin
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
-    parser.add_argument("--dry_run", action="store_true", help="print the resolved run and exit")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="print the resolved run, check what it would read and write, and exit")
     plugins.add_flag(parser)
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])

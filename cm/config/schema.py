@@ -115,7 +115,8 @@ class DataConfig:
     """data"""
 
     data_dir: str = option(
-        "", "folder, EDM zip or npz of images, or the word digits for scikit-learn's handwritten digits"
+        "", "folder, EDM zip or npz of images; shards of a WebDataset, such as set-{000..127}.tar, or a folder of "
+        "them; or the word digits for scikit-learn's handwritten digits"
     )
     random_flip: bool = option(True, "mirror half of the images horizontally")
     augment: float = option(
@@ -135,6 +136,10 @@ class DataConfig:
     cache_gib: float = option(
         0.25, "a data set that fits into this much memory per rank, in GiB, is decoded once and kept; 0: never",
         minimum=0,
+    )
+    shuffle_window: int = option(
+        1000, "shards: images that each loader process holds, as files, and shuffles among each other; the order of "
+        "the shards changes in every epoch", minimum=1,
     )
     num_workers: int = option(-1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1)
 
@@ -243,6 +248,10 @@ class TrainConfig:
     resume: str = option(
         "auto", "auto: resume from the newest checkpoint of the run; never: refuse a folder with a checkpoint; or the "
         "path of a checkpoint to resume from: its manifest, one of its files, or its folder"
+    )
+    allow_other_classes: bool = option(
+        False, "go on from a checkpoint or a teacher, with a warning, although its list of classes is not that of the "
+        "data, so that class numbers change their meaning; without this flag it is refused"
     )
 
 
@@ -418,7 +427,10 @@ class SampleConfig:
         "determ", "determ, determ-indiv: an image depends only on seed and index; dummy: use torch's global generator",
         choices=("determ", "determ-indiv", "dummy"),
     )
-    class_label: int = option(-1, "generate only this class; -1: random classes", minimum=-1)
+    class_label: str = option(
+        "-1", "generate only these classes: a number or a name, or several with commas, such as cat,dog; -1: random "
+        "classes"
+    )
     clip_denoised: bool = option(True, "clamp denoised images to [-1, 1] in every step")
     s_churn: float = option(0.0, "amount of stochastic churn, for heun, euler, dpm and ablation", minimum=0)
     s_tmin: float = option(0.0, "lowest noise level at which churn, sde and ito add noise", minimum=0)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cm.data.class_names import ClassNames
 from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, images_among, why_unreadable
-from cm.data.labels import LABEL_FILE, label_bytes, labels_of_json, labels_of_names
+from cm.data.labels import LABEL_FILE, Labels, label_bytes, labels_of_json, labels_of_names
 from cm.errors import UserError
 from cm.io import untrusted
 
@@ -23,6 +24,7 @@ class ImageSource:
     """N images of C channels; the subclasses define how an image is loaded.
 
     `labels` is int64 [N], or None; then `no_labels` gives the reason and names the first image without a class.
+    `class_names` are the names of the classes where they are known, `labels_from` says where the classes come from.
     `note` says what is done to images of other channels, if anything.
     """
 
@@ -32,7 +34,8 @@ class ImageSource:
         self.channels = channels
         self.note = ""
         self.labels: np.ndarray | None = None
-        self.no_labels = ""
+        self.no_labels = self.labels_from = ""
+        self.class_names: ClassNames = ()
         self._length = length
         self._cache: np.ndarray | None = None
         self._cached = np.zeros(length, bool)
@@ -63,10 +66,14 @@ class ImageSource:
         """Whether every image stays in memory once it has been read."""
         return self._cache is not None
 
+    def take_labels(self, labels: Labels) -> None:
+        """Give the images these classes."""
+        self.labels, self.no_labels, self.class_names, self.labels_from = labels
+
     @property
     def num_classes(self) -> int | None:
-        """Largest label + 1; None without labels."""
-        return None if self.labels is None else int(self.labels.max()) + 1
+        """The number of class names, or where these are not known the largest label + 1; None without labels."""
+        return None if self.labels is None else len(self.class_names) or int(self.labels.max()) + 1
 
     def label(self, i: int) -> int | None:
         """The class of image i, None without labels."""
@@ -99,6 +106,14 @@ class ImageSource:
             self._cached[i] = True
         return self._cache[indices]
 
+    def gather(self, indices: np.ndarray) -> None:
+        """Make ready the images of a batch: nothing, where each can be read at any time."""
+
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        """The classes of these images, of a source that has `labels`: int64 [B]."""
+        assert self.labels is not None, "whoever asks has checked it"
+        return self.labels[indices]
+
     def _square(self, i: int) -> np.ndarray:
         size = self.image_size
         return centre_crop(self.load(i), size).reshape(size, size, self.channels)
@@ -123,15 +138,15 @@ class EncodedSource(ImageSource):
                 text = self.read(LABEL_FILE, label_bytes(len(names)))
             except untrusted.DAMAGE as error:
                 raise UserError(f"{data_dir}: {LABEL_FILE} cannot be read: {error}") from None
-            self.labels, self.no_labels = labels_of_json(text, names)
+            self.take_labels(labels_of_json(text, names))
         else:
-            self.labels, self.no_labels = labels_of_names(names)
+            self.take_labels(labels_of_names(names))
         self.has_label_file = LABEL_FILE in files
 
     def label_by(self, rule: str) -> None:
         """Take the classes by another rule than "auto", see `labels_of_names`; a dataset.json wins over each."""
         if not self.has_label_file:
-            self.labels, self.no_labels = labels_of_names(self._names, rule)
+            self.take_labels(labels_of_names(self._names, rule))
 
     def name(self, i: int) -> str:
         """The path of image i in the folder or archive."""
@@ -169,6 +184,7 @@ class Format(NamedTuple):
     """A format of data sets."""
 
     claims: Callable[[str], bool]               # whether the name of a set is of this format
-    open: Callable[[str, int, int], Any]        # from (data_dir, image_size, channels) to the set
+    open: Callable[..., Any]                    # from (data_dir, image_size, channels); of a stream, from (data_dir)
     what: str                                   # how messages call such a set
-    on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place at all
+    on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place to look for
+    is_stream: bool = False                     # whether it is opened as a `cm.data.streams.ImageStream`

@@ -2,7 +2,8 @@
 
 The samples of a run are counted by their position p, over all steps and ranks. Position p shows image
 `permutation(seed, p // N)[p % N]`, flipped or cropped at random by a stream that depends on (seed, p) only. So 1, 2 and
-4 ranks read the same samples, and a run resumes at any position without replaying the earlier ones.
+4 ranks read the same samples, and a run resumes at any position without replaying the earlier ones. A stream has its
+own order, see `cm.data.streams`.
 
 Shapes: N images of the set, B images of a rank's batch, S image_size.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch as th
@@ -22,12 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
 from cm.data.image_source import ImageSource
-from cm.data.sources import open_source
+from cm.data.sources import open_source, open_stream
+from cm.data.streams import WINDOW, StreamedSource
 from cm.distributed import signals
 from cm.errors import UserError
 from cm.random_util import stream_seed, stream_seeds
 from cm.types import Batch
 
+Order = Callable[[np.ndarray], np.ndarray]                          # positions [B] -> indices of the images [B]
 CROP_FRACTION = 0.8                                                 # least part of the shorter side in a random crop
 
 
@@ -50,13 +54,15 @@ def load_data(
     cache_bytes: int | None = None,
     labels: str = "auto",
     channels: int = 3,
+    shuffle_window: int = WINDOW,
+    num_classes: int | None = None,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
     `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
     `class_cond`, else empty.
 
-    :param data_dir: what `cm.data.sources.open_source` reads: a folder, a zip, an npz or the word digits.
+    :param data_dir: what `open_source` or `open_stream` of `cm.data.sources` reads.
     :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
     :param deterministic: images in the order of the set instead of a new permutation in each epoch.
     :param random_crop: a random square of random size instead of the central one.
@@ -67,27 +73,73 @@ def load_data(
     :param start: samples that the run has consumed already, over all ranks.
     :param num_workers: processes that read images ahead; None means none if the set is kept in memory, else one.
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
-    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None is
-        `cm.data.image_source.CACHE_BYTES`.
+    :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None for 256 MiB.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
     :param channels: C, see `cm.data.sources.open_source`.
+    :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
+    :param num_classes: of a stream, an image with a class that is not less is an error.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    source = open_source(data_dir, image_size, labels=labels, channels=channels)
-    if cache_bytes is not None:
-        source.keep_decoded(cache_bytes)
-    if class_cond and source.labels is None:
-        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
-    requests = Requests(
-        EpochOrder(len(source), seed, shuffle=not deterministic),
-        offsets_of_rank(batch_size, rank, world_size, global_batch),
-        world_size * batch_size if global_batch is None else global_batch,
-        start,
-    )
+    options: dict[str, Any] = {"image_size": image_size, "channels": channels}
+    if stream := open_stream(data_dir):
+        options |= {"window": shuffle_window, "num_classes": num_classes}
+        source = StreamedSource(stream, seed=seed, shuffle=not deterministic, **options)
+        order = source.order
+    else:
+        source = _open_images(data_dir, class_cond, cache_bytes, labels=labels, **options)
+        order = EpochOrder(len(source), seed, shuffle=not deterministic)
+    step = world_size * batch_size if global_batch is None else global_batch
+    requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
     samples = Samples(source, class_cond, seed, random_crop, random_flip)
     if num_workers is None:
         num_workers = 0 if source.in_memory and not random_crop else 1
     return BatchStream(samples, requests, num_workers, pin_memory)
+
+
+def _open_images(data_dir: str, class_cond: bool, cache_bytes: int | None, **options: Any) -> ImageSource:
+    """A set of images that are read in any order.
+
+    :raises UserError: if there are no images, or classes are asked for and missing.
+    """
+    source = open_source(data_dir, **options)
+    if cache_bytes is not None:
+        source.keep_decoded(cache_bytes)
+    if class_cond and source.labels is None:
+        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
+    return source
+
+
+class LoaderSource(Protocol):
+    """What batches are made of: an `ImageSource`, or a stream."""
+
+    image_size: int
+    channels: int
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether its images are floats, which the network sees as they are."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every image stays in memory once it has been read."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> None:
+        """Make ready the images of a batch, which the other methods are then asked for."""
+        ...
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        """Their squares [B,S,S,C], a copy that the caller may change."""
+        ...
+
+    def load(self, i: int) -> Image.Image:
+        """The complete image i."""
+        ...
+
+    def classes(self, indices: np.ndarray) -> np.ndarray:
+        """Their classes, int64 [B]."""
+        ...
 
 
 def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: int | None) -> np.ndarray:
@@ -140,7 +192,7 @@ class EpochOrder:
 class Requests:
     """The positions and image indices of this rank's batches, without end: pairs of int64 [B]."""
 
-    def __init__(self, order: EpochOrder, offsets: np.ndarray, global_batch: int, start: int):
+    def __init__(self, order: Order, offsets: np.ndarray, global_batch: int, start: int):
         self.order = order
         self._offsets = offsets
         self._global_batch = global_batch
@@ -157,7 +209,7 @@ class Requests:
 class Samples(Dataset):
     """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker."""
 
-    def __init__(self, source: ImageSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
+    def __init__(self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
         self.source = source
         self._class_cond = class_cond
         self._seed = seed
@@ -172,12 +224,12 @@ class Samples(Dataset):
         """
         positions, indices = request
         try:
+            self.source.gather(indices)
             pixels = self._pixels(positions, indices)
+            cond = {"y": th.from_numpy(self.source.classes(indices))} if self._class_cond else {}
         except UserError as error:
             return error
         images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        labels = self.source.labels if self._class_cond else None   # `load_data` checked that there are some
-        cond = {} if labels is None else {"y": th.from_numpy(labels[indices])}
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:

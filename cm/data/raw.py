@@ -19,6 +19,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from cm.data.class_names import ClassNames
 from cm.data.decode import decode
 from cm.data.image_source import EncodedSource
 from cm.data.labels import LABEL_FILE
@@ -41,6 +42,11 @@ class RawImages(Protocol):
         """N classes or vectors, or None."""
         ...
 
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes, where these are numbers and the names are known."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
@@ -54,6 +60,8 @@ class RawImages(Protocol):
 
 class Arrays:
     """Images in memory: uint8 [N,H,W] or [N,H,W,3]."""
+
+    class_names: ClassNames = ()
 
     def __init__(self, title: str, images: np.ndarray, labels: list[int]):
         self.title, self.images, self.labels = title, images, labels
@@ -82,10 +90,11 @@ class EncodedFiles:
         self.source = source
         names = [source.name(i) for i in range(len(source))]
         self.labels: list[Any] | None = _json_labels(source, names)
+        self.class_names = source.class_names if source.has_label_file and self.labels is not None else ()
         if self.labels is None and is_folder:
-            self.labels = _folder_labels(names)
+            self.labels, self.class_names = _folder_labels(names)
         if self.labels is None and source.labels is not None and (source.num_classes or 0) > 1:
-            self.labels = source.labels.tolist()
+            self.labels, self.class_names = source.labels.tolist(), source.class_names
 
     def __len__(self) -> int:
         return len(self.source)
@@ -107,6 +116,7 @@ class Database:
     """
 
     labels: list[Any] | None = None
+    class_names: ClassNames = ()
 
     def __init__(self, path: Path, limit: int | None):
         self.path = path
@@ -185,11 +195,13 @@ def _json_labels(source: EncodedSource, names: list[str]) -> list[Any] | None:
     return None if None in labels else labels
 
 
-def _folder_labels(names: list[str]) -> list[int] | None:
-    """The index of each image's top-level folder in the sorted list of them; None unless there are at least two."""
+def _folder_labels(names: list[str]) -> tuple[list[int] | None, ClassNames]:
+    """The index of each image's top-level folder in the sorted list of them, and that list; None unless there are at
+    least two.
+    """
     tops = [name.split("/")[0] if "/" in name else "" for name in names]
     places = {top: i for i, top in enumerate(sorted(set(tops)))}
-    return [places[top] for top in tops] if len(places) > 1 else None
+    return ([places[top] for top in tops], tuple(places)) if len(places) > 1 else (None, ())
 
 
 # ---- CIFAR-10 ----

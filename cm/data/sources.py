@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
-from cm.data.formats import digits, folder, npz, zip_archive
+from cm.data.formats import digits, folder, npz, webdataset, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
+from cm.data.streams import ImageStream
 from cm.errors import UserError
 from cm.io import storage
 from cm.registry import Table
@@ -18,11 +19,12 @@ FORMATS: Table[Format] = Table("data format", {
     "digits": digits.FORMAT,
     "zip": zip_archive.FORMAT,
     "npz": npz.FORMAT,
+    "webdataset": webdataset.FORMAT,
     "folder": folder.FORMAT,                    # what no other claims
 })
 """The formats, in the order in which they are asked whether a name is theirs."""
 
-SOURCES = {name: each.open for name, each in FORMATS.items()}
+SOURCES = {name: each.open for name, each in FORMATS.items() if not each.is_stream}
 
 
 def open_source(
@@ -42,16 +44,36 @@ def open_source(
     :param channels: 3 for RGB, where grey is repeated; 1 for grey, to which colour is converted; others for latents.
     :raises UserError: if there is nothing of that name, it holds no images, or its content does not fit its name.
     """
-    if not data_dir:
-        raise UserError(f"{flag} is empty: name {choices()}")
     if image_size < 1:
         raise UserError(f"--image_size {image_size}: images need at least one pixel")
-    format = next(each for each in FORMATS.values() if each.claims(data_dir))
+    format = find_format(data_dir, flag)
+    if format.is_stream:
+        raise UserError(f"{flag} {data_dir}: {format.what} are a stream, which can only be trained on; unpack them "
+                        "into a folder")
     _check_exists(data_dir, format, flag)
     source = format.open(data_dir.rstrip("/") or "/", image_size, channels)
     if labels != "auto" and isinstance(source, EncodedSource):
         source.label_by(labels)
     return source
+
+
+def open_stream(data_dir: str) -> ImageStream | None:
+    """The stream that a name means; None if it means a set of images that are read in any order.
+
+    :raises UserError: if the name is empty, or the stream cannot be opened.
+    """
+    format = find_format(data_dir)
+    return format.open(data_dir.rstrip("/")) if format.is_stream else None
+
+
+def find_format(data_dir: str, flag: str = "--data_dir") -> Format:
+    """The first of FORMATS that claims a name.
+
+    :raises UserError: if the name is empty.
+    """
+    if not data_dir:
+        raise UserError(f"{flag} is empty: name {choices()}")
+    return next(each for each in FORMATS.values() if each.claims(data_dir))
 
 
 def choices() -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cm.config.flags import Settings
 from cm.config.schema import EditConfig
+from cm.data.class_names import numbered_as
 from cm.data.decode import IMAGE_BYTES, decode
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
@@ -107,7 +108,7 @@ class EditJob:
         if self.arcs is not None:
             return labels_of(self.arcs.ends[indices, 0], self.plan)
         own = None if self.source is None else self.source.labels
-        if self.plan.num_classes is None or self.plan.class_label >= 0 or own is None:
+        if self.plan.num_classes is None or self.plan.classes or own is None:
             return labels_of(indices, self.plan)
         return own[indices % len(own)]
 
@@ -256,7 +257,10 @@ def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
         raise UserError(f"--images is missing: --task {config.task} needs a folder, an EDM zip or an npz of images")
     shrink = config.superres_factor if config.low_resolution else 1
     source = open_source(config.images, plan.image_size // shrink, "--images", channels=plan.channels)
-    if plan.num_classes is not None and plan.class_label < 0 and (source.num_classes or 0) > plan.num_classes:
+    if plan.num_classes is None or plan.classes or source.labels is None:
+        return source
+    source.labels = numbered_as(source.labels, source.class_names, plan.class_names, config.images)
+    if source.labels.max() >= plan.num_classes:
         raise UserError(
             f"{config.images} has {source.num_classes} classes, the network only {plan.num_classes}; "
             "choose one of them with --class_label"

@@ -14,13 +14,14 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
+from cm.data.class_names import CLASS_NAMES, ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.finite import NonFiniteCount, finite_images
 from cm.generate.npz import NpzWriter, to_array, type_of
 from cm.generate.png import PngFolder, PngWriter
+from cm.io.progress import progress
 from cm.random_util import get_generator, labels_for
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
@@ -37,12 +38,13 @@ class SamplingPlan:
     image_size: int
     seed: int
     num_classes: int | None                     # None: unconditional
-    class_label: int = -1
+    classes: tuple[int, ...] = ()               # the classes to draw, each sample one of them at random; empty: any
     generator: str = "determ"
     seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
     rounding: str = "truncate"
     allow_non_finite: bool = False
     channels: int = 3
+    class_names: ClassNames = ()                # of all the network's classes; empty where they are not known
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
         """The sample indices of these rows of the result."""
@@ -115,12 +117,11 @@ def parse_seeds(seeds: str) -> tuple[int, ...]:
 
 
 def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
-    """The classes [n] of these samples: the plan's, or else drawn for each; None if the network has no classes."""
+    """The classes [n] of these samples, drawn for each among the plan's; None if the network has no classes."""
     if plan.num_classes is None:
         return None
-    if plan.class_label >= 0:
-        return np.full(len(indices), plan.class_label, np.int64)
-    return np.asarray(labels_for(indices, plan.seed, plan.num_classes), np.int64)
+    drawn = np.asarray(labels_for(indices, plan.seed, len(plan.classes) or plan.num_classes), np.int64)
+    return np.asarray(plan.classes, np.int64)[drawn] if plan.classes else drawn
 
 
 class ConvertsToFp16(Protocol):
@@ -202,7 +203,7 @@ def collect_to_npz(
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
     non_finite = NonFiniteCount(plan.allow_non_finite)
     writers = _open_writers(plan, directory, kinds) if main else {}
-    bar = tqdm(total=plan.num_samples, unit="image", desc="sampling", disable=not main, dynamic_ncols=True)
+    bar = progress(title="sampling", total=plan.num_samples, unit="image", shown=main)
     with bar:
         for own in rank_batches(plan, dist.get_rank(), dist.get_world_size()):
             drawn = make(plan.indices(own))
@@ -218,6 +219,8 @@ def collect_to_npz(
     non_finite.warn()
     first_images = {kind: writer.images[:SHOWN].copy() for kind, writer in writers.items()}
     extra = {"seeds": np.asarray(plan.seeds, np.int64)} if plan.seeds else {}
+    if plan.num_classes is not None and plan.class_names:
+        extra[CLASS_NAMES] = np.asarray(plan.class_names)
     paths = {kind: writer.close(**extra) for kind, writer in writers.items()}
     return SamplingResult(paths, first_images, evaluations, time.monotonic() - start)
 
@@ -239,10 +242,8 @@ def sample_to_pngs(
     rest = replace(plan, num_samples=len(missing), seeds=missing)
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
     per_round, non_finite = plan.batch_size * dist.get_world_size(), NonFiniteCount(plan.allow_non_finite)
-    bar = tqdm(
-        total=len(seeds), initial=len(seeds) - len(missing), unit="image", desc="sampling", disable=not main,
-        dynamic_ncols=True,
-    )
+    there = len(seeds) - len(missing)
+    bar = progress(title="sampling", total=len(seeds), initial=there, unit="image", shown=main)
     with at_precision(model, precision), PngWriter(folder) as writer, bar:
         for done, rows in enumerate(rank_batches(rest, dist.get_rank(), dist.get_world_size())):
             own, images = rest.indices(rows), no_images(rest)
@@ -254,8 +255,9 @@ def sample_to_pngs(
             writer.put(own.tolist(), images[: len(own)])
             bar.update(min(per_round, len(missing) - done * per_round))
     dist.barrier()
+    dist.on_main(folder.write_labels, lambda seeds: labels_of(seeds, plan), plan.class_names)
     non_finite.warn()
-    return PngResult(len(missing), len(seeds) - len(missing), evaluations, time.monotonic() - start)
+    return PngResult(len(missing), there, evaluations, time.monotonic() - start)
 
 
 def _open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:

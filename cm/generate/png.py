@@ -1,7 +1,7 @@
 """A folder with one PNG for each seed, which a restarted run completes.
 
 Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. sampling.json, next
-to them, says how the images were made: a folder never holds images of two kinds.
+to them, says how the images were made: a folder never holds images of two kinds. dataset.json lists their classes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cm.data.class_names import CLASS_NAMES, ClassNames
+from cm.data.labels import LABEL_FILE
 from cm.errors import UserError
 from cm.generate.grids import save_picture, to_picture
 from cm.io import atomic, storage
@@ -77,6 +79,21 @@ class PngFolder:
     def missing(self, seeds: Iterable[int]) -> list[int]:
         """Those of the seeds, in their order, that have no image yet, or a damaged one."""
         return [seed for seed in seeds if not _is_complete(self.path(seed))]
+
+    def write_labels(self, label_of: Callable[[np.ndarray], np.ndarray | None], class_names: ClassNames) -> None:
+        """List the classes of all images that are there in a dataset.json, as in a data set of EDM; for one process.
+
+        :param label_of: from seeds [n] to classes [n]; None where there are no classes, and then nothing is written.
+        :raises UserError: if it cannot be written.
+        """
+        stems = (path.stem for path in self.outdir.rglob("*.png"))
+        seeds = [seed for seed in sorted(int(stem) for stem in stems if stem.isdigit()) if self.path(seed).exists()]
+        labels = label_of(np.array(seeds, np.int64))
+        if labels is not None:
+            names = [self.path(seed).relative_to(self.outdir).as_posix() for seed in seeds]
+            known = {CLASS_NAMES: list(class_names)} if class_names else {}
+            content = {"labels": [list(pair) for pair in zip(names, labels.tolist())]} | known
+            storage.write_bytes(self.outdir / LABEL_FILE, json.dumps(content).encode())
 
     def read(self, seeds: Iterable[int]) -> np.ndarray:
         """The images of those seeds that have one: uint8 [n,H,W,C]."""

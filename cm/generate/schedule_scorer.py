@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch as th
 from torch import nn
-from tqdm import tqdm
 
 from cm.distributed import setup as dist
 from cm.generate.engine import SamplingPlan, draw, labels_of, rank_batches
 from cm.generate.finite import NonFiniteCount
 from cm.generate.prefix_cache import PrefixCache
 from cm.generate.schedule_search import Schedule, as_text
+from cm.io.progress import progress
 from cm.logging import logger
 from cm.samplers.sample import SampleOptions
 from evaluations.th_evaluator import ThEvaluator
@@ -51,7 +51,7 @@ class Scorer:
         """
         non_finite = NonFiniteCount(self.plan.allow_non_finite)
         own = list(rank_batches(self.plan, dist.get_rank(), dist.get_world_size()))
-        bar = tqdm(own, f"ts {as_text(ts)}", unit="batch", disable=not dist.is_main(), leave=False)
+        bar = progress(own, f"ts {as_text(ts)}", unit="batch", shown=dist.is_main(), leave=False)
         for batch, indices in enumerate(bar):
             if len(indices):
                 denoiser, labels = self.prefixes.denoiser(ts, batch), labels_of(indices, self.plan)

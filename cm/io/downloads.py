@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch as th
 
+from cm.io.progress import on_terminal, say
+
 DOWNLOAD_ERRORS = (OSError, HTTPException, RuntimeError)     # the last for a download with a wrong hash
 
 BLOCK_BYTES = 2**20
@@ -31,7 +33,8 @@ def download(file: WeightFile) -> None:
     :raises OSError, http.client.HTTPException, RuntimeError: those of `DOWNLOAD_ERRORS`.
     """
     path_of(file).parent.mkdir(parents=True, exist_ok=True)
-    th.hub.download_url_to_file(file.url, str(path_of(file)), file.sha256_prefix)
+    say(f"fetching {file.url} to {path_of(file)}")
+    th.hub.download_url_to_file(file.url, str(path_of(file)), file.sha256_prefix, progress=on_terminal())
 
 
 def has_right_hash(file: WeightFile) -> bool:

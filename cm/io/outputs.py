@@ -73,7 +73,8 @@ def _check_kind(output: Output) -> None:
         raise UserError(f"{output.flag} {output.path} is a folder: give the name of a file, such as "
                         f"{os.path.join(os.fspath(output.path), 'NAME')}")
     if output.kind == "folder" and os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"{output.flag} {output.path} is a file: give the name of a folder, or remove it")
+        raise UserError(f"{output.flag} {output.path} is a file: give the name of a folder, such as "
+                        f"{output.path}_files, or choose another {output.flag}")
 
 
 def _check_writable(output: Output) -> None:

@@ -93,6 +93,20 @@ def guard(lossy: bool = False) -> None:
         setattr(sys, name, LastingStream(stream, lossy))
 
 
+def size_text(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> size_text(1536), size_text(5)
+    ('1.5 KiB', '5 B')
+    """
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value /= 1024 if unit != "TiB" else 1
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
 def printable(text: str) -> str:
     """A text in one line that any terminal shows as it is: control characters and undecodable bytes as escapes.
 

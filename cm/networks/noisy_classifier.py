@@ -37,6 +37,7 @@ class NoisyClassifierConfig:
     sigma_min: float = 0.002                                # the noise levels that it was trained at
     sigma_max: float = 80.0
     channels: int = 3                                       # of the images
+    class_names: tuple[str, ...] = ()                       # of the classes, where they are known
 
 
 class NoisyClassifier(nn.Module):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cm.errors import UserError
-from cm.generate.npz import to_uint8
+from cm.generate.npz import to_array
 
 Pictures = Any
 """PIL images (one or a list), uint8 [N,H,W,C] or [H,W,C], or float tensors [N,C,H,W] in [-1, 1]."""
@@ -26,12 +26,13 @@ MODES = {1: "L", 3: "RGB"}
 def from_tensor(images: Tensor, output: str) -> Any:
     """Images [N,C,H,W] in [-1, 1] in the form asked for.
 
-    :param output: "pil" for a list of PIL images, "array" for uint8 [N,H,W,C], "tensor" for the float32 tensor itself.
+    :param output: "pil" for a list of PIL images, "array" for uint8 [N,H,W,C] (latents: float32), "tensor"
+        for the float32 tensor itself.
     :raises UserError: for PIL images of other than 1 or 3 channels.
     """
     if output == "tensor":
         return images.float()
-    pixels = to_uint8(images, nearest=True)
+    pixels = to_array(images, nearest=True)
     if output == "array":
         return pixels
     channels = pixels.shape[-1]

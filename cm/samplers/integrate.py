@@ -154,6 +154,6 @@ def progress_bar(steps: range, show: bool) -> Any:
     """The range itself, or with `show` an iterator over it that displays a bar."""
     if not show:
         return steps
-    from tqdm.auto import tqdm
+    from cm.io.progress import progress
 
-    return tqdm(steps, desc="sampling", leave=False)
+    return progress(steps, "sampling", leave=False)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
+from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, AugmentBatch, AugmentPipe, augmented
+from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import open_source
+from cm.data.sources import choices, open_source
+from cm.data.sources import open_stream as open_shards
+from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
@@ -37,33 +41,37 @@ def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_siz
     return len(range(rank, global_batch_size, world_size)), global_batch_size
 
 
-def open_data(settings: Settings, references: int = 0) -> Any:
-    """A function from the samples already consumed to the endless iterator of this rank's batches.
+class OpenedData(NamedTuple):
+    """The images of a run.
+
+    :param stream: from the samples already consumed to the endless iterator of this rank's batches.
+    :param class_names: of the classes that the network is told of, where they are known.
+    """
+
+    stream: Any
+    class_names: ClassNames
+    source: ImageSource | ImageStream
+
+
+def open_data(settings: Settings, references: int = 0) -> OpenedData:
+    """Open the images that the flags name, and compare their classes with those of checkpoints.
 
     Sets num_classes from the data, where no flag or checkpoint has set it.
 
     :param references: how many reference images every batch carries.
     :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
-        references than images of a step.
+        references than images of a step, or its classes are not those of the checkpoint that the run starts from.
     """
     data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
     if not data.data_dir:
-        raise UserError("--data_dir is missing: give a folder, an EDM zip or an npz of images, or `digits`")
-    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
-    logger.log(_found(source))
-    if values["class_cond"]:
-        if source.num_classes is None:
-            raise UserError(
-                f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
-                f"no class labels: {source.no_labels}"
-            )
-        _warn_of_odd_classes(source)
-        if not values["num_classes"]:
-            settings.replace(num_classes=source.num_classes)
-        if source.num_classes > values["num_classes"]:
-            raise UserError(
-                f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}"
-            )
+        raise UserError(f"--data_dir is missing: give {choices()}")
+    source: ImageSource | ImageStream
+    class_names: ClassNames = ()                            # of a stream they are not known before it is read
+    if shards := open_shards(data.data_dir):
+        source = shards
+        _check_stream(settings, shards)
+    else:
+        source, class_names = _open_images(settings, data)
     if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
         settings.replace(random_flip=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -73,7 +81,7 @@ def open_data(settings: Settings, references: int = 0) -> Any:
             f"--num_references {references} is less than the {global_batch} images of a step, which are among the "
             f"reference images: give --num_references {global_batch} or more"
         )
-    return partial(
+    stream = partial(
         open_stream,
         references=references,
         data_dir=data.data_dir,
@@ -91,18 +99,40 @@ def open_data(settings: Settings, references: int = 0) -> Any:
         cache_bytes=int(data.cache_gib * 2**30),
         labels=data.labels,
         channels=values["channels"],
+        shuffle_window=data.shuffle_window,
+        num_classes=values["num_classes"] or None,
     )
+    return OpenedData(stream, class_names, source)
 
 
-def _found(source: ImageSource) -> str:
-    """What the data set holds, in one line of the log."""
-    what = f"{len(source)} images in {source.data_dir}{f' ({source.note})' if source.note else ''}"
-    if source.labels is None:
-        return f"{what}, without class labels: {source.no_labels}"
-    counts = np.bincount(source.labels)
-    shown = ", ".join(f"{number}: {count}" for number, count in enumerate(counts[:10]))
-    more = f" and {len(counts) - 10} more" if len(counts) > 10 else ""
-    return f"{what}, {len(counts)} classes; images of each: {shown}{more}"
+def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, ClassNames]:
+    """A set of images and the names of its classes, whose number becomes that of the network.
+
+    :raises UserError: if there is no such data, or its classes are not those of the network.
+    """
+    values = settings.values
+    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
+    if not values["class_cond"]:
+        return source, ()
+    if source.num_classes is None:
+        raise UserError(
+            f"class_cond=True, as {settings.given.get('class_cond', 'this command')} asks, but {data.data_dir} has "
+            f"no class labels: {source.no_labels}"
+        )
+    _warn_of_odd_classes(source)
+    class_names = _compare_classes(settings, source)
+    if not values["num_classes"]:
+        settings.replace(num_classes=source.num_classes)
+    if source.num_classes > values["num_classes"]:
+        raise UserError(f"{data.data_dir} has {source.num_classes} classes, the network only {values['num_classes']}")
+    return source, class_names
+
+
+def _check_stream(settings: Settings, stream: ImageStream) -> None:
+    """:raises UserError: if class_cond is asked of a stream without a number of classes."""
+    if settings.values["class_cond"] and not settings.values["num_classes"]:
+        raise UserError(f"{stream.data_dir} is a stream, whose classes are not known before it is read: give "
+                        "--num_classes, or leave out --class_cond")
 
 
 def _warn_of_odd_classes(source: ImageSource) -> None:
@@ -113,6 +143,22 @@ def _warn_of_odd_classes(source: ImageSource) -> None:
             f"{len(source)} images are in {classes} class{'es' * (classes > 1)}: classes come from a dataset.json, "
             "from sub-folders, or from file names up to the first _ (see --labels); without any, leave out --class_cond"
         )
+
+
+def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:
+    """Compare the classes of the data with those of the files that the run starts from; returns their names.
+
+    :raises UserError: see `require_same`.
+    """
+    names = source.class_names
+    files = {flag: file for flag, file in settings.sources.items() if isinstance(file, WeightsFile)}
+    for flag, file in files.items():
+        allowed = settings.section(TrainConfig).allow_other_classes
+        warning = require_same(file.class_names, source.class_names, f"--{flag} {file.path}", source.data_dir, allowed)
+        if warning and flag == "teacher_model_path":        # of the other flags the loop warns, which resumes
+            logger.warn(warning)
+        names = names or file.class_names
+    return names
 
 
 def open_stream(

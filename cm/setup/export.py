@@ -11,6 +11,7 @@ from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers
 from cm.config.flags import Settings, defaults_of
 from cm.config.schema import DiffusionConfig, ModelConfig
+from cm.data.class_names import ClassNames
 from cm.errors import UserError
 from cm.io import storage
 from cm.setup.objective import kind_of_result
@@ -18,16 +19,20 @@ from cm.setup.objective import kind_of_result
 DISTILLED_LEVELS = 40                                               # of the published distilled models
 
 
-def save_native(folder: str, weights: Mapping[str, Tensor], settings: Settings) -> None:
-    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it; on one rank."""
+def save_native(folder: str, weights: Mapping[str, Tensor], settings: Settings, class_names: ClassNames = ()) -> None:
+    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it; on one rank.
+
+    :param class_names: of its classes, where they are known.
+    """
     storage.make_folder(folder)
     names = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), "training_mode")
-    manifest.save(folder, 0, {"model": weights}, {name: settings.values[name] for name in names}, 0)
+    config = {name: settings.values[name] for name in names}
+    manifest.save(folder, 0, {"model": weights}, config, 0, classes=class_names)
 
 
 def save_diffusers(
     folder: str, weights: Mapping[str, Tensor], settings: Settings, num_train_timesteps: int,
-    trained: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None, class_names: ClassNames = (),
 ) -> None:
     """Write a consistency model as a folder of diffusers; on one rank.
 
@@ -39,7 +44,7 @@ def save_diffusers(
     if not kind_of_result(mode).distillation:
         raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
     levels = num_train_timesteps or training_levels(trained or {}, mode)
-    diffusers.write(folder, weights, settings.values, levels)
+    diffusers.write(folder, weights, settings.values, levels, class_names)
 
 
 def training_levels(trained: Mapping[str, Any], training_mode: str) -> int:

@@ -59,11 +59,13 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
         raise UserError(f"--{flag} {path}: no such file")
     if checkpoint is not None:
         known = UNSAID | checkpoint.config
+        source.class_names = checkpoint.class_names
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
         if text := averages.warning(checkpoint, path):
             logger.warn(text)
     elif kind in FORMATS:
         known, source.weights = FORMATS[kind].read(path)
+        source.class_names = tuple(known.pop("class_names", ()))
         known = UNSAID | known
     else:
         return _inherit_bare(settings, source, also)
@@ -150,6 +152,7 @@ def inherit_resumed(settings: Settings) -> None:
     if resume not in ("auto", "never"):
         found = dist.on_main(manifest.find, resume, settings.values.get("verify_weights", True))
         inherit_flags(settings, UNSAID | found.config, (), resume)
+        settings.sources["resume"] = WeightsFile(found.manifest, class_names=found.class_names)
     elif settings.values["resume_checkpoint"]:
         inherit_checkpoint(settings, "resume_checkpoint")
 

@@ -12,6 +12,7 @@ from cm.distributed import setup as dist
 from cm.distributed import signals
 from cm.errors import UserError
 from cm.io import storage, terminal
+from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
 from cm.networks.build import to_device
 from cm.networks.compile import compile_network
@@ -23,11 +24,21 @@ def start_run(settings: Settings) -> None:
 
     :raises UserError: on every rank, if another job has it.
     """
+    dist.on_main(check_log_dirs, settings)
     directory = settings.values["log_dir"] or os.environ.get("OPENAI_LOGDIR", "")
     if directory and not storage.is_remote(directory):      # a new temporary folder is nobody else's
         dist.on_main(lock.take, os.path.expanduser(directory))
     signals.allow(settings.values["grace_seconds"])
     open_log(settings, with_config=False)                   # that is written when the run has begun
+
+
+def check_log_dirs(settings: Settings) -> None:
+    """Find out whether a run can write its log and its checkpoints; for one rank.
+
+    :raises UserError: if it cannot.
+    """
+    for name in ("log_dir", "checkpoint_dir"):              # which may be one folder
+        check_outputs([Output(f"--{name}", settings.values.get(name, ""), "folder")], {})
 
 
 def open_log(settings: Settings, *, with_config: bool = True) -> None:

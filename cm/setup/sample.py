@@ -17,6 +17,7 @@ from cm.config.schema import (
     SampleConfig,
     SolverConfig,
 )
+from cm.data.class_names import ANY, ClassNames, numbers_of, shortened
 from cm.diffusion.preconditioning import PRECONDS
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -41,6 +42,7 @@ from cm.setup.run import run_precision
 from cm.types import Sampler
 
 OF_CONSISTENCY_MODELS = ("onestep", "multistep")
+NO_CLASS = SampleConfig.class_label                         # stands for all classes
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
@@ -153,21 +155,49 @@ def sampling_plan(settings: Settings, classifier: NoisyClassifier | None = None)
     num_classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else None
     if num_classes is None and classifier is not None:
         num_classes = classifier.config.num_classes
-    if config.class_label >= 0 and num_classes is None:
-        raise UserError(f"--class_label {config.class_label}: this model is not class-conditional; drop the flag")
-    if num_classes is not None and config.class_label >= num_classes:
-        raise UserError(f"--class_label {config.class_label}: the model has classes 0 to {num_classes - 1}")
+    names = class_names_of(settings, classifier)
     return SamplingPlan(
         num_samples=config.num_samples,
         batch_size=config.batch_size,
         image_size=values["image_size"],
         seed=values["seed"],
         num_classes=num_classes,
-        class_label=config.class_label,
+        classes=chosen_classes(config.class_label, names, num_classes),
         generator=config.generator,
         allow_non_finite=config.allow_non_finite,
         channels=values["channels"],
+        class_names=names,
     )
+
+
+def class_names_of(settings: Settings, classifier: NoisyClassifier | None = None) -> ClassNames:
+    """The names of the classes that the model of --model_path knows; an unconditional one gets the classifier's."""
+    source = settings.sources.get("model_path")
+    if source is None or not settings.values["class_cond"]:
+        return () if classifier is None else classifier.config.class_names
+    return source.class_names
+
+
+def chosen_classes(class_label: str, names: ClassNames, num_classes: int | None) -> tuple[int, ...]:
+    """The classes that --class_label lists; empty for all.
+
+    :raises UserError: for a class that the model does not have.
+    """
+    if num_classes is None:
+        if class_label == NO_CLASS:
+            return ()
+        raise UserError(f"--class_label {class_label}: this model is not class-conditional; drop the flag")
+    classes = numbers_of(class_label, names, num_classes)
+    for number in classes:
+        if str(number) in names and names[number] != str(number) and str(number) in class_label.split(","):
+            logger.warn(f"--class_label {class_label}: {number} is a class number, of the class named "
+                        f"{names[number]!r}; the class named '{number}' is number {names.index(str(number))}")
+    return classes
+
+
+def recorded_classes(classes: tuple[int, ...]) -> int | list[int]:
+    """The classes of --class_label for a record of a run: one as a number, as it always was; -1 for all."""
+    return list(classes) if len(classes) > 1 else classes[0] if classes else ANY
 
 
 def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
@@ -282,6 +312,13 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
     classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else 0
     if classes > own.num_classes:
         raise UserError(f"--classifier_path {path} knows {own.num_classes} classes, the model has {classes}")
+    names = class_names_of(settings)
+    if names and own.class_names and own.class_names[: len(names)] != names:
+        raise UserError(
+            f"--classifier_path {path} numbers its classes otherwise than the model, so it would pull to other "
+            f"classes. The classifier: {shortened(own.class_names)}; the model: {shortened(names)}. Train it on the "
+            "data of the model"
+        )
     return classifier.to(dist.dev())
 
 
@@ -296,7 +333,9 @@ def guided_diffusion(
     return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 
 
-def png_recipe(settings: Settings, guide: Guide | None = None) -> dict[str, Any]:
+def png_recipe(
+    settings: Settings, guide: Guide | None = None, classes: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
     names = {field.name for section in sections for field in fields(section)} - {
@@ -308,7 +347,8 @@ def png_recipe(settings: Settings, guide: Guide | None = None) -> dict[str, Any]
     weights_of = dist.on_main(storage.checksum, settings.values["model_path"])
     path = settings.values["classifier_path"]
     classifier = dist.on_main(storage.checksum, path) if path else None
-    recipe = {"weights": weights_of, "classifier": classifier} | values | {"precision": run_precision(settings)}
+    made = {"class_label": recorded_classes(classes), "precision": run_precision(settings)}
+    recipe = {"weights": weights_of, "classifier": classifier} | values | made
     if guide is not None:                                   # not a word without one, as in folders of older versions
         recipe |= guide.record()
         recipe["guide_path"] = dist.on_main(storage.checksum, recipe["guide_path"]) if recipe["guide_path"] else ""

@@ -11,7 +11,7 @@ from cm.config.schema import ConsistencyConfig, TrainConfig
 from cm.distributed import setup as dist
 from cm.logging import logger
 from cm.objectives.base import Companion, Objective
-from cm.setup import rules
+from cm.setup import announce, rules
 from cm.setup.callbacks import open_callbacks
 from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, drop_labels, open_data, share_of_batch
@@ -57,13 +57,17 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     model, companions = make_networks(settings, objective)
     parts = RunParts(
         model=model, diffusion=diffusion, objective=objective,
-        data=drop_labels(settings, augment(settings, data, model)), companions=companions, callbacks=callbacks,
-        start=settings.sources.get("resume_checkpoint"), flags=dict(settings.values),
+        data=drop_labels(settings, augment(settings, data.stream, model)), companions=companions, callbacks=callbacks,
+        start=settings.sources.get("resume_checkpoint"), flags=dict(settings.values), class_names=data.class_names,
     )
     loop = TrainLoop(loop_config(settings), parts)
     loop.resume()
     dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
+    if dist.is_main():
+        logger.log(announce.start_line(settings, loop, data.source))
     loop.run_loop()
+    if dist.is_main() and not loop.stop_signal:
+        logger.log(announce.end_line(settings, loop))
     return bool(loop.stop_signal)
 
 
@@ -111,7 +115,7 @@ def loop_config(settings: Settings) -> LoopConfig:
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
         "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
-        "ema_device", "shard_ema", "shard_optimizer", "grad_clip",
+        "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes",
     )
     return LoopConfig(
         batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch as th
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cm.checkpoints import loading, manifest
 from cm.checkpoints.averages import TOO_MUCH
@@ -27,6 +26,7 @@ from cm.generate.engine import SHOWN, SamplingPlan, at_precision, draw, gather_r
 from cm.generate.finite import NonFiniteCount
 from cm.generate.grids import grid_scale, image_grid
 from cm.io import storage
+from cm.io.progress import progress
 from cm.io.storage import write_json
 from cm.logging import logger
 from cm.networks.build import to_device
@@ -99,7 +99,7 @@ class AverageSampler:
         loading.fit(model, self.weights(loop), f"the average {self.rate}")
         model = to_device(model, loop.device).eval()
         shares = list(rank_batches(plan, loop.rank, loop.world_size))
-        for rows in tqdm(shares, title, unit="batch", disable=not dist.is_main(), leave=False):
+        for rows in progress(shares, title, unit="batch", shown=dist.is_main(), leave=False):
             with at_precision(model, self.precision):       # left before others compute with the images
                 drawn = draw(model, self.diffusion, plan, rows, labels_of(rows, plan), self.options)
             non_finite.add(drawn.finite)
@@ -186,14 +186,18 @@ class Evaluation:
     def best_so_far(self) -> str:
         return f"best so far {self.best['value']:.6g} at step {self.best['step']}" if self.best else "no best so far"
 
+    def folder(self) -> str:
+        """Where the best weights are."""
+        return os.path.join(logger.get_dir(), BEST)
+
     def keep(self, loop: TrainLoop, average: dict[str, Tensor]) -> None:
         """Save the average that was measured, then name it, then remove the one that was best before."""
-        folder, name = os.path.join(logger.get_dir(), BEST), f"ema_{self.sampler.rate}"
+        folder, name = self.folder(), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = manifest.list_files(folder)
-        shares = {name: state.initial_weights(loop)[name]}
         kept = manifest.save(
-            folder, loop.step, {name: average}, loop.flags, loop.images_seen, initial_weight=shares
+            folder, loop.step, {name: average}, loop.flags, loop.images_seen, classes=loop.checkpoints.class_names,
+            initial_weight={name: state.initial_weights(loop)[name]},
         )
         file = manifest.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}

@@ -43,7 +43,7 @@ def train_noisy_classifier(
             return F.cross_entropy(model(noisy, sigma), y[rows])
 
         fit(model, loss_of, len(x), epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-            progress=progress)
+            shown=progress)
     return model.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from cm.checkpoints.loading import WeightsFile
+from cm.data.class_names import ClassNames
 from cm.diffusion.denoiser import Diffusion
 from cm.objectives.base import Objective
 from cm.samplers.sample import BindsNetworks
@@ -35,6 +36,7 @@ class LoopConfig:
     :param resume_checkpoint: model file to start from, with its optimizer and averages where they are next to it.
     :param resume: "auto" resumes from the newest checkpoint of the run, "never" refuses to; or the path of a
         checkpoint to resume from: a manifest, its folder or one of its files.
+    :param allow_other_classes: go on from a checkpoint whose classes are not those of the data, with a warning.
     :param precision: "fp32", "bf16" or "fp16"; None for what `use_fp16` says.
     :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
     :param keep_checkpoints, milestone_interval, on_save_error: see `CheckpointManager`.
@@ -64,6 +66,7 @@ class LoopConfig:
     seed: int = 0
     resume_checkpoint: str = ""
     resume: str = "auto"
+    allow_other_classes: bool = False
     checkpoint_dir: str = ""
     keep_checkpoints: int = 0
     milestone_interval: int = 0
@@ -97,6 +100,8 @@ class RunParts:
     :param callbacks: what is called after each step; their state is part of a checkpoint.
     :param start: the file `resume_checkpoint`, where it has been read already.
     :param flags: resolved flags, saved with every checkpoint.
+    :param class_names: the names of the classes in the data, saved with every checkpoint; empty where they are not
+        known, or the network is not told of them.
     """
 
     model: nn.Module
@@ -107,3 +112,4 @@ class RunParts:
     callbacks: Sequence[Callback] = ()
     start: WeightsFile | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
+    class_names: ClassNames = ()

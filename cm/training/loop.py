@@ -14,7 +14,6 @@ from typing import Any
 
 import torch as th
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cm.checkpoints import manifest
 from cm.checkpoints.loading import WeightsFile
@@ -22,6 +21,7 @@ from cm.checkpoints.manager import CheckpointManager
 from cm.distributed import setup as dist
 from cm.distributed import signals
 from cm.distributed.sharding import partition
+from cm.io.progress import progress
 from cm.logging import logger
 from cm.objectives.base import ONLINE, roles
 from cm.random_util import SampleStreams, stream_seed
@@ -63,7 +63,7 @@ class TrainLoop:
         self.objective.check(self.total_training_steps)
         self.checkpoints = CheckpointManager(
             config.checkpoint_dir or logger.get_dir(), config.keep_checkpoints, config.milestone_interval,
-            config.on_save_error, config.verify_weights,
+            config.on_save_error, config.verify_weights, class_names=parts.class_names,
         )
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self._make_networks()
@@ -158,10 +158,8 @@ class TrainLoop:
         self.clock, self.logged_step = time.monotonic(), self.step
         self.ticks = Ticks(self.step, self.config.log_interval, self.device, self.seconds_before)
         state.write_status(self)
-        bar = tqdm(
-            total=self.total_training_steps, initial=self.step, unit="step", desc="training",
-            disable=not dist.is_main(), dynamic_ncols=True,
-        )
+        total, main = self.total_training_steps, dist.is_main()
+        bar = progress(title="training", total=total, initial=self.step, unit="step", shown=main)
         with bar:
             while self.step < self.total_training_steps and not self.stop_signal:
                 self.run_step(as_batch(next(self.data), self.images_seen, self.rank, self.world_size))
@@ -392,6 +390,8 @@ class TrainLoop:
             state.load_state_dict(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
+        if beside:
+            state.take_class_names(self, beside)
         if beside and self.config.verify_weights:
             self.start.expected = beside.facts(path)
         self.trainer.load_master_params(state.read_params(self.trainer, self.start.take(), path))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cm.checkpoints import averages, loading, manifest
+from cm.data.class_names import require_same
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -67,6 +68,7 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     def params(name: str, owner: MasterWeights) -> list[Tensor]:
         return read_params(owner, load_part(name, checkpoint, verify), checkpoint.path(name) or name)
 
+    take_class_names(loop, checkpoint)
     verify = loop.checkpoints.verify
     changed = changes(checkpoint.config, loop.flags)
     logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
@@ -91,6 +93,19 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     for callback in loop.callbacks:
         if callback.name in rest.get("watchers", {}):
             callback.load_state_dict(rest["watchers"][callback.name])
+
+
+def take_class_names(loop: Any, checkpoint: manifest.Checkpoint) -> None:
+    """Make sure that class numbers mean to the data what they mean to the checkpoint; names that the data does not have
+    are kept from it.
+
+    :raises UserError: if they do not, unless the run allows it.
+    """
+    known, found = checkpoint.class_names, loop.checkpoints.class_names
+    data = loop.flags.get("data_dir") or "the data"
+    if warning := require_same(known, found, checkpoint.manifest, data, loop.config.allow_other_classes):
+        logger.warn(warning)
+    loop.checkpoints.class_names = found or known
 
 
 def _interned(value: Any) -> Any:

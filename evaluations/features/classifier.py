@@ -122,7 +122,7 @@ def train_classifier(
             return F.cross_entropy(model(x[rows])[1], y[rows], label_smoothing=LABEL_SMOOTHING)
 
         fit(model, loss_of, len(x), epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-            progress=progress)
+            shown=progress)
     return model.eval()
 
 

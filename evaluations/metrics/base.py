@@ -144,7 +144,7 @@ class Metric:
 
 
 def bar(title: str, total: int, unit: str, shown: bool) -> Any:
-    """A progress bar on stderr; one that shows nothing unless `shown`. tqdm is imported late, for the command lines."""
-    from tqdm.auto import tqdm
+    """Progress on stderr, see `cm.io.progress`, which is imported late, for the command lines; none unless `shown`."""
+    from cm.io.progress import progress
 
-    return tqdm(None, title, total, unit=unit, unit_scale=unit == "pair", disable=not shown)
+    return progress(None, title, total=total, unit=unit, unit_scale=unit == "pair", shown=shown)

@@ -46,6 +46,21 @@ def test_a_saved_checkpoint_is_found_with_everything_it_holds(tmp_path):
     assert manifest.beside(str(tmp_path / "ema_0.9999_000011.pt")) is None
 
 
+def test_class_names_are_kept_and_older_manifests_have_none(tmp_path):
+    manifest.save(str(tmp_path), 10, CONTENT, {}, 40, classes=("ant", "cat"))
+    path = tmp_path / "checkpoint_000010.json"
+    assert manifest.read(str(path)).class_names == ("ant", "cat")
+    content = json.loads(path.read_text())
+    for names, message in ((["ant", "ant"], "a name twice"), ("ant", "no list of words"), ([1], "no list of words")):
+        changed = content | {"class_names": names}
+        path.write_text(json.dumps(changed | {manifest.CHECKSUM: manifest.checksum(changed)}))
+        with pytest.raises(UserError, match=message):
+            manifest.read(str(path))
+    del content["class_names"]
+    path.write_text(json.dumps(content | {manifest.CHECKSUM: manifest.checksum(content)}))
+    assert manifest.read(str(path)).class_names == ()
+
+
 def test_a_power_cut_after_a_save_finds_all_of_it(tmp_path, monkeypatch):
     """Each file is on disk before it has its name, each name before the manifest, and the manifest's before the end."""
     real, synced = os.fsync, []                             # (is a folder, inode, names in the folder at that moment)

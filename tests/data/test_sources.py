@@ -45,6 +45,7 @@ def as_folder(path, content):
 
 
 def as_zip(path, content):
+    path.mkdir(exist_ok=True)
     with zipfile.ZipFile(path / "images.zip", "w") as archive:
         for name, data in content.items():
             archive.writestr(name, data)
@@ -324,7 +325,33 @@ def test_npz_without_classes(tmp_path, labels, reason):
 
 
 @STORES
+def test_classes_have_names_and_an_origin(tmp_path, store):
+    source = open_source(store(tmp_path, files(NAMED)), 8)
+    assert (source.class_names, source.labels_from) == (("ant", "cat", "dog"), "file names before the first _")
+    folders = open_source(store(tmp_path / "folders", files(["b/x.png", "a/x.png", "a/y.png"])), 8)
+    assert (folders.class_names, folders.labels_from) == (("a", "b"), "sub-folders")
+    pairs = [[name, 1] for name in NAMED]
+    text = json.dumps({"labels": pairs, "class_names": ["cat", "dog", "emu"]}).encode()
+    listed = open_source(store(tmp_path / "listed", files(NAMED) | {"dataset.json": text}), 8)
+    assert (listed.class_names, listed.labels_from) == (("cat", "dog", "emu"), "dataset.json")
+    assert listed.num_classes == 3, "although no image is an emu"
+    numbers = open_source(store(tmp_path / "numbers", files(NAMED, pairs)), 8)
+    assert numbers.class_names == () and numbers.num_classes == 2
+
+
+def test_class_names_of_arrays(tmp_path):
+    classes = {"arr_0": PIXELS, "arr_1": np.array([2, 0, 1, 1, 0, 2])}
+    source = open_source(as_npz(tmp_path, **classes, class_names=np.array(["a", "b", "c"])), 8)
+    assert (source.class_names, source.labels_from) == (("a", "b", "c"), "arr_1")
+    few = open_source(as_npz(tmp_path, **classes, class_names=np.array(["a", "b"])), 8)
+    assert few.labels is None and "class_names has 2 names, and there are 3 classes" in few.no_labels
+    assert open_source("digits", 8).class_names == tuple("0123456789")
+
+
+@STORES
 @pytest.mark.parametrize(("content", "reason"), [
+    (files(["a_0.png"]) | {"dataset.json": b'{"labels": [["a_0.png", 1]], "class_names": ["a"]}'}, "has 1 names"),
+    (files(["a_0.png"]) | {"dataset.json": b'{"labels": [["a_0.png", 0]], "class_names": {"0": "a"}}'}, "no list of"),
     (files(["a_0.png", "b.png"]), "'b.png' has no class before an underscore"),
     (files(["a_0.png"], None), "dataset.json has no labels"),
     (files(["a_0.png", "b_0.png"], [["a_0.png", 1]]), "dataset.json has no label for 'b_0.png'"),

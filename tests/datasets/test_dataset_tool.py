@@ -156,9 +156,13 @@ def test_labels_of_folders(tool, tmp_path):
     pixels, labels = made(tmp_path / "1.zip", 8)
     np.testing.assert_array_equal(pixels, [b, c, a])
     assert labels.tolist() == [0, 1, 1]
+    run(tool, tmp_path / "1.zip", tmp_path / "again.zip")
+    for path in (tmp_path / "1.zip", tmp_path / "again.zip"):
+        assert open_source(str(path), 8).class_names == ("n01", "n02")
     put(tmp_path / "flat", {"dog_0.png": a, "cat_1.png": b, "dog_2.png": c})
     run(tool, tmp_path / "flat", tmp_path / "2.zip")
     assert made(tmp_path / "2.zip", 8)[1].tolist() == [0, 1, 1]
+    assert open_source(str(tmp_path / "2.zip"), 8).class_names == ("cat", "dog")
     put(tmp_path / "flat", {"dataset.json": b'{"labels": [["dog_0.png", 4], ["cat_1.png", 9], ["dog_2.png", 0]]}'})
     run(tool, tmp_path / "flat", tmp_path / "3.zip")
     assert made(tmp_path / "3.zip", 8)[1].tolist() == [9, 4, 0]

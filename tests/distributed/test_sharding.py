@@ -77,7 +77,7 @@ PROGRAM = """
     def callback():
         make = partial(create_model, 8, 32, 1, "1", class_cond=True, num_classes=3, attention_resolutions="8",
                        num_head_channels=32)
-        sampler = AverageSampler(make, KarrasDenoiser(loss_norm="l2"), SamplingPlan(4, 2, 8, 0, 3, -1, "determ"),
+        sampler = AverageSampler(make, KarrasDenoiser(loss_norm="l2"), SamplingPlan(4, 2, 8, 0, 3, (), "determ"),
                                  "fp32", "0.9", SampleOptions(2, "heun"))
         return Evaluation(sampler, 3, 4, Falling(), {{}})
 

@@ -90,5 +90,5 @@ def test_the_image_of_a_seed_does_not_depend_on_the_others(model, tmp_path):
 
 
 def test_one_class_for_all():
-    plan = SamplingPlan(2, 2, 8, seed=0, num_classes=5, class_label=3, seeds=(8, 9))
+    plan = SamplingPlan(2, 2, 8, seed=0, num_classes=5, classes=(3,), seeds=(8, 9))
     assert labels_of(np.array([8, 9]), plan).tolist() == [3, 3]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from cm.checkpoints import manifest
 from cm.config.flags import defaults_of, parse
 from cm.config.schema import (
     DiffusionConfig,
@@ -29,7 +30,7 @@ from cm.networks.noisy_classifier import NoisyClassifier, NoisyClassifierConfig,
 from cm.samplers import SAMPLERS, integrate, make_sampler
 from cm.samplers.guidance import guided
 from cm.script_util import create_model
-from cm.setup.sample import inherit_model, png_recipe
+from cm.setup.sample import inherit_model, load_classifier, png_recipe
 from cm.training.classifier import to_images, train_noisy_classifier
 from support.as_module import as_module
 from support.command_line import overridden
@@ -330,6 +331,24 @@ def test_a_guide_of_grey_images_or_latents():
     old = to_content(NoisyClassifier(NoisyClassifierConfig(8, 3)))
     del old["config"]["channels"]                           # of files from before there was a choice
     assert from_content(old, "x.pt").config.channels == 3
+
+
+def test_a_guide_that_numbers_its_classes_otherwise_is_refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("named")
+    flags = {**defaults_of(ModelConfig), **NETWORK, "class_cond": True, "num_classes": 2, "training_mode": "edm"}
+    model = create_model(**{name: flags[name] for name in defaults_of(ModelConfig)})
+    manifest.save(str(folder), 1, {"model": model.state_dict()}, flags, 0, classes=("ant", "cat"))
+    for names, fits in ((("cat", "ant"), False), (("ant", "cat", "dog"), True)):
+        path = folder / "guide.pt"
+        th.save(to_content(NoisyClassifier(NoisyClassifierConfig(8, len(names), class_names=names))), path)
+        settings = parse("", SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, argv=[
+            "--model_path", str(folder / "model000001.pt"), "--classifier_path", str(path)])
+        inherit_model(settings)
+        if fits:
+            assert load_classifier(settings).config.class_names == names
+        else:
+            with pytest.raises(UserError, match="The classifier: cat, ant; the model: ant, cat"):
+                load_classifier(settings)
 
 
 def test_published_presets_of_ito():

@@ -121,7 +121,8 @@ def checkpoint(folder, flags, mode="consistency_distillation", **others):
     model = fresh(**flags)
     config = model_and_diffusion_defaults() | flags | {"training_mode": mode, **others}
     folder.mkdir()
-    state.save(str(folder), 3, {"ema_0.9999": model.state_dict()}, config, 0)
+    classes = tuple(f"class {number}" for number in range(flags.get("num_classes", 0)))
+    state.save(str(folder), 3, {"ema_0.9999": model.state_dict()}, config, 0, classes=classes)
     return folder / "ema_0.9999_000003.pt", model
 
 
@@ -156,7 +157,16 @@ def test_diffusers_makes_the_same_images_and_the_way_back_the_same_weights(tmp_p
     assert settings.values["channels"] == flags.get("channels", 3)
     assert all(th.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     convert(monkeypatch, tmp_path / "folder", tmp_path / "native")
-    assert state.newest(str(tmp_path / "native")).config["num_channels"] == 32
+    native = state.newest(str(tmp_path / "native"))
+    assert native.config["num_channels"] == 32
+    names = tuple(f"class {number}" for number in range(flags.get("num_classes", 0)))
+    assert settings.sources["model_path"].class_names == native.class_names == names
+
+
+@pytest.mark.parametrize("id2label", [["cat"], {"1": "cat"}, {"0": 5}, 3])
+def test_a_table_of_class_names_that_is_none(id2label):
+    with pytest.raises(UserError, match="id2label in model_index.json is no table of class names"):
+        diffusers_folder._names_of(id2label, "folder")
 
 
 def test_diffusers_gets_no_label_of_no_class(tmp_path, monkeypatch):

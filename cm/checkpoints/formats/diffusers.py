@@ -17,6 +17,7 @@ import torch as th
 from torch import Tensor
 
 from cm.checkpoints.formats import safetensor_files
+from cm.data.class_names import ClassNames, checked
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -111,13 +112,17 @@ def _level_widths(flags: Mapping[str, Any]) -> list[int]:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], num_train_timesteps: int) -> None:
+def write(
+    folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], num_train_timesteps: int,
+    class_names: ClassNames = (),
+) -> None:
     """Write a consistency model as a folder that `ConsistencyModelPipeline.from_pretrained` loads.
 
     A label of no class is left out: the pipeline draws from all labels that it finds.
 
     :param flags: those of the network and the diffusion, and its training_mode.
     :param num_train_timesteps: noise levels of the grid that it was trained on, which `timesteps` index.
+    :param class_names: of the classes; they are written as `id2label`, as in the library's DiTPipeline.
     :raises UserError: for a model that diffusers cannot have, or a folder that cannot be written.
     """
     config = _unet_config(flags)
@@ -128,7 +133,7 @@ def write(folder: str, weights: Mapping[str, Tensor], flags: Mapping[str, Any], 
     index = {
         "_class_name": PIPELINE, "_diffusers_version": VERSION, "scheduler": ["diffusers", SCHEDULER],
         "unet": ["diffusers", UNET],
-    }
+    } | ({"id2label": {str(number): name for number, name in enumerate(class_names)}} if class_names else {})
     theirs = {}
     for name, (ours, third) in _names_for(flags).items():
         if ours in weights:
@@ -241,7 +246,8 @@ def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     """The network's configuration and the name of its file of weights; for one rank."""
     try:
         with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
-            pipeline = json.load(file).get("_class_name")
+            index = json.load(file)
+            pipeline, id2label = index.get("_class_name"), index.get("id2label")
         with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
             config = json.load(file)
         with open(os.path.join(folder, "scheduler", "scheduler_config.json"), encoding="utf-8") as file:
@@ -254,7 +260,7 @@ def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
     for name in WEIGHTS:
         if os.path.exists(os.path.join(folder, "unet", name)):
             levels = {"sigma_min": scheduler.get("sigma_min", 0.002), "sigma_max": scheduler.get("sigma_max", 80.0)}
-            return config | levels, name
+            return config | levels | {"id2label": id2label}, name
     raise UserError(f"{os.path.join(folder, 'unet')} has no weights: none of {', '.join(WEIGHTS)}")
 
 
@@ -291,4 +297,16 @@ def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "sigma_min": config["sigma_min"],
         "sigma_max": config["sigma_max"],
         "training_mode": "consistency_distillation",
+        "class_names": _names_of(config.get("id2label"), folder) if classes else (),
     }
+
+
+def _names_of(id2label: Any, folder: str) -> ClassNames:
+    """The names that {"0": "cat", "1": "dog"} gives to classes 0, 1, ...; () without any.
+
+    :raises UserError: if it is anything else.
+    """
+    try:
+        return checked([id2label[str(number)] for number in range(len(id2label or ()))])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: id2label in model_index.json is no table of class names: {error!r}") from None

@@ -6,6 +6,7 @@ import numpy as np
 
 from cm.data.formats.npz import ArraySource, with_channels
 from cm.data.image_source import Format
+from cm.data.labels import Labels
 from cm.errors import UserError
 
 
@@ -21,7 +22,8 @@ def digits_source(data_dir: str, image_size: int, channels: int = 3) -> ArraySou
     grey, labels = load_digits(return_X_y=True)                     # [1797,64] in 0..16, [1797]
     grey = np.round(grey * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     images, _ = with_channels(grey, channels, data_dir)
-    return ArraySource(data_dir, image_size, images, labels.astype(np.int64), "")
+    classes = Labels(labels.astype(np.int64), "", tuple(map(str, range(10))), "scikit-learn")
+    return ArraySource(data_dir, image_size, images, classes)
 
 
 FORMAT = Format(lambda data_dir: data_dir == "digits", digits_source, "the word digits", on_disk="no")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from cm.data.class_names import CLASS_NAMES, checked
 from cm.data.decode import MODES, check_aspect
 from cm.data.image_source import Format, ImageSource
-from cm.data.labels import MAX_CLASSES
+from cm.data.labels import MAX_CLASSES, Labels
 from cm.errors import UserError
 from cm.io import storage, untrusted
 
@@ -21,10 +22,10 @@ class ArraySource(ImageSource):
     :raises UserError: for latents of another size.
     """
 
-    def __init__(self, data_dir: str, image_size: int, images: np.ndarray, labels: np.ndarray | None, no_labels: str):
+    def __init__(self, data_dir: str, image_size: int, images: np.ndarray, labels: Labels):
         super().__init__(data_dir, image_size, len(images), images.shape[3])
         self._images = images
-        self.labels, self.no_labels = labels, no_labels
+        self.take_labels(labels)
         if images.shape[1:3] == (image_size, image_size):
             self._cache, self._cached[:] = images, True
         elif self.channels not in MODES:
@@ -56,14 +57,16 @@ class ArraySource(ImageSource):
 def npz_source(data_dir: str, image_size: int, channels: int = 3) -> ArraySource:
     """A sample batch of guided-diffusion: `arr_0` uint8 [N,H,W,C] and, with classes, `arr_1` integers [N].
 
-    Arrays of other channels than 1 and 3 are latents. If they are floats, these are what the network sees.
+    Ours also have the names of the classes, `class_names`, where they are known. Arrays of other channels than 1
+    and 3 are latents. If they are floats, these are what the network sees.
 
     :raises UserError: if the file holds something else.
     """
     try:
         with storage.open_file(data_dir, random_access=True) as file, untrusted.open_zip(file) as archive:
             found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            arrays = {key: untrusted.read_member_array(archive, key) for key in ("arr_0", "arr_1") if key in found}
+            wanted = ("arr_0", "arr_1", CLASS_NAMES)
+            arrays = {key: untrusted.read_member_array(archive, key) for key in wanted if key in found}
     except untrusted.DAMAGE as error:
         raise UserError(f"{data_dir} is not an npz of plain arrays: {error}") from None
     if "arr_0" not in arrays:
@@ -71,19 +74,24 @@ def npz_source(data_dir: str, image_size: int, channels: int = 3) -> ArraySource
     images, labels = arrays["arr_0"], arrays.get("arr_1")
     check_array(images, channels, data_dir)
     images, note = with_channels(images, channels, data_dir)
-    classes, no_labels = _classes(labels, len(images))
-    source = ArraySource(data_dir, image_size, images, classes, no_labels)
+    classes = _classes(labels, arrays.get(CLASS_NAMES), len(images))
+    source = ArraySource(data_dir, image_size, images, classes)
     source.note = note
     return source
 
 
-def _classes(labels: np.ndarray | None, count: int) -> tuple[np.ndarray | None, str]:
-    """The classes int64 [N] and "", or None and the reason."""
+def _classes(labels: np.ndarray | None, names: np.ndarray | None, count: int) -> Labels:
+    """The classes of `count` images, from the arrays of an npz."""
     if labels is None:
-        return None, "it has no arr_1, so already image 0 has no class"
+        return Labels(None, "it has no arr_1, so already image 0 has no class")
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        return None, f"arr_1 is {labels.dtype} {list(labels.shape)}, not one class number for each of {count} images"
-    return labels.astype(np.int64), ""
+        shown = f"arr_1 is {labels.dtype} {list(labels.shape)}, not one class number for each of {count} images"
+        return Labels(None, shown)
+    try:
+        known = () if names is None else checked(names.tolist(), int(labels.max()) + 1)
+    except ValueError as error:
+        return Labels(None, str(error))
+    return Labels(labels.astype(np.int64), "", known, "arr_1")
 
 
 def check_array(images: np.ndarray, channels: int, data_dir: str) -> None:
