@@ -70,8 +70,8 @@ def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     th._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def scale_tensors(tensors: Sequence[Tensor], factor: float) -> None:
-    """Multiply every tensor of a list by a number, in place."""
+def scale_tensors(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply every tensor of a list by a number, or by a scalar tensor, in place."""
     th._foreach_mul_(list(tensors), factor)  # pyright: ignore[reportPrivateImportUsage]
 
 

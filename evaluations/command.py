@@ -19,7 +19,27 @@ def start(make_parser: Callable[[], Parser], run: Callable[[argparse.Namespace],
     early_exit.parse_or_exit(lambda: parsed.append(make_parser().parse_args()))
     from cm.distributed import setup as dist  # takes seconds
 
-    dist.run(lambda: run(parsed[0]))
+    def main() -> None:
+        dist.setup_dist()
+        fetch_inputs(parsed[0])
+        run(parsed[0])
+
+    dist.run(main)
+
+
+def fetch_inputs(args: argparse.Namespace) -> None:
+    """Download the files whose addresses the flags give; the flags then name the copies. On every rank.
+
+    :raises UserError: on every rank, if one cannot be had.
+    """
+    from cm.distributed import setup as dist
+    from cm.io import web
+    from cm.logging import logger
+
+    for name, value in vars(args).items():
+        if isinstance(value, str) and web.is_address(value):
+            dist.on_main(web.local_copy, value, logger.log)             # the others find it, or wait
+            setattr(args, name, web.local_copy(value, logger.log))
 
 
 def prepare_json(path: str | None, inputs: Mapping[str, str | None]) -> None:

@@ -11,7 +11,8 @@
 #   LAUNCHER="mpiexec -n 8"    what starts them, where RANKS is not enough; on SLURM "srun --mpi=pmi2"
 #   PYTHON=.venv/bin/python    the interpreter; mpiexec is taken from beside it if it is there
 #   DATA=data                  holds the images, in the folders of datasets/README.md
-#   MODELS=models              holds the checkpoints, by their published names
+#   MODELS=models              holds the checkpoints, by their published names; where one is missing, the recipe that
+#                              trains it is looked for in RUNS
 #   REFS=refs                  holds the reference batches of the evaluator, by their published names
 #   RUNS=runs                  a recipe's results are in RUNS/NAME; one that was interrupted goes on from there
 set -euo pipefail
@@ -79,6 +80,17 @@ search_cd_cifar10             | find its best two steps | cifar10/sample_cd.yaml
 ct_cifar10                    | train without a teacher | cifar10/ct.yaml
 onestep_ct_cifar10            | sample it in one step   | cifar10/sample_ct.yaml    | --sampler onestep
 search_ct_cifar10             | find its best two steps | cifar10/sample_ct.yaml
+# FFHQ-64, AFHQv2-64 and CelebA-64
+cdm_ffhq64                    | CDM on DDPM++           | cdm/ffhq64.yaml
+heun_cdm_ffhq64               | sample it in 40 steps   | cdm/sample.yaml
+cdm_afhqv2                    | CDM on DDPM++           | cdm/afhqv2_64.yaml
+heun_cdm_afhqv2               | sample it in 40 steps   | cdm/sample.yaml
+sadpm_celeba64                | SA-DPM on DDIM's U-Net  | sadpm/celeba64.yaml
+ddim_sadpm_celeba64           | sample it in 100 steps  | sadpm/sample.yaml
+sadpm_ffhq64                  | SA-DPM on DDIM's U-Net  | sadpm/ffhq64.yaml
+ddim_sadpm_ffhq64             | sample it in 100 steps  | sadpm/sample.yaml
+sadpm_afhqv2                  | SA-DPM on DDIM's U-Net  | sadpm/afhqv2_64.yaml
+ddim_sadpm_afhqv2             | sample it in 100 steps  | sadpm/sample.yaml
 TABLE
 }
 
@@ -103,11 +115,18 @@ case $model in
     *_imagenet64*) images=imagenet family=imagenet64 reference=VIRTUAL_imagenet64_labeled ;;
     *_bedroom256*) images=lsun_bedroom family=bedroom256 reference=VIRTUAL_lsun_bedroom256 ;;
     *_cat256*) images=lsun_cat family=cat256 reference=VIRTUAL_lsun_cat256 ;;
+    *_ffhq64*) images=ffhq64 family=ffhq64 reference=ffhq-64x64 ;;
+    *_afhqv2*) images=afhqv2 family=afhqv2 reference=afhqv2-64x64 ;;
+    *_celeba64*) images=celeba64 family=celeba64 reference=celeba-64x64 ;;
     *_cifar10*) images=cifar10 family=cifar10 reference=cifar10-32x32 ;;
 esac
 data_dir=${DATA:-data}/$images
-teacher=${MODELS:-models}/edm_${family}_ema.pt
-trained=${MODELS:-models}/$model.pt
+weights_of() {                                              # NAME FILE: the file, or the folder of the run NAME
+    local file=${MODELS:-models}/$2 run=${RUNS:-runs}/$1
+    [[ -e $file || ! -d $run ]] && echo "$file" || echo "$run"
+}
+teacher=$(weights_of "edm_$family" "edm_${family}_ema.pt")
+trained=$(weights_of "$model" "$model.pt")
 [[ $model != edm_* ]] || trained=$teacher
 case $name in
     edm_* | cdm_* | stf_* | sadpm_*) script=edm_train.py files=(--data_dir "$data_dir") ;;

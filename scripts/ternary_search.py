@@ -61,6 +61,7 @@ def main(settings: Settings) -> None:
     from cm.samplers.sample import SampleOptions
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
+    from cm.setup.inherit import fetch_inputs
     from cm.setup.run import open_log, run_precision, trusts_extractor
     from cm.setup.sample import inherit_model, level_of_images, load_model, sampling_diffusion, sampling_plan
     from evaluations.features import load_extractor
@@ -68,6 +69,7 @@ def main(settings: Settings) -> None:
 
     dist.setup_dist()
     asked = tuple(settings.given)
+    fetch_inputs(settings, "ref_batch", "inception")
     check_flags(settings)
     settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)

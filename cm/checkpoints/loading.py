@@ -73,6 +73,7 @@ class WeightsFile:
 
     path: str
     training_mode: str | None = None                        # what the network was trained as, where that is known
+    levels: int | None = None                               # of its training, where that is known and they were fixed
     weights: Mapping[str, Tensor] | None = None
     class_names: ClassNames = ()                            # of the classes that it knows, where that is known
     expected: Mapping[str, int] | None = None               # its size and CRC-32, of which `take` makes sure

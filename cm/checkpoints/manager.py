@@ -54,28 +54,33 @@ class CheckpointManager:
 
     def save(
         self, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int, seconds: float,
-        is_last: bool,
+        is_last: bool, initial_weight: Mapping[str, float] | None = None,
     ) -> None:
         """Write a checkpoint on rank 0; a failure is raised on every rank. To be called on all ranks.
 
         :param seconds: that the run has trained so far.
+        :param initial_weight: see `manifest.Checkpoint`.
         :param is_last: whether it is the last save of the run: then a failure is an error whatever `on_save_error` is.
         :raises UserError: if it cannot be written and the run must not continue without it.
         """
         try:
-            dist.on_main(self.write, step, content, config, images_seen, seconds)
+            dist.on_main(self.write, step, content, config, images_seen, seconds, initial_weight)
         except UserError as error:
             if is_last or self.on_save_error == "stop":
                 raise
             logger.warn(f"training continues without a checkpoint of step {step}: {error}")
 
-    def write(self, step: int, content: Mapping, config: Mapping, images_seen: int, seconds: float) -> None:
+    def write(
+        self, step: int, content: Mapping, config: Mapping, images_seen: int, seconds: float,
+        initial_weight: Mapping[str, float] | None = None,
+    ) -> None:
         """As `save`, on rank 0 only; old checkpoints are removed afterwards.
 
         :raises UserError: if it cannot be written.
         """
         saved = manifest.save(
-            self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names
+            self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names,
+            initial_weight,
         )
         size = terminal.size_text(sum(facts["size"] for facts in saved.files.values()))
         names = ", ".join(saved.names())

@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -76,6 +76,8 @@ class Checkpoint:
     seconds: float = 0.0                        # that the run has trained so far, over all its starts
     origin: str = ""                            # the --resume PATH that the run began from, if there was one
     class_names: ClassNames = ()                # which class each number is; empty where that is not known
+    initial_weight: dict[str, float] = field(default_factory=dict)
+    """Average ("ema_0.9999") -> the share that it still holds of the weights that it started from."""
 
     @property
     def manifest(self) -> str:
@@ -127,11 +129,13 @@ class Checkpoint:
 def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
     seconds: float = 0.0, origin: str = "", classes: ClassNames = (),
+    initial_weight: Mapping[str, float] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
     :param classes: the names of the classes that the network knows, where it knows any.
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
+    :param seconds, origin, initial_weight: see `Checkpoint`.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
@@ -148,7 +152,9 @@ def save(
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
         names = class_names.worth_keeping(classes)
-        checkpoint = Checkpoint(directory, step, images_seen, dict(config), files, seconds, origin, names)
+        checkpoint = Checkpoint(
+            directory, step, images_seen, dict(config), files, seconds, origin, names, dict(initial_weight or {})
+        )
         checkpoint.write_manifest()
         if not is_remote:
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
@@ -195,6 +201,7 @@ def read(path: str) -> Checkpoint:
             os.path.dirname(path), int(content["step"]), int(content["images_seen"]), dict(content["config"]),
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
             class_names.checked(content.get("class_names", ())),
+            {name: float(share) for name, share in dict(content.get("initial_weight", {})).items()},
         )
         _check_whole(content, checkpoint.step, path)
         return checkpoint

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from cm.distributed import failure, launchers
+from cm.distributed import failure, launchers, openmp, restarts
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
 from cm.io import terminal
@@ -48,6 +48,11 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     only.
     """
     terminal.guard()
+    openmp.wait_shortly()                                   # read when torch is imported
+    if (mistake := restarts.note()) is not None:
+        if launcher_rank() == 0:
+            failure.say(f"not tried again, for it would end as before: {mistake or 'see the message above'}")
+        leave(failure.USER_STATUS)
     try:
         flags = read_flags()
         launchers.check()
@@ -57,8 +62,10 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
             _fail_after_joining(error)
         if launcher_rank() == 0:
             failure.say(f"error: {error}")
+        failure.note_mistake(error)
         leave(failure.status_of(error))
     except SystemExit as leaving:
+        failure.note_mistake(leaving)
         leave(failure.status_of(leaving))
 
 

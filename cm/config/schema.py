@@ -188,12 +188,16 @@ class TrainConfig:
         "ema_rate; 0: none", minimum=0,
     )
     ema_rampup_ratio: float = option(
-        0.05, "limits half-lives to this fraction of the images seen so far; 0: no limit",
-        minimum=0,
+        0.05, "warm-up of the weight averages: limits their half-lives to this fraction of the images seen so far; 0: "
+        "none, as in consistency_models", minimum=0,
     )
     ema_device: str = option(
         "same", "device of the weight averages: same as the network, or cpu, which saves GPU memory and some GPU time; "
         "no effect on a run without GPUs", choices=("same", "cpu", "cuda"),
+    )
+    grad_clip: float = option(
+        0.0, "largest L2 norm of the gradient over all parameters, of the batch over all ranks; larger gradients are "
+        "scaled down to it; 0: no limit", minimum=0,
     )
     shard_ema: bool = option(False, "each rank keeps a shard of the weight averages; no effect on the result")
     shard_optimizer: bool = option(
@@ -305,8 +309,13 @@ class ObjectiveConfig:
     num_references: int = option(
         4096, "stf: number of reference images, including the batch of the step", minimum=1, aliases=("rbatch",)
     )
+    augment_references: bool = option(
+        True, "stf with augment: the reference images are augmented as the batch is, and all of them count, as in the "
+        "published code; False: they are not augmented, and an augmented image has no references but itself"
+    )
     num_consecutive_steps: int = option(
-        2, "sadpm: number of neighbouring noise levels whose errors are summed", minimum=1
+        2, "sadpm: number of neighbouring noise levels whose errors are summed; 0, with sa_lambda 0: DDPM's loss",
+        minimum=0,
     )
     sa_lambda: float = option(0.2, "sadpm: weight of the squared sum of errors", minimum=0, aliases=("lamda",))
 
@@ -321,6 +330,10 @@ class ConsistencyConfig:
     )
     teacher_model_path: str = option("", "diffusion checkpoint to distil and to initialise the student from")
     teacher_dropout: float = option(0.1, "dropout probability of the teacher", minimum=0, below=1)
+    teacher_solver: str = option(
+        "heun", "consistency distillation: solver of the teacher's step; euler takes one evaluation of the teacher "
+        "instead of two and needs more noise levels", choices=("heun", "euler"),
+    )
     teacher_guide_scale: float = option(
         1.0, "strength w of the guidance that is distilled into the student, see guide_scale; 1: none", minimum=0
     )
@@ -402,7 +415,11 @@ class SampleConfig:
     training_mode: str = option(
         "edm", "training method of the checkpoint", choices=TRAINING_MODES, table="training_mode"
     )
-    sampler: str = option("heun", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES, table="sampler")
+    sampler: str = option(
+        "", "sampler; see docs/samplers.md; empty: heun for diffusion models, onestep (with ts: multistep) for "
+        "consistency models, progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+        table="sampler",
+    )
     steps: int = option(
         40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
     )
@@ -460,6 +477,11 @@ class SolverConfig(AblationConfig):
     eta: float = option(
         -1.0, "ddim, sde, ito: amount of fresh noise, from 0 (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1: default "
         "of the sampler: 0 for ddim, 1 for sde and ito", minimum=-1,
+    )
+    spacing: str = option(
+        "ends", "ddim: which timesteps; ends: evenly from the last to the first; uniform: as in the published code of "
+        "DDIM and SA-DPM (900, 800, ..., 0 for 10 of 1000); quad: squares, more of them near the image",
+        choices=("ends", "uniform", "quad"),
     )
     ito_form: str = option(
         "exp", "ito: exponential integrator with one forward-mode pass per step, or Ito-Taylor expansion in sigma",
@@ -532,9 +554,18 @@ class EditConfig(SampleConfig):
         "interpolate: number of noise samples", minimum=0,
     )
     sampler: str = option(
-        "multistep", "sampler; see docs/samplers.md", choices=SAMPLER_NAMES, table="sampler"
+        "", "sampler; see docs/samplers.md; empty: multistep for consistency models, heun for diffusion models, "
+        "progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+        table="sampler",
     )
-    ts: str = option("0,22,39", "multistep: indices of noise levels; must end with steps-1, which costs no evaluation")
+    steps: int = option(
+        40, "number of noise levels, or of sampler steps; default: those that the consistency model was trained with, "
+        "or 40 where they were many or are not known", minimum=1,
+    )
+    ts: str = option(
+        "", "multistep: indices of noise levels, such as 0,22,39; must end with steps-1, which costs no evaluation; "
+        "empty: all levels, as the paper does; for interpolate and denoise one evaluation"
+    )
     mask: str = option("", "inpaint: PNG or npy of the image size; white or 1 marks known pixels")
     mask_box: str = option("", "inpaint, instead of mask: box to fill in, as top,left,height,width in pixels")
     superres_factor: int = option(8, "superres: enlargement factor per side", minimum=2)
@@ -543,7 +574,8 @@ class EditConfig(SampleConfig):
         "are first reduced by averaging"
     )
     stroke_start: int = option(
-        16, "stroke: index of the noise level to start from; lower values add more noise and change more", minimum=0
+        -1, "stroke: index of the noise level to start from; lower values add more noise and change more; -1: 16 of 40 "
+        "levels, and the same share of another number", minimum=-1,
     )
     interpolate_pairs: str = option(
         "", "interpolate: pairs of sample indices of image_sample.py, such as 0:1,4:7; empty: neighbouring indices "

@@ -174,6 +174,23 @@ def _half_steps(side: int, device: Any) -> Tensor:
     return (th.arange(-LEAD, 2 * side + len(SYM6) - LEAD - 2, device=device) - (side - 1)) / 2
 
 
+@dataclass(frozen=True)
+class AugmentBatch:
+    """Transforms the images of a batch, on the device, and gives it `augment_labels` [N,9] for the network.
+
+    The transform of a sample depends on (seed, position), so it is the same on any number of ranks.
+    """
+
+    pipe: AugmentPipe
+    seed: int
+    device: th.device
+
+    def __call__(self, batch: Batch) -> Batch:
+        rng = SampleStreams(self.seed, batch.positions, stream="augment")
+        images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
+        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
+
+
 def augmented(
     data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device
 ) -> Callable[[int], Iterator[Batch]]:
@@ -184,11 +201,4 @@ def augmented(
 
     :param data: from the number of samples already consumed to a stream.
     """
-    pipe = AugmentPipe(p)
-
-    def augment(batch: Batch) -> Batch:
-        rng = SampleStreams(seed, batch.positions, stream="augment")
-        images, labels = pipe(batch.images.to(device, non_blocking=True), rng)
-        return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
-
-    return mapped(data, augment)
+    return mapped(data, AugmentBatch(AugmentPipe(p), seed, device))

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from cm.distributed import restarts
 from cm.errors import UserError
 from cm.io import terminal
 
@@ -92,7 +93,14 @@ def exit_process(error: BaseException) -> None:
     report = short_report(error)
     if report is not None:
         say(report)
+        note_mistake(error)
         raise SystemExit(status_of(error)) from None
+
+
+def note_mistake(error: BaseException) -> None:
+    """Keep torchrun from trying a mistake of the user's again."""
+    if status_of(error) == USER_STATUS:
+        restarts.leave_note(short_report(error) or "")
 
 
 def exit_after(seconds: float) -> None:
@@ -106,6 +114,7 @@ def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     :param thread: the name of the thread that failed, if it is not the main one.
     """
     exit_after(LIMIT_S)
+    note_mistake(error)
     first, report = _is_first(ranks), short_report(error)
     who = f"rank {ranks.rank} of {ranks.size}" + (f", thread {thread}" if thread else "")
     if report is not None and _await_all(ranks):

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from cm.distributed import failure, launchers
+from cm.distributed import failure, launchers, restarts
 from cm.distributed.collectives import all_gather_object
 from cm.errors import UserError
 
@@ -151,7 +151,11 @@ def _meet_by_mpi(mpi: Any, timeout: timedelta) -> Job:
 
 
 def _meet_by_address(timeout: timedelta) -> Job:
-    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them."""
+    """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+
+    With a fixed port torchrun's store outlives a failed attempt, and so do the addresses of its ranks, which nobody can
+    reach any more: every attempt writes under a prefix of its own.
+    """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:
@@ -161,6 +165,7 @@ def _meet_by_address(timeout: timedelta) -> Job:
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
         for own_end in launchers.probe([os.environ["MASTER_ADDR"]], int(os.environ["MASTER_PORT"])).values():
             _use_interface_of(own_end)
+    store = PrefixStore(f"attempt_{restarts.attempt()}", store)
     return Job(rank, size, os.environ.get("GROUP_RANK") or launchers.machine(), store)
 
 

@@ -39,6 +39,7 @@ class _State:
         self.since = 0.0                    # when the grace period began
         self.grace_s = GRACE_S
         self.unhurried = 0                  # how many saves are under way
+        self.stepping = False               # whether the run has made a step
         self.agreed = False
         self.receiver: socket.socket | None = None
 
@@ -74,6 +75,11 @@ def requested() -> int:
 def allow(grace_s: float) -> None:
     """Set the grace period, in seconds."""
     _state.grace_s = grace_s
+
+
+def stepping() -> None:
+    """A step has been made, so that there is something to save."""
+    _state.stepping = True
 
 
 def agreed() -> None:
@@ -128,7 +134,8 @@ def _record(signum: int) -> None:
         _state.since, _state.signum = time.monotonic(), signum
         if launchers.launcher_rank() == 0:
             again = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
-            failure.say(f"\n{name_of(signum)}: stopping after this step, with a checkpoint{again}")
+            when = "after this step, with a checkpoint" if _state.stepping else "as soon as training has begun"
+            failure.say(f"\n{name_of(signum)}: stopping {when}{again}")
     elif signum == signal.SIGINT:
         _end(KeyboardInterrupt())
 

@@ -46,6 +46,7 @@ from cm.samplers import Churn, CountingDenoiser
 from cm.samplers.sample import BindsNetworks
 from cm.types import NoiseSource, Sampler
 
+STROKE_START = 16 / 39                                      # of the levels, where a stroke painting gets its noise
 EditMaker = Callable[[Tensor, NoiseSource], Edit]
 """Makes an edit of images [N,C,S,S] and the noise source of their samples."""
 
@@ -202,12 +203,13 @@ def _prepare_superres(config: EditConfig, space: ImageSpace) -> EditMaker:
 
 def _prepare_strokes(config: EditConfig, space: ImageSpace) -> EditMaker:
     last = max(config.steps - 2, 0)                         # lower levels have no noise to remove
-    if config.stroke_start > last:
+    start = config.stroke_start if config.stroke_start >= 0 else min(last, round(STROKE_START * (config.steps - 1)))
+    if start > last:
         raise UserError(
             f"--stroke_start {config.stroke_start} is no index into {config.steps} noise levels to start at; "
             f"choose 0 to {last}, or other --steps"
         )
-    sigma = karras_grid(config.steps, space.sigma_min, space.sigma_max, space.rho)[config.stroke_start].item()
+    sigma = karras_grid(config.steps, space.sigma_min, space.sigma_max, space.rho)[start].item()
     return lambda images, rng: Stroke(images, sigma)
 
 

@@ -98,6 +98,7 @@ class Consistency(GridObjective):
 
     :param chosen: the words, where they are not the method's own.
     :param drawn: the distribution of the pairs, where it is not the published one.
+    :param teacher_solver: see `TeacherPath`.
     """
 
     words: ClassVar[Words]
@@ -107,10 +108,11 @@ class Consistency(GridObjective):
 
     chosen: Words | None = None
     drawn: Pairs | None = None
+    teacher_solver: str = "heun"
 
     def __post_init__(self) -> None:
         words = self.chosen or self.words
-        self.path = lookup(PATHS, words.pair_path, "pair_path")
+        self.path = lookup(PATHS, words.pair_path, "pair_path").solved_by(self.teacher_solver)
         self.pair_weight = lookup(PAIR_WEIGHTS, words.pair_weight, "pair_weight")
         self.target = lookup(TARGETS, words.pair_target, "pair_target")
         self.pairs = self.drawn or lookup(PAIRS, words.pairs, "pairs").published(self.levels, self.curriculum)
@@ -131,7 +133,8 @@ class Consistency(GridObjective):
             )
         distance = get_distance(values["loss_norm"], values["huber_c"] if _is_huber(values) else 0)
         pairs = kind.from_flags(diffusion.noise_levels, curriculum, values)
-        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, words, pairs)
+        solver = values.get("teacher_solver", cls.teacher_solver)
+        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, words, pairs, solver)
 
     @classmethod
     def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
@@ -142,7 +145,7 @@ class Consistency(GridObjective):
         words = cls.words.changed_by(values)
         return (
             "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(Words)),
-            *PAIRS[words.pairs].options, *TARGETS[words.pair_target].options,
+            *PATHS[words.pair_path].options, *PAIRS[words.pairs].options, *TARGETS[words.pair_target].options,
         )
 
     # --- the loss --------------------------------------------------------------------------------------------------
@@ -200,7 +203,7 @@ def _is_huber(values: Mapping[str, Any]) -> bool:
 
 
 class ConsistencyDistillation(Consistency):
-    """Neighbours on a grid, one Heun step along the teacher's ODE, against a slow average of the weights."""
+    """Neighbours on a grid, one step along the teacher's ODE, against a slow average of the weights."""
 
     words = Words(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
 

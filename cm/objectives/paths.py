@@ -10,6 +10,7 @@ Shapes: N batch, C channels, H and W height and width. Times are noise levels: t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from cm.errors import UserError
 from cm.objectives.base import TEACHER, Companion
+from cm.registry import lookup
+from cm.samplers.euler import Euler
 from cm.samplers.heun import Heun
 from cm.tensors import append_dims
 from cm.types import Batch, Denoiser, Networks
@@ -27,6 +30,12 @@ class Path(ABC):
     """A way through the noise levels of a batch."""
 
     companions: ClassVar[tuple[Companion, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
+    """The flags that it uses."""
+
+    def solved_by(self, solver: str) -> Path:
+        """The same way, in the steps of a solver, where it is solved at all."""
+        return self
 
     @abstractmethod
     def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,18 +50,34 @@ class Path(ABC):
         return self.ends(nets, batch, noise, x_t, t)[0]
 
 
+TEACHER_SOLVERS: dict[str, type[Heun] | type[Euler]] = {"heun": Heun, "euler": Euler}
+"""--teacher_solver -> the sampler of a teacher's step."""
+
+
+@dataclass(frozen=True)
 class TeacherPath(Path):
-    """Along the teacher's probability-flow ODE."""
+    """Along the teacher's probability-flow ODE.
+
+    :param solver: "heun", two evaluations of the teacher, or "euler", one, which needs a finer grid for the same error
+        (Song et al. 2023, arXiv 2303.01469, figure 3b).
+    """
 
     companions = (TEACHER,)
+    options = ("teacher_solver",)
+
+    solver: str = "heun"
+
+    def solved_by(self, solver: str) -> Path:
+        lookup(TEACHER_SOLVERS, solver, "teacher_solver")
+        return TeacherPath(solver)
 
     def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         denoised = teacher_of(nets, batch)(x, sigma)
         return denoised, (x - denoised) / append_dims(sigma, x.ndim)
 
     def follow(self, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """One Heun step."""
-        return Heun().step(teacher_of(nets, batch), x_t, t, r, None)
+        """One step of the solver."""
+        return TEACHER_SOLVERS[self.solver]().step(teacher_of(nets, batch), x_t, t, r, None)
 
 
 class NoisePath(Path):

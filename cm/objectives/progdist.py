@@ -13,6 +13,7 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.logging import logger
 from cm.objectives.base import Companion, GridObjective
 from cm.samplers.euler import Euler
 from cm.samplers.network_guidance import unguided
@@ -49,6 +50,14 @@ class ProgressiveDistillation(GridObjective):
             target = x_t - append_dims(t / (t_end - t), x0.ndim) * (x_end - x_t)
         loss = self.weight(t) * self.distance(nets.online(x_t, t, **cond), target)
         return LossTerms(loss, t)
+
+    def check(self, total_steps: int) -> None:
+        _, first = self.curriculum(0)
+        if first & (first - 1):
+            halved = [first >> k for k in range(first.bit_length()) if first >> k > 2]
+            logger.warn(f"--start_scales {first} is no power of two: the stages of the student have "
+                        f"{', '.join(map(str, halved))}, 2, 1 steps, which are not all half of those before; "
+                        f"{1 << first.bit_length()} or {1 << first.bit_length() - 1} halve exactly")
 
     def teacher_of(self, teacher: Denoiser, num_scales: int) -> Denoiser:
         """The teacher of a stage. Only the first is guided: later teachers are students, which have learnt it."""

@@ -19,6 +19,7 @@ from cm.diffusion import ddpm_schedule
 from cm.diffusion.denoiser import Diffusion
 from cm.diffusion.noise_sampling import ScheduleSampler
 from cm.diffusion.schedules import karras_earlier
+from cm.errors import UserError
 from cm.objectives.edm import EDM
 from cm.tensors import append_dims, mean_flat
 from cm.types import Batch, LossTerms, Networks, NoiseSource
@@ -33,7 +34,7 @@ class SADPM(EDM):
     s_0 is drawn, s_1 .. s_K-1 are the levels before it, as far as there are any, and each z_k is new. With the weight
     1 / sigma^2 r_k is the error of the predicted noise, and on DDPM's levels sa_lambda 0 is DDPM's loss.
 
-    :param num_consecutive_steps: K.
+    :param num_consecutive_steps: K; 0 stands for 1, as in the authors' commands for DDPM's loss.
     :param earlier: (levels [N], k) -> the levels k steps nearer to the image [N], and whether there are any [N].
     """
 
@@ -47,13 +48,16 @@ class SADPM(EDM):
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
         """On DDPM's timesteps for a network conditioned on them; else on a Karras grid as fine as these."""
+        if options["num_consecutive_steps"] == 0 and options["sa_lambda"]:
+            raise UserError("--num_consecutive_steps 0 leaves nothing to sum, but --sa_lambda "
+                            f"{options['sa_lambda']:g} weighs the sum: give 2 or more steps, or --sa_lambda 0")
         ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
         on_grid = partial(karras_earlier, n=ddpm_schedule.TIMESTEPS, **ends)
         earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid
         return cls(diffusion.weight, noise_distribution, earlier=earlier, **options)
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
-        x0, K = batch.images, self.num_consecutive_steps
+        x0, K = batch.images, max(1, self.num_consecutive_steps)
         levels = [self.earlier(sigma, k) for k in range(K)]
         errors, residuals, total = [], [], th.zeros_like(x0)
         for k, (s, is_there) in enumerate(levels):

@@ -18,6 +18,7 @@ from cm.objectives.edm import EDM, error_terms
 from cm.tensors import append_dims
 from cm.types import Batch, LossTerms, Networks, NoiseSource
 
+AUGMENTATION = "augment_labels"                                     # of a batch's conditioning
 CHUNK = 512                                                         # references that are float64 at a time
 
 
@@ -30,11 +31,13 @@ class STF(EDM):
     variance.
 
     :param num_references: how many images a sample's target is made of; they come as `Batch.references`.
+    :param augment_references: whether the data source augments them as it augments the samples.
     """
 
-    options: ClassVar[tuple[str, ...]] = ("num_references",)
+    options: ClassVar[tuple[str, ...]] = ("num_references", "augment_references")
 
     num_references: int = 4096
+    augment_references: bool = True
 
     @property
     def references(self) -> int:
@@ -54,8 +57,9 @@ class STF(EDM):
 def peers(batch: Batch, references: Batch) -> Tensor:
     """Which references a sample's target may contain: bool [N,n].
 
-    They share the sample's conditioning: its class, and augmentation labels, of which references that have none count
-    as zero, not augmented. The sample itself is left out, since it may be augmented where its reference is not.
+    They share the sample's class. References that were augmented as the samples were all count, whatever their
+    transforms (so do those of the published code). Without augmentation labels references count as not augmented, and
+    only for samples whose labels are zero, too. The sample itself is left out: its own image stands for it.
     """
     if batch.positions is None or references.positions is None:
         raise ValueError("references are told from a sample's own image by their positions: give both batches some")
@@ -63,6 +67,8 @@ def peers(batch: Batch, references: Batch) -> Tensor:
     for name, own in batch.cond.items():
         own = own.flatten(1) if own.ndim > 1 else own[:, None]      # [N,k]
         theirs = references.cond.get(name)
+        if name == AUGMENTATION and theirs is not None:
+            continue
         theirs = own.new_zeros(1, own.shape[1]) if theirs is None else theirs.reshape(-1, own.shape[1])
         for column, their_column in zip(own.T, theirs.T):
             shared &= column[:, None] == their_column

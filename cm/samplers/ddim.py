@@ -7,6 +7,7 @@ x' = D + sqrt(sigma'^2 - s^2) (x - D) / sigma + s z,  s = eta sigma' sqrt(1 - si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from cm.diffusion import ddpm_schedule
 from cm.diffusion.schedules import append_zero
 from cm.errors import UserError
+from cm.registry import lookup
 from cm.samplers.base import Sampler, lerp_to
 from cm.samplers.euler_maruyama import check_eta
 from cm.tensors import append_dims
@@ -27,23 +29,26 @@ class DDIM(Sampler):
     """One evaluation per step: Euler's method for eta 0 and ancestral sampling for eta 1, on the levels of DDPM.
 
     :param eta: amount of fresh noise: 0 gives DDIM, 1 gives DDPM (equation 16).
-    :raises UserError: if eta is outside [0, 1].
+    :param spacing: which timesteps, see `SPACINGS`.
+    :raises UserError: if eta is outside [0, 1], or there is no such spacing.
     """
 
     eta: float = 0.0
+    spacing: str = "ends"
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
+        lookup(SPACINGS, self.spacing, "spacing")
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        """The levels of `steps` evenly spaced timesteps between sigma_min and sigma_max, then 0: float64 [steps+1].
+        """The levels of `steps` timesteps between sigma_min and sigma_max, then 0: float64 [steps+1].
 
         :raises UserError: if there are fewer such timesteps than steps.
         """
-        return append_zero(timestep_grid(steps, sigma_min, sigma_max))
+        return append_zero(timestep_grid(steps, sigma_min, sigma_max, self.spacing))
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
         """Equation 12 in noise levels, see the module; with eta 0 it uses no random numbers."""
@@ -52,14 +57,40 @@ class DDIM(Sampler):
         return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)
 
 
-def timestep_grid(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
-    """The falling noise levels of evenly spaced timesteps between sigma_min and sigma_max, ends included: [steps].
+def _ends(steps: int, known: int) -> Tensor:
+    from_last = th.linspace(0, known - 1, steps, dtype=th.float64).round().long()       # a single step is the last
+    return (known - 1 - from_last).flip(0)
 
+
+def _uniform(steps: int, known: int) -> Tensor:
+    return th.arange(steps) * (known // steps)
+
+
+def _quad(steps: int, known: int) -> Tensor:
+    return th.linspace(0, (0.8 * known) ** 0.5, steps, dtype=th.float64).square().add(1e-9).long()
+
+
+SPACINGS: dict[str, Callable[[int, int], Tensor]] = {"ends": _ends, "uniform": _uniform, "quad": _quad}
+"""--spacing -> (steps, number of timesteps known) -> their indices, rising, [steps].
+
+ends: evenly from the first to the last; uniform: 0, T / S, 2 T / S, ..., as in the published code of DDIM and SA-DPM
+(0, 100, ..., 900 for 10 steps of 1000); quad: squares, finer near the image, up to 0.8 T (DDIM, appendix D.2).
+"""
+
+
+def timestep_grid(steps: int, sigma_min: float, sigma_max: float, spacing: str = "ends") -> Tensor:
+    """The falling noise levels of timesteps between sigma_min and sigma_max: [steps].
+
+    :param spacing: an entry of `SPACINGS`.
     :raises UserError: if there are fewer such timesteps than steps.
     """
     levels = ddpm_schedule.sigmas()
-    known = levels[(levels >= sigma_min) & (levels <= sigma_max)].flip(0)
+    known = levels[(levels >= sigma_min) & (levels <= sigma_max)]
     if steps > len(known):
         raise UserError(f"--steps {steps}: only {len(known)} of the {ddpm_schedule.TIMESTEPS} timesteps have noise "
                         f"levels between sigma_min {sigma_min:g} and sigma_max {sigma_max:g}")
-    return known[th.linspace(0, len(known) - 1, steps, dtype=th.float64).round().long()]
+    places = SPACINGS[spacing](steps, len(known))
+    if len(places.unique()) < steps:
+        raise UserError(f"--steps {steps}: --spacing {spacing} names some of the {len(known)} timesteps twice; take "
+                        "fewer steps, or another spacing")
+    return known[places].flip(0)

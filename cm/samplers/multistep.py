@@ -14,7 +14,7 @@ from cm.samplers.base import Sampler
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
-EXAMPLE = "such as ts=(0, 22, 39) with steps=40"
+EXAMPLE = "such as --ts 0,22,39 with --steps 40"
 
 
 @dataclass(frozen=True)
@@ -54,5 +54,6 @@ def _check_ts(ts: Sequence[int] | None, steps: int) -> list[int]:
         raise UserError(f"the multistep sampler needs ts, the noise levels to visit, {EXAMPLE}")
     ts = [int(index) for index in ts]
     if len(ts) < 2 or ts[0] != 0 or ts[-1] != steps - 1 or any(b <= a for a, b in zip(ts, ts[1:])):
-        raise UserError(f"ts must rise from 0 to steps-1 = {steps - 1}, {EXAMPLE}; got {tuple(ts)} with steps={steps}")
+        got = ",".join(map(str, ts))
+        raise UserError(f"--ts {got} with --steps {steps}: ts must rise from 0 to steps-1 = {steps - 1}, {EXAMPLE}")
     return ts

@@ -10,11 +10,12 @@ from cm.config.schema import EvalConfig, SampleConfig, SolverConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
+from cm.logging import logger
 from cm.setup.channels import are_pictures, demand_pictures
 from cm.setup.model import model_from
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision, trusts_extractor
-from cm.setup.sample import reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
+from cm.setup.sample import fits, reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
 from cm.training.ema_snapshots import EmaSnapshots
 from cm.training.loop import parse_rates
@@ -58,6 +59,9 @@ def check_flags(settings: Settings) -> None:
         demand_pictures(settings, f"--eval_interval {config.eval_interval}: the network behind the Frechet distance")
     if not rates or config.eval_ema_rate and config.eval_ema_rate not in map(str, rates):
         raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
+    kind = kind_of_result(settings.values["training_mode"])
+    if config.eval_sampler and not fits(kind, config.eval_sampler):
+        logger.warn(f"--eval_sampler {config.eval_sampler} does not fit this training: leave it out for {kind.sampler}")
     try:
         sampler_of(sampling_settings(settings))
     except ValueError as error:

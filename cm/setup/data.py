@@ -11,7 +11,7 @@ from torch import nn
 from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import Settings
 from cm.config.schema import DataConfig, TrainConfig
-from cm.data.augment import AUGMENT_LABELS, augmented
+from cm.data.augment import AUGMENT_LABELS, AugmentBatch, AugmentPipe, augmented
 from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
@@ -161,11 +161,13 @@ def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:
     return names
 
 
-def open_stream(start: int, references: int, rank: int, world_size: int, **options: Any) -> Any:
+def open_stream(
+    start: int, references: int, rank: int, world_size: int, augment_references: Any = None, **options: Any
+) -> Any:
     stream = load_data(start=start, rank=rank, world_size=world_size, **options)
     if not references:
         return stream
-    return with_references(stream, references, start, rank, world_size, dist.all_gather_object)
+    return with_references(stream, references, start, rank, world_size, dist.all_gather_object, augment_references)
 
 
 def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
@@ -183,7 +185,10 @@ def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
             f"--augment {p:g} needs a network that is told how its images were augmented, by {AUGMENT_LABELS} numbers, "
             f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
         )
-    return augmented(data, p, settings.values["seed"], dist.dev())
+    seed = settings.values["seed"]
+    if getattr(data, "keywords", {}).get("references") and settings.values["augment_references"]:
+        return partial(data, augment_references=AugmentBatch(AugmentPipe(p), seed, dist.dev()))
+    return augmented(data, p, seed, dist.dev())
 
 
 def drop_labels(settings: Settings, data: Any) -> Any:

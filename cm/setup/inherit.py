@@ -9,8 +9,8 @@ from typing import Any
 
 import torch as th
 
-from cm.checkpoints import manifest
-from cm.checkpoints.formats import FORMATS, guided_diffusion, openai
+from cm.checkpoints import averages, manifest
+from cm.checkpoints.formats import FORMATS, guided_diffusion, openai, safetensor_files
 from cm.checkpoints.loading import WeightsFile, format_of, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.checkpoints.serialization import size_of
@@ -18,7 +18,7 @@ from cm.config.flags import Settings, check, convert, defaults_of
 from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import budget, storage, untrusted
+from cm.io import budget, storage, untrusted, web
 from cm.logging import logger
 from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.networks.extent import demand_held
@@ -26,6 +26,7 @@ from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
 """Flags that change no weights and no meaning of them: each run chooses its own."""
@@ -44,6 +45,9 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
         one network, if another flag contradicts it, or if it leaves something open that no flag says either.
     """
+    if settings.dry_run and web.is_address(settings.values[flag]):
+        return WeightsFile(settings.values[flag])           # nothing is read
+    fetch_inputs(settings, flag)
     path = dist.on_main(weights_in, settings.values[flag], flag)
     if path != settings.values[flag]:
         logger.log(f"--{flag} {settings.values[flag]}: taking {path}")
@@ -58,6 +62,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
         known = UNSAID | checkpoint.config
         source.class_names = checkpoint.class_names
         source.expected = listed(checkpoint, path) if settings.values.get("verify_weights", True) else None
+        if text := averages.warning(checkpoint, path):
+            logger.warn(text)
     elif kind in FORMATS:
         known, source.weights = FORMATS[kind].read(path)
         source.class_names = tuple(known.pop("class_names", ()))
@@ -68,11 +74,24 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     held = dist.on_main(storage.size, path) if source.weights is None else size_of(source.weights)
     demand_held(settings.values, held, path)
     source.training_mode = known.get("training_mode")
+    source.levels = known.get("start_scales") if known.get("scale_mode") == "fixed" else None
     return source
 
 
+def fetch_inputs(settings: Settings, *flags: str) -> None:
+    """Download the files whose addresses these flags give; the flags then name the copies. On every rank.
+
+    :raises UserError: on every rank, if one cannot be had.
+    """
+    for flag in flags:
+        if not settings.dry_run and web.is_address(settings.values.get(flag) or ""):
+            dist.on_main(web.local_copy, settings.values[flag], logger.log)         # the others find it, or wait
+            settings.replace(**{flag: web.local_copy(settings.values[flag], logger.log)})
+
+
 def weights_in(path: str, flag: str) -> str:
-    """The file that a run's folder stands for: its best average, else the newest; any other path as it is. One rank.
+    """The file that a run's folder stands for: its best average, else the newest, or the newest model where the
+    average still holds much of the initial weights; any other path as it is. One rank.
 
     :raises UserError: for a folder without weights.
     """
@@ -84,11 +103,10 @@ def weights_in(path: str, flag: str) -> str:
         if name and not untrusted.escapes(name) and os.path.exists(os.path.join(path, name)):
             return os.path.join(path, name)
     checkpoint = manifest.newest(path)
-    averages = [name for name in checkpoint.names() if name.startswith("ema_")] if checkpoint else []
     if checkpoint is None:
         raise UserError(f"--{flag} {path} is a folder without a complete checkpoint (checkpoint_*.json) and without "
                         "best.json: give a file of weights such as ema_0.9999_600000.pt")
-    return checkpoint.path(averages[0] if averages else "model") or path
+    return checkpoint.path(averages.best_name(checkpoint)) or path
 
 
 def _file_of_best(path: str) -> str:
@@ -115,7 +133,10 @@ def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | No
 
 def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
     """From weights without a manifest, of which names and shapes tell most."""
-    weights = dist.load_state_dict(source.path, verify=settings.values.get("verify_weights", True))
+    verify = settings.values.get("verify_weights", True)
+    is_safetensors = source.path.lower().endswith(".safetensors")
+    weights = safetensor_files.read(source.path) if is_safetensors else dist.load_state_dict(source.path, verify=verify)
+    weights = without_wrappers(weights, source.path)
     side = settings.values["image_size"] if settings.is_given("image_size") else None
     known = openai.model_flags(weights, source.path, side, settings.values["null_class"])
     known |= openai.published_mode(source.path)
@@ -127,6 +148,15 @@ def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]
     with th.device("meta"):                                 # odd shapes must not ask for more memory than the file has
         check_weights(model_from(settings), source.weights, source.path)
     return source
+
+
+def without_wrappers(weights: Any, path: str) -> Any:
+    """A state dict without the prefixes that DDP and torch.compile put before every name."""
+    for prefix in WRAPPERS:
+        while isinstance(weights, Mapping) and weights and all(str(name).startswith(prefix) for name in weights):
+            logger.log(f"{path}: the names of the weights begin with {prefix}, which is left out")
+            weights = {str(name).removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def inherit_resumed(settings: Settings) -> None:

@@ -26,6 +26,7 @@ from cm.io import storage
 from cm.logging import logger
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.networks.noisy_classifier import NoisyClassifier, from_content
+from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers import SAMPLERS, Churn, make_sampler
 from cm.samplers.ablation import DISCRETIZATIONS
@@ -33,19 +34,21 @@ from cm.samplers.guidance import GuidedDiffusion
 from cm.samplers.sample import BindsNetworks, SampleOptions
 from cm.setup.channels import apply_latent_defaults, are_pictures
 from cm.setup.guide import Guide, guided_by
-from cm.setup.inherit import inherit_checkpoint
+from cm.setup.inherit import fetch_inputs, inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, parse_ts
 from cm.setup.network import load_network
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision
 from cm.types import Sampler
 
+OF_CONSISTENCY_MODELS = ("onestep", "multistep")
 NO_CLASS = SampleConfig.class_label                         # stands for all classes
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
 def inherit_model(settings: Settings) -> SampleConfig:
-    """Take from the checkpoint at --model_path what it knows of its network and how it was trained.
+    """Take from the checkpoint at --model_path what it knows of its network and how it was trained, and choose the
+    sampler that fits it where no flag does.
 
     :raises UserError: if there is no such checkpoint, or a flag contradicts it.
     """
@@ -54,6 +57,7 @@ def inherit_model(settings: Settings) -> SampleConfig:
     choose_ablation(settings)
     inherit_checkpoint(settings, "model_path", also=("training_mode",))
     apply_latent_defaults(settings)
+    choose_sampler(settings)
     drop_unreachable_attention(settings)
     reach_all_levels(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
@@ -66,6 +70,38 @@ def choose_ablation(settings: Settings) -> None:
     asked = any(field.name in settings.given for field in fields(AblationConfig))
     if asked and "sampler" not in settings.given:
         settings.replace(sampler="ablation")
+
+
+def choose_sampler(settings: Settings) -> None:
+    """The sampler that fits how the network was trained, unless a flag names one; a warning if that one does not fit.
+
+    Edits with a consistency model visit all levels of its grid unless --ts says which: the parts that are kept are put
+    back at each of them (Song et al. 2023, algorithm 4). Interpolation and denoising take one evaluation there.
+    """
+    values, kind = settings.values, kind_of_result(settings.values["training_mode"])
+    edits = "task" in values
+    usual = "multistep" if kind.distillation and (edits or values["ts"]) else kind.sampler
+    if not values["sampler"]:
+        settings.replace(sampler=usual)
+    elif not fits(kind, values["sampler"]):
+        logger.warn(f"--sampler {values['sampler']} does not fit this model, which was trained by "
+                    f"{values['training_mode']}: take --sampler {usual}")
+    if edits and values["sampler"] == "multistep" and not values["ts"]:
+        levels = settings.sources["model_path"].levels
+        if levels and not settings.is_given("steps"):
+            settings.replace(steps=levels)
+        last = values["steps"] - 1
+        ts = (0, last) if values["task"] in ("interpolate", "denoise") else range(last + 1)
+        settings.replace(ts=",".join(map(str, ts)))
+
+
+def fits(kind: type[Objective], sampler: str) -> bool:
+    """Whether a sampler is meant for networks that an objective has trained."""
+    if kind.distillation:
+        return sampler in OF_CONSISTENCY_MODELS
+    if kind.sampler == "progdist":
+        return sampler in ("progdist", "euler")             # the same steps
+    return sampler not in (*OF_CONSISTENCY_MODELS, "progdist")
 
 
 def reach_all_levels(settings: Settings) -> None:
@@ -255,7 +291,8 @@ def load_classifier(settings: Settings) -> NoisyClassifier | None:
     :raises UserError: if there is no such file, or it is for images of another size or for fewer classes.
     """
     config, values = settings.section(GuidanceConfig), settings.values
-    path = config.classifier_path
+    fetch_inputs(settings, "classifier_path")
+    path = settings.values["classifier_path"]
     if not path:
         if config.classifier_scale != GuidanceConfig.classifier_scale:
             raise UserError(f"--classifier_scale {config.classifier_scale:g} needs a classifier: give "

@@ -17,6 +17,7 @@ from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, drop_labels, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
 from cm.setup.guide import guided_by
+from cm.setup.inherit import fetch_inputs
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import on_device, run_precision, save_config, start_run
@@ -34,6 +35,7 @@ def train(settings: Settings) -> None:
     rules.resolve(settings, rules.TRAINING)
     if settings.dry_run:
         return dry_run(settings)
+    fetch_inputs(settings, "eval_ref", "inception")
     kind = objective_kind(settings.values)
     kind.prepare(settings.values)
     start_run(settings)
@@ -113,7 +115,7 @@ def loop_config(settings: Settings) -> LoopConfig:
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
         "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
-        "ema_device", "shard_ema", "shard_optimizer", "allow_other_classes",
+        "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes",
     )
     return LoopConfig(
         batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),

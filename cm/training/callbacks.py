@@ -19,6 +19,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import loading, manifest
+from cm.checkpoints.averages import TOO_MUCH
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SHOWN, SamplingPlan, draw_batches, gather_rows
@@ -29,6 +30,7 @@ from cm.logging import logger
 from cm.networks.build import to_device
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
+from cm.training import state
 from cm.training.loop import TrainLoop
 
 GRIDS, BEST, BEST_FILE = "samples", "best", "best.json"     # two folders and a file in the log's folder
@@ -86,6 +88,10 @@ class AverageSampler:
 
         :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
         """
+        share = loop.averages.initial_weight[loop.averages.rates.index(self.rate)]
+        if share > TOO_MUCH:
+            logger.warn(f"the average {self.rate} still holds {share:.0%} of the weights that the run started from, so "
+                        "its images may be no better than theirs; --ema_rampup_ratio 0.05 makes it follow faster")
         plan, model = replace(self.plan, num_samples=num_samples), self.make_model()
         loading.fit(model, self.weights(loop), f"the average {self.rate}")
         model = to_device(model, loop.device).eval()
@@ -179,8 +185,10 @@ class Evaluation:
         folder, name = self.folder(), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
         before = manifest.list_files(folder)
-        kept = manifest.save(folder, loop.step, {name: average}, loop.flags, loop.images_seen,
-                             classes=loop.checkpoints.class_names)
+        kept = manifest.save(
+            folder, loop.step, {name: average}, loop.flags, loop.images_seen, classes=loop.checkpoints.class_names,
+            initial_weight={name: state.initial_weights(loop)[name]},
+        )
         file = manifest.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)

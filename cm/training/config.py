@@ -42,6 +42,7 @@ class LoopConfig:
     :param keep_checkpoints, milestone_interval, on_save_error: see `CheckpointManager`.
     :param verify_weights: compare the checksums of the files that the run starts from with their manifest.
     :param ema_device: where the averages are kept; see `EMA`.
+    :param grad_clip: see `MixedPrecisionTrainer`.
     :param shard_ema, shard_optimizer: divide averages, and the optimizer's state, among the ranks.
     :param with_ticks: rows of the log are ticks, with a status line.
     """
@@ -72,6 +73,7 @@ class LoopConfig:
     on_save_error: str = "stop"
     verify_weights: bool = True
     ema_device: str = "same"
+    grad_clip: float = 0.0
     shard_ema: bool = False
     shard_optimizer: bool = False
     with_ticks: bool = False

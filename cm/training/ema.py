@@ -45,6 +45,7 @@ class EMA:
         self.device = CPU if device == "cpu" else at
         self.background = Background(self.sources) if self.device != at and self.rates else None
         self._local = [[self.copy_of(param) for param in self.sources] for _ in self.rates]
+        self.initial_weight = [1.0] * len(self.rates)               # share of the weights that each started from
 
     def copy_of(self, param: Tensor) -> Tensor:
         """float32 whatever the parameter: at 0.9999 a half-precision average would never move."""
@@ -62,6 +63,7 @@ class EMA:
 
         :param decays: for each average its r, in [0, 1].
         """
+        self.initial_weight = [decay * share for decay, share in zip(decays, self.initial_weight, strict=True)]
         if self.background:
             self.background.submit(partial(self._update, decays))
         else:
@@ -76,9 +78,14 @@ class EMA:
             self.load(rate, self.all)
 
     @th.no_grad()
-    def load(self, rate: str, params: Sequence[Tensor]) -> None:
-        """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them."""
-        for average, param in zip(self.local[self.rates.index(rate)], self.shares.mine(params), strict=True):
+    def load(self, rate: str, params: Sequence[Tensor], initial_weight: float = 1.0) -> None:
+        """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them.
+
+        :param initial_weight: the share that they still hold of the weights that they started from.
+        """
+        index = self.rates.index(rate)
+        self.initial_weight[index] = initial_weight
+        for average, param in zip(self.local[index], self.shares.mine(params), strict=True):
             average.copy_(param)
 
     def gather(self, rate: str) -> list[Tensor]:

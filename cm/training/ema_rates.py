@@ -1,4 +1,4 @@
-"""How fast a weight average follows the weights: a fixed decay rate, a half-life in images, or a power function.
+"""How fast a weight average follows the weights: a decay rate, a half-life in images, or a power function; warm-up.
 
 B images per step, n images seen before the step.
 """
@@ -21,7 +21,8 @@ class EmaRate:
     """The decay rate of one average.
 
     :param name: as the flag spells it, "0.9999", "500kimg" or "power0.05"; it also names the average's files.
-    :param rampup_ratio: a half-life is never longer than this fraction of the images seen; 0 for no such limit.
+    :param rampup_ratio: the half-life, also that of a decay rate, is never longer than this fraction of the images
+        seen, so that the average forgets the first weights; 0 for no such limit.
     """
 
     name: str
@@ -39,7 +40,8 @@ class EmaRate:
         """The rate of the step that follows `images_seen` images.
 
         A half-life of h images is min(h, ratio n): 0.5^(B / h) per step, and the first step copies the weights (Karras
-        et al. 2022, arXiv 2206.00364, appendix F; EDM's own runs have h = 500 kimg and a ratio of 0.05).
+        et al. 2022, arXiv 2206.00364, appendix F; EDM's own runs have h = 500 kimg and a ratio of 0.05). A decay rate
+        has the same limit, min(rate, 0.5^(B / (ratio n))).
 
         A power function has no free choice, see `power_ema.decay`.
 
@@ -48,12 +50,12 @@ class EmaRate:
         """
         if self.power_std is not None:
             return power_ema.decay(images_seen - began + batch, batch, self.power_std)
-        if not self.name.endswith(HALF_LIFE):
-            return float(self.name)
-        halflife = float(self.name.removesuffix(HALF_LIFE)) * 1000
+        is_halflife = self.name.endswith(HALF_LIFE)
+        halflife = float(self.name.removesuffix(HALF_LIFE)) * 1000 if is_halflife else math.inf
         if self.rampup_ratio:
             halflife = min(halflife, self.rampup_ratio * images_seen)
-        return 0.5 ** (batch / halflife) if halflife else 0.0
+        limit = 0.5 ** (batch / halflife) if halflife else 0.0      # 1 without a limit
+        return limit if is_halflife else min(float(self.name), limit)
 
 
 def parse_rates(ema_rate: str | float, rampup_ratio: float = 0.0) -> list[EmaRate]:

@@ -109,7 +109,7 @@ class TrainLoop:
         config = self.config
         trainer = MixedPrecisionTrainer(
             model=model, use_fp16=config.use_fp16, fp16_scale_growth=config.fp16_scale_growth,
-            precision=config.precision,
+            precision=config.precision, grad_clip=config.grad_clip,
         )
         sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
         make = partial(
@@ -214,6 +214,7 @@ class TrainLoop:
             moving.master_params_to_model_params()
         self.step += 1
         self.images_seen += self.global_batch
+        signals.stepping()
 
     def update_averages(self, moved: bool) -> None:
         """Let the averages follow the weights.
@@ -313,8 +314,22 @@ class TrainLoop:
         skips = f" after {trainer.skipped_steps} steps skipped in fp16" if trainer.use_fp16 else ""
         return non_finite.explain(
             self.step, self.microbatches, skips,
-            f"Lower --lr, or look at these images; the newest checkpoint in {self.checkpoints.directory} is good.",
+            f"{self._suspect()}; {dist.on_main(self._saved_so_far)}.",
         )
+
+    def _suspect(self) -> str:
+        """What to look at after a loss that is not finite."""
+        for each in self.objective.companions:
+            if each.origin == "teacher" and not is_finite(self.parts.companions[each.name].model):
+                return f"The weights of {each.name} are not finite: look at the file that they come from"
+        return "Lower --lr, or look at these images"
+
+    def _saved_so_far(self) -> str:
+        """What a run that ends here leaves; on one rank."""
+        directory = self.checkpoints.directory
+        if manifest.steps(directory):
+            return f"the newest checkpoint in {directory} is good"
+        return f"no checkpoint has been saved in {directory} yet"
 
     # --- the log ---------------------------------------------------------------------------------------------------
 
@@ -361,7 +376,8 @@ class TrainLoop:
         """Write a checkpoint of this step; see `CheckpointManager.save` for what happens if that fails."""
         with signals.unhurried():
             self.checkpoints.save(
-                self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last
+                self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last,
+                state.initial_weights(self),
             )
 
     def resume(self) -> None:
@@ -399,6 +415,11 @@ class TrainLoop:
         for each in self.objective.companions:
             if each.origin == ONLINE and each.name in self.moving:
                 self.moving[each.name].load_master_params(self.trainer.master_params)
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights are."""
+    return all(bool(param.isfinite().all()) for param in model.parameters())
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:

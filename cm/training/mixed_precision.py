@@ -45,9 +45,10 @@ class StepReport:
 
     stepped: bool                   # False: the gradients were not finite, and the parameters are as before
     fatal: bool                     # not finite, and a smaller loss scale would not help: the run has diverged
-    grad_norm: Tensor               # L2 over all parameters, of the unscaled gradients
+    grad_norm: Tensor               # L2 over all parameters, of the unscaled gradients, before they are clipped
     param_norm: Tensor              # L2 over all master parameters, before the step
     lg_loss_scale: float | None     # log2 of the loss scale these gradients were made with; None unless fp16
+    grad_clip: float = 0.0          # the norm to which they were clipped; 0 for none
 
     def __bool__(self) -> bool:
         return self.stepped
@@ -55,7 +56,9 @@ class StepReport:
     def logs(self) -> dict[str, float]:
         """The numbers by guided-diffusion's names; waits for the device."""
         scale = {} if self.lg_loss_scale is None else {"lg_loss_scale": self.lg_loss_scale}
-        return {"grad_norm": self.grad_norm.item(), "param_norm": self.param_norm.item(), **scale}
+        norm = self.grad_norm.item()
+        clipped = {"clipped_grad_norm": min(norm, self.grad_clip)} if self.grad_clip else {}
+        return {"grad_norm": norm, "param_norm": self.param_norm.item(), **clipped, **scale}
 
 
 class Steps(Protocol):
@@ -167,6 +170,8 @@ class MixedPrecisionTrainer(MasterWeights):
     :param use_fp16: guided-diffusion's switch, the same as precision="fp16".
     :param fp16_scale_growth: added to log2 of the loss scale at each good step; an overflow takes off 1.
     :param precision: "fp32", "bf16" or "fp16"; by default what `use_fp16` says.
+    :param grad_clip: the largest L2 norm of all gradients together, unscaled and averaged over microbatches and ranks,
+        with which a step is taken; larger ones are scaled down to it (Pascanu et al. 2013, arXiv 1211.5063); 0: none.
     :raises ValueError: for an unknown precision, one that contradicts `use_fp16`, or a model that already is half
         precision, whose master parameters would be rounded.
     """
@@ -179,9 +184,10 @@ class MixedPrecisionTrainer(MasterWeights):
         fp16_scale_growth: float = 1e-3,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
         precision: str | None = None,
+        grad_clip: float = 0.0,
     ) -> None:
         super().__init__(model, _choose_precision(precision, use_fp16))
-        self.fp16_scale_growth = fp16_scale_growth
+        self.fp16_scale_growth, self.grad_clip = fp16_scale_growth, grad_clip
         self.lg_loss_scale = initial_lg_loss_scale
         self.skipped_steps = 0                          # because their gradients overflowed
         self.report: StepReport | None = None           # of the latest step
@@ -248,14 +254,21 @@ class MixedPrecisionTrainer(MasterWeights):
         fatal = not finite and not (self.use_fp16 and self.lg_loss_scale > LOWEST_LOG_LOSS_SCALE)
         lg_loss_scale = self.lg_loss_scale if self.use_fp16 else None
         param_norm = norm_of_tensors([param.detach() for param in self.master_params])
-        self.report = StepReport(finite, fatal, self.grad_norm(), param_norm, lg_loss_scale)
+        self.report = StepReport(finite, fatal, self.grad_norm(), param_norm, lg_loss_scale, self.grad_clip)
         if finite:
+            self._clip_grads()
             opt.step()
             self.master_params_to_model_params()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth if finite else -1
             self.skipped_steps += not finite
         return self.report
+
+    def _clip_grads(self) -> None:
+        """Scale the gradients down to a norm of `grad_clip`; `grad_norm` stays what it was before."""
+        if self.grad_clip:
+            factor = (self.grad_clip / self.grad_norm()).clamp(max=1.0)        # a zero gradient: infinity, so 1
+            scale_tensors(self.collect_grads(), factor)
 
     def optimize(self, opt: Steps) -> StepReport:
         """Take a step if all gradients are finite. The report is true if it was taken."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cm.checkpoints import loading, manifest
+from cm.checkpoints import averages, loading, manifest
 from cm.data.class_names import require_same
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -29,7 +29,7 @@ def state_dict(loop: Any) -> dict[str, Any]:
     draw is a function of the seed and of the position, or the step, it belongs to.
     """
     trainer, objective = loop.trainer, loop.objective
-    averages = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
+    gathered = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
     optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.trained.items()}
     if not dist.is_main():
         return {}
@@ -46,10 +46,15 @@ def state_dict(loop: Any) -> dict[str, Any]:
     return {
         "model": trainer.master_params_to_state_dict(trainer.master_params),
         **{name: own.master_params_to_state_dict(own.master_params) for name, own in {**loop.moving, **others}.items()},
-        **{name: trainer.master_params_to_state_dict(params) for name, params in averages.items()},
+        **{name: trainer.master_params_to_state_dict(params) for name, params in gathered.items()},
         **optimizers,
         "trainer": trainer.state_dict() | {name: value for name, value in rest.items() if value},
     }
+
+
+def initial_weights(loop: Any) -> dict[str, float]:
+    """Average -> the share that it still holds of the weights that it started from."""
+    return {f"ema_{rate}": share for rate, share in zip(loop.ema_rate, loop.averages.initial_weight)}
 
 
 def file_of(role: str) -> str:
@@ -74,7 +79,9 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     for name, owner in {"model": loop.trainer, **loop.moving, **others}.items():
         owner.load_master_params(params(name, owner))
     for rate in loop.ema_rate:
-        loop.averages.load(rate.name, params(f"ema_{rate}", loop.trainer))
+        name = f"ema_{rate}"
+        share = averages.initial_weight(checkpoint, name)
+        loop.averages.load(rate.name, params(name, loop.trainer), 0.0 if share is None else share)
     for role, network in loop.trained.items():
         network.opt.load_state_dict(load_part(file_of(role), checkpoint, verify))
     rest = load_part("trainer", checkpoint, verify)

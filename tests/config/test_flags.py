@@ -37,6 +37,8 @@ SEARCH = (TernarySearchConfig, *SAMPLE)
 # (script, flag): why its default is not the original's.
 CHANGED = {
     ("edm_train.py", "schedule_sampler"): "uniform drew indices as noise levels and crashed; lognormal is EDM's law",
+    ("image_sample.py", "sampler"): "heun blurs the images of consistency models; the default follows the checkpoint",
+    ("ternary_search.py", "sampler"): "that of image_sample.py",
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from cm.data.augment import AugmentBatch, AugmentPipe
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
 
@@ -18,11 +19,11 @@ def alone(own):
     return [own]
 
 
-def stream_of(rank=0, world_size=1, start=0, data_dir="digits", n=20, gather=alone, **options):
+def stream_of(rank=0, world_size=1, start=0, data_dir="digits", n=20, gather=alone, augment=None, **options):
     options = {"class_cond": True, "seed": 3, "num_workers": 0, **options}
     stream = load_data(data_dir=data_dir, batch_size=len(range(rank, B, world_size)), global_batch=B, image_size=SIZE,
                        rank=rank, world_size=world_size, start=start, **options)
-    return stream, with_references(stream, n, start, rank, world_size, gather)
+    return stream, with_references(stream, n, start, rank, world_size, gather, augment)
 
 
 def take(stream, steps):
@@ -57,6 +58,24 @@ def test_before_the_first_step_they_are_real_images_too(whole):
     for image, label in zip(first.images, first.cond["y"].tolist()):
         pixels = image.permute(1, 2, 0).numpy()
         assert known.get(pixels.tobytes(), known.get(np.ascontiguousarray(pixels[:, ::-1]).tobytes())) == label
+
+
+def test_references_pass_through_the_augmentation_of_the_batch():
+    """Those of a step are what training saw before, transform for transform; a run that starts later has the same."""
+    augment = AugmentBatch(AugmentPipe(0.5), 7, th.device("cpu"))
+    batches = take(stream_of(augment=augment)[1], 5)
+    plain = take(stream_of()[0], 5)
+    for batch, raw in zip(batches, plain):                          # the batch itself is transformed once
+        shown = augment(raw)
+        assert th.equal(batch.images, shown.images)
+        assert th.equal(batch.cond["augment_labels"], shown.cond["augment_labels"])
+    last = batches[4].references                                    # positions 20..39
+    for name in ("augment_labels", "y"):
+        assert th.equal(last.cond[name], th.cat([batch.cond[name] for batch in batches])[20:])
+    assert th.equal(last.images, th.cat([batch.images for batch in batches])[20:])
+    later = take(stream_of(start=4 * B, augment=augment)[1], 1)[0]
+    assert th.equal(later.references.cond["augment_labels"], last.cond["augment_labels"])
+    th.testing.assert_close(later.references.images, last.images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -1,16 +1,21 @@
 """Consistency training and distillation on data whose consistency function is known."""
 
 import math
+from functools import partial
 
 import pytest
 import torch as th
 from torch import nn
 
+from cm.config.flags import defaults_of
+from cm.config.schema import ConsistencyConfig
+from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.distances import l1, l2
 from cm.objectives.ect import ECT
 from cm.objectives.ict import ICT
 from cm.objectives.pairs import ShrinkingPairs
+from cm.objectives.paths import TEACHER_SOLVERS
 from cm.samplers.network_guidance import Guidance, NetworkGuidedDenoiser
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, Scripted, stored
@@ -33,7 +38,10 @@ def test_the_loss_of_the_exact_consistency_function(kind, name, i):
     assert terms.sigma.item() == pair[0]
 
 
-@pytest.mark.parametrize("kind, order", [(ConsistencyTraining, 1), (ConsistencyDistillation, 3)])
+@pytest.mark.parametrize("kind, order", [
+    (ConsistencyTraining, 1), (ConsistencyDistillation, 3),
+    (partial(ConsistencyDistillation, teacher_solver="euler"), 2),
+])
 def test_the_loss_of_the_exact_function_falls_with_the_step(kind, order):
     bed, roots = Gaussian(0.3, 0.5), []
     batch, noise = orthonormal(bed, 1)
@@ -43,6 +51,15 @@ def test_the_loss_of_the_exact_function_falls_with_the_step(kind, order):
         nets = nets_of(bed.f, teacher=bed.D)
         roots.append(objective(nets, batch, 0, Scripted(noise, th.tensor([0]))).loss.sqrt().item())
     assert math.log2(roots[0] / roots[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_the_teachers_solver_is_a_flag():
+    values = {**defaults_of(ConsistencyConfig), "total_training_steps": 10}
+    diffusion = KarrasDenoiser(loss_norm="l2", distillation=True)
+    for name in TEACHER_SOLVERS:
+        made = ConsistencyDistillation.from_flags(diffusion, values | {"teacher_solver": name})
+        assert made.teacher_solver == name
+    assert set(ConsistencyConfig.__dataclass_fields__["teacher_solver"].metadata["choices"]) == set(TEACHER_SOLVERS)
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,11 @@ def test_stages_end_in_one_step_that_does_all_the_steps_of_the_first_teacher():
     for t, r in zip(fine, fine[1:]):
         x = Euler().step(bed.D, x, t[None], r[None], None)
     th.testing.assert_close(once, x, rtol=1e-8, atol=1e-8)
+
+
+def test_stages_that_do_not_halve_exactly_are_announced(capsys):
+    for first, stages in ((8, None), (7, "7, 3, 2, 1 steps"), (6, "6, 3, 2, 1 steps")):
+        objective = ProgressiveDistillation(lambda step, first=first: (0.0, first), levels, plain, l2)
+        objective.check(10)
+        told = "".join(capsys.readouterr())
+        assert (stages in told and "8 or 4 halve exactly" in told) if stages else not told

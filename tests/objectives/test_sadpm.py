@@ -8,6 +8,7 @@ from torch import nn
 
 from cm.diffusion import ddpm_schedule
 from cm.diffusion.noise_sampling import DDPMSampler, LogNormalSampler
+from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives.edm import EDM
 from cm.objectives.sadpm import SADPM
@@ -85,6 +86,18 @@ def test_one_step_scales_ddpms_loss():
         run(ddpm(num_consecutive_steps=1, sa_lambda=weight), nets_of(net), x0).loss for weight in (0.0, 0.35)
     )
     th.testing.assert_close(scaled, 1.35 * plain, rtol=1e-12, atol=0)
+
+
+def test_no_steps_stand_for_ddpms_loss_as_in_the_authors_commands():
+    made = [SADPM.of(KarrasDenoiser(loss_norm="l2", precond="ddpm"), LogNormalSampler(),
+                     {"num_consecutive_steps": K, "sa_lambda": 0.0}) for K in (0, 1)]
+    batch = Batch(th.randn(4, 3, 4, 4), {}, th.arange(4))
+    first, second = (each(Networks(lambda x, sigma: 0.5 * x, None), batch, 0, SampleStreams(0, batch.positions))
+                     for each in made)
+    assert th.equal(first.loss, second.loss)
+    with pytest.raises(UserError, match="--num_consecutive_steps 0 leaves nothing to sum, but --sa_lambda 0.2"):
+        SADPM.of(KarrasDenoiser(loss_norm="l2", precond="ddpm"), LogNormalSampler(),
+                 {"num_consecutive_steps": 0, "sa_lambda": 0.2})
 
 
 def test_every_noisy_image_has_the_alpha_bar_of_the_timestep_that_is_told():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 
@@ -31,6 +32,22 @@ def test_the_levels_are_those_of_evenly_spaced_timesteps():
     assert cut[0] <= 80 < levels[int(ddpm_schedule.timestep_of(cut[:1])) + 1] and cut[-1] == levels[0]
     with pytest.raises(UserError, match="--steps 3: only 1 of the 1000 timesteps .* 0.01 and sigma_max 0.012"):
         timestep_grid(3, 0.01, 0.012)
+
+
+def test_the_timesteps_of_the_published_code():
+    """For 10 of 1000 steps: range(0, 1000, 100), and int(linspace(0, sqrt(800), 10)^2)."""
+    def told(spacing, steps=10):
+        return ddpm_schedule.timestep_of(timestep_grid(steps, *ALL, spacing)).tolist()
+
+    assert told("uniform") == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert told("quad") == [int(step) for step in np.linspace(0, np.sqrt(800), 10) ** 2][::-1]
+    assert told("quad", 2) == [800, 0] or told("quad", 2) == [799, 0]
+    grid = DDIM(spacing="uniform").grid(10, *ALL, 7.0)
+    assert len(grid) == 11 and grid[0] == ddpm_schedule.sigmas()[900] and grid[-1] == 0
+    with pytest.raises(UserError, match="--spacing quad names some of the 1000 timesteps twice"):
+        timestep_grid(500, *ALL, "quad")
+    with pytest.raises(ValueError, match="spacing"):
+        DDIM(spacing="cosine")
 
 
 def test_a_network_of_ddpm_is_told_whole_timesteps():

@@ -23,9 +23,12 @@ from support.mpi import clean_environment, start
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = str(ROOT / "scripts" / "launch.sh")
-# Those of the published files; for CIFAR-10 that of this U-Net, of EDM's DDPM++ and NCSN++, and of DDPM's network.
-PARAMETERS = {"imagenet64": 295_899_267, "bedroom256": 526_304_771, "cat256": 526_304_771, "cifar10": 57_117_955,
-              "cdm_cifar10": 55_733_891, "stf_cifar10": 56_397_827, "sadpm_cifar10": 35_746_307}
+# Those of the published files; for CIFAR-10 those of EDM's NCSN++ and DDPM++, with augmentation labels where it has
+# them, and of DDPM's network.
+PARAMETERS = {"imagenet64": 295_899_267, "bedroom256": 526_304_771, "cat256": 526_304_771, "cifar10": 56_395_523,
+              "cdm_cifar10": 55_733_891, "stf_cifar10": 56_397_827, "sadpm_cifar10": 35_746_307,
+              "cdm_ffhq64": 61_805_571, "cdm_afhqv2": 61_805_571, "sadpm_celeba64": 78_700_803,
+              "sadpm_ffhq64": 78_700_803, "sadpm_afhqv2": 78_700_803}
 
 # Consistency Models (arXiv 2303.01469), table 3; the lr of ct_bedroom256 is the preset's own choice.
 COMMON = {"dropout": 0.0, "weight_schedule": "uniform", "optimizer": "radam", "weight_decay": 0.0, "lr_anneal_steps": 0}
@@ -39,8 +42,13 @@ DENOISERS = {
     "cdm_cifar10": EDM_RUN | {"objective": "cdm", "arch": "ddpmpp", "martingale_lambda": 10, "martingale_steps": 6},
     "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "num_references": 4096},
     "sadpm_cifar10": {"objective": "sadpm", "precond": "ddpm", "arch": "unet", "optimizer": "adam", "lr": 2e-4,
-                      "global_batch_size": 128, "num_consecutive_steps": 2, "sa_lambda": 0.2},
+                      "global_batch_size": 128, "num_consecutive_steps": 2, "sa_lambda": 0.2, "grad_clip": 1.0},
 }
+for data, dropout in (("ffhq64", 0.05), ("afhqv2", 0.25)):
+    DENOISERS[f"cdm_{data}"] = DENOISERS["cdm_cifar10"] | {
+        "lr": 2e-4, "global_batch_size": 256, "augment": 0.15, "dropout": dropout}
+for data, sa_lambda in (("celeba64", 1.0), ("ffhq64", 0.5), ("afhqv2", 0.2)):
+    DENOISERS[f"sadpm_{data}"] = DENOISERS["sadpm_cifar10"] | {"sa_lambda": sa_lambda, "image_size": 64}
 TABLE_3 = {
     "cd_cifar10": CD | {"lr": 4e-4, "global_batch_size": 512, "start_ema": 0.0, "start_scales": 18, "use_fp16": False,
                         "total_training_steps": 800_000},
@@ -129,9 +137,9 @@ def test_a_recipe_resolves(dry_run, name):
     resolved = dry_run(name)
     model = re.sub("^(heun|ito|ddim|onestep|multistep|search)_", "", name)
     kind, data, *_ = model.split("_")
-    if name == model or model not in DENOISERS:                     # whose checkpoints alone know their networks
+    if name == model:                                               # samplers take the checkpoint's own network
         network = {key: resolved[key] for key in model_flags() if key not in ("dropout", "num_classes")}
-        assert parameters(tuple(network.items())) == PARAMETERS.get(model, PARAMETERS[data])
+        assert parameters(tuple(network.items())) == PARAMETERS.get(model, PARAMETERS.get(data))
     assert resolved["log_dir"] == f"runs/{name}"
     if name == model:
         assert (TABLE_3 | DENOISERS).get(name, {}).items() <= resolved.items()
@@ -181,6 +189,21 @@ def test_an_unknown_name_lists_the_choices():
     done = launch("cd_imagenet")
     assert done.returncode == 2 and "'cd_imagenet'" in done.stderr
     assert all(name in done.stderr for name in NAMES)
+
+
+def test_sampling_presets_hold_sampling_flags_only():
+    """Else they would contradict checkpoints that know their networks, such as conditional ones."""
+    free = {"use_fp16"}                                             # each run chooses its own
+    for path in (ROOT / "configs").glob("*/sample_*.yaml"):
+        assert not yaml.safe_load(path.read_text()).keys() & ({*model_flags()} - free), path
+
+
+def test_runs_serve_where_a_published_file_is_missing(tmp_path):
+    (tmp_path / "edm_cifar10").mkdir()
+    words = command_of("cd_cifar10", RUNS=str(tmp_path), MODELS=str(tmp_path / "m"))
+    assert words[words.index("--teacher_model_path") + 1] == f"{tmp_path}/edm_cifar10"
+    words = command_of("onestep_cd_cifar10", RUNS=str(tmp_path), MODELS="m")
+    assert words[words.index("--model_path") + 1] == "m/cd_cifar10.pt"
 
 
 def test_folders_ranks_and_flags_of_the_user():

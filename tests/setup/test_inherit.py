@@ -1,8 +1,10 @@
 """What commands take from the file of weights that a flag names."""
 
 import pytest
+import torch as th
 
 from cm.checkpoints import manifest
+from cm.checkpoints.formats import safetensor_files
 from cm.errors import UserError
 from cm.setup.inherit import weights_in
 from support.nets import plain_state_dict
@@ -12,7 +14,8 @@ CONFIG = {**TINY, "training_mode": "edm"}
 
 
 def save(folder, step=10, names=("model", "ema_0.9"), config=CONFIG):
-    return manifest.save(str(folder), step, {name: plain_state_dict(tiny()) for name in names}, config, 40)
+    weights = {name: plain_state_dict(tiny()) for name in names}
+    return manifest.save(str(folder), step, weights, config, 40, initial_weight={"ema_0.9": 0.0})
 
 
 def test_a_damaged_file_of_weights_is_refused_unless_it_is_not_verified(tmp_path):
@@ -47,3 +50,23 @@ def test_a_best_that_points_out_of_the_folder_is_not_followed(tmp_path):
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="--model_path .* is a folder without a complete checkpoint"):
         weights_in(str(tmp_path), "model_path")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_networks_lose_their_prefix(prefix, tmp_path, capsys):
+    """Of DDP and torch.compile, in a file without a manifest."""
+    weights = plain_state_dict(tiny())
+    th.save({prefix + name: value for name, value in weights.items()}, tmp_path / "mine.pt")
+    flags = ("--image_size", 8, "--num_head_channels", 16, "--training_mode", "edm")
+    taken = adopt(tmp_path / "mine.pt", *flags)[1].take()
+    assert all(th.equal(taken[name], value) for name, value in weights.items())
+    told = capsys.readouterr()
+    assert "the names of the weights begin with" in told.out + told.err
+
+
+def test_bare_safetensors(tmp_path):
+    weights = plain_state_dict(tiny())
+    safetensor_files.write(str(tmp_path / "mine.safetensors"), weights)
+    flags = ("--image_size", 8, "--num_head_channels", 16, "--training_mode", "edm")
+    taken = adopt(tmp_path / "mine.safetensors", *flags)[1].take()
+    assert all(th.equal(taken[name], value) for name, value in weights.items())

@@ -4,7 +4,8 @@ from support.training import network
 
 CASES = {
     "edm": {"lr_anneal_steps": 9, "weight_decay": 0.1},
-    "consistency_training": {"mode": "consistency_training", "use_fp16": True, "optimizer": "adamw"},
+    "consistency_training": {"mode": "consistency_training", "use_fp16": True, "optimizer": "adamw",
+                             "grad_clip": 0.01},
     "progdist": {"mode": "progdist", "use_fp16": True},
 }
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from cm.config.schema import TrainConfig
 from cm.data.loader import load_data
 from cm.data.sources import open_source
 from cm.generate.engine import SamplingPlan, draw
@@ -13,6 +14,8 @@ from cm.objectives.curricula import ema_and_scales
 from cm.samplers.sample import SampleOptions
 from cm.script_util import create_model
 from cm.train_util import CMTrainLoop, TrainLoop
+from cm.training.ema import EMA
+from cm.training.loop import as_batch
 from evaluations.metrics.frechet import Moments, frechet_distance
 
 BATCH = 64
@@ -93,3 +96,28 @@ def test_distillation_beats_its_start_and_training_alone(tmp_path):
     assert trained < 0.5 * untrained
     assert distilled < 0.6 * start
     assert distilled < alone
+
+
+def test_the_averages_of_a_short_run_show_beginnings_of_images(tmp_path):
+    """60 steps at 0.999, as the scripts average, against the original's averages, which still hold the noise of the
+    start, and against a network that was never trained.
+    """
+    logger.configure(str(tmp_path / "short"), format_strs=["csv"])
+    model, diffusion = network(), KarrasDenoiser(loss_norm="l2")
+    training = TrainLoop(
+        model=model, diffusion=diffusion, data=digits, batch_size=BATCH, lr=2e-3, ema_rate="0.999", log_interval=50,
+        save_interval=10_000, total_training_steps=60, ema_rampup_ratio=TrainConfig.ema_rampup_ratio,
+    )
+    original = EMA(training.trainer.master_params, ["0.999"])
+    untrained = distance(model, diffusion, sampler="euler", steps=6)
+    for _ in range(60):
+        training.run_step(as_batch(next(training.data), training.images_seen, 0, 1))
+        original.update([0.999])
+    found = []
+    for average in (training.ema_params[0], original.local[0]):
+        training.trainer.load_master_params(average)
+        found.append(distance(model, diffusion, sampler="euler", steps=6))
+    print(f"untrained {untrained:.2f}; with warm-up {found[0]:.2f}, without {found[1]:.2f}")
+    assert found[0] < 0.5 * untrained
+    assert found[1] > 0.8 * untrained
+    assert training.averages.initial_weight == [0] and original.initial_weight[0] > 0.9

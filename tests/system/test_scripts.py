@@ -84,14 +84,17 @@ def test_any_number_of_ranks_gives_the_same_curve(teacher, tmp_path, ranks):
 
 
 def test_consistency_training_gives_the_same_curve_on_any_ranks(tmp_path):
+    """With gradients that are clipped to their norm over all ranks and microbatches."""
     curves = []
-    for ranks in (1, 2):
+    for ranks, microbatch in ((1, 4), (2, -1)):
         script("scripts/cm_train.py", *NETWORK, *TRAIN, "--training_mode", "consistency_training", "--loss_norm", "l2",
                "--global_batch_size", 8, "--total_training_steps", 4, "--weight_schedule", "uniform",
                "--target_ema_mode", "adaptive", "--start_ema", 0.9,
                "--scale_mode", "progressive", "--start_scales", 2, "--end_scales", 8,
-               "--log_dir", tmp_path / str(ranks), ranks=ranks)
+               "--log_dir", tmp_path / str(ranks), "--grad_clip", 0.01, "--microbatch", microbatch, ranks=ranks)
         curves.append(losses(tmp_path / str(ranks)))
+        clipped = (tmp_path / str(ranks) / "progress.csv").read_text().splitlines()
+        assert clipped[-1].split(",")[clipped[0].split(",").index("clipped_grad_norm")] == "0.01"
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import averages, manifest
 from cm.errors import UserError
 from cm.logging import logger
 from cm.training.ema_rates import EmaRate, parse_rates
@@ -28,8 +28,53 @@ def test_decay_against_its_definition():
     assert ramped.decay(0, 512) == 0                                        # the first step copies
     for seen in (512, 10_240, 9_999_999, 10_000_000, 90_000_000):
         assert ramped.decay(seen, 512) == 0.5 ** (512 / min(500_000, 0.05 * seen))
-    assert parse_rates("0.9999, 0", 0.05)[0].decay(0, 512) == 0.9999
+    for seen in (512, 10_240, 70_000_000, 71_000_000):
+        assert parse_rates("0.9999", 0.05)[0].decay(seen, 512) == min(0.9999, 0.5 ** (512 / (0.05 * seen)))
     assert parse_rates("0.9999, 0", 0.05)[1].decay(7, 512) == 0
+    assert parse_rates("0.9999", 0)[0].decay(0, 512) == 0.9999              # the original's
+
+
+def weights_of_iterates(rate, ratio, steps, batch=2048):
+    """The weight of the initial weights, and the effective number of iterates in an average, 1 / sum w^2."""
+    own, kept, squares, step, last = EmaRate(rate, ratio), 1.0, 0.0, 0, float(rate)
+    while step < steps and (decay := own.decay(step * batch, batch)) < last:
+        kept, squares, step = kept * decay, squares * decay**2 + (1 - decay) ** 2, step + 1
+    rest = last ** (steps - step)                                           # the warm-up is over
+    kept, squares = kept * rest, squares * rest**2 + (1 - last) ** 2 * (1 - rest**2) / (1 - last**2)
+    return kept, 1 / (squares + kept**2)
+
+
+@pytest.mark.parametrize("rate, steps", [
+    ("0.999", 600_000), ("0.9999", 600_000), ("0.9999432189950708", 600_000), ("0.9999", 800_000), ("0.99929", 400_000),
+])
+def test_published_runs_of_full_length_have_the_averages_of_runs_without_warm_up(rate, steps):
+    """The initial weights are gone either way, and the average is as long: it differs by less than 1e-6."""
+    kept, length = weights_of_iterates(rate, 0.05, steps)
+    plain_kept, plain_length = weights_of_iterates(rate, 0, steps)
+    assert kept == 0 and plain_kept < 1e-14
+    assert length == pytest.approx(plain_length, rel=1e-6)
+    assert plain_length == pytest.approx((1 + float(rate)) / (1 - float(rate)), rel=1e-6)       # the closed form
+
+
+def test_a_short_run_has_an_average_of_its_own_last_steps():
+    """868 steps at 0.999: 42 % of the initial weights without a warm-up, none with it."""
+    assert weights_of_iterates("0.999", 0, 868)[0] == pytest.approx(0.999**868, rel=1e-9)
+    kept, length = weights_of_iterates("0.999", 0.05, 868)
+    assert kept == 0 and 100 < length < 200
+
+
+def test_the_loop_records_the_share_of_the_initial_weights(images, tmp_path):
+    """Without and with warm-up, over a restart; the first step copies."""
+    for ratio, expected in ((0.0, 0.9**3), (0.05, 0.0)):
+        folder = tmp_path / str(ratio)
+        run(images, folder, 2, ema_rate="0.9", ema_rampup_ratio=ratio)
+        training = run(images, folder, 3, ema_rate="0.9", ema_rampup_ratio=ratio)
+        assert training.averages.initial_weight == pytest.approx([expected], rel=1e-12)
+        saved = manifest.newest(str(folder))
+        assert saved.initial_weight == {"ema_0.9": training.averages.initial_weight[0]}
+        assert averages.is_immature(saved, "ema_0.9") == (ratio == 0)
+    training.averages.restart()
+    assert training.averages.initial_weight == [1]
 
 
 def test_the_loop_averages_by_half_life_and_names_its_files(images, tmp_path):

@@ -359,3 +359,45 @@ def test_precision_is_chosen_by_either_name():
         MixedPrecisionTrainer(model=nn.Linear(2, 2), precision="fp16")
     with pytest.raises(ValueError, match="unknown precision 'half'; choose one of: fp32, bf16, fp16"):
         MixedPrecisionTrainer(model=Toy(), precision="half")
+
+
+# --- clipping --------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """An optimizer that keeps the gradients that it was asked to step with."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def step(self):
+        self.grads = [p.grad.clone() for p in self.trainer.master_params]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_are_scaled_down_to_the_largest_norm_of_all_of_them(precision):
+    """Unscaled, in two microbatches; a gradient below the limit keeps its bits."""
+    def grads(**options):
+        model, trainer = trainer_of(precision, **options)
+        for part in X.split(2):
+            trainer.backward(loss_of(model, trainer, part) / 2)
+        report = trainer.optimize(kept := Kept(trainer))
+        return kept.grads, report.logs()
+
+    free, logs = grads()
+    norm = th.cat([grad.flatten() for grad in free]).norm().item()
+    assert logs["grad_norm"] == pytest.approx(norm, rel=1e-6) and "clipped_grad_norm" not in logs
+    clipped, logs = grads(grad_clip=norm / 3)
+    assert logs["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert logs["clipped_grad_norm"] == pytest.approx(norm / 3, rel=1e-6)
+    for ours, whole in zip(clipped, free):
+        th.testing.assert_close(ours, whole / 3, rtol=1e-5, atol=1e-8)
+    untouched, logs = grads(grad_clip=2 * norm)
+    assert all(th.equal(a, b) for a, b in zip(untouched, free)) and logs["clipped_grad_norm"] == logs["grad_norm"]
+
+
+def test_a_gradient_of_zero_is_not_clipped():
+    model, trainer = trainer_of("fp32", grad_clip=1.0)
+    trainer.backward(0 * loss_of(model, trainer))
+    trainer.optimize(kept := Kept(trainer))
+    assert all((grad == 0).all() for grad in kept.grads)

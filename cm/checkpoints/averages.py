@@ -1,0 +1,57 @@
+"""How much of the weights that a run started from its weight averages still hold, and which file to take instead.
+
+An average of rate r without warm-up holds r^k of them after k steps: at 0.9999 after 868 steps 92 %, which is noise if
+the run began with random weights.
+"""
+
+from __future__ import annotations
+
+from cm.checkpoints.manifest import Checkpoint, parse_name
+
+TOO_MUCH = 0.05
+"""The share of the initial weights above which whoever samples an average is warned."""
+HALF_LIFE = "kimg"                                          # the end of a half-life's name, as in ema_500kimg
+
+
+def initial_weight(checkpoint: Checkpoint, name: str) -> float | None:
+    """The share of the initial weights in an average such as "ema_0.9999"; None where it is not known.
+
+    Older manifests do not record it. Their runs had no warm-up of decay rates, and progressive distillation restarted
+    its averages at steps that are not known any more.
+    """
+    if name in checkpoint.initial_weight:
+        return checkpoint.initial_weight[name]
+    if not name.startswith("ema_") or checkpoint.config.get("training_mode") == "progdist":
+        return None
+    rate = name.removeprefix("ema_")
+    if not rate.endswith(HALF_LIFE):
+        return float(rate) ** checkpoint.step
+    if checkpoint.config.get("ema_rampup_ratio") and checkpoint.step:
+        return 0.0                                          # the first step copied the weights
+    return 0.5 ** (checkpoint.images_seen / (1000 * float(rate.removesuffix(HALF_LIFE))))
+
+
+def is_immature(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether an average is known to hold more than `TOO_MUCH` of the initial weights."""
+    return (initial_weight(checkpoint, name) or 0.0) > TOO_MUCH
+
+
+def best_name(checkpoint: Checkpoint) -> str:
+    """What of a checkpoint to sample: its first average that holds little of the initial weights, else the model."""
+    averages = [name for name in checkpoint.names() if name.startswith("ema_")]
+    fit = [name for name in averages if not is_immature(checkpoint, name)]
+    if fit or "model" in checkpoint.names() or not averages:
+        return fit[0] if fit else "model"
+    return min(averages, key=lambda name: initial_weight(checkpoint, name) or 0.0)
+
+
+def warning(checkpoint: Checkpoint, path: str) -> str:
+    """What to say to whoever samples a file of the checkpoint; empty if there is nothing wrong with it."""
+    parsed = parse_name(path)
+    if parsed is None or not is_immature(checkpoint, parsed[0]):
+        return ""
+    other = best_name(checkpoint)
+    remedy = "train for longer" if other == parsed[0] else f"take {checkpoint.path(other)}"
+    share = initial_weight(checkpoint, parsed[0])
+    return (f"{path} still holds {share:.0%} of the weights that the run started from, so its images may be no better "
+            f"than theirs: {remedy}")

@@ -1,0 +1,61 @@
+"""torchrun's restarts (--max-restarts): the number of the attempt, and no second attempt at a mistake of the user's.
+
+torchrun starts all ranks again whatever ended them. A wrong flag or a missing file ends the next attempt as it ended
+the first, so it leaves a note on its machine, for attempts of the same torchrun alone, and they end at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+NOTE_BYTES = 2**16
+
+
+def attempt(env: Mapping[str, str] = os.environ) -> int:
+    """How many attempts torchrun has made before this one; 0 under another launcher."""
+    count = env.get("TORCHELASTIC_RESTART_COUNT", "")
+    return int(count) if count.isascii() and count.isdigit() else 0
+
+
+def leave_note(text: str, env: Mapping[str, str] = os.environ) -> None:
+    """Tell the attempts that torchrun still makes that a mistake of the user's ended this one; never raises.
+
+    :param text: what the mistake was.
+    """
+    allowed = env.get("TORCHELASTIC_MAX_RESTARTS", "")
+    if not (allowed.isascii() and allowed.isdigit() and attempt(env) < int(allowed)):
+        return
+    with contextlib.suppress(OSError):                      # one rank is first, and that is enough
+        handle = os.open(_note(env), os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        with os.fdopen(handle, "w", errors="replace") as file:
+            file.write(text[:NOTE_BYTES])
+
+
+def note(env: Mapping[str, str] = os.environ) -> str | None:
+    """What ended an earlier attempt of this torchrun, if it was a mistake of the user's."""
+    if not attempt(env):
+        return None
+    path = _note(env)
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with os.fdopen(handle, errors="replace") as file:
+            ours = os.fstat(file.fileno()).st_uid == os.getuid()
+            return file.read(NOTE_BYTES) if ours else None
+    except (OSError, AttributeError):                       # Windows knows no users
+        return None
+
+
+def _note(env: Mapping[str, str]) -> Path:
+    """The same for every rank of one torchrun on this machine, and for no other torchrun."""
+    try:
+        started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    about = (env.get("TORCHELASTIC_RUN_ID", ""), str(os.getppid()), started, str(getattr(os, "getuid", int)()))
+    name = hashlib.sha256("\0".join(about).encode()).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"consistency-toolkit-{name}.mistake"
