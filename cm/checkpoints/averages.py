@@ -6,6 +6,8 @@ the run began with random weights.
 
 from __future__ import annotations
 
+import re
+
 from cm.checkpoints.manifest import Checkpoint, parse_name
 
 TOO_MUCH = 0.05
@@ -24,6 +26,8 @@ def initial_weight(checkpoint: Checkpoint, name: str) -> float | None:
     if not name.startswith("ema_") or checkpoint.config.get("training_mode") == "progdist":
         return None
     rate = name.removeprefix("ema_")
+    if not re.fullmatch(r"[\d.e-]+(kimg)?", rate):          # a power function, which copied the weights at its start
+        return 0.0
     if not rate.endswith(HALF_LIFE):
         return float(rate) ** checkpoint.step
     if checkpoint.config.get("ema_rampup_ratio") and checkpoint.step:

@@ -51,3 +51,9 @@ def test_shares_of_manifests_that_do_not_record_them(tmp_path):
     assert averages.initial_weight(staged, "ema_0.9999") is None
     assert not averages.is_immature(staged, "ema_0.9999")
     assert manifest.read(old.manifest) == old
+
+
+def test_a_power_function_copied_the_weights_at_its_start(tmp_path):
+    checkpoint = save(tmp_path, 5, ["model", "ema_power0.05"], {})
+    assert averages.initial_weight(checkpoint, "ema_power0.05") == 0
+    assert averages.best_name(checkpoint) == "ema_power0.05"
