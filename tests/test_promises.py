@@ -18,6 +18,7 @@ TABLE = "tests/data/promises.tsv"
 NOT_LISTED = {"docs/README.md", "docs/choosing.md", "docs/performance.md"}
 PAGES = sorted({"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "configs/README.md", "datasets/README.md"}
                | {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - NOT_LISTED)
+
 with (ROOT / TABLE).open(encoding="utf-8", newline="") as file:
     ROWS = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 QUOTES = sorted({(row["page"], row["quote"]) for row in ROWS})
@@ -49,7 +50,7 @@ def sections(name: str) -> list[tuple[str, str]]:
 
 
 def marks_of_all(node: ast.AST) -> set[str]:
-    """The marks in an expression, and `cuda` in a condition; what stands in a pytest.param concerns one case of many."""
+    """The marks in an expression, and `cuda` in a condition; those of a pytest.param concern one case of many."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.param":
         return set()
     own = {node.attr} if isinstance(node, ast.Attribute) else set()
