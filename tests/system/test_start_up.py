@@ -122,6 +122,11 @@ def test_help_and_mistakes_need_no_torch(command):
     assert "unrecognized arguments: --batch_sise" in done.stderr
 
 
+def test_every_script_is_asked():
+    scripts = {f"scripts/{path.stem}" for path in (ROOT / "scripts").glob("*.py")}
+    assert {name for name in REQUIRED if name.startswith("scripts/")} == scripts
+
+
 def test_a_misspelt_flag_of_a_subcommand_gets_a_suggestion():
     done = without_torch("evaluations/fid", "calc", "--images", "a", "--ref", "b", "--nmu", "3")
     assert done.rc == 2 and "--nmu 3. Did you mean --num?" in done.stderr, done
