@@ -29,13 +29,14 @@ def test_every_command_of_the_page_is_installed():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make, which README.md asks for")
 def test_what_make_runs():
-    def plan(target: str) -> str:
-        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    def plan(*words: str) -> str:
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert plan("demo-clean").strip() == "rm -rf runs/demo"
     assert "scripts/demo.py --ranks 2 --out runs/demo" in plan("demo")
+    assert "--require-hashes --requirement requirements.lock" in plan("-B", "install", "LOCKED=1")
     suite = plan("test")
     assert "ruff check ." in suite and re.search(r"-m pytest -n 2 --dist loadfile --durations 10$", suite, re.MULTILINE)
     assert "soak.py --minutes 10" in plan("soak") and "pytest -m slow" in plan("test-slow")
