@@ -95,6 +95,19 @@ def test_every_package_says_its_job():
         assert (folder / "__init__.py").exists(), folder
 
 
+def test_every_module_says_its_job():
+    silent = [str(path.relative_to(ROOT)) for path in SOURCES if not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not silent, f"no docstring whose first line says the job: {silent}"
+
+
+@pytest.mark.parametrize("loop, package, known", [
+    ("cm/training/loop.py", "cm.objectives.", {"cm.objectives.base"}),
+    ("cm/samplers/integrate.py", "cm.samplers.", set()),
+])
+def test_the_loops_know_no_method(loop, package, known):
+    assert {name.rpartition(".")[0] for name in imported(ROOT / loop) if name.startswith(package)} <= known
+
+
 def test_only_the_rendezvous_imports_mpi():
     for path in [*SOURCES, *(ROOT / "scripts").rglob("*.py")]:
         if path != ROOT / "cm/distributed/rendezvous.py":

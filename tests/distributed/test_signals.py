@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -91,6 +92,21 @@ def test_stops_and_starts_leave_no_trace_in_the_result(tmp_path):
     assert files_of(stopped, STEPS) == files_of(straight, STEPS) and len(files_of(straight, STEPS)) == 4
     assert (losses(stopped) == losses(straight)).all()
     assert json.loads((stopped / "status.json").read_text()) == {"finished": True, "step": STEPS, "of": STEPS}
+
+
+def test_a_loader_process_outlives_the_signal_for_as_long_as_the_page_says():
+    """In a process of its own: SIGTERM starts a clock, which ends it with SIGALRM."""
+    assert f"to all processes of a job for {signals.LOADER_S} seconds" in (ROOT / "docs/runs.md").read_text()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import os, signal, time
+        from cm.distributed import signals
+        signals.LOADER_S = 1
+        signals.outlive_the_signal()
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("goes on", flush=True)
+        time.sleep(30)
+    """)], env=clean_environment(QUIET), capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGALRM and done.stdout == "goes on\n", done
 
 
 def test_a_signal_during_the_imports_is_not_lost(tmp_path):

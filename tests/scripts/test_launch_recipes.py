@@ -161,6 +161,10 @@ def test_every_published_model_can_be_trained_and_sampled():
     assert {*PUBLISHED, *sampled, *TWO_STEPS} <= set(NAMES) and len(NAMES) == len(set(NAMES))
 
 
+def test_the_page_counts_the_recipes():
+    assert f"lists {len(NAMES)} recipes" in (ROOT / "README.md").read_text()
+
+
 def test_l2_and_lpips_differ_in_the_distance_alone(dry_run):
     for data in ("imagenet64", "bedroom256"):
         l2, lpips = dry_run(f"cd_{data}_l2"), dry_run(f"cd_{data}_lpips")

@@ -115,9 +115,16 @@ def without_torch(command, *args):
 def test_help_and_mistakes_need_no_torch(command):
     done = without_torch(command, "--help")
     assert done.rc == 0 and "usage:" in done.stdout and not done.stderr, done
+    configured = command.startswith("scripts/") and command not in ("scripts/demo", "scripts/report")
+    assert ("--config FILE" in done.stdout, "--dry_run" in done.stdout) == (configured, configured)
     done = without_torch(command, *REQUIRED[command], "--batch_sise", "3")
     assert done.rc == 2 and "Traceback" not in done.stderr, done
     assert "unrecognized arguments: --batch_sise" in done.stderr
+
+
+def test_every_script_is_asked():
+    scripts = {f"scripts/{path.stem}" for path in (ROOT / "scripts").glob("*.py")}
+    assert {name for name in REQUIRED if name.startswith("scripts/")} == scripts
 
 
 def test_a_misspelt_flag_of_a_subcommand_gets_a_suggestion():

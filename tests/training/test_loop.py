@@ -30,6 +30,12 @@ def test_microbatches_change_nothing_but_memory(images, tmp_path, microbatch):
         assert th.allclose(a, b, rtol=0, atol=2e-6)
 
 
+def test_dropout_masks_are_drawn_for_each_microbatch(images, tmp_path):
+    whole, parts = (run(images, tmp_path / str(size), 1, dropout=0.3, microbatch=size) for size in (-1, 2))
+    assert not all(th.allclose(a, b, rtol=0, atol=2e-6)
+                   for a, b in zip(whole.trainer.master_params, parts.trainer.master_params))
+
+
 UNEQUAL = """
     import sys
 

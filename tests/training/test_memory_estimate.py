@@ -75,6 +75,7 @@ def test_averages_on_the_host_leave_the_device():
     assert far.host == {"average 0.9": size, "average 0.99": size, "copy for the averages": size}
 
 
-def test_the_table_of_the_docs_is_what_the_command_prints():
-    rows = table("ImageNet-64")
+@pytest.mark.parametrize("name", ["ImageNet-64", pytest.param("LSUN-256", marks=pytest.mark.slow)])
+def test_the_table_of_the_docs_is_what_the_command_prints(name):
+    rows = table(name)
     assert len(rows) == 7 and set(rows) <= set((ROOT / "docs" / "memory.md").read_text().splitlines())

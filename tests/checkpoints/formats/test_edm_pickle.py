@@ -292,6 +292,7 @@ def test_flipped_bytes_are_at_worst_an_error(tmp_path):
     (pickle.dumps({"a": 1}), "holds no EDM network: it has no 'ema' with a 'model', only a"),
     (pickle.dumps([1]), "only list"),
     (pickle.dumps({"ema": 3}), "only ema"),
+    (pickle.dumps({"net": {}, "optimizer_state": {}}), "only net, optimizer_state"),   # a training-state file
     (b"hello", "is not read as an EDM pickle"),
 ])
 def test_other_pickles(content, message):

@@ -1,0 +1,57 @@
+"""Small facts that the pages state of other files: names, numbers and commands are those that are there."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cm.diffusion.schedules import karras_grid
+from cm.samplers import SAMPLERS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def text(name: str) -> str:
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+def commands_of_the_project() -> set[str]:
+    table = (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[1].split("\n[")[0]
+    return set(re.findall(r"^([\w-]+) = ", table, re.MULTILINE))
+
+
+def test_every_command_of_the_page_is_installed():
+    listed = text("README.md").split("gives the commands ")[1].split(" in any folder")[0]
+    assert set(re.findall(r"`(cm-[a-z]+)`", listed)) == commands_of_the_project()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make, which README.md asks for")
+def test_what_make_runs():
+    def plan(*words: str) -> str:
+        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert plan("demo-clean").strip() == "rm -rf runs/demo"
+    assert "scripts/demo.py --ranks 2 --out runs/demo" in plan("demo")
+    assert "--require-hashes --requirement requirements.lock" in plan("-B", "install", "LOCKED=1")
+    suite = plan("test")
+    assert "ruff check ." in suite and re.search(r"-m pytest -n 2 --dist loadfile --durations 10$", suite, re.MULTILINE)
+    assert "soak.py --minutes 10" in plan("soak") and "pytest -m slow" in plan("test-slow")
+    assert (ROOT / ".ci/run").read_text().endswith("make browser\nmake test\n")
+
+
+def test_every_sampler_has_a_row():
+    first = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/samplers.md").read_text(), re.MULTILINE)
+    assert {name for cell in first for name in re.findall(r"`(\w+)`", cell)} - {"--sampler"} == set(SAMPLERS)
+
+
+def test_the_second_level_of_two_steps():
+    assert f"index 24 is sigma {karras_grid(40, 0.002, 80.0, 7.0)[24]:.2f}" in text("docs/few-step.md")
+
+
+def test_every_folder_of_presets_has_a_row():
+    rows = re.findall(r"^\| `(\w+)/` \|", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
