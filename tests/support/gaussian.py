@@ -57,6 +57,14 @@ class Gaussian:
         """The consistency function: the flow to EPS."""
         return self.flow(x, sigma, EPS)
 
+    def flow_map(self, x: Tensor, sigma: Tensor, gap: Tensor) -> Tensor:
+        """y - s u, where u leads from y at s = sigma / (1 + sigma) to the flow's point at r = s - gap; D where r = s."""
+        s = sigma / (1 + sigma)
+        y, r = x * column(1 - s, x), s - gap
+        y_r = self.flow(x, sigma, r / (1 - r)) * column(1 - r, x)
+        jump = y - column(s, x) * (y - y_r) / column(gap.clamp(min=1e-300), x)
+        return jump.where(column(gap, x) > 0, self.D(x, sigma))
+
     @classmethod
     def stored(cls) -> Gaussian:
         return cls(stored("g_mu"), stored("g_s").item())
