@@ -60,6 +60,7 @@ def create_model(
     augment_dim: int = 0,
     channels: int = 3,
     null_class: bool = False,
+    second_time: bool = False,
 ) -> Network:
     """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
 
@@ -69,6 +70,7 @@ def create_model(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
         resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim, channels, null_class,
+        second_time,
     )
     model = build_network(config, UNetModel.of)
     if isinstance(model, UNetModel):
@@ -105,8 +107,9 @@ def create_model_and_diffusion(
     channels: int = 3,
     time_scale: float = 0.0,
     null_class: bool = False,
+    second_time: bool = False,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names; the last seven are the toolkit's own.
+    """Network and denoiser from flags, by guided-diffusion's names; the last eight are the toolkit's own.
 
     :param distillation: scale the network as a consistency function.
     :raises UserError: if the flags describe no network, naming the flag.
@@ -118,6 +121,7 @@ def create_model_and_diffusion(
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
         resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
         num_classes=num_classes, arch=arch, augment_dim=augment_dim, channels=channels, null_class=null_class,
+        second_time=second_time,
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,

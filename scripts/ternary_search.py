@@ -113,16 +113,16 @@ def check_flags(settings: Settings) -> None:
     :raises UserError: for flags that are missing, or make no sense for a search.
     """
     from cm.objectives import OBJECTIVES
-    from cm.setup.objective import kind_of_result
     from evaluations.engine.readers import BatchFile
 
     values = settings.values
     if not values["model_path"]:
         raise UserError("--model_path is missing: give a consistency model, such as runs/cd/ema_0.9999_600000.pt")
-    if not kind_of_result(values["training_mode"]).few_step:
+    fitting = [name for name, each in OBJECTIVES.items() if each.few_step and not each.second_time]
+    if values["training_mode"] not in fitting:
         raise UserError(
             f"--training_mode {values['training_mode']}: multistep schedules are for consistency models "
-            f"({', '.join(name for name, kind in OBJECTIVES.items() if kind.few_step)})"
+            f"({', '.join(fitting)})"
         )
     if not values["ref_batch"]:
         raise UserError("--ref_batch is missing: give an npz of reference images or statistics")

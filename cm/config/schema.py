@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from cm.config.flags import option
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
-                 "ito", "ablation")
+                 "ito", "ablation", "flowmap")
 OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
-TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect", "scd", "sct")
+TRAINING_MODES = ("edm", "consistency_distillation", "consistency_training", "progdist", "ict", "ect", "scd", "sct",
+                  "meanflow", "alphaflow")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ModelConfig:
     num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
     null_class: bool = option(
         False, "the network also has a label for no class, as classifier-free guidance needs; label_dropout sets it"
+    )
+    second_time: bool = option(
+        False, "the network also takes the time at which its step ends, as flow maps do; training_mode sets it"
     )
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(True, "unet: apply the time embedding as scale and shift; False: add it")
@@ -396,6 +400,20 @@ class FewStepConfig:
     )
     bin_weights: bool = option(
         False, "scd, sct: divide the loss by its running mean at the noise level, over all ranks"
+    )
+    r_mean: float = option(-4.0, "flow maps: mean of ln sigma where a step ends")
+    r_std: float = option(1.6, "flow maps: standard deviation of ln sigma where a step ends", minimum=0)
+    equal_share: float = option(
+        0.25, "flow maps: share of the samples whose step ends where it starts", minimum=0, maximum=1
+    )
+    adapt_p: float = option(0.75, "flow maps: the loss is divided by its own size to this power", minimum=0)
+    adapt_e: float = option(1e-3, "flow maps: number added to that size", minimum=0)
+    alpha_steps: int = option(
+        0, "alphaflow: steps over which alpha falls from 1 along a sigmoid; 0: the whole training", minimum=0
+    )
+    alpha_end: float = option(
+        0.005, "alphaflow: least alpha, the share of a step after which the target is evaluated", minimum=1e-6,
+        maximum=1,
     )
     stages: int = option(8, "pairs shrinking: number of stages", minimum=1)
     stage_steps: int = option(

@@ -87,6 +87,7 @@ class NetworkConfig:
     augment_dim: int = 0
     channels: int = 3
     null_class: bool = False
+    second_time: bool = False
 
 
 def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UNet) -> Network:
@@ -126,6 +127,7 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
         use_scale_shift_norm=config.use_scale_shift_norm,
         resblock_updown=config.resblock_updown,
         null_class=config.null_class,
+        second_time=config.second_time,
     )
 
 
@@ -147,6 +149,7 @@ def _build_edm(config: NetworkConfig) -> EDMNetwork:
         dropout=config.dropout,
         use_checkpoint=config.use_checkpoint,
         null_class=config.null_class,
+        second_time=config.second_time,
         **({"channels_per_head": config.num_head_channels} if has_own_heads else {}),
     )
 

@@ -27,6 +27,7 @@ from cm.networks.layers import (
     zero_module,
 )
 from cm.networks.precision import HalfPrecisionTrunk
+from cm.networks.second_time import SecondTime, check_gap
 from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
 
 
@@ -47,6 +48,7 @@ class UNetConfig:
     :param dims: 1, 2 or 3 dimensional signals.
     :param num_classes: makes the network class-conditional.
     :param null_class: it also knows the label num_classes, which stands for no class; a row more in its embedding.
+    :param second_time: the network takes a second time, as flow maps do.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param num_heads: attention heads per layer, if `num_head_channels` is -1.
     :param num_head_channels: width of a head; -1 uses `num_heads` instead.
@@ -74,6 +76,7 @@ class UNetConfig:
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     null_class: bool = False
+    second_time: bool = False
 
     def __post_init__(self) -> None:
         _check_widths(self.widths, self.model_channels, self.channel_mult)
@@ -195,6 +198,8 @@ class UNet(HalfPrecisionTrunk):
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes + config.null_class, emb_channels)
 
+        self.second_time = SecondTime(config.model_channels, emb_channels) if config.second_time else None
+
         make = LayerFactory(config)
         self.input_blocks, skip_widths = make.encoder()
         self.middle_block = make.middle()
@@ -208,18 +213,21 @@ class UNet(HalfPrecisionTrunk):
         """All but the embeddings and the output layer."""
         return self.input_blocks, self.middle_block, self.output_blocks
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, gap: Tensor | None = None
+    ) -> Tensor:
         """Apply the network.
 
         :param x: [N,in_channels,H,W], where H and W can be halved between all levels; they need not be image_size.
         :param timesteps: [N], such as 250 ln(sigma).
         :param y: [N] class labels, for a class-conditional network and no other; num_classes is the null class, where
             the network has one.
+        :param gap: [N], see `SecondTime`, for a network with a second time and no other.
         :return: [N,out_channels,H,W] in the dtype of x; channels_last if x or the weights are.
         :raises ValueError: if an input does not fit the network.
         """
         self._check_inputs(x, y)
-        emb = self._embed(timesteps, y)
+        emb = self._embed(timesteps, y, gap)
         h = x.to(self.dtype)
         skips = []
         for module in self.input_blocks:
@@ -233,11 +241,14 @@ class UNet(HalfPrecisionTrunk):
             assert isinstance(norm, nn.GroupNorm)
             return conv(norm_act(norm, h.to(next(conv.parameters()).dtype))).to(x.dtype)
 
-    def _embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+    def _embed(self, timesteps: Tensor, y: Tensor | None, gap: Tensor | None = None) -> Tensor:
         """[N], labels [N] -> [N,D]. Not under autocast, whose half precision would merge neighbouring noise levels."""
         with without_autocast(timesteps.device):
             waves = timestep_embedding(timesteps, self.model_channels)
             emb = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
+            check_gap(gap, self.second_time)
+            if self.second_time is not None:
+                emb = emb + self.second_time(gap, emb)
             if y is None:
                 return emb
             try:

@@ -5,6 +5,7 @@ from cm.objectives.cdm import CDM
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.ect import ECT
 from cm.objectives.edm import EDM
+from cm.objectives.flow_map import AlphaFlow, MeanFlow
 from cm.objectives.ict import ICT
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.objectives.sadpm import SADPM
@@ -31,5 +32,7 @@ OBJECTIVES: Table[type[Objective]] = Table("training_mode", {
     "ect": ECT,
     "scd": SCD,
     "sct": SCT,
+    "meanflow": MeanFlow,
+    "alphaflow": AlphaFlow,
 })
 """--training_mode: what kind of model is trained; "edm" stands for all of `DENOISING`."""

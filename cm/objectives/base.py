@@ -62,6 +62,8 @@ class Objective(ABC):
     """Whether the result is scaled so that D(x, sigma_min) = x, a consistency function that ends at sigma_min."""
     few_step: ClassVar[bool] = False
     """Whether the result leads from any noise level to an image in one evaluation; a denoiser does not."""
+    second_time: ClassVar[bool] = False
+    """Whether the network is also told where its step ends: a flow map."""
     needs_slow_clock: ClassVar[bool] = False
     """Whether the loss depends on the slope of the network in the time that it is told; see `cm.setup.clock`."""
     sampler: ClassVar[str] = "heun"

@@ -18,6 +18,7 @@ from cm.samplers.ddim import DDIM
 from cm.samplers.dpm import DPM
 from cm.samplers.euler import Euler
 from cm.samplers.euler_maruyama import EulerMaruyama
+from cm.samplers.flow_map import FlowMapSampler
 from cm.samplers.heun import Heun
 from cm.samplers.integrate import Churn, CountingDenoiser, integrate
 from cm.samplers.ito_taylor import ItoTaylor
@@ -41,6 +42,7 @@ SAMPLERS: Table[type[Sampler]] = Table("sampler", {
     "sde": EulerMaruyama,
     "ito": ItoTaylor,
     "ablation": Ablation,
+    "flowmap": FlowMapSampler,
 })
 
 

@@ -253,7 +253,9 @@ def _within(interval: tuple[float, float], levels: tuple[float, float]) -> tuple
 
 def told(D: Denoiser, values: dict[str, Any]) -> Denoiser:
     """A denoiser that is given any conditioning, and passes on what its network takes."""
-    takes = {"y": values["class_cond"], "augment_labels": values["augment_dim"] > 0}
+    takes = {
+        "y": values["class_cond"], "augment_labels": values["augment_dim"] > 0, "gap": values.get("second_time", False),
+    }
 
     def denoise(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         return D(x, sigma, **{name: value for name, value in cond.items() if takes.get(name, True)})

@@ -32,7 +32,7 @@ OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weig
 """Flags that change no weights and no meaning of them: each run chooses its own."""
 
 
-UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False}
+UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False, "second_time": False}
 """Flags of which a manifest says nothing that was written before there were such flags -> what it means by that."""
 
 
@@ -241,7 +241,16 @@ def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> No
         taken.pop("time_scale", None)
 
 
-MERGE_POLICIES = (_same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock)
+def _own_second_time(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """A flow map starts from a teacher that has no second time."""
+    mode = settings.values.get("training_mode", "")
+    if settings.values.get("teacher_model_path") and mode in OBJECTIVES and OBJECTIVES[mode].second_time:
+        taken.pop("second_time", None)
+
+
+MERGE_POLICIES = (
+    _same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock, _own_second_time,
+)
 """What may differ between a checkpoint and the flags without being a contradiction."""
 
 

@@ -42,6 +42,8 @@ def apply_objective_defaults(settings: Settings) -> None:
     values = settings.values
     kind = objective_kind(values)
     settings.replace(**{name: value for name, value in kind.defaults.items() if not settings.is_given(name)})
+    if kind.second_time:
+        settings.replace(second_time=True)
     defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig) | defaults_of(FewStepConfig)
     users = flags_of_objectives()
     for name in users.keys() & values.keys() - set(kind.options_of(values)):

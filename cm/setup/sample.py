@@ -212,6 +212,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
         "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
     }
+    _check_second_time(config.sampler, values["second_time"])
     if config.sampler == "multistep":
         options["sigma_min"] = level_of_images(settings)
     if solver.eta == OWN_ETA:
@@ -221,6 +222,19 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         raise UserError(f"--compile True: --sampler {config.sampler} differentiates the network in forward mode, which "
                         "compiled networks do not allow; drop --compile, or choose another sampler")
     return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
+
+
+def _check_second_time(sampler: str, second_time: bool) -> None:
+    """A flow map in one step is the sampler flowmap's; told no end, it is but a denoiser.
+
+    :raises UserError: for a sampler that does not go with the network.
+    """
+    if sampler == "flowmap" and not second_time:
+        raise UserError("--sampler flowmap is for flow maps (cm_train.py --training_mode meanflow or alphaflow), and "
+                        "this model is none; choose onestep for a consistency model, heun for a diffusion model")
+    if sampler in ("onestep", "multistep") and second_time:
+        raise UserError(f"--sampler {sampler} is for consistency models, and this is a flow map: choose --sampler "
+                        "flowmap with --steps 1 or more")
 
 
 def level_of_images(settings: Settings) -> float:

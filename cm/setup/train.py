@@ -80,9 +80,10 @@ def make_networks(settings: Settings, objective: Objective) -> tuple[nn.Module, 
     model = model_from(settings)
     teacher = None
     if source := settings.sources.get("teacher_model_path"):
-        teacher = model_from(settings, dropout=settings.section(ConsistencyConfig).teacher_dropout)
+        dropout = settings.section(ConsistencyConfig).teacher_dropout
+        teacher = model_from(settings, dropout=dropout, second_time=False)
         loading.fit(teacher, source.take(), source.path)
-        model.load_state_dict(teacher.state_dict())
+        model.load_state_dict(model.state_dict() | teacher.state_dict())    # a second time begins as it is
     companions = {}
     for each in objective.companions:
         network = model_from(settings) if each.origin != "teacher" or teacher is None else teacher

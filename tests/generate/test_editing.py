@@ -207,7 +207,7 @@ def test_every_sampler_edits(name, sampler):
     images, rng = pictures(3), SampleStreams(0, range(3))
     solver = make_sampler(sampler, {"ts": (0, 2, 5)})
     edit = constraint(name, images)
-    x = run_edit(Gaussian(0.1, 0.4).D, edit, solver, solver.grid(6, 0.002, 80.0, 7.0), rng)
+    x = run_edit(Gaussian(0.1, 0.4).denoiser_for(sampler), edit, solver, solver.grid(6, 0.002, 80.0, 7.0), rng)
     assert x.isfinite().all() and not th.equal(x, images)
     th.testing.assert_close(KNOWN[name](x), KNOWN[name](images), rtol=0, atol=0 if name == "inpaint" else 1e-14)
 

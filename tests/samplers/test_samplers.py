@@ -54,7 +54,7 @@ def test_every_sampler_runs_from_noise_to_the_data(name):
     assert all(hasattr(sampler, method) for method in vars(Sampler) if not method.startswith("_"))
     x = 80 * th.randn(5, 3, 4, 6, generator=th.Generator().manual_seed(0))
     start = x.clone()
-    end = integrate(sampler, Gaussian(0.0, 0.5).D, x, sampler.grid(40, 0.002, 80.0, 7.0), th)
+    end = integrate(sampler, Gaussian(0.0, 0.5).denoiser_for(name), x, sampler.grid(40, 0.002, 80.0, 7.0), th)
     assert end.shape == x.shape and end.dtype == th.float32 and end.isfinite().all()
     assert end.std() < 1 and th.equal(x, start)
 

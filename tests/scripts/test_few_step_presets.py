@@ -27,6 +27,11 @@ PUBLISHED = {
                     "dropout": 0.2},
     "imagenet64/scd": {"lr": 7e-5, "global_batch_size": 1024, "total_training_steps": 600_000, "p_std": 1.6},
     "digits/scd": {"tangent_warmup": 50},
+    "cifar10/meanflow": {"lr": 6e-4, "global_batch_size": 1024, "total_training_steps": 800_000, "p_mean": -0.6,
+                         "p_std": 1.6, "r_mean": -4.0, "r_std": 1.6, "equal_share": 0.25, "adapt_p": 0.75,
+                         "adapt_e": 1e-3, "dropout": 0.2},
+    "cifar10/alphaflow": {"alpha_end": 0.005},
+    "digits/alphaflow": {"pair_path": "teacher"},
     "digits/ict": {"end_scales": 32},
     "digits/ect": {"stages": 4},
 }
@@ -50,7 +55,7 @@ def test_a_preset_is_a_run_of_its_paper(name):
     objective.check(settings.values["total_training_steps"])
 
 
-@pytest.mark.parametrize("name", ["cifar10/ict", "imagenet64/ict", "digits/ict"])
+@pytest.mark.parametrize("name", ["cifar10/ict", "imagenet64/ict", "digits/ict", "cifar10/meanflow"])
 def test_those_without_a_teacher_have_a_network_with_a_slow_clock(name):
     settings = resolved(name)
     assert clock_speed(diffusion_from(settings, distillation=True), settings.values["arch"]) < FASTEST

@@ -5,6 +5,7 @@ x_t = x_0 + t z with z standard normal. Shapes: N batch, d dimensions, K compone
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,6 +57,18 @@ class Gaussian:
     def f(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """The consistency function: the flow to EPS."""
         return self.flow(x, sigma, EPS)
+
+    def flow_map(self, x: Tensor, sigma: Tensor, gap: Tensor) -> Tensor:
+        """y - s u, where u leads from y at s = sigma / (1 + sigma) to the point of the flow at s - gap; D at gap 0."""
+        s = sigma / (1 + sigma)
+        y, r = x * column(1 - s, x), s - gap
+        y_r = self.flow(x, sigma, r / (1 - r)) * column(1 - r, x)
+        jump = y - column(s, x) * (y - y_r) / column(gap.clamp(min=1e-300), x)
+        return jump.where(column(gap, x) > 0, self.D(x, sigma))
+
+    def denoiser_for(self, sampler: str) -> Callable[..., Tensor]:
+        """What a sampler by this name evaluates."""
+        return self.flow_map if sampler == "flowmap" else self.D
 
     @classmethod
     def stored(cls) -> Gaussian:

@@ -16,10 +16,13 @@ RUNS = {
     "ict": ["--training_mode", "ict", "--start_scales", "4", "--end_scales", "16", "--stage_steps", "2"],
     "ect": ["--training_mode", "ect", "--stages", "3", "--stage_steps", "2"],
     "scd": ["--training_mode", "scd", "--tangent_warmup", "3", "--bin_weights", "True"],
+    "meanflow": ["--training_mode", "meanflow"],
+    "alphaflow": ["--training_mode", "alphaflow", "--pair_path", "teacher", "--alpha_steps", "6"],
 }
-STUDENTS = ("ect", "scd")                                                 # which start from the teacher
+STUDENTS = ("ect", "scd", "alphaflow")                                                 # which start from the teacher
 SAMPLERS = {
     "ict": ["--sampler", "onestep"], "scd": ["--sampler", "onestep"],
+    "meanflow": ["--sampler", "flowmap", "--steps", "1"], "alphaflow": ["--sampler", "flowmap", "--steps", "2"],
     "ect": ["--sampler", "multistep", "--steps", "40", "--ts", "0,24,39"],
 }
 NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
@@ -105,6 +108,7 @@ def test_a_resumed_run_is_the_same_run(runs, name):
 def test_the_result_knows_its_clock_and_how_it_was_trained(runs, name):
     config = json.loads((runs / "two" / name / "checkpoint_000006.json").read_text())["config"]
     assert (config["time_scale"], config["training_mode"]) == (1, name)
+    assert config["second_time"] == (name in ("meanflow", "alphaflow"))
     samples = np.load(runs / "two" / name / "samples_4x8x8x3.npz")["arr_0"]
     assert samples.shape == (4, 8, 8, 3) and samples.std() > 0
 

@@ -18,6 +18,7 @@ from cm.errors import UserError
 from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, UNetBlock
 from cm.networks.layers import SiLU, without_autocast
 from cm.networks.precision import HalfPrecisionTrunk
+from cm.networks.second_time import SecondTime, check_gap
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EDMConfig:
     :param dropout: probability, inside the residual blocks.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param null_class: the label label_dim stands for no class; its one-hot row is zero, as in EDM's label dropout.
+    :param second_time: the network takes a second time, as flow maps do.
     """
 
     img_resolution: int
@@ -51,6 +53,7 @@ class EDMConfig:
     dropout: float = 0.10
     use_checkpoint: bool = field(default=False, kw_only=True)
     null_class: bool = field(default=False, kw_only=True)
+    second_time: bool = field(default=False, kw_only=True)
 
     @property
     def widths(self) -> list[int]:
@@ -78,6 +81,7 @@ class EDMNetwork(HalfPrecisionTrunk):
         self.img_resolution, self.in_channels = config.img_resolution, config.in_channels
         self.label_dim, self.augment_dim = config.label_dim, config.augment_dim
         self.act = SiLU()
+        self.second_time = SecondTime(config.model_channels, config.emb_channels) if config.second_time else None
         self.shrinkage = 2 ** (len(config.widths) - 1)
         self._check_side(config.img_resolution)
 
@@ -149,7 +153,8 @@ class EDMNetwork(HalfPrecisionTrunk):
         """The convolution that makes the image."""
 
     def forward(
-        self, x: Tensor, noise_labels: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None
+        self, x: Tensor, noise_labels: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None,
+        gap: Tensor | None = None,
     ) -> Tensor:
         """Apply the network.
 
@@ -158,6 +163,7 @@ class EDMNetwork(HalfPrecisionTrunk):
         :param y: class labels, [N] int64 or one-hot [N,K], for a network with classes and no other; K, or a row of
             zeros, is the null class, where the network has one.
         :param augment_labels: [N,A]; without them the images count as not augmented.
+        :param gap: [N], see `SecondTime`, for a network with a second time and no other.
         :return: [N,out_channels,H,W] in the dtype of x.
         :raises ValueError: if an input does not fit the network.
         """
@@ -168,6 +174,9 @@ class EDMNetwork(HalfPrecisionTrunk):
         # Not under autocast, whose half precision would merge neighbouring noise levels.
         with without_autocast(x.device):
             emb = self.embed(noise_labels, labels, augment_labels)
+            check_gap(gap, self.second_time)
+            if self.second_time is not None:
+                emb = emb + self.second_time(gap, emb)
         h = x.to(self.dtype)
         skips, image = [], h
         for name, layer in self.enc.items():
