@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from cm.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    FewStepConfig,
+    ObjectiveConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from cm.diffusion.schedules import karras_grid
 from cm.samplers import SAMPLERS
+from evaluations.engine.statistics_cache import KEPT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +51,28 @@ def test_what_make_runs():
     assert "ruff check ." in suite and re.search(r"-m pytest -n 2 --dist loadfile --durations 10$", suite, re.MULTILINE)
     assert "soak.py --minutes 10" in plan("soak") and "pytest -m slow" in plan("test-slow")
     assert (ROOT / ".ci/run").read_text().endswith("make browser\nmake test\n")
+
+
+@pytest.mark.parametrize("page, words, value", [
+    ("docs/runs.md", "`--grace_seconds` ({:g})", TrainConfig.grace_seconds),
+    ("docs/multi-node.md", "`--timeout_seconds` ({:g})", TrainConfig.timeout_seconds),
+    ("docs/reports.md", "how many images are generated for it ({})", EvalConfig.eval_samples),
+    ("docs/reports.md", "images per rank and forward pass ({})", EvalConfig.eval_batch_size),
+    ("docs/reports.md", "| `--eval_seed` | {}, the default", EvalConfig.eval_seed),
+    ("docs/training.md", "`--ema_rampup_ratio` sets the factor {}", TrainConfig.ema_rampup_ratio),
+    ("docs/samplers.md", "with `--rho` ({:g})", SolverConfig.rho),
+    ("docs/samplers.md", "sampled from {:g} to", DiffusionConfig.sigma_max),
+    ("docs/methods.md", "`--num_references {}`", ObjectiveConfig.num_references),
+    ("docs/methods.md", "`--martingale_lambda {:g}", ObjectiveConfig.martingale_lambda),
+    ("docs/methods.md", "--sa_lambda {}`", ObjectiveConfig.sa_lambda),
+    ("docs/few-step.md", "`ect` has `--stages {}`", FewStepConfig.stages),
+    ("docs/few-step.md", "c is {} (`--tangent_c`)", FewStepConfig.tangent_c),
+    ("datasets/README.md", "into `--cache_gib` per rank, {} by default", DataConfig.cache_gib),
+    ("datasets/README.md", "of them at a time ({})", DataConfig.shuffle_window),
+    ("docs/evaluation.md", "the {} most recently used", KEPT),
+])
+def test_defaults_that_pages_state(page, words, value):
+    assert words.format(value) in text(page)
 
 
 def test_every_sampler_has_a_row():
