@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from cm.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    FewStepConfig,
+    ObjectiveConfig,
+    SolverConfig,
+    TrainConfig,
+)
 from cm.diffusion.schedules import karras_grid
 from cm.samplers import SAMPLERS
+from evaluations.engine.statistics_cache import KEPT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,6 +53,28 @@ def test_what_make_runs():
     assert (ROOT / ".ci/run").read_text().endswith("make browser\nmake test\n")
 
 
+@pytest.mark.parametrize("page, words, value", [
+    ("docs/runs.md", "`--grace_seconds` ({:g})", TrainConfig.grace_seconds),
+    ("docs/multi-node.md", "`--timeout_seconds` ({:g})", TrainConfig.timeout_seconds),
+    ("docs/reports.md", "how many images are generated for it ({})", EvalConfig.eval_samples),
+    ("docs/reports.md", "images per rank and forward pass ({})", EvalConfig.eval_batch_size),
+    ("docs/reports.md", "| `--eval_seed` | {}, the default", EvalConfig.eval_seed),
+    ("docs/training.md", "`--ema_rampup_ratio` sets the factor {}", TrainConfig.ema_rampup_ratio),
+    ("docs/samplers.md", "with `--rho` ({:g})", SolverConfig.rho),
+    ("docs/samplers.md", "sampled from {:g} to", DiffusionConfig.sigma_max),
+    ("docs/methods.md", "`--num_references {}`", ObjectiveConfig.num_references),
+    ("docs/methods.md", "`--martingale_lambda {:g}", ObjectiveConfig.martingale_lambda),
+    ("docs/methods.md", "--sa_lambda {}`", ObjectiveConfig.sa_lambda),
+    ("docs/few-step.md", "`ect` has `--stages {}`", FewStepConfig.stages),
+    ("docs/few-step.md", "c is {} (`--tangent_c`)", FewStepConfig.tangent_c),
+    ("datasets/README.md", "into `--cache_gib` per rank, {} by default", DataConfig.cache_gib),
+    ("datasets/README.md", "of them at a time ({})", DataConfig.shuffle_window),
+    ("docs/evaluation.md", "the {} most recently used", KEPT),
+])
+def test_defaults_that_pages_state(page, words, value):
+    assert words.format(value) in text(page)
+
+
 def test_every_sampler_has_a_row():
     first = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/samplers.md").read_text(), re.MULTILINE)
     assert {name for cell in first for name in re.findall(r"`(\w+)`", cell)} - {"--sampler"} == set(SAMPLERS)
@@ -53,5 +85,6 @@ def test_the_second_level_of_two_steps():
 
 
 def test_every_folder_of_presets_has_a_row():
-    rows = re.findall(r"^\| `(\w+)/` \|", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
-    assert sorted(rows) == sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
+    folders = [path.name for path in (ROOT / "configs").iterdir() if path.is_dir()]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)/`", row)) == sorted(folders)

@@ -30,7 +30,6 @@ ELSEWHERE = {
     "cm/pipeline/loading.py": "pipeline/test_pipeline.py",
     "cm/pipeline/pictures.py": "pipeline/test_pipeline.py",
     "cm/setup/export.py": "scripts/test_convert_checkpoint.py",
-    "cm/setup/model.py": "test_drop_in.py",
     "cm/setup/network.py": "setup/test_guide.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",

@@ -196,6 +196,12 @@ def test_only_references_of_the_samples_class():
         assert found[i].nonzero().flatten().tolist() == expected
 
 
+def test_a_sample_without_a_class_has_its_own_image_alone():
+    """Its label is that of no class, which no reference has."""
+    batch = draw_batch(6, 10, cond={"y": th.full((6,), 3)}, reference_cond={"y": th.arange(10) % 3})
+    assert not peers(batch, batch.references).any()
+
+
 def test_augmentation_of_others_does_not_leak():
     """An augmented sample's target is its own image; one that is not augmented never sees augmented references."""
     augmented = th.zeros(6, 9)

@@ -252,6 +252,12 @@ def test_the_log_has_all_its_columns_from_the_first_row_on(images, tmp_path, sch
     assert sorted(quarters) == ["loss_q0", "loss_q1", "loss_q2", "loss_q3"]
 
 
+def test_every_save_has_a_row(images, tmp_path):
+    run(images, tmp_path, 5, save_interval=2, log_interval=1000)
+    names, *rows = [line.split(",") for line in (tmp_path / "progress.csv").read_text().splitlines()]
+    assert [float(row[names.index("step")]) for row in rows] == [2, 4, 5]
+
+
 def test_a_target_starts_from_the_weights_the_student_starts_from(images, tmp_path):
     run(images, tmp_path / "first", 2)
     second = loop(images, tmp_path / "second", 2, mode="consistency_training",

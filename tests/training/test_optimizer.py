@@ -20,6 +20,11 @@ from support.training import loop
 PLAIN = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_and_adamw_are_fused(name):
+    assert make_optimizer(name, [th.ones(2, requires_grad=True)], lr=1e-2, weight_decay=0.0).defaults["fused"]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_fastest_way_takes_the_same_steps(name):
     """With channels-last weights, and a state that goes on in the other way."""
