@@ -142,8 +142,9 @@ def test_distances_over_widths_are_measured_once_and_plotted(trained, monkeypatc
 
 
 def test_a_consistency_model_is_sampled_in_one_step(trained, monkeypatch, tmp_path, capsys):
-    found = find_snapshots(str(trained / "run"))[0].checkpoint
-    manifest.save(str(tmp_path), 1, {"ema_power0.05": {}}, found.config | {"training_mode": "consistency_training"}, 16)
+    found = find_snapshots(str(trained / "run"))[0]
+    config = found.checkpoint.config | {"training_mode": "consistency_training"}
+    manifest.save(str(tmp_path), 1, {found.name: th.load(found.path)}, config, 16)
     posthoc(monkeypatch, tmp_path, "--dry_run")
     assert json.loads(capsys.readouterr().out)["sampler"] == "onestep"
 
