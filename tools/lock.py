@@ -27,7 +27,7 @@ BUILD = ("setuptools",)                                     # what builds this p
 MARK = "# What these bring along, written by tools/lock.py."
 LOCK_HEAD = """\
 # What `make install LOCKED=1` installs, written by tools/lock.py: for Linux on x86-64 with Python 3.11.
-# torch has two files of one version: the build for CPUs, and the one of the package index.
+# torch is the build for CPUs: that of the package index also needs NVIDIA's packages, which are not here.
 """
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
 
