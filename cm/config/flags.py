@@ -22,8 +22,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from cm.config import plugins, presets
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
+from cm.io import terminal
 from cm.io.budget import SETTINGS, read_bytes
-from cm.io.terminal import without_controls
 from cm.io.untrusted import shown
 from cm.registry import added
 
@@ -180,7 +180,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if launcher_rank() == 0:
             text = f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help."
-            print(without_controls(text), file=sys.stderr)
+            print(terminal.without_controls(text), file=sys.stderr)
         sys.exit(2)
 
     def suggestion(self, message: str) -> str:
@@ -253,6 +253,7 @@ def parse(description: str | None, *sections: type, argv: Sequence[str] | None =
         given[name] = Origin(Provenance.COMMAND_LINE, f"--{spelt.get(name, name)}")
     for name, value in values.items():
         check(fields[name], value, str(given.get(name, f"--{name}")))
+    terminal.keep_stdout_for_data(dry_run)
     return Settings(values, given, dry_run)
 
 

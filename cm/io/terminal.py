@@ -12,6 +12,20 @@ import os
 import sys
 from typing import Any
 
+_stdout_is_data = False
+
+
+def keep_stdout_for_data(is_data: bool) -> None:
+    """Say whether stdout carries a result for another program, such as the JSON of --dry_run; text is then on stderr."""
+    global _stdout_is_data
+    _stdout_is_data = is_data
+
+
+def text_stream() -> Any:
+    """Where lines for people go; None if that stream is closed."""
+    return sys.stderr if _stdout_is_data else sys.stdout
+
+
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
 """Errors of a stream that nobody will read again."""
 

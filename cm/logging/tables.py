@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,10 @@ class ScreenWriter(Writer):
 
     def write(self, text: str) -> None:
         """Write to where the tables go."""
-        if sys.stdout is not None:
+        if (stream := terminal.text_stream()) is not None:
             try:
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                stream.write(text)
+                stream.flush()
             except OSError as error:
                 if error.errno not in terminal.GONE:        # nobody is left to read it
                     raise

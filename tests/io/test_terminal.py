@@ -35,3 +35,15 @@ def test_a_full_disk_is_an_error_unless_text_may_be_lost():
 def test_control_characters_become_escapes():
     assert terminal.printable("é a\x1b[31m\n\udce9") == "é a\\x1b[31m\\n\\xe9"
     assert terminal.without_controls("a\tb\n\x07\u202e") == "a\tb\n\\x07\\u202e"
+
+
+def test_stdout_may_be_kept_for_data(capsys):
+    """The lines of a log then go to stderr: `... --dry_run | jq` gets JSON alone."""
+    from cm.config.flags import parse
+    from cm.config.schema import RunConfig
+    from cm.logging import logger
+
+    for words, streams in ((["--dry_run"], ("", "a line\n")), ([], ("a line\n", ""))):
+        parse("", RunConfig, argv=words)
+        logger.log("a line")
+        assert tuple(capsys.readouterr()) == streams
