@@ -123,11 +123,11 @@ def write_average(
 
 def checkpoint_for(folder: str, step: int, images: int, snapshot: Snapshot) -> manifest.Checkpoint:
     """The checkpoint that the averages of a step go to: the one there, with its files, or a new one. For one rank."""
-    config = snapshot.checkpoint.config
+    source = snapshot.checkpoint
     path = storage.join(folder, manifest.manifest_name(step))
-    if storage.exists(path) and (found := manifest.read(path)).config == config:
+    if storage.exists(path) and (found := manifest.read(path)).config == source.config:
         return found
-    return manifest.Checkpoint(folder, step, images, dict(config), {})
+    return manifest.Checkpoint(folder, step, images, dict(source.config), {}, class_names=source.class_names)
 
 
 # --- measuring them --------------------------------------------------------------------------------------------------

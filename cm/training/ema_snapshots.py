@@ -60,7 +60,9 @@ class EmaSnapshots:
     def write(self, loop: TrainLoop, folder: str, averages: dict[str, list[Tensor]]) -> None:
         """Write a snapshot; on one rank."""
         content = {name: loop.trainer.master_params_to_state_dict(params) for name, params in averages.items()}
-        manifest.save(folder, loop.step, content, loop.flags, loop.images_seen)
+        manifest.save(
+            folder, loop.step, content, loop.flags, loop.images_seen, classes=loop.checkpoints.class_names
+        )
 
     def state_dict(self) -> dict[str, float]:
         """Nothing: a snapshot depends on no other."""

@@ -278,7 +278,8 @@ def test_a_dry_run_counts_the_memory_of_the_guide(runs, tmp_path, capsys):
 
     def device(*options):
         train(tmp_path / "run", "consistency_distillation", "--teacher_model_path", teacher, *CD, *options, "--dry_run")
-        return json.loads(capsys.readouterr().out)["memory"]["device"]
+        said = capsys.readouterr().out
+        return json.loads(said[said.index("{"):])["memory"]["device"]
 
     parameters = sum(value.numel() for value in th.load(plain).values())
     guided = device("--teacher_guide_scale", 2, "--teacher_guide_path", plain)

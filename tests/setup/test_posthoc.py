@@ -104,6 +104,7 @@ def test_averages_are_files_that_sampling_reads(trained, monkeypatch, tmp_path):
     made = manifest.read(str(folder / "checkpoint_000008.json"))
     assert made.names() == ["ema_posthoc0.05", "ema_posthoc0.07", "ema_posthoc0.1"] and made.problem() is None
     assert (made.step, made.images_seen) == (8, 128)
+    assert made.class_names == manifest.newest(str(run)).class_names != (), "they come along"
     weights = {name: th.load(made.path(f"ema_posthoc{name}")) for name in ("0.05", "0.07", "0.1")}
     tracked = {name: th.load(run / f"ema_power{name}_000008.pt") for name in ("0.05", "0.10")}
     for name, value in tracked["0.05"].items():
