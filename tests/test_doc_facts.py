@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cm.config.flags import parse
 from cm.config.schema import (
+    TRAINING_SECTIONS,
     DataConfig,
     DiffusionConfig,
     EvalConfig,
@@ -73,6 +75,17 @@ def test_what_make_runs():
 ])
 def test_defaults_that_pages_state(page, words, value):
     assert words.format(value) in text(page)
+
+
+@pytest.mark.parametrize("page, pattern", [
+    ("docs/training.md", r"`--(?P<other>\w+)` for `--(?P<name>\w+)`"),
+    ("CHANGELOG.md", r"`--(?P<name>\w+)` \(`--(?P<other>\w+)`\)"),
+])
+def test_other_names_of_flags(page, pattern):
+    pairs = {found["other"]: found["name"] for found in re.finditer(pattern, text(page))}
+    assert sorted(pairs) == ["dump", "lamda", "plan_ranks", "rbatch", "snap", "tick"]
+    for other, name in pairs.items():
+        assert parse("", *TRAINING_SECTIONS, argv=[f"--{other}", "7"]).values[name] == 7
 
 
 def test_every_sampler_has_a_row():

@@ -9,7 +9,7 @@ import pytest
 import torch as th
 
 from cm.checkpoints import manifest
-from cm.config.flags import parse
+from cm.config.flags import Settings, parse
 from cm.config.schema import TRAINING_SECTIONS
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.errors import UserError
@@ -18,6 +18,7 @@ from cm.networks.build import NetworkConfig, build_network
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.random_util import SampleStreams
 from cm.script_util import model_and_diffusion_defaults
+from cm.setup import guide
 from cm.setup import train as setup
 from cm.setup.guide import parse_interval
 from support.as_module import as_module
@@ -287,6 +288,17 @@ def test_a_dry_run_counts_the_memory_of_the_guide(runs, tmp_path, capsys):
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes, known, message", [
+    (10, 7, "g.pt knows 7 classes, .* 10; choose another guide"), (0, 7, "g.pt is class-conditional, .* is not"),
+])
+def test_a_guide_with_classes_has_those_of_the_model(classes, known, message):
+    model, own = ({"image_size": 8, "channels": 3, "class_cond": count > 0, "num_classes": count, "guide_path": "g.pt"}
+                  for count in (classes, known))
+    with pytest.raises(UserError, match=message):
+        guide._check_fit(Settings(model, {}), Settings(own, {}), guide.SAMPLING)
+    guide._check_fit(Settings(own, {}), Settings(own | {"null_class": False}, {}), guide.SAMPLING)
 
 
 @pytest.mark.parametrize("options, message", [
