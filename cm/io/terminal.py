@@ -16,7 +16,7 @@ _stdout_is_data = False
 
 
 def keep_stdout_for_data(is_data: bool) -> None:
-    """Say whether stdout carries a result for another program, such as the JSON of --dry_run; text is then on stderr."""
+    """Say whether stdout carries a result for other programs, such as the JSON of --dry_run; text then is on stderr."""
     global _stdout_is_data
     _stdout_is_data = is_data
 
