@@ -33,7 +33,7 @@ def leave_products(words: list[str]) -> None:
     elif command == "image_sample":
         folder = after(words, "--log_dir")
         folder.mkdir(exist_ok=True)
-        np.savez(folder / "samples_16x8x8x3.npz", arr_0=np.zeros((16, 8, 8, 3), np.uint8), arr_1=np.arange(16) % 10)
+        np.savez(folder / "samples_16x8x8x3.npz", arr_0=np.zeros((16, 8, 8, 1), np.uint8), arr_1=np.arange(16) % 10)
         (folder / "samples_16x8x8x3.json").write_text('{"network_evaluations": 1, "images_per_second": 2}')
     elif command == "classifier_train":
         after(words, "--out").touch()
@@ -59,12 +59,12 @@ def started(monkeypatch):
 def test_complete_stages_are_reused_and_an_interrupted_one_is_resumed(started, tmp_path, capsys):
     demo = DEMO.Demo(tmp_path, 2, 16, [])
     demo.run()
-    assert len(started) == 15                               # classifier, 3 trainings, 5 x samples and numbers, report
+    assert len(started) == 22                               # classifier, 4 trainings, 8 x samples and numbers, report
     assert "not Inception FID, and not comparable with it" in capsys.readouterr().out
     first = list(started)
     started.clear()
     demo.run()
-    assert not started and capsys.readouterr().out.count("reusing") == 15
+    assert not started and capsys.readouterr().out.count("reusing") == 22
     (tmp_path / "ct" / "finished").unlink()                 # stopped in the middle: a checkpoint, and no end
     demo.run()
     training, = started
