@@ -193,7 +193,7 @@ class Demo:
         return sorted((self.out / run).glob("ema_*.pt"))[-1]
 
     def guide(self, method: Method) -> tuple[str, ...]:
-        """Autoguidance (Karras et al. 2024, arXiv 2406.02507): every run already holds a worse network, an early one."""
+        """Autoguidance (Karras et al. 2024, arXiv 2406.02507): each run holds a worse network, an early one."""
         if method.guide_scale == 1:
             return ()
         first = sorted((self.out / method.run).glob("ema_*.pt"))[0]
