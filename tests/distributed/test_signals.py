@@ -13,7 +13,7 @@ import pytest
 
 from cm.checkpoints import manifest
 from cm.distributed import signals
-from support.commands import NETWORK, QUIET, TRAIN, files_of, is_rank, losses
+from support.commands import NETWORK, QUIET, TRAIN, curve, files_of, is_rank
 from support.mpi import ROOT, clean_environment, descendants, find_mpiexec, kill_tree, mpiexec, program
 
 STEPS = 40
@@ -90,7 +90,7 @@ def test_stops_and_starts_leave_no_trace_in_the_result(tmp_path):
                               "the same command resumes from there")
     assert mpiexec(2, [*COMMAND, *workers, "--log_dir", stopped], timeout=120, env=QUIET).rc == 0
     assert files_of(stopped, STEPS) == files_of(straight, STEPS) and len(files_of(straight, STEPS)) == 4
-    assert (losses(stopped) == losses(straight)).all()
+    assert (curve(stopped) == curve(straight)).all()
     assert json.loads((stopped / "status.json").read_text()) == {"finished": True, "step": STEPS, "of": STEPS}
 
 

@@ -30,9 +30,12 @@ def files_of(directory, step):
     return {p.name: p.read_bytes() for p in Path(directory).glob(f"*{step:06d}.pt")}
 
 
-def losses(directory):
+def curve(directory, column="loss"):
+    """A column of a run's log."""
     with open(Path(directory) / "progress.csv") as file:
-        return np.array([float(row["loss"]) for row in csv.DictReader(file)])
+        return np.array([float(row[column]) for row in csv.DictReader(file)])
+
+
 
 
 def is_rank(pid):

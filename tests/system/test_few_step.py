@@ -1,12 +1,12 @@
 """The few-step methods through the real scripts on real ranks: the same curve on any ranks, resume, sample."""
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support.commands import curve, files_of
 from support.mpi import mpi_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,15 +79,6 @@ def runs(tmp_path_factory):
         done = mpi_program(folder, ranks, head + text, timeout=240, env=QUIET)
         assert done.rc == 0, done
     return folder
-
-
-def curve(folder, column="loss"):
-    with open(folder / "progress.csv") as file:
-        return np.array([float(row[column]) for row in csv.DictReader(file)])
-
-
-def files_of(folder, step):
-    return {path.name: path.read_bytes() for path in folder.glob(f"*{step:06d}.pt")}
 
 
 @pytest.mark.parametrize("name", RUNS)

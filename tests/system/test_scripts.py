@@ -14,7 +14,7 @@ import pytest
 import torch as th
 
 from evaluations.features import save_torchscript
-from support.commands import NETWORK, QUIET, TRAIN, edm, files_of, is_rank, losses, script
+from support.commands import NETWORK, QUIET, TRAIN, curve, edm, files_of, is_rank, script
 from support.mpi import clean_environment, descendants, find_mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_killed_and_started_again_is_the_same_run(teacher, tmp_path):
     assert "going on from step" in (tmp_path / "log.txt").read_text(), again
     assert files_of(tmp_path, 12) == files_of(teacher, 12)
     assert len(files_of(tmp_path, 12)) == 4
-    assert np.array_equal(losses(tmp_path), losses(teacher))
+    assert np.array_equal(curve(tmp_path), curve(teacher))
 
 
 
@@ -73,14 +73,14 @@ def test_killed_and_started_again_is_the_same_run(teacher, tmp_path):
 def test_two_ranks_go_on_from_a_checkpoint_in_another_folder(teacher, tmp_path):
     edm(tmp_path, 12, "--resume_checkpoint", teacher / "model000008.pt")
     assert files_of(tmp_path, 12) == files_of(teacher, 12)
-    assert np.array_equal(losses(tmp_path), losses(teacher)[8:])
+    assert np.array_equal(curve(tmp_path), curve(teacher)[8:])
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_any_number_of_ranks_gives_the_same_curve(teacher, tmp_path, ranks):
     edm(tmp_path, 4, ranks=ranks)
     # The samples and their noise are the same; only the order in which gradients are added differs.
-    np.testing.assert_allclose(losses(tmp_path), losses(teacher)[:4], rtol=2e-5)
+    np.testing.assert_allclose(curve(tmp_path), curve(teacher)[:4], rtol=2e-5)
 
 
 def test_consistency_training_gives_the_same_curve_on_any_ranks(tmp_path):
@@ -92,7 +92,7 @@ def test_consistency_training_gives_the_same_curve_on_any_ranks(tmp_path):
                "--target_ema_mode", "adaptive", "--start_ema", 0.9,
                "--scale_mode", "progressive", "--start_scales", 2, "--end_scales", 8,
                "--log_dir", tmp_path / str(ranks), "--grad_clip", 0.01, "--microbatch", microbatch, ranks=ranks)
-        curves.append(losses(tmp_path / str(ranks)))
+        curves.append(curve(tmp_path / str(ranks)))
         clipped = (tmp_path / str(ranks) / "progress.csv").read_text().splitlines()
         assert clipped[-1].split(",")[clipped[0].split(",").index("clipped_grad_norm")] == "0.01"
     np.testing.assert_allclose(curves[0], curves[1], rtol=2e-5)

@@ -8,7 +8,7 @@ import pytest
 from cm.errors import UserError
 from cm.logging import logger
 from support.as_module import as_module
-from support.commands import NETWORK, files_of, losses, script
+from support.commands import NETWORK, curve, files_of, script
 from support.mpi import ROOT
 from support.shards import write_shards
 
@@ -49,9 +49,9 @@ def test_a_resumed_run_and_two_ranks_see_the_same_images(train, shards, tmp_path
     parts = train(tmp_path / "parts", 7)
     assert "going on from step" in (parts / "log.txt").read_text()
     assert files_of(parts, 7) == files_of(whole, 7) and len(files_of(whole, 7)) == 4
-    assert np.array_equal(losses(parts), losses(whole))
+    assert np.array_equal(curve(parts), curve(whole))
     script("scripts/edm_train.py", *flags(shards, tmp_path / "ranks", 7), ranks=2)
-    np.testing.assert_allclose(losses(tmp_path / "ranks"), losses(whole), rtol=1e-4)    # sums in another order
+    np.testing.assert_allclose(curve(tmp_path / "ranks"), curve(whole), rtol=1e-4)    # sums in another order
 
 
 def test_classes_of_a_stream_are_counted_by_a_flag(train, tmp_path, shards, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.commands import NETWORK, TRAIN, losses
+from support.commands import NETWORK, TRAIN, curve
 from support.mpi import ROOT, clean_environment, find_mpiexec, kill_tree
 
 STEPS = 6
@@ -28,7 +28,7 @@ def shell(text, **env):
 
 def assert_complete(log_dir, steps=STEPS):
     assert (log_dir / f"model{steps:06d}.pt").exists(), sorted(os.listdir(log_dir))
-    assert len(losses(log_dir)) == steps
+    assert len(curve(log_dir)) == steps
     assert (log_dir / "log.txt").read_text().count("| step ") == steps
 
 

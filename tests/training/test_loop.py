@@ -16,7 +16,7 @@ from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from cm.training.loop import as_batch, last_step
 from cm.types import Batch
-from support.commands import losses
+from support.commands import curve
 from support.mpi import mpiexec, program
 from support.training import BATCH, MODES, PROGDIST, digest, loop, network, run, second_moment, stream
 
@@ -68,14 +68,14 @@ def test_a_batch_that_the_ranks_cannot_share_evenly_is_still_one_batch(images, t
         data_dir=images, batch_size=5, image_size=8, class_cond=True, seed=3, start=start, num_workers=0
     ))
     weights = alone.model.state_dict()
-    assert len(losses(tmp_path / "alone")) == 3
+    assert len(curve(tmp_path / "alone")) == 3
     for together in (tmp_path / "microbatch -1", tmp_path / "microbatch 2"):
         saved = th.load(together / "model000003.pt", weights_only=True)
         assert saved.keys() == weights.keys()
         for name, value in saved.items():
             # As above: RAdam's first steps hand on the rounding of gradients times lr.
             th.testing.assert_close(value, weights[name], rtol=0, atol=2e-6, msg=lambda why: f"{name}: {why}")  # noqa: B023
-        np.testing.assert_allclose(losses(together), losses(tmp_path / "alone"), rtol=1e-5)
+        np.testing.assert_allclose(curve(together), curve(tmp_path / "alone"), rtol=1e-5)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_its_log_again(images, tmp_path):
