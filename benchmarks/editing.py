@@ -1,6 +1,6 @@
 """Edit handwritten digits with a consistency model: a picture of each task, and what fewer noise levels cost.
 
-python benchmarks/editing.py --model_path runs/demo/cd --log_dir runs/editing
+python benchmarks/editing.py --model_path runs/digits/cd --log_dir runs/editing
 
 The pictures are those of image_edit.py, by the commands of docs/editing.md. The cost is measured where the original is
 known: the root mean square, in grey levels, of the difference between an original and its inpainted or colourised copy.
