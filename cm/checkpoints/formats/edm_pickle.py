@@ -223,7 +223,7 @@ REQUIRED = dataclasses.MISSING                                      # the defaul
 
 
 class Signature(NamedTuple):
-    """The arguments of a network's class: those with a place, all with their defaults, and those with one legal value."""
+    """A network's arguments: those with a place, all with their defaults, and those with one legal value."""
 
     in_order: tuple[str, ...]
     defaults: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The networks of Karras et al. 2022 (EDM, arXiv 2206.00364) and 2023 (EDM2, arXiv 2312.02696), by their names in --arch.
+"""The networks of EDM (Karras et al. 2022, arXiv 2206.00364) and EDM2 (2023, arXiv 2312.02696), by their --arch.
 
 Their configurations have EDM's argument names; SONG holds the differences of the two variants of SongUNet.
 """

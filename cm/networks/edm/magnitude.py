@@ -61,7 +61,7 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A linear layer or a convolution without bias whose output channels have weights of a fixed magnitude: equation 47.
+    """A linear layer or a convolution without bias, whose rows of weights have a fixed magnitude: equation 47.
 
     The pass normalises the weights that it uses. `force` also normalises those that are stored, see `EDM2Network`.
 
