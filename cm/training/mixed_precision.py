@@ -274,6 +274,7 @@ class MixedPrecisionTrainer(MasterWeights):
             self.skipped_steps += not finite
         return self.report
 
+    @th.no_grad()
     def _constrain(self) -> None:
         """Let the network bring its new parameters back to where they must lie, such as weights of a fixed norm.
 
