@@ -25,8 +25,9 @@ class ModelConfig:
     """network (taken from the checkpoint if one is given)"""
 
     arch: str = option(
-        "unet", "network: unet (guided-diffusion), ddpmpp (EDM's DDPM++), ncsnpp (EDM's NCSN++), adm (EDM's ADM)",
-        choices=("unet", "ddpmpp", "ncsnpp", "adm"), table="arch",
+        "unet", "network: unet (guided-diffusion), ddpmpp (EDM's DDPM++), ncsnpp (EDM's NCSN++), adm (EDM's ADM), "
+        "edm2 (EDM2's magnitude-preserving U-Net)",
+        choices=("unet", "ddpmpp", "ncsnpp", "adm", "edm2"), table="arch",
     )
     image_size: int = option(64, "width and height of the images in pixels", minimum=1)
     channels: int = option(
@@ -38,7 +39,7 @@ class ModelConfig:
     num_heads: int = option(4, "unet: number of attention heads; used if num_head_channels is -1")
     num_heads_upsample: int = option(-1, "unet: number of attention heads in the decoder; -1: same as num_heads")
     num_head_channels: int = option(
-        -1, "channels per attention head; -1: unet uses num_heads instead, adm uses 64"
+        -1, "channels per attention head; -1: unet uses num_heads instead, adm and edm2 use 64"
     )
     attention_resolutions: str = option("32,16,8", "resolutions with attention layers, in pixels, comma-separated")
     channel_mult: str = option("", "channel multiplier of each level, such as 1,2,4; empty: default for the image size")

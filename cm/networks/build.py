@@ -9,13 +9,13 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
-from cm.networks.edm import EDM_NETWORKS, EDMNetwork
+from cm.networks.edm import EDM_NETWORKS, ConditionedNetwork
 from cm.networks.unet import UNet, UNetConfig, attention_factors
 from cm.registry import lookup
 
 PUBLISHED_CLASSES = 1000                                    # of ImageNet, unless the number is given
 
-Network = UNet | EDMNetwork
+Network = UNet | ConditionedNetwork
 
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -109,7 +109,7 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
     factors = attention_factors(config.image_size, parse_resolutions(config.attention_resolutions))
     if config.augment_dim:
         raise UserError(f"--augment_dim {config.augment_dim}: the U-Net of --arch unet takes no augmentation labels; "
-                        f"choose one of: {', '.join(EDM_NETWORKS)}")
+                        f"choose one of: {', '.join(name for name in EDM_NETWORKS if name != 'edm2')}")
     return UNetConfig(
         image_size=config.image_size,
         in_channels=config.channels,
@@ -131,11 +131,11 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
     )
 
 
-def _build_edm(config: NetworkConfig) -> EDMNetwork:
+def _build_edm(config: NetworkConfig) -> ConditionedNetwork:
     widths = parse_channel_mult(config.channel_mult, config.image_size)
     resolutions = parse_resolutions(config.attention_resolutions)
     attention_factors(config.image_size, resolutions)               # raises for a resolution that no level has
-    has_own_heads = config.arch == "adm" and config.num_head_channels != -1
+    has_own_heads = config.arch in ("adm", "edm2") and config.num_head_channels != -1
     return lookup(EDM_NETWORKS, config.arch, "arch")(
         img_resolution=config.image_size,
         in_channels=config.channels,

@@ -21,8 +21,9 @@ def least_parameters(flags: Mapping[str, Any]) -> int:
     """A lower bound on the parameters of the network of `flags`, called as in `cm.networks.build.NetworkConfig`.
 
     Level l, w_l channels wide, has R residual blocks on the way down and R + 1 on the way up, and in each of them a 3x3
-    convolution of w_l to w_l channels. The embedding is 4 C wide, and has two layers and a row for each class. The
-    first and the last convolution are those of the images.
+    convolution of w_l to w_l channels. The embedding is 4 C wide, and has two layers and a row for each class; that of
+    edm2 is as wide as the widest level, and has one layer, of w_0 channels. The first and the last convolution are
+    those of the images.
     """
     channels = flags["num_channels"]
     mults = parse_channel_mult(flags["channel_mult"], flags["image_size"])
@@ -31,6 +32,8 @@ def least_parameters(flags: Mapping[str, Any]) -> int:
     classes = flags["num_classes"] if flags["class_cond"] else 0
     blocks = 2 * flags["num_res_blocks"] + 1
     images = 2 * KERNEL * flags.get("channels", 3) * widths[0]
+    if flags["arch"] == "edm2":
+        return KERNEL * blocks * squares + images + (widths[0] + classes) * max(widths)
     return KERNEL * blocks * squares + images + 16 * channels**2 + (classes + flags["augment_dim"]) * channels
 
 

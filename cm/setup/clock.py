@@ -17,7 +17,7 @@ from cm.logging import logger
 from cm.setup.objective import objective_kind
 
 FASTEST = 1.0                                               # radians per unit of ln sigma without a warning
-FREQUENCY = {"ncsnpp": 2 * math.pi * 16}
+FREQUENCY = {"ncsnpp": 2 * math.pi * 16, "edm2": 2 * math.pi}
 """--arch -> radians that a typical fast wave of its embedding turns per unit of time; 1 for the others."""
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch as th
 from torch import Tensor, nn
@@ -65,6 +65,15 @@ class Steps(Protocol):
     """An optimizer, as far as it is needed here."""
 
     def step(self) -> Any: ...
+
+
+@runtime_checkable
+class Constrained(Protocol):
+    """A network whose parameters do not go wherever an optimizer leads them."""
+
+    def constrain(self, params: Mapping[str, Tensor]) -> None:
+        """Change the float32 parameters, by their names in the network, in place after every optimizer step."""
+        ...
 
 
 def halve(model: nn.Module) -> None:
@@ -258,11 +267,22 @@ class MixedPrecisionTrainer(MasterWeights):
         if finite:
             self._clip_grads()
             opt.step()
+            self._constrain()
             self.master_params_to_model_params()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth if finite else -1
             self.skipped_steps += not finite
         return self.report
+
+    @th.no_grad()
+    def _constrain(self) -> None:
+        """Let the network bring its new parameters back to where they must lie, such as weights of a fixed norm.
+
+        All ranks hold the same parameters here, also after a step in shares, and change them alike.
+        """
+        if isinstance(self.model, Constrained):
+            names = (name for name, _ in self.model.named_parameters())
+            self.model.constrain(dict(zip(names, self.master_params, strict=True)))
 
     def _clip_grads(self) -> None:
         """Scale the gradients down to a norm of `grad_clip`; `grad_norm` stays what it was before."""

@@ -23,6 +23,11 @@ NETWORKS = {
                "attention_resolutions": "16", "augment_dim": 0, "channels": 1, "class_cond": False, "num_classes": 0},
     "adm": {"arch": "adm", "image_size": 64, "num_channels": 192, "num_res_blocks": 3, "channel_mult": "1,2,3,4",
             "attention_resolutions": "32,16,8", "augment_dim": 0, "class_cond": True, "num_classes": 1000},
+    "edm2": {"arch": "edm2", "image_size": 64, "num_channels": 128, "num_res_blocks": 3, "channel_mult": "1,2,3,4",
+             "attention_resolutions": "16,8", "augment_dim": 0, "class_cond": True, "num_classes": 1000, "channels": 4},
+    "thin edm2": {"arch": "edm2", "image_size": 8, "num_channels": 512, "num_res_blocks": 1, "channel_mult": "0.015625",
+                  "attention_resolutions": "8", "augment_dim": 0, "class_cond": False, "num_classes": 0,
+                  "num_head_channels": 8},
 }
 
 

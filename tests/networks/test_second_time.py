@@ -15,7 +15,7 @@ def build(arch, **flags):
                         arch=arch, **flags)
 
 
-ARCHS = ["unet", "ddpmpp", "ncsnpp", "adm"]
+ARCHS = ["unet", "ddpmpp", "ncsnpp", "adm", "edm2"]
 X, TIME, Y = th.randn(4, 3, 8, 8, generator=th.Generator().manual_seed(1)), th.linspace(-1, 1, 4), th.arange(4) % 3
 GAP = th.tensor([0.0, 0.1, 0.5, 1.0])
 

@@ -27,6 +27,7 @@ def settings_of(*argv, mode="edm"):
 
 @pytest.mark.parametrize("arch, time_scale, speed", [
     ("unet", 0, 250), ("unet", 1, 0.25), ("ddpmpp", 0, 0.25), ("adm", 0, 0.25), ("ncsnpp", 0, 8 * math.pi),
+    ("edm2", 0, math.pi / 2),
     ("ncsnpp", 0.00125, 2 * math.pi * 0.02 / 4),            # iCT's NCSN++, whose embedding has the scale 0.02
 ])
 def test_the_speed_is_that_of_the_fastest_wave(arch, time_scale, speed):

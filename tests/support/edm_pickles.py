@@ -1,4 +1,6 @@
-"""Pickles in the format of NVlabs/edm: a stand-in of its persistence, whose modules carry source code that runs.
+"""Pickles in the format of NVlabs/edm and NVlabs/edm2: a stand-in of their persistence.
+
+Its modules carry source code that runs.
 
 `dump` writes what EDM's `pickle.dump(dict(ema=net, ...))` would: the same globals, calls and states. Unpickled in the
 usual way, with `torch_utils` importable, the file would execute `module_src`; here that source creates a file.
@@ -16,7 +18,8 @@ import torch as th
 from cm.networks.edm import EDM_NETWORKS
 
 # Classes of this toolkit -> EDM's, where they are called otherwise.
-CLASSES = {"GroupNorm32": "GroupNorm", "Conv": "Conv2d", "ConvDown": "Conv2d", "Resample": "Conv2d"}
+CLASSES = {"GroupNorm32": "GroupNorm", "Conv": "Conv2d", "ConvDown": "Conv2d", "Resample": "Conv2d",
+           "EDM2Block": "Block", "EDM2UNet": "UNet"}
 KWARGS = {
     "ddpmpp": dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, augment_dim=9, model_channels=16,
                    channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.13),
@@ -27,6 +30,8 @@ KWARGS["ncsnpp"] = KWARGS["ddpmpp"] | {"embedding_type": "fourier", "channel_mul
                                        "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}
 KWARGS["ddpmpp"] |= {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard",
                      "decoder_type": "standard", "resample_filter": [1, 1], "label_dropout": 0}
+EDM2_KWARGS = dict(img_resolution=8, img_channels=4, label_dim=4, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+                   attn_resolutions=[4], dropout=0.1, channels_per_head=16)
 
 
 def network(arch, **changes):
@@ -98,6 +103,35 @@ def net_of(model, kwargs, precond="EDMPrecond", source="", args=(), **attributes
     state = {"training": False, "_parameters": {}, "_buffers": {}, "_modules": {"model": inner}, "img_channels": 3,
              "use_fp16": False, **constants, **attributes}
     return Persistent(precond, state, source)
+
+
+def edm2_network():
+    """A tiny network of EDM2_KWARGS, with numbers that float16 holds, as published files have them."""
+    th.manual_seed(0)
+    ours = {name: value for name, value in EDM2_KWARGS.items() if name != "img_channels"}
+    model = EDM_NETWORKS["edm2"](in_channels=4, out_channels=4, **ours)
+    with th.no_grad():
+        for name, param in model.named_parameters():
+            if name.endswith("gain"):
+                param.fill_(0.75)
+    return model.half().float()
+
+
+def edm2_net_of(model, kwargs, source="", **attributes):
+    """EDM2's `Precond` around a network of this toolkit, which has EDM2's names, in float16."""
+    parts = {name: persistent(child.half(), source) for name, child in model.named_children() if name != "unet"}
+    parts["unet"] = persistent(model.unet.half(), source, _init_args=(), _init_kwargs=kwargs)
+    state = {"training": False, "_parameters": {}, "_buffers": {}, "_modules": parts, "img_resolution": 8,
+             "img_channels": 4, "label_dim": 4, "use_fp16": True, "sigma_data": 0.5,
+             "_init_args": (), "_init_kwargs": kwargs, **attributes}
+    return Persistent("Precond", state, source)
+
+
+def latent_encoder(source=""):
+    """What lies beside the network of latents: its state has numpy arrays."""
+    scale = np.float32(0.5) / np.float32([4.17, 4.62, 3.71, 3.28])
+    return Persistent("StabilityVAEEncoder", {"vae_name": "stabilityai/sd-vae-ft-mse", "scale": scale, "_vae": None,
+                                              "bias": -np.float32([5.81, 3.25, 0.12, -2.15]) * scale}, source)
 
 
 def dump(path, net, source="", protocol=4, **others):

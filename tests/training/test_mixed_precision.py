@@ -175,6 +175,28 @@ def test_non_finite_gradients_change_nothing(precision, bad):
     assert all(th.equal(old, new) for old, new in zip(before, trainer.master_params))
 
 
+class Bounded(Toy):
+    """A network whose parameters stay within a box."""
+
+    def constrain(self, params) -> None:
+        assert [name for name, _ in self.named_parameters()] == list(params)
+        for value in params.values():
+            assert value.dtype == th.float32
+            value.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_network_constrains_its_float32_parameters_after_a_step_that_is_taken(precision):
+    model = Bounded()
+    trainer = MixedPrecisionTrainer(model=model, precision=precision, initial_lg_loss_scale=10.0)
+    trainer.backward(loss_of(model, trainer))
+    trainer.step(th.optim.SGD(trainer.master_params, lr=1.0), False)
+    assert max(master.abs().max() for master in trainer.master_params) > 0.1
+    trainer.step(th.optim.SGD(trainer.master_params, lr=1.0), True)
+    for master, param in zip(trainer.master_params, trainer.model_params):
+        assert master.abs().max() <= 0.1 and th.equal(master.to(param.dtype), param)
+
+
 def test_another_rank_can_veto_a_step():
     model, trainer = trainer_of("fp16")
     trainer.backward(loss_of(model, trainer))

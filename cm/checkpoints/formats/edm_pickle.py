@@ -1,4 +1,4 @@
-"""The pickles of NVlabs/edm, read as data: nothing that they contain is ever run.
+"""The pickles of NVlabs/edm and NVlabs/edm2, read as data: nothing that they contain is ever run.
 
 Such a pickle is a program. Its networks are "persistent": they contain the source code of their classes, which the
 usual reader executes. This reader has a short list of allowed names; it keeps the contents of objects in records,
@@ -27,7 +27,7 @@ from cm.errors import UserError
 from cm.io import pickle_scan, torch_files
 from cm.io.budget import WEIGHTS, Budget, Meter
 from cm.io.pickles import Call, Record
-from cm.networks.edm import SONG, DhariwalConfig, SongConfig
+from cm.networks.edm import SONG, DhariwalConfig, EDMConfig, SongConfig
 from cm.registry import lookup
 
 PERSISTENT_VERSION = 6
@@ -83,6 +83,18 @@ def _number(kind: NumberType, content: bytes) -> float | int | bool:
     return np.frombuffer(content, kind.byte_order + kind.name)[0].item()
 
 
+class Array:
+    """A numpy array beside the network, such as the scale of an encoder's latents; its contents are ignored."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _array(kind: Any, shape: tuple[int, ...], code: bytes) -> Array:
+    """What numpy's `_reconstruct` is called with."""
+    return Array()
+
+
 # Every name that a pickle may use, and what stands for it here.
 ALLOWED = {
     "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent_record),
@@ -96,6 +108,9 @@ ALLOWED = {
     "torch.storage._load_from_bytes": Call(_storage_from_bytes),
     "numpy.core.multiarray.scalar": Call(_number),
     "numpy._core.multiarray.scalar": Call(_number),
+    "numpy.core.multiarray._reconstruct": Call(_array),
+    "numpy._core.multiarray._reconstruct": Call(_array),
+    "numpy.ndarray": Array,
     "numpy.dtype": NumberType,
 }
 
@@ -137,7 +152,7 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
         file.seek(0)
         content = Reader(cast(IO[bytes], file)).load()
         net = content.get("ema") if isinstance(content, Mapping) else None
-        if not isinstance(net, Record) or not isinstance(_part(net, "_modules", "model"), Record):
+        if not isinstance(net, Record) or _network_in(net) is None:
             names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise UserError(f"{source} holds no EDM network: it has no 'ema' with a 'model', only {names or 'nothing'}")
         converted = _convert(net, source)
@@ -160,6 +175,12 @@ def read_path(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _part(record: Record, kind: str, name: str) -> Any:
     """A parameter, buffer or module of a record; None if it has none of that name."""
     return record.state.get(kind, {}).get(name)
+
+
+def _network_in(net: Record) -> Record | None:
+    """The network within a preconditioning: `model` in EDM's, `unet` in EDM2's."""
+    found = _part(net, "_modules", "unet" if net.class_name == EDM2_PRECOND else "model")
+    return found if isinstance(found, Record) else None
 
 
 def _tensors_of(record: Record) -> dict[str, Tensor]:
@@ -196,65 +217,125 @@ PRECOND_CLASSES = {
     "VEPrecond": Preconditioning("ve", {"sigma_min": 0.02, "sigma_max": 100}),
     "iDDPMPrecond": Preconditioning("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-NETWORK_CONFIGS = {"SongUNet": SongConfig, "DhariwalUNet": DhariwalConfig}
+EDM2_PRECOND = "Precond"
 NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments that change no image
-# Arguments with one legal value each, where a network has them.
-FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+REQUIRED = dataclasses.MISSING                                      # the default of an argument that has none
+
+
+class Signature(NamedTuple):
+    """A network's arguments: those with a place, all with their defaults, and those with one legal value."""
+
+    in_order: tuple[str, ...]
+    defaults: dict[str, Any]
+    fixed: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: type[EDMConfig], fixed: dict[str, Any]) -> Signature:
+        """Of one of EDM's networks, whose configuration here has its names and defaults."""
+        fields = dataclasses.fields(config)
+        in_order = tuple(field.name for field in fields if not field.kw_only)
+        return cls(in_order, {field.name: field.default for field in fields}, fixed)
+
+
+EDM_FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+EDM2_IN_ORDER = {
+    "img_resolution": REQUIRED, "img_channels": REQUIRED, "label_dim": REQUIRED, "model_channels": 192,
+    "channel_mult": (1, 2, 3, 4), "channel_mult_noise": None, "channel_mult_emb": None, "num_blocks": 3,
+    "attn_resolutions": (16, 8), "label_balance": 0.5, "concat_balance": 0.5,
+}
+EDM2_FIXED = {
+    "channel_mult_noise": None, "channel_mult_emb": None, "label_balance": 0.5, "concat_balance": 0.5,
+    "resample_filter": [1, 1], "res_balance": 0.3, "attn_balance": 0.3, "clip_act": 256,
+}
+SIGNATURES = {
+    "SongUNet": Signature.of(SongConfig, EDM_FIXED),
+    "DhariwalUNet": Signature.of(DhariwalConfig, EDM_FIXED),
+    "UNet": Signature(tuple(EDM2_IN_ORDER), EDM2_IN_ORDER | {"channels_per_head": 64}, EDM2_FIXED),
+}
 
 
 def _convert(net: Record, source: str) -> EDMNet:
-    """A record of one of EDM's preconditionings around one of its networks, as flags and weights of this toolkit.
+    """A record of a preconditioning around one of the networks of EDM or EDM2, as flags and weights of this toolkit.
 
     :raises UserError: for another class, or a constant or argument that this toolkit does not have.
     """
+    model = _network_in(net)
+    assert model is not None
+    if net.class_name == EDM2_PRECOND:
+        return _convert_edm2(net, model, source)
     precond = lookup(PRECOND_CLASSES, net.class_name, f"preconditioning in {source}")
-    for name, value in precond.constants.items():
-        _demand(net.state.get(name, value) == value, source, name, net.state.get(name), value)
-    model = _part(net, "_modules", "model")
+    _demand_constants(net, precond.constants, source)
     arguments = _arguments_of(model, source)
-    for name, value in FIXED.items():
-        _demand(arguments.get(name, value) == value, source, name, arguments.get(name), value)
     weights = _tensors_of(model)
     if precond.name == "iddpm":                                     # it also predicts a variance, which no sampler uses
         kept = arguments["in_channels"]
         weights |= {name: value[:kept].clone() for name, value in weights.items() if name.startswith("out_conv.")}
+    flags = {
+        "arch": _arch_of(model.class_name, arguments, source),
+        "channels": arguments["in_channels"],
+        "null_class": arguments["label_dim"] > 0 and bool(arguments.get("label_dropout", 0)),
+        "augment_dim": arguments["augment_dim"],
+        "num_head_channels": -1,
+        "precond": precond.name,
+    }
+    return EDMNet(_common_flags(arguments) | flags, weights)
+
+
+def _convert_edm2(net: Record, model: Record, source: str) -> EDMNet:
+    """The same for EDM2, whose files hold float16 numbers."""
+    _demand_constants(net, {"sigma_data": 0.5}, source)
+    arguments = _arguments_of(model, source)
+    flags = {
+        "arch": "edm2",
+        "channels": arguments["img_channels"],
+        "null_class": False,
+        "augment_dim": 0,
+        "num_head_channels": arguments["channels_per_head"],
+        "precond": "edm",
+    }
+    weights = {name: value.float() for name, value in _tensors_of(net).items()}
+    return EDMNet(_common_flags(arguments) | flags, weights)
+
+
+def _common_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What EDM and EDM2 call by the same names."""
     label_dim = arguments["label_dim"]
-    return EDMNet(
-        {
-            "arch": _arch_of(model.class_name, arguments, source),
-            "image_size": arguments["img_resolution"],
-            "channels": arguments["in_channels"],
-            "num_channels": arguments["model_channels"],
-            "num_res_blocks": arguments["num_blocks"],
-            "channel_mult": ",".join(f"{mult:g}" for mult in arguments["channel_mult"]),
-            "attention_resolutions": ",".join(map(str, arguments["attn_resolutions"])),
-            "class_cond": label_dim > 0,
-            "num_classes": label_dim,
-            "null_class": label_dim > 0 and bool(arguments.get("label_dropout", 0)),
-            "augment_dim": arguments["augment_dim"],
-            "num_head_channels": -1,
-            "learn_sigma": False,
-            "precond": precond.name,
-            "training_mode": "edm",
-        },
-        weights,
-    )
+    return {
+        "image_size": arguments["img_resolution"],
+        "num_channels": arguments["model_channels"],
+        "num_res_blocks": arguments["num_blocks"],
+        "channel_mult": ",".join(f"{mult:g}" for mult in arguments["channel_mult"]),
+        "attention_resolutions": ",".join(map(str, arguments["attn_resolutions"])),
+        "class_cond": label_dim > 0,
+        "num_classes": label_dim,
+        "learn_sigma": False,
+        "training_mode": "edm",
+    }
 
 
 def _arguments_of(model: Record, source: str) -> dict[str, Any]:
-    """What the network was made with; EDM's defaults are those of the configurations here."""
-    known = dataclasses.fields(lookup(NETWORK_CONFIGS, model.class_name, f"network in {source}"))
-    defaults = {field.name: field.default for field in known}
-    in_order = [field.name for field in known if not field.kw_only]
+    """What the network was made with.
+
+    :raises UserError: for arguments that this toolkit does not have.
+    """
+    in_order, defaults, fixed = lookup(SIGNATURES, model.class_name, f"network in {source}")
     positional = tuple(model.state.get("_init_args") or ())
     given = dict(zip(in_order, positional)) | dict(model.state.get("_init_kwargs") or {})
-    strange = [name for name in given if name not in (*defaults, *NOT_FOR_SAMPLING, *FIXED)]
+    strange = [name for name in given if name not in (*defaults, *NOT_FOR_SAMPLING, *fixed)]
     strange += [f"number {number}" for number in range(len(in_order), len(positional))]
-    missing = [name for name, value in (defaults | given).items() if value is dataclasses.MISSING]
+    missing = [name for name, value in (defaults | given).items() if value is REQUIRED]
     if strange or missing:
         raise UserError(f"{source} holds a {model.class_name} of another kind than EDM's: "
                         f"unknown arguments {strange}, missing {missing}")
+    for name, value in fixed.items():
+        _demand(given.get(name, value) == value, source, name, given.get(name), value)
     return defaults | given
+
+
+def _demand_constants(net: Record, constants: Mapping[str, float], source: str) -> None:
+    """:raises UserError: unless the constants of a preconditioning are those of its formulas here."""
+    for name, value in constants.items():
+        _demand(net.state.get(name, value) == value, source, name, net.state.get(name), value)
 
 
 def _arch_of(class_name: str, arguments: Mapping[str, Any], source: str) -> str:

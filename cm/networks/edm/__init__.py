@@ -1,4 +1,4 @@
-"""The networks of Karras et al. 2022 (EDM, arXiv 2206.00364), by their names in --arch.
+"""The networks of EDM (Karras et al. 2022, arXiv 2206.00364) and EDM2 (2023, arXiv 2312.02696), by their --arch.
 
 Their configurations have EDM's argument names; SONG holds the differences of the two variants of SongUNet.
 """
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from cm.networks.edm.base import EDMConfig, EDMNetwork
+from cm.networks.edm.base import ConditionedNetwork, EDMConfig, EDMNetwork
 from cm.networks.edm.dhariwal_unet import DhariwalConfig, DhariwalUNet
+from cm.networks.edm.edm2 import EDM2Config, EDM2Network
 from cm.networks.edm.song_unet import SongConfig, SongUNet
 from cm.registry import Table
 
 __all__ = [
-    "EDM_NETWORKS", "SONG", "DhariwalConfig", "DhariwalUNet", "EDMConfig", "EDMNetwork", "SongConfig", "SongUNet",
+    "EDM_NETWORKS", "SONG", "ConditionedNetwork", "DhariwalConfig", "DhariwalUNet", "EDM2Config", "EDM2Network",
+    "EDMConfig", "EDMNetwork", "SongConfig", "SongUNet",
 ]
 
 SONG = {
@@ -34,7 +36,12 @@ def _dhariwal(**fields: Any) -> DhariwalUNet:
     return DhariwalUNet(DhariwalConfig(**fields))
 
 
-EDM_NETWORKS: Table[Callable[..., EDMNetwork]] = Table("arch", {
+def _edm2(**fields: Any) -> EDM2Network:
+    return EDM2Network(EDM2Config(**fields))
+
+
+EDM_NETWORKS: Table[Callable[..., ConditionedNetwork]] = Table("arch", {
     **{name: partial(_song, **options) for name, options in SONG.items()}, "adm": _dhariwal,
+    "edm2": _edm2,
 })
 """Functions that make a network from the fields of its configuration; `unet` of --arch is none of them."""

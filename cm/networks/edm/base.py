@@ -66,7 +66,61 @@ class EDMConfig:
         return self.model_channels * self.channel_mult_emb
 
 
-class EDMNetwork(HalfPrecisionTrunk):
+class ConditionedNetwork(HalfPrecisionTrunk):
+    """What the networks of this package are told beside the image, and which inputs they accept.
+
+    :raises UserError: for images that cannot be halved often enough.
+    """
+
+    def __init__(self, config: EDMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.img_resolution, self.in_channels = config.img_resolution, config.in_channels
+        self.label_dim, self.augment_dim = config.label_dim, config.augment_dim
+        self.second_time = SecondTime(config.model_channels, config.emb_channels) if config.second_time else None
+        self.shrinkage = 2 ** (len(config.widths) - 1)
+        self._check_side(config.img_resolution)
+
+    def one_hot(self, y: Tensor | None, n: int) -> Tensor | None:
+        """Class labels of n samples as rows: [N] or [N,K] -> [N,K]; None for a network without classes.
+
+        :raises ValueError: for labels that do not fit the network.
+        """
+        if not self.label_dim:
+            if y is not None:
+                raise ValueError("the network is not class-conditional: call it without y, or build it with label_dim")
+            return None
+        if y is None:
+            raise ValueError(f"the network is class-conditional: give y, one label below {self.label_dim} per sample")
+        if len(y) != n or (y.ndim, *y.shape[1:]) not in ((1,), (2, self.label_dim)):
+            raise ValueError(f"y has shape {tuple(y.shape)}: give one label below {self.label_dim}, or one row of as "
+                             f"many numbers, for each of the {n} samples")
+        if y.ndim == 2:
+            return y.float()
+        try:
+            rows = F.one_hot(y, self.label_dim + self.config.null_class)
+            return rows[:, : self.label_dim].float()
+        except RuntimeError:
+            raise ValueError(f"a label in y is not one of the {self.label_dim} classes, 0 to {self.label_dim - 1}: "
+                             f"{y.tolist()}") from None
+
+    def check_inputs(self, x: Tensor, augment_labels: Tensor | None) -> None:
+        """:raises ValueError: unless images [N,C,H,W] and augmentation labels [N,A] fit the network."""
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}, the network expects [N, {self.in_channels}, H, W]")
+        for side in x.shape[2:]:
+            self._check_side(side)
+        if augment_labels is not None and augment_labels.shape != (len(x), self.augment_dim):
+            raise ValueError(f"augment_labels have shape {tuple(augment_labels.shape)}, the network expects "
+                             f"{(len(x), self.augment_dim)}; --augment_dim 9 makes a network for EDM's augmentation")
+
+    def _check_side(self, side: int) -> None:
+        if side < self.shrinkage or side % self.shrinkage:
+            raise UserError(f"images of side {side} cannot be halved between the {len(self.config.widths)} levels of "
+                            f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
+
+
+class EDMNetwork(ConditionedNetwork):
     """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
 
     :raises UserError: for images that cannot be halved often enough.
@@ -76,14 +130,8 @@ class EDMNetwork(HalfPrecisionTrunk):
     dec: nn.ModuleDict
 
     def __init__(self, config: EDMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.img_resolution, self.in_channels = config.img_resolution, config.in_channels
-        self.label_dim, self.augment_dim = config.label_dim, config.augment_dim
+        super().__init__(config)
         self.act = SiLU()
-        self.second_time = SecondTime(config.model_channels, config.emb_channels) if config.second_time else None
-        self.shrinkage = 2 ** (len(config.widths) - 1)
-        self._check_side(config.img_resolution)
 
     # --- building ----------------------------------------------------------------------------------------------------
 
@@ -167,8 +215,8 @@ class EDMNetwork(HalfPrecisionTrunk):
         :return: [N,out_channels,H,W] in the dtype of x.
         :raises ValueError: if an input does not fit the network.
         """
-        self._check_inputs(x, augment_labels)
-        labels = self._one_hot(y, len(x))
+        self.check_inputs(x, augment_labels)
+        labels = self.one_hot(y, len(x))
         if augment_labels is None and self.augment_dim:             # with zeros, all parameters get gradients
             augment_labels = noise_labels.new_zeros(len(x), self.augment_dim)
         # Not under autocast, whose half precision would merge neighbouring noise levels.
@@ -190,36 +238,3 @@ class EDMNetwork(HalfPrecisionTrunk):
                 h = layer(th.cat([h, skips.pop()], dim=1) if "_block" in name else h, emb)
         with without_autocast(x.device):        # the cost is small, and the output is not rounded
             return self.output(h.to(self.last_conv.weight.dtype)).to(x.dtype)
-
-    def _one_hot(self, y: Tensor | None, n: int) -> Tensor | None:
-        if not self.label_dim:
-            if y is not None:
-                raise ValueError("the network is not class-conditional: call it without y, or build it with label_dim")
-            return None
-        if y is None:
-            raise ValueError(f"the network is class-conditional: give y, one label below {self.label_dim} per sample")
-        if len(y) != n or (y.ndim, *y.shape[1:]) not in ((1,), (2, self.label_dim)):
-            raise ValueError(f"y has shape {tuple(y.shape)}: give one label below {self.label_dim}, or one row of as "
-                             f"many numbers, for each of the {n} samples")
-        if y.ndim == 2:
-            return y.float()
-        try:
-            rows = F.one_hot(y, self.label_dim + self.config.null_class)
-            return rows[:, : self.label_dim].float()
-        except RuntimeError:
-            raise ValueError(f"a label in y is not one of the {self.label_dim} classes, 0 to {self.label_dim - 1}: "
-                             f"{y.tolist()}") from None
-
-    def _check_inputs(self, x: Tensor, augment_labels: Tensor | None) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}, the network expects [N, {self.in_channels}, H, W]")
-        for side in x.shape[2:]:
-            self._check_side(side)
-        if augment_labels is not None and augment_labels.shape != (len(x), self.augment_dim):
-            raise ValueError(f"augment_labels have shape {tuple(augment_labels.shape)}, the network expects "
-                             f"{(len(x), self.augment_dim)}; --augment_dim 9 makes a network for EDM's augmentation")
-
-    def _check_side(self, side: int) -> None:
-        if side < self.shrinkage or side % self.shrinkage:
-            raise UserError(f"images of side {side} cannot be halved between the {len(self.config.widths)} levels of "
-                            f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")

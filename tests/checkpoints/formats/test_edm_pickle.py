@@ -18,7 +18,7 @@ from cm.errors import UserError
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, model_from
 from support import edm_pickles
-from support.edm_pickles import KWARGS, network
+from support.edm_pickles import EDM2_KWARGS, KWARGS, network
 
 
 def pickled(path, arch="ddpmpp", precond="EDMPrecond", changes=(), **attributes):
@@ -59,6 +59,48 @@ def test_every_tensor_arrives_and_no_flag_is_needed(tmp_path, arch, precond, nam
     denoise = diffusion_from(settings, distillation=False).bind(model.eval())
     assert denoise(x, th.tensor([0.5, 3.0]), y=y).isfinite().all()
     assert not (tmp_path / "net.pkl.ran").exists()
+
+
+def edm2_pickled(path, changes=(), **attributes):
+    """A pickle in the layout of NVlabs/edm2, with the encoder of latents, that would leave `path`.ran if it ran."""
+    source = edm_pickles.creates(f"{path}.ran")
+    net = edm_pickles.edm2_net_of(edm_pickles.edm2_network(), {**EDM2_KWARGS, **dict(changes)}, source, **attributes)
+    return edm_pickles.dump(path, net, source, encoder=edm_pickles.latent_encoder(source))
+
+
+@th.no_grad()
+def test_edm2s_pickles_give_the_same_images(tmp_path):
+    path = edm2_pickled(tmp_path / "net.pkl")
+    settings = sampling("--model_path", path)
+    source = inherit_checkpoint(settings, "model_path", also=("training_mode",))
+    flags = {"arch": "edm2", "channels": 4, "num_classes": 4, "num_head_channels": 16, "precond": "edm",
+             "training_mode": "edm", "null_class": False, "attention_resolutions": "4"}
+    assert flags.items() <= settings.values.items()
+    model = model_from(settings)
+    loading.fit(model, source.take(), source.path)
+    expected = edm_pickles.edm2_network()
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(map(th.equal, model.state_dict().values(), expected.state_dict().values()))
+    x, sigma, y = th.randn(2, 4, 8, 8), th.tensor([0.5, 3.0]), th.tensor([0, 3])
+    denoise = diffusion_from(settings, distillation=False).bind(model.eval())
+    c_skip, c_out, c_in = (c[:, None, None, None] for c in (  # arXiv 2206.00364, table 1, with sigma_data 0.5
+        0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25).sqrt(), 1 / (sigma**2 + 0.25).sqrt()))
+    by_hand = c_skip * x + c_out * expected.eval()(c_in * x, sigma.log() / 4, y)
+    assert (by_hand - c_skip * x).abs().max() > 0.1
+    th.testing.assert_close(denoise(x, sigma, y=y), by_hand)
+    assert not (tmp_path / "net.pkl.ran").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(changes={"clip_act": None}), "clip_act=None; this toolkit knows 256 alone"),
+    (dict(changes={"res_balance": 0.5}), "res_balance=0.5; this toolkit knows 0.3"),
+    (dict(changes={"channel_mult_emb": 8}), "channel_mult_emb=8; this toolkit knows None"),
+    (dict(changes={"use_flash": True}), r"of another kind than EDM's: unknown arguments \['use_flash'\]"),
+    (dict(sigma_data=1.0), "sigma_data=1.0; this toolkit knows 0.5"),
+])
+def test_an_edm2_network_of_another_kind_is_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=f"net.pkl.*{message}"):
+        read(edm2_pickled(tmp_path / "net.pkl", **options))
 
 
 def test_the_pickles_of_these_tests_do_run_code_in_the_usual_reader(tmp_path, monkeypatch):
