@@ -11,7 +11,7 @@ from cm.config.flags import option
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
                  "ito", "ablation", "flowmap")
-OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm")
+OBJECTIVE_NAMES = ("edm", "cdm", "stf", "sadpm", "uncertainty")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
@@ -172,6 +172,9 @@ class TrainConfig:
         0.0, "thousands of images over which the learning rate rises linearly from 0 (EDM: 10000); 0: no warm-up",
         minimum=0,
     )
+    lr_decay_steps: int = option(
+        0, "steps after which the learning rate falls as 1 / sqrt(step) (EDM2: 70000); 0: never", minimum=0
+    )
     global_batch_size: int = option(2048, "images per step, summed over all ranks", minimum=1)
     batch_size: int = option(
         -1, "images per step and rank; -1: global_batch_size divided by the number of ranks", minimum=-1
@@ -305,6 +308,8 @@ class ObjectiveConfig:
     """objective"""
 
     objective: str = option("edm", "training loss", choices=OBJECTIVE_NAMES, table="objective")
+    noise_mean: float = option(-0.4, "uncertainty: mean of ln sigma")
+    noise_std: float = option(1.0, "uncertainty: standard deviation of ln sigma", minimum=1e-6)
     martingale_lambda: float = option(10.0, "cdm: weight of the martingale regulariser", minimum=0)
     martingale_steps: int = option(6, "cdm: noise levels of a backward walk, including both ends", minimum=2)
     martingale_sde: str = option(

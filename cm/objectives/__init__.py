@@ -11,6 +11,7 @@ from cm.objectives.progdist import ProgressiveDistillation
 from cm.objectives.sadpm import SADPM
 from cm.objectives.scm import SCD, SCT
 from cm.objectives.stf import STF
+from cm.objectives.uncertainty import Uncertainty
 from cm.registry import Table
 
 __all__ = ["DENOISING", "OBJECTIVES"]
@@ -20,6 +21,7 @@ DENOISING: Table[type[Objective]] = Table("objective", {
     "cdm": CDM,
     "stf": STF,
     "sadpm": SADPM,
+    "uncertainty": Uncertainty,
 })
 """--objective: the ways to train a diffusion model."""
 

@@ -31,6 +31,7 @@ class LoopConfig:
         each.
     :param lr_anneal_steps: steps over which the learning rate falls linearly to 0; 0 for never.
     :param lr_rampup_kimg: thousand images over which the learning rate rises from 0.
+    :param lr_decay_steps: after so many steps the learning rate falls as 1 / sqrt(step); 0 for never.
     :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
     :param ema_rampup_ratio: see `EmaRate`.
     :param resume_checkpoint: model file to start from, with its optimizer and averages where they are next to it.
@@ -58,6 +59,7 @@ class LoopConfig:
     optimizer: str = "radam"
     lr_anneal_steps: int = 0
     lr_rampup_kimg: float = 0.0
+    lr_decay_steps: int = 0
     total_training_steps: int = 0
     ema_rampup_ratio: float = 0.0
     use_fp16: bool = False

@@ -32,7 +32,7 @@ from cm.training.ema_rates import parse_rates
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve
 from cm.training.non_finite import NonFiniteError
-from cm.training.optimizer import make_optimizer, rampup
+from cm.training.optimizer import decay, make_optimizer, rampup
 from cm.training.throughput import Ticks, status_line
 from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, BoundNetwork, LossTerms, Networks
@@ -299,7 +299,8 @@ class TrainLoop:
         config = self.config
         done = self.step / config.lr_anneal_steps if config.lr_anneal_steps else 0.0
         for group in network.opt.param_groups:
-            group["lr"] = config.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, config.lr_rampup_kimg)
+            rate = config.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, config.lr_rampup_kimg)
+            group["lr"] = rate * decay(self.step, config.lr_decay_steps)
 
     def reset_optimizer_and_ema(self) -> None:
         """A new stage: fresh optimizers, averages that start from the present weights."""

@@ -97,6 +97,14 @@ def make_optimizer(
     return ZeroOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)
 
 
+def decay(step: int, decay_steps: int) -> float:
+    """The factor of a learning rate that falls as 1 / sqrt(step) after so many steps; 1 where that is 0.
+
+    Karras et al. 2023 (EDM2, arXiv 2312.02696), equation 67.
+    """
+    return min(1.0, (decay_steps / max(step, 1)) ** 0.5) if decay_steps else 1.0
+
+
 def rampup(images_seen: int, rampup_kimg: float) -> float:
     """The factor of a learning rate that rises linearly from 0 over so many thousand images; 1 where that is 0."""
     return min(1.0, images_seen / (1000 * rampup_kimg)) if rampup_kimg else 1.0

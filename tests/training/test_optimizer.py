@@ -7,7 +7,7 @@ import pytest
 import torch as th
 
 from cm.distributed.sharding import partition
-from cm.training.optimizer import OPTIMIZERS, ZeroOptimizer, make_optimizer
+from cm.training.optimizer import OPTIMIZERS, ZeroOptimizer, decay, make_optimizer
 from support.mpi import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -71,3 +71,13 @@ def test_the_learning_rate_rises_over_images(images, tmp_path):
         rates.append(training.opt.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], rtol=1e-12)
     assert rampup(0, 0) == 1
+
+
+def test_the_learning_rate_falls_with_the_root_of_the_step(images, tmp_path):
+    """Equation 67 of EDM2: constant up to lr_decay_steps, here 2."""
+    training, rates = loop(images, tmp_path, 9, lr_decay_steps=2), []
+    for training.step in (0, 1, 2, 8):
+        training.set_learning_rate(training.trained["online"])
+        rates.append(training.opt.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [1e-3, 1e-3, 1e-3, 5e-4], rtol=1e-12)
+    assert decay(10**9, 0) == 1
