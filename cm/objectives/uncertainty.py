@@ -48,10 +48,14 @@ class Uncertainty(EDM):
 
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Uncertainty:
-        """:raises UserError: for a network without an estimate of its uncertainty."""
+        """:raises UserError: for a network without an estimate of its uncertainty, or another law of noise levels."""
         if values["arch"] in WITHOUT:
             raise UserError(f"--objective uncertainty needs a network that estimates its uncertainty, and --arch "
                             f"{values['arch']} does not: choose --arch edm2, or --objective edm")
+        law = values["schedule_sampler"]
+        if law != "lognormal":
+            raise UserError(f"--schedule_sampler {law}: --objective uncertainty draws ln sigma from a normal "
+                            "distribution, see --noise_mean and --noise_std; drop the flag")
         return cls.of(diffusion, LogNormalSampler(), {name: values[name] for name in cls.options})
 
     @classmethod

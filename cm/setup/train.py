@@ -115,9 +115,8 @@ def loop_config(settings: Settings) -> LoopConfig:
     same_names = (
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
-        "lr_decay_steps", "ema_rampup_ratio",
-        "checkpoint_dir", "keep_checkpoints", "milestone_interval", "on_save_error",
-        "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes",
+        "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval",
+        "on_save_error", "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes",
     )
     return LoopConfig(
         batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),

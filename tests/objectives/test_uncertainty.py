@@ -12,7 +12,7 @@ from cm.setup.model import create_diffusion
 from cm.types import Batch, BoundNetwork, Networks
 from support.training import network
 
-FLAGS = {"arch": "edm2", "noise_mean": -0.4, "noise_std": 1.0}
+FLAGS = {"arch": "edm2", "schedule_sampler": "lognormal", "noise_mean": -0.4, "noise_std": 1.0}
 
 
 def parts(model, time_scale=0.0):
@@ -44,6 +44,11 @@ def test_the_loss_is_that_of_the_paper(time_scale):
 def test_the_noise_levels_are_those_of_the_flags():
     law = Uncertainty.from_flags(create_diffusion(arch="edm2"), FLAGS | {"noise_mean": -0.8, "noise_std": 1.6})
     assert (law.schedule_sampler.p_mean, law.schedule_sampler.p_std) == (-0.8, 1.6)
+
+
+def test_another_distribution_of_noise_levels_is_refused():
+    with pytest.raises(UserError, match="--schedule_sampler uniform: --objective uncertainty draws ln sigma"):
+        Uncertainty.from_flags(create_diffusion(arch="edm2"), FLAGS | {"schedule_sampler": "uniform"})
 
 
 def test_networks_without_an_estimate_are_refused():
