@@ -10,7 +10,7 @@ from cm.checkpoints import manifest
 from cm.errors import UserError
 from cm.networks.edm import EDM2Config, EDM2Network
 from cm.networks.edm.edm2 import EDM2Block
-from cm.networks.edm.magnitude import MPConv
+from cm.networks.edm.magnitude import EPS, MPConv
 from cm.networks.jvp import jvp
 from cm.script_util import create_model
 from cm.training.mixed_precision import MixedPrecisionTrainer
@@ -292,6 +292,8 @@ SHARDED = """
 
     from cm.data.loader import load_data
     from cm.distributed import setup as dist
+    from cm.objectives.uncertainty import Uncertainty
+    from cm.setup.model import create_diffusion
     from networks.edm.test_edm2 import tiny
     from support.training import loop
 
@@ -305,6 +307,10 @@ SHARDED = """
         for shard in (False, True):
             loop(sys.argv[1], f"{sys.argv[2]}/{shard}", 2, data=stream, model=tiny(), batch_size=2,
                  shard_optimizer=shard).run_loop()
+        diffusion = create_diffusion(arch="edm2")
+        objective = Uncertainty.of(diffusion, None, {"noise_mean": -0.4, "noise_std": 1.0})
+        loop(sys.argv[1], f"{sys.argv[2]}/uncertain", 2, data=stream, model=tiny(), batch_size=2,
+             objective=objective).run_loop()
 
     dist.run(main)
 """
@@ -316,6 +322,11 @@ def test_a_sharded_optimizer_normalises_the_same_weights(images, tmp_path):
     assert done.rc == 0, done
     whole, shared = (digest(tmp_path / name, 2) for name in ("False", "True"))
     assert whole and whole == shared
+    name = "logvar_linear.weight"                                   # learns by its own objective alone
+    files = (tmp_path / run / "model000002.pt" for run in ("uncertain", "True"))
+    learned, idle = (th.load(file, weights_only=True)[name] for file in files)
+    start = tiny().state_dict()[name]
+    assert (learned - start).abs().max() > 1e-6 and (idle - start).abs().max() < 3 * EPS * start.abs().max()
     weights = th.load(tmp_path / "True" / "model000002.pt", weights_only=True)
     for name, value in weights.items():
         if value.ndim > 1:
