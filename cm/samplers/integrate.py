@@ -143,7 +143,8 @@ def integrate(
             sigma = sigma_hat
         recording.first, start = None, x
         if sigma_next > 0:
-            x = solver_at(sampler, th.tensor(sigma, dtype=x.dtype)).step(recording, x, level(sigma), level(sigma_next), rng)
+            solver = solver_at(sampler, th.tensor(sigma, dtype=x.dtype))
+            x = solver.step(recording, x, level(sigma), level(sigma_next), rng)
         else:
             x = sampler.last_step(recording, x, level(sigma))
         if callback is not None:
