@@ -199,7 +199,8 @@ def test_features_wait_only_to_be_read(device, build, images):
 
 @pytest.mark.parametrize("wait", [
     lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.tolist(), lambda x: x.cpu(),
-    lambda x: th.equal(x, x), lambda x: th.zeros(4).copy_(x), lambda x: x.copy_(th.zeros(4)), lambda x: th.zeros(4).to(x.device),
+    lambda x: th.equal(x, x), lambda x: th.zeros(4).copy_(x), lambda x: x.copy_(th.zeros(4)),
+    lambda x: th.zeros(4).to(x.device),
 ], ids=range(8))
 def test_the_watch_sees_every_wait(device, wait):
     x = th.ones(4, device=device)
