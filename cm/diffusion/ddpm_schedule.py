@@ -24,7 +24,7 @@ SNAP = 1e-4                                                         # float32 mo
 def alpha_bars(device: Any = "cpu") -> Tensor:
     """abar_t, the share of the image's variance that is left at each timestep: [T], falling. Equation 4."""
     betas = th.linspace(BETA_FIRST, BETA_LAST, TIMESTEPS, dtype=th.float64)
-    return (1 - betas).cumprod(0).to(device)
+    return (1 - betas).cumprod(0).to(device, non_blocking=True)
 
 
 @cache

@@ -97,7 +97,7 @@ class UniformSampler(ScheduleSampler):
     def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
         """n levels of the grid, of weight 1."""
         index = rng.randint(0, len(self.sigmas), (n,), device=device)
-        sigma = self.sigmas.to(device)[index]
+        sigma = self.sigmas.to(device, non_blocking=True)[index]
         return Draw(sigma, th.ones_like(sigma), index)
 
 
@@ -148,10 +148,10 @@ class LossSecondMomentResampler(ScheduleSampler):
 
     def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
         """n levels of the grid with the probabilities p, of weight 1 / (K p)."""
-        p = self.probabilities().to(device)
+        p = self.probabilities().to(device, non_blocking=True)
         u = rng.rand(n, device=device).double()
         index = th.searchsorted(p.cumsum(0), u, right=True).clamp(max=len(p) - 1)       # inverts the distribution
-        sigma = self.sigmas.to(device)[index]
+        sigma = self.sigmas.to(device, non_blocking=True)[index]
         return Draw(sigma, (1 / (len(p) * p))[index].to(sigma.dtype), index)
 
     def index_of(self, sigma: Tensor) -> Tensor:

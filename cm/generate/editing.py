@@ -223,7 +223,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
     Where the two have the same or opposite directions, so that no arc is determined, it is linear.
     """
-    w = weight.to(a.device, th.float64)
+    w = weight.to(a.device, th.float64, non_blocking=True)
     cosine = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
     angle = cosine.clamp(-1, 1).arccos()                            # [N]
     straight = angle.sin() < 1e-6

@@ -35,7 +35,7 @@ class NoiseBinWeights:
 
     def weight(self, sigma: Tensor) -> Tensor:
         """[N] -> [N] in the dtype of sigma."""
-        return (1 / self.means).to(sigma.device)[self.bins(sigma)].to(sigma.dtype)
+        return (1 / self.means).to(sigma.device, non_blocking=True)[self.bins(sigma)].to(sigma.dtype)
 
     def update_loss_history(self, sigma: Tensor, loss: Tensor) -> None:
         """Record the unweighted losses of a step, [B] each, in the order of the samples."""

@@ -142,7 +142,7 @@ class LognormalGridPairs(GridPairs):
     def index(self, num_scales: int, rng: NoiseSource, like: Tensor) -> Tensor:
         """By inverting the distribution function: float32 would not tell neighbours of 1280 intervals apart."""
         intervals(num_scales)
-        cumulative = self.probabilities(num_scales).cumsum(0).to(like.device)
+        cumulative = self.probabilities(num_scales).cumsum(0).to(like.device, non_blocking=True)
         u = rng.rand(len(like), dtype=th.float64, device=like.device)
         return th.searchsorted(cumulative, u, right=True).clamp(max=num_scales - 2)
 

@@ -63,7 +63,7 @@ def peers(batch: Batch, references: Batch) -> Tensor:
     """
     if batch.positions is None or references.positions is None:
         raise ValueError("references are told from a sample's own image by their positions: give both batches some")
-    shared = (batch.positions[:, None] != references.positions).to(batch.images.device)
+    shared = (batch.positions[:, None] != references.positions).to(batch.images.device, non_blocking=True)
     for name, own in batch.cond.items():
         own = own.flatten(1) if own.ndim > 1 else own[:, None]      # [N,k]
         theirs = references.cond.get(name)

@@ -38,6 +38,13 @@ class Sampler(ABC):
         """
         return append_zero(karras_grid(steps, sigma_min, sigma_max, rho))
 
+    def at(self, sigma: Tensor) -> Sampler:
+        """The sampler of the step that begins at a level, which is on the host: nobody waits for what it decides there.
+
+        :param sigma: one number, in the dtype of the images.
+        """
+        return self
+
     @abstractmethod
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
         """[N,C,H,W] at sigma [N] -> [N,C,H,W] at sigma_next [N], where sigma_next > 0."""

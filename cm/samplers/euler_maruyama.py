@@ -7,7 +7,7 @@ dx = -(1 + eta^2) sigma score dsigma + eta sqrt(2 sigma) dw, where sigma falls a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,8 +18,31 @@ from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
 
 
+class NoiseInWindow(Sampler):
+    """The base of samplers with fresh noise, of the amount `eta`, at the levels from `s_tmin` to `s_tmax`."""
+
+    eta: float
+    s_tmin: float
+    s_tmax: float
+
+    def at(self, sigma: Tensor) -> NoiseInWindow:
+        """The same without a window, and without fresh noise if the level lies outside."""
+        if self.has_no_window():
+            return self
+        is_inside = bool(eta_at(sigma, 1.0, self.s_tmin, self.s_tmax))
+        return replace(self, eta=self.eta if is_inside else 0.0, s_tmin=0.0, s_tmax=math.inf)
+
+    def has_no_window(self) -> bool:
+        """Whether all levels lie inside."""
+        return self.s_tmin <= 0 and self.s_tmax == math.inf
+
+    def adds_noise(self, eta: Tensor) -> bool:
+        """Whether a step does, with eta [N]: it waits for the device only where `at` was not asked before."""
+        return self.eta > 0 if self.has_no_window() else bool(eta.any())
+
+
 @dataclass(frozen=True)
-class EulerMaruyama(Sampler):
+class EulerMaruyama(NoiseInWindow):
     """One evaluation per step. The order is the strong one.
 
     :param eta: amount of fresh noise: 1 gives the reverse SDE, 0 gives Euler's method for the ODE.
@@ -41,7 +64,7 @@ class EulerMaruyama(Sampler):
         eta = eta_at(sigma, self.eta, self.s_tmin, self.s_tmax)     # [N]
         fall = sigma - sigma_next
         x_next = lerp_to(D(x, sigma), x, 1 - (1 + eta**2) * fall / sigma)
-        if not eta.any():
+        if not self.adds_noise(eta):
             return x_next
         return x_next + append_dims(eta * (2 * sigma * fall).sqrt(), x.ndim) * rng.randn_like(x)
 

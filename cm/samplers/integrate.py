@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
@@ -142,12 +143,19 @@ def integrate(
             sigma = sigma_hat
         recording.first, start = None, x
         if sigma_next > 0:
-            x = sampler.step(recording, x, level(sigma), level(sigma_next), rng)
+            solver = solver_at(sampler, th.tensor(sigma, dtype=x.dtype))
+            x = solver.step(recording, x, level(sigma), level(sigma_next), rng)
         else:
             x = sampler.last_step(recording, x, level(sigma))
         if callback is not None:
             callback({"i": i, "x": start, "sigma": sigma, "denoised": recording.first})
     return x
+
+
+def solver_at(sampler: Sampler, sigma: Tensor) -> Sampler:
+    """What steps from a level, see `cm.samplers.base.Sampler.at`; a sampler of another base is its own."""
+    at = getattr(sampler, "at", None)
+    return sampler if at is None else at(sigma)
 
 
 def progress_bar(steps: range, show: bool) -> Any:

@@ -21,8 +21,8 @@ from torch import Tensor
 from cm.errors import UserError
 from cm.networks.jvp import second_derivative
 from cm.registry import lookup
-from cm.samplers.base import Sampler, lerp_to
-from cm.samplers.euler_maruyama import check_eta, eta_at
+from cm.samplers.base import lerp_to
+from cm.samplers.euler_maruyama import NoiseInWindow, check_eta, eta_at
 from cm.samplers.integrate import denoise_jvp
 from cm.tensors import append_dims
 from cm.types import Denoiser, NoiseSource
@@ -32,7 +32,7 @@ LAPLACIANS = ("hutchinson", "none")
 
 
 @dataclass(frozen=True)
-class ItoTaylor(Sampler):
+class ItoTaylor(NoiseInWindow):
     """Strong order 1.5 and weak order 2, from one forward-mode pass per step.
 
     :param eta: amount of fresh noise, see `EulerMaruyama`; where it is below 1 a step costs one more evaluation.
@@ -67,32 +67,32 @@ class ItoTaylor(Sampler):
         """A step of the form that `ito_form` names."""
         if self.ito_form == "taylor":
             return _taylor_step(D, x, sigma, sigma_next, rng, self.ito_laplacian == "hutchinson")
-        return _exponential_step(D, x, sigma, sigma_next, rng, eta_at(sigma, self.eta, self.s_tmin, self.s_tmax))
+        return self._exponential_step(D, x, sigma, sigma_next, rng)
 
+    def _exponential_step(
+        self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource
+    ) -> Tensor:
+        """The exponential step of the module for any eta, with p = (1 + eta^2) / 2.
 
-def _exponential_step(
-    D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource, eta: Tensor
-) -> Tensor:
-    """The exponential step of the module for any eta [N], with p = (1 + eta^2) / 2.
+        The ratio u'/u gets the power p and the noise gets the factor eta. D drifts along the probability-flow ODE,
+        linearly in ln(sigma), with the weight 1 - eta^2.
+        """
+        def broad(coefficient: Tensor) -> Tensor:
+            return append_dims(coefficient.to(x.dtype), x.ndim)
 
-    The ratio u'/u gets the power p and the noise gets the factor eta. D drifts along the probability-flow ODE,
-    linearly in ln(sigma), with the weight 1 - eta^2.
-    """
-    def broad(coefficient: Tensor) -> Tensor:
-        return append_dims(coefficient.to(x.dtype), x.ndim)
-
-    c = Coefficients.of(sigma.double(), sigma_next.double(), eta.double())
-    A = K = th.zeros_like(x)
-    if eta.any():
-        z1, z2 = rng.randn_like(x), rng.randn_like(x)
-        A, K = broad(c.A_z1) * z1, broad(c.K_z1) * z1 + broad(c.K_z2) * z2
-    if (eta == 1).all():                                            # D and its change by the noise at once
-        denoised, change = denoise_jvp(D, x, sigma, K)
-    else:
-        along_ode = D(x, sigma) - x                                 # dx per unit of -ln(sigma)
-        tangent = K + broad(c.drift) * along_ode
-        denoised, change = denoise_jvp(D, x, sigma, tangent, -c.drift.to(sigma.dtype) * sigma)
-    return lerp_to(denoised, x, c.keep.to(x.dtype)) + A + change
+        eta = eta_at(sigma, self.eta, self.s_tmin, self.s_tmax)     # [N]
+        c = Coefficients.of(sigma.double(), sigma_next.double(), eta.double())
+        A = K = th.zeros_like(x)
+        if self.adds_noise(eta):
+            z1, z2 = rng.randn_like(x), rng.randn_like(x)
+            A, K = broad(c.A_z1) * z1, broad(c.K_z1) * z1 + broad(c.K_z2) * z2
+        if self.eta == 1 and (self.has_no_window() or bool(eta.all())):     # D and its change by the noise at once
+            denoised, change = denoise_jvp(D, x, sigma, K)
+        else:
+            along_ode = D(x, sigma) - x                             # dx per unit of -ln(sigma)
+            tangent = K + broad(c.drift) * along_ode
+            denoised, change = denoise_jvp(D, x, sigma, tangent, -c.drift.to(sigma.dtype) * sigma)
+        return lerp_to(denoised, x, c.keep.to(x.dtype)) + A + change
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,17 @@ def test_outside_of_its_levels_there_is_no_fresh_noise(kind, ode):
     limited.step(Mixture.stored().D, x, x.new_full((32,), 5.0), x.new_full((32,), 4.0), SILENT)
 
 
+@pytest.mark.parametrize("kind", [EulerMaruyama, ItoTaylor])
+@pytest.mark.parametrize("sigma", [5.0, 2.0, 1.0, 0.5])
+def test_the_loop_decides_on_the_host_what_a_step_would_have_waited_for(kind, sigma):
+    limited = kind(eta=0.5, s_tmin=1.0, s_tmax=2.0)
+    x, D = stored("st_x")[0], Mixture.stored().D
+    t, r = x.new_full((len(x),), sigma), x.new_full((len(x),), sigma / 2)
+    decided = limited.at(th.tensor(sigma, dtype=x.dtype))
+    waited, free = (each.step(D, x, t, r, Scripted(stored("st_z1"), stored("st_z2"))) for each in (limited, decided))
+    assert decided.has_no_window() and th.equal(free, waited)
+
+
 @pytest.mark.parametrize("options, per_step", [
     ({}, JVP_COST), ({"eta": 0.5}, 1 + JVP_COST), ({"ito_form": "taylor", "ito_laplacian": "none"}, 1 + JVP_COST),
     ({"ito_form": "taylor"}, 1 + JVP_COST + JVP_COST**2), ({"eta": 0.0}, 1 + JVP_COST),
