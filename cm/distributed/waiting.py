@@ -115,8 +115,8 @@ def _lost_store(wait: Wait, place: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise failure.RanksMissing(f"lost rank 0 at {place} while waiting for the other ranks: it has ended or cannot be "
-                                   f"reached ({reason})") from None
+        raise failure.RanksMissing(f"lost rank 0 at {place} while waiting for the other ranks: it has ended or cannot "
+                                   f"be reached ({reason})") from None
 
 
 def _missing(ranks: list[int], size: int, place: str) -> str:

@@ -38,7 +38,8 @@ def free_port() -> int:
 @pytest.mark.parametrize("rank, host, told", [
     ("0", "127.0.0.1", "for rank 1: 1 of 2 have come to 127.0.0.1:{port}"),
     ("1", "127.0.0.1", "for rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port} ([Errno 111] Connection refused)"),
-    ("1", "no-such-host.invalid", "for rank 0 at MASTER_ADDR=no-such-host.invalid, MASTER_PORT={port} ([Errno -2] Name or service not known)"),
+    ("1", "no-such-host.invalid",
+     "for rank 0 at MASTER_ADDR=no-such-host.invalid, MASTER_PORT={port} ([Errno -2] Name or service not known)"),
 ], ids=["rank 1 missing", "rank 0 missing", "no address"])
 def test_a_missing_rank_is_told_and_ends_the_job(tmp_path, rank, host, told):
     port = free_port()
