@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cm.io.terminal import printable
 from evaluations.metrics.base import COMPUTED
+
+WORST = 5                                                   # classes that are named
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -13,7 +16,8 @@ def report(result: Mapping[str, Any]) -> str:
     lines = [f"reference: {result['reference']}", f"samples: {result['samples']}"]
     if result["extractor"]:
         lines.append("extractor: {name} ({id}), resize: {resize}".format(**result["extractor"]))
-    lines += [f"{fields['label']}: {_number(fields)}  [{_provenance(fields)}]" for fields in result["metrics"].values()]
+    for fields in result["metrics"].values():
+        lines += [f"{fields['label']}: {_number(fields)}  [{_provenance(fields)}]", *_worst(fields)]
     lines += [f"{name}: left out, {reason}" for name, reason in result["skipped"].items()]
     lines += [f"warning: {text}" for text in result["warnings"]]
     return "\n".join(lines)
@@ -28,6 +32,16 @@ def side(role: str, count: int | None, source: str) -> str:
 def _number(fields: Mapping[str, Any]) -> str:
     spread = "" if fields["std"] is None else f" +- {fields['std']:.2g}"
     return f"{fields['value']:.6g}{spread}"
+
+
+def _worst(fields: Mapping[str, Any]) -> list[str]:
+    """The classes with the least values; no line where there are not several classes."""
+    by_class = fields.get("by_class") or {}
+    if len(by_class) < 2:
+        return []
+    worst = sorted(by_class.items(), key=lambda item: item[1]["value"])[:WORST]
+    shown = ", ".join(f"{printable(name)} {share['value']:.1%} of {share['count']}" for name, share in worst)
+    return [f"  worst of {len(by_class)} classes: {shown}"]
 
 
 def _provenance(fields: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     signals.listen()
-    early_exit.parse_or_exit(read_flags)                    # before the imports that take seconds
+    flags = early_exit.parse_or_exit(read_flags)            # before the imports that take seconds
     from cm.distributed import setup as dist
 
-    dist.run(main)
+    dist.run(main, flags.values["timeout_seconds"])

@@ -44,6 +44,10 @@ class Overdue(RuntimeError):
     """The ranks were asked to stop and did not in time."""
 
 
+class RanksMissing(RuntimeError):
+    """Ranks of the job, or the address where they meet, were not there in time."""
+
+
 class Ranks(NamedTuple):
     """What is needed to end a job."""
 
@@ -69,7 +73,7 @@ def status_of(error: BaseException) -> int:
 
 def short_report(error: BaseException) -> str | None:
     """The report of a failure that needs no traceback; None if it needs one."""
-    if isinstance(error, (UserError, Overdue)):
+    if isinstance(error, (UserError, Overdue, RanksMissing)):
         return f"error: {error}"
     if isinstance(error, USER_ERRORS):
         frames = traceback.extract_tb(error.__traceback__)

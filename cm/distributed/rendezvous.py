@@ -20,9 +20,8 @@ import torch.distributed as dist
 
 # They are documented, and only missing from the package's `__all__`.
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.rendezvous import rendezvous
 
-from cm.distributed import failure, launchers, restarts
+from cm.distributed import failure, launchers, restarts, waiting
 from cm.distributed.collectives import all_gather_object
 from cm.errors import UserError
 
@@ -161,39 +160,43 @@ def _meet_by_address(timeout: timedelta) -> Job:
     if missing:
         raise UserError(f"{', '.join(missing)} must be set together with the rest of {', '.join(needed)}, "
                         "as torchrun does")
-    store, rank, size = _server_on_loopback(timeout) or next(rendezvous("env://", timeout=timeout))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    wait = waiting.Wait(f"rank {rank} of {size}", timeout.total_seconds())
+    store = _store_at(host, port, rank, size, wait, timeout)
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
-        for own_end in launchers.probe([os.environ["MASTER_ADDR"]], int(os.environ["MASTER_PORT"])).values():
+        for own_end in launchers.probe([host], port).values():
             _use_interface_of(own_end)
     store = PrefixStore(f"attempt_{restarts.attempt()}", store)
+    waiting.await_ranks(store, rank, size, f"{host}:{port}", wait)
     return Job(rank, size, os.environ.get("GROUP_RANK") or launchers.machine(), store)
 
 
-def _server_on_loopback(timeout: timedelta) -> tuple[Store, int, int] | None:
-    """The store of rank 0, its rank and the number of ranks, if MASTER_ADDR can mean this machine alone.
+def _store_at(host: str, port: int, rank: int, size: int, wait: waiting.Wait, timeout: timedelta) -> TCPStore:
+    """The store at MASTER_ADDR, which rank 0 holds unless torchrun's agent does; waits for no rank but that one.
 
-    None on other ranks, with other addresses, where torchrun's agent holds the store, and if the port is taken, which
-    `rendezvous` judges: the store may be one of this process.
+    Where the port is taken, the store may be one of this process, which `multi_tenant` shares.
     """
-    rank, host, port, size = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
-    address = launchers.loopback_of(host)
-    if rank != "0" or address is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return None
-    try:
-        return _serve_at(address, int(port), int(size), timeout), 0, int(size)
-    except OSError:
-        return None
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        address = launchers.loopback_of(host)
+        if address is not None:                     # it can mean this machine alone
+            with contextlib.suppress(OSError):
+                return _serve_at(address, port, size, timeout)
+        return TCPStore(address or launchers.LOOPBACK, port, size, True, timeout, wait_for_workers=False,
+                        multi_tenant=True)
+    waiting.await_address(host, port, wait)
+    return TCPStore(host, port, size, False, timeout, wait_for_workers=False)
 
 
 def _serve_at(address: str, port: int, size: int | None, timeout: timedelta) -> TCPStore:
     """A store that listens at one address; torch's own would at every one.
 
-    :param size: ranks to wait for; None to wait for none.
+    :param size: number of ranks; None where others than this process do not look for it at this port.
     :raises OSError: if the port is taken.
     """
     descriptor, port = launchers.listen_at(address, port)
     known = size is not None
-    return TCPStore(address, port, size, True, timeout, wait_for_workers=known, multi_tenant=known,
+    return TCPStore(address, port, size, True, timeout, wait_for_workers=False, multi_tenant=known,
                     master_listen_fd=descriptor)
 
 

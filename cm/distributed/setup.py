@@ -7,6 +7,7 @@ single process too, which needs no process group. The collectives are re-exporte
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import torch as th
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] (documented, not in __all__)
 
-from cm.distributed import devices, failure, launchers, malloc, process_exit, rendezvous
+from cm.distributed import devices, failure, launchers, malloc, process_exit, rendezvous, waiting
 from cm.distributed.collectives import (
     all_gather_object,
     all_reduce_max,
@@ -127,17 +128,19 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], timeout_s: float = TIMEOUT_S) -> None:
     """Call `main` so that a failure on any rank ends the job on all: `if __name__ == "__main__": dist_util.run(main)`.
 
     A traceback names its rank and is shown once; an error of the user's (`UserError`, a missing file) is one line.
     All ranks are gone within ten seconds, with status 1, 2 for an error of the user's, 130 for Ctrl-C, or that of
     `sys.exit`. A single process continues like any Python program; several ranks end here.
+
+    :param timeout_s: how long this rank waits for the others to start; what it waits for is told after ten seconds.
     """
     terminal.guard()
     threading.excepthook = _thread_failed
     try:
-        _join()
+        _join(timeout_s)
         try:
             main()
         except SystemExit as leaving:
@@ -211,6 +214,15 @@ def _join(timeout_s: float = TIMEOUT_S) -> rendezvous.Job:
     """Find the other ranks, without opening a process group yet."""
     global _job
     if _job is None:
-        with rendezvous.time_limit(timeout_s):
+        with rendezvous.time_limit(timeout_s), _watch_over_mpi(timeout_s):
             _job = rendezvous.find_job(timedelta(seconds=timeout_s))
     return _job
+
+
+def _watch_over_mpi(timeout_s: float) -> contextlib.AbstractContextManager[None]:
+    """See `waiting.mpi_wait`; nothing for ranks that meet at an address, which watch for themselves."""
+    launch = next((each for each in launchers.announcements() if each.size != 1), None)
+    if launch is None or not launch.by_mpi:
+        return contextlib.nullcontext()
+    who = f"rank {launch.rank} of {launch.size or 'several'}"
+    return waiting.mpi_wait(who, timeout_s, lambda error: failure.abort_job(error, _ranks()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,7 @@ from cm.io import atomic, budget, storage, untrusted
 
 RECIPE = "sampling.json"
 PER_FOLDER = 1000
+LARGEST_SEED = np.iinfo(np.int64).max
 PNG_START = b"\x89PNG\r\n\x1a\n"
 CHUNK_FRAME = 12                                # bytes of a chunk besides its content: length, name, checksum
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -88,7 +89,8 @@ class PngFolder:
         :raises UserError: if it cannot be written.
         """
         stems = (path.stem for path in self.outdir.rglob("*.png"))
-        seeds = [seed for seed in sorted(int(stem) for stem in stems if stem.isdigit()) if self.path(seed).exists()]
+        numbers = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
+        seeds = [seed for seed in numbers if seed <= LARGEST_SEED and self.path(seed).exists()]
         labels = label_of(np.array(seeds, np.int64))
         if labels is not None:
             names = [self.path(seed).relative_to(self.outdir).as_posix() for seed in seeds]
@@ -97,9 +99,18 @@ class PngFolder:
             storage.write_bytes(self.outdir / LABEL_FILE, json.dumps(content).encode())
 
     def read(self, seeds: Iterable[int]) -> np.ndarray:
-        """The images of those seeds that have one: uint8 [n,H,W,C]."""
-        images = [np.asarray(Image.open(self.path(seed))) for seed in seeds if _is_complete(self.path(seed))]
-        return np.stack([image.reshape(*image.shape[:2], -1) for image in images])
+        """The images of those seeds that have one: uint8 [n,H,W,C].
+
+        :raises UserError: if one is no picture of the size and channels of the others, whoever put it there.
+        """
+        paths = [path for path in map(self.path, seeds) if _is_complete(path)]
+        images = [_read_png(path) for path in paths]
+        shapes = Counter(image.shape for image in images)
+        for path, image in zip(paths, images):
+            if image.shape != (usual := max(shapes, key=shapes.__getitem__)):
+                raise UserError(f"{path} has shape {image.shape}, and the images next to it {usual}: remove it, and "
+                                "the same command draws it again")
+        return np.stack(images)
 
 
 class PngWriter:
@@ -157,6 +168,19 @@ def _write_png(path: Path, image: np.ndarray) -> None:
     """
     storage.make_folder(path.parent)
     save_picture(path, to_picture(image), durable=False)       # a file that a power cut damages is drawn again
+
+
+def _read_png(path: Path) -> np.ndarray:
+    """[H,W,C] uint8.
+
+    :raises UserError: if the pixels in a file with good checksums are none.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and the same command draws it again") from None
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _is_complete(path: Path) -> bool:

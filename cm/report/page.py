@@ -25,6 +25,7 @@ from cm.report.run_records import RunRecord
 from cm.report.svg import Curve, is_constant, plot, short
 
 ASSETS = Path(__file__).parent / "assets"                     # template, style and script of the page
+CLASSES_SHOWN = 8                                                   # on a card, with their numbers of images
 COLOURS = 8                                                         # of runs, in the style sheet
 METRICS = ("fid", "frechet_distance")                               # columns of in-training evaluations
 COMPARABLE = ("features", "reference", "num_samples")               # of a best: distances of other ones are no match
@@ -144,6 +145,10 @@ def summary_items(run: RunRecord) -> Iterator[Item]:
         total = run.config.get("total_training_steps")
         of_total = f"of {short(total)}" if isinstance(total, (int, float)) and total else ""
         yield Item("Steps", short(step.value), of_total)
+    if run.classes:
+        shown = [f"{name} {short(count)}" for name, count in list(run.classes.items())[:CLASSES_SHOWN]]
+        more = len(run.classes) - len(shown)
+        yield Item("Classes", short(len(run.classes)), ", ".join([*shown, *([f"and {more} more"] if more else [])]))
     if samples:
         yield Item("Images seen", short(samples.value))
     if loss:

@@ -21,7 +21,7 @@ from PIL import Image
 from cm.errors import UserError
 from cm.io import budget
 
-OWN_FILES = re.compile(r"(config|best|checkpoint_\d+|progress.*|.*_state)\.json")
+OWN_FILES = re.compile(r"(config|best|classes|status|checkpoint_\d+|progress.*|.*_state)\.json")
 STEP = "step"
 LARGEST_STEP = 1e15                                                 # up to it, floats can count
 LARGEST, SMALLEST = 1e100, 1e-100                                   # values that can be drawn, but for 0
@@ -53,6 +53,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     grids: list[Grid] = field(default_factory=list)                 # steps rise
     best: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)           # images of each
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)      # by file name
     problems: list[str] = field(default_factory=list)
 
@@ -75,6 +76,8 @@ def read_run(directory: str) -> RunRecord:
     run.config = _read_json(path / "config.json", problems, "the flags are not known")
     if (path / "best.json").exists():
         run.best = _read_json(path / "best.json", problems, "the best checkpoint is not known")
+    if (path / "classes.json").exists():
+        run.classes = _classes_of(_read_json(path / "classes.json", problems, "the classes are not known"), problems)
     run.grids = _read_grids(path / "samples", problems)
     for file in sorted(path.glob("*.json")):
         if not OWN_FILES.fullmatch(file.name) and file.is_file() and file.stat().st_size <= budget.SETTINGS.bytes:
@@ -225,6 +228,16 @@ def _read_json(path: Path, problems: list[str], consequence: str) -> dict[str, A
         problems.append(f"{path.name} holds a {type(content).__name__}, not an object: {consequence}")
         return {}
     return content
+
+
+def _classes_of(content: Mapping[str, Any], problems: list[str]) -> dict[str, int]:
+    """The classes with their numbers of images; none if the object holds something else."""
+    classes = content.get("classes", {})
+    counts = classes.values() if isinstance(classes, dict) else [None]
+    if all(type(count) is int and 0 <= count < LARGEST_STEP for count in counts):
+        return classes
+    problems.append("classes.json holds no numbers of images: the classes are not known")
+    return {}
 
 
 def _read_grids(folder: Path, problems: list[str]) -> list[Grid]:

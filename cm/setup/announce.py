@@ -12,9 +12,11 @@ import torch as th
 
 from cm.checkpoints import manifest
 from cm.config.flags import Settings
+from cm.data.class_names import worth_keeping
 from cm.data.image_source import ImageSource
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
+from cm.io.storage import write_json
 from cm.io.terminal import printable, size_text
 from cm.logging import logger
 from cm.setup.callbacks import sampling_settings
@@ -24,6 +26,7 @@ from cm.setup.run import run_precision
 from cm.training.callbacks import Evaluation
 from cm.training.loop import TrainLoop
 
+CLASSES_FILE = "classes.json"
 CLASSES_SHOWN = 5
 SAMPLE_SCRIPT = "image_sample.py"
 SAMPLES_SHOWN = 64                                          # images of the command in the last line
@@ -48,6 +51,16 @@ def data_line(source: ImageSource | ImageStream, class_cond: bool, channels: int
     words = [f"{printable(name)} {count}" for name, count in zip(names[:CLASSES_SHOWN], counts)]
     more = [f"and {len(counts) - CLASSES_SHOWN} more"] if len(counts) > CLASSES_SHOWN else []
     return f"{len(source)} images of {place}, classes from {source.labels_from}: {', '.join([*words, *more])}"
+
+
+def keep_classes(source: ImageSource | ImageStream, class_cond: bool) -> None:
+    """Leave the classes of a run, with their numbers of images, in its folder for the report; for one rank."""
+    path = os.path.join(logger.get_dir(), CLASSES_FILE)
+    if not class_cond or not isinstance(source, ImageSource) or source.labels is None:
+        return
+    counts = np.bincount(source.labels, minlength=source.num_classes or 0).tolist()
+    names = worth_keeping(source.class_names) or [str(number) for number in range(len(counts))]
+    write_json(path, {"images": len(source), "classes": dict(zip(names, counts))})
 
 
 def start_line(settings: Settings, loop: TrainLoop, source: ImageSource | ImageStream) -> str:

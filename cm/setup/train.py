@@ -63,6 +63,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     loop = TrainLoop(loop_config(settings), parts)
     loop.resume()
     dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
+    dist.on_main(announce.keep_classes, data.source, settings.values["class_cond"])
     if dist.is_main():
         logger.log(announce.start_line(settings, loop, data.source))
     loop.run_loop()

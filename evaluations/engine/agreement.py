@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from cm.data.class_names import shortened
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
@@ -90,6 +91,19 @@ def notice_unrecorded(side: Side, kinds: Iterable[FeatureKind]) -> None:
     if missing and dist.is_main():
         logger.log(f"notice: {side.path} does not record the {' and '.join(missing)} of its statistics, so they "
                    "are taken to match")
+
+
+def other_classes(ref: Side, sample: Side) -> list[str]:
+    """A warning if both sides name their classes, and not alike; no distance looks at labels, so it is no error."""
+    known, found = ref.class_names, sample.class_names
+    if not known or not found or known == found:
+        return []
+    strange = [name for name in found if name not in set(known)] or [name for name in known if name not in set(found)]
+    if not strange:
+        return [f"{sample.path} and {ref.path} number the same classes differently ({shortened(found)} and "
+                f"{shortened(known)}); an extractor that was trained on one of them knows the other's labels wrongly"]
+    return [f"the classes of {sample.path} ({shortened(found)}) are not those of {ref.path} ({shortened(known)}): "
+            f"only one of them has {shortened(strange)}, and a distance between them measures that too"]
 
 
 def check_image_sizes(sides: Iterable[Side]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from cm.errors import UserError
 from cm.registry import lookup
 from evaluations.engine.accumulator import Wanted, dims_of, pass_over
-from evaluations.engine.agreement import check_agreement, notice_unrecorded, origin_of
+from evaluations.engine.agreement import check_agreement, notice_unrecorded, origin_of, other_classes
 from evaluations.engine.readers import Statistics
 from evaluations.engine.results import Measured, Result, label
 from evaluations.engine.side import SAMPLES, Side
@@ -140,7 +140,7 @@ class Engine:
 
     def measure(self, ref: Side, sample: Side, extractor: Extractor | None) -> Measured:
         """The numbers of every metric, by key, and warnings of weak ones; the same on every rank."""
-        measured = Measured()
+        measured = Measured(odd=other_classes(ref, sample))
         for metric in self.metrics.values():
             for key, number in metric.measure(ref, sample, self.settings, self.ranks).items():
                 result = _described(metric, key, number, ref, sample, extractor)
@@ -199,7 +199,7 @@ def _described(
         reference, samples = (a.count, a.source), (b.count, b.source)
     name = label(metric.results[key], extractor, identity)
     return Result(number.value, name, identity, *samples, *reference, std=number.std, resize=resize,
-                  clipped=number.clipped)
+                  clipped=number.clipped, by_class=number.by_class)
 
 
 def _few(metric: Metric, *sides: Side) -> list[str]:

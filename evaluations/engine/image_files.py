@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cm.data.class_names import ClassNames
 from cm.data.decode import centre_crop
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
@@ -37,6 +38,11 @@ class SizedImages(Protocol):
     @property
     def labels(self) -> NDArray[np.int64] | None:
         """Class labels [N], or None."""
+        ...
+
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes; none where they are not known."""
         ...
 
     def name(self, i: int) -> str:
@@ -72,6 +78,11 @@ class EncodedPictures:
     def labels(self) -> NDArray[np.int64] | None:
         """Class labels [N], or None."""
         return self.source.labels
+
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes; none where they are not known."""
+        return self.source.class_names
 
     @property
     def size(self) -> tuple[int, int]:
@@ -126,6 +137,15 @@ class NpzPictures:
     def labels(self) -> NDArray[np.int64] | None:
         """Class labels (arr_1), or None."""
         return self._labels
+
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes; none where they are not known."""
+        return self._class_names
+
+    @cached_property
+    def _class_names(self) -> ClassNames:
+        return self.file.class_names()
 
     @cached_property
     def _labels(self) -> NDArray[np.int64] | None:

@@ -92,5 +92,8 @@ def check_two(pictures: Pictures) -> None:
 
 def _reference(ref: str) -> Side | None:
     """The statistics that an npz stores; None for images, in whatever form."""
-    stored = stored_in(BatchFile(ref), [POOLED]) if ref.lower().endswith(".npz") else {}
-    return Side(ref, REFERENCE, None, stored) if stored else None
+    file = BatchFile(ref) if ref.lower().endswith(".npz") else None
+    stored = {} if file is None else stored_in(file, [POOLED])
+    if file is None or not stored:
+        return None
+    return Side(ref, REFERENCE, None, stored, class_names=file.class_names())

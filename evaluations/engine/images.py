@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cm.data.class_names import ClassNames
 from evaluations.engine.image_files import Pictures, SizedImages
 from evaluations.engine.readers import as_rgb
 from evaluations.metrics.points import Ranks
@@ -66,6 +67,11 @@ class FileImages:
         labels = self.pictures.labels
         return None if labels is None else labels[self.indices]
 
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes of all images; none where they are not known."""
+        return self.pictures.class_names
+
     def name(self, i: int) -> str:
         """What messages call image i of the choice."""
         return self.pictures.name(int(self.indices[i]))
@@ -93,7 +99,7 @@ class GivenImages:
     :param size: (H, W).
     """
 
-    path, labels = "the images", None
+    path, labels, class_names = "the images", None, ()
 
     def __init__(self, batches: Batches, size: tuple[int, int], expected: int = 0):
         self._batches, self.size, self._expected = batches, size, expected

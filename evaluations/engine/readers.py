@@ -2,6 +2,7 @@
 
 arr_0           images [N,H,W,3] uint8, or grey [N,H,W,1], which every extractor sees as RGB
 arr_1           class labels [N], integers
+class_names     names of the classes, whose places are the labels
 mu, sigma       mean and covariance of pooled features; mu_s, sigma_s of spatial features
 extractor       identity of the network that mu, sigma come from (published files have none)
 num_images      how many images mu, sigma come from (published files have none)
@@ -23,6 +24,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cm.data.class_names import CLASS_NAMES, ClassNames, checked
 from cm.errors import UserError
 from cm.io import untrusted
 from cm.io.budget import open_regular
@@ -108,6 +110,19 @@ class BatchFile:
                 f"not {labels.dtype} of shape {labels.shape}"
             )
         return labels.astype(np.int64)
+
+    def class_names(self) -> ClassNames:
+        """The names of the classes; none where they are not known.
+
+        :raises UserError: if they are no list of different names, or fewer than the labels need.
+        """
+        if CLASS_NAMES not in self.keys:
+            return ()
+        labels = self.labels()
+        try:
+            return checked(self._load(CLASS_NAMES).tolist(), 0 if labels is None else int(labels.max()) + 1)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}; write the file again, or leave class_names out") from None
 
     def statistics(self, suffix: str = "") -> Statistics | None:
         """Stored statistics of pooled features, or with suffix "_s" of spatial features, or None.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm.data.class_names import CLASS_NAMES
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
@@ -49,6 +50,8 @@ def write_reference(
     kept = choose(count, num_images, seed)
     if len(kept) and pictures.labels is not None:
         arrays["arr_1"] = pictures.labels[kept]
+    if pictures.class_names:
+        arrays[CLASS_NAMES] = np.asarray(pictures.class_names)
     dist.on_main(_write, dest, arrays, pictures, kept)
     means = ", ".join(f"mu{kind.suffix} {list(arrays[f'mu{kind.suffix}'].shape)}" for kind in gathered.moments)
     dim = wanted.dims[POOLED]

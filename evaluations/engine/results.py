@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 
 from evaluations.features.base import Extractor
+from evaluations.metrics.base import ClassShare
 
 DESCRIPTION = ("id", "name", "resize", "is_inception")      # of an extractor, in the JSON
 
@@ -34,6 +35,7 @@ class Result:
     std: float | None = None                                # over subsets
     resize: str | None = None                               # of the images; None where the files do not record it
     clipped: float | None = None                            # share of negative eigenvalues that were set to 0
+    by_class: Mapping[str, ClassShare] | None = None        # by name, or by number where there are no names
 
 
 @dataclass

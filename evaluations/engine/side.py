@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cm.data.class_names import ClassNames
 from evaluations.engine.accumulator import Gathered
 from evaluations.engine.image_files import NpzPictures
 from evaluations.engine.images import FileImages, Images
@@ -25,18 +26,20 @@ class Side:
     :param role: REFERENCE or SAMPLES.
     :param images: None for statistics alone.
     :param stored: the statistics that a file holds.
+    :param class_names: of the file, for statistics alone; images know their own.
     :param choice: which of the images at the path these are, where not all are meant; part of a cache entry's name.
     """
 
     def __init__(
         self, path: str, role: str, images: Images | None,
-        stored: Mapping[FeatureKind, Statistics] | None = None, choice: str = "",
+        stored: Mapping[FeatureKind, Statistics] | None = None, choice: str = "", class_names: ClassNames = (),
     ):
         self.path, self.role, self.images, self.choice = path, role, images, choice
         self.stored = dict(stored or {})
         self.gaussians = {
             kind: Gaussian(each.mu, each.sigma, each.num_images, STORED) for kind, each in self.stored.items()
         }
+        self._class_names = class_names
         self._count: int | None = None
         self._points: PointSet | None = None
         self._partials: dict[Metric, Any] = {}
@@ -59,6 +62,11 @@ class Side:
     def labels(self) -> NDArray[np.int64] | None:
         """Class labels of the images, [N], or None."""
         return None if self.images is None else self.images.labels
+
+    @property
+    def class_names(self) -> ClassNames:
+        """The names of the classes; none where they are not known."""
+        return self._class_names if self.images is None else self.images.class_names
 
     def reason_against(self, metric: Metric, settings: Settings) -> str | None:
         """Why a metric cannot be computed from what this side holds, or None."""
@@ -113,7 +121,8 @@ def side_of_file(path: str, role: str) -> Side:
     :raises UserError: if the file cannot be used.
     """
     file = BatchFile(path)
-    return Side(file.path, role, FileImages(NpzPictures(file)) if file.has_images else None, stored_in(file))
+    images = FileImages(NpzPictures(file)) if file.has_images else None
+    return Side(file.path, role, images, stored_in(file), class_names=file.class_names())
 
 
 def stored_in(file: BatchFile, kinds: Iterable[FeatureKind] = KINDS) -> dict[FeatureKind, Statistics]:

@@ -9,9 +9,9 @@ Shapes: N images of a set, B of a batch, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,13 @@ class Partial(Protocol):
         ...
 
 
+class ClassShare(TypedDict):
+    """What a number is for the samples of one class."""
+
+    value: float
+    count: int                                              # of its samples
+
+
 class Number(NamedTuple):
     """A number that a metric gives."""
 
@@ -79,6 +86,7 @@ class Number(NamedTuple):
     std: float | None = None                                # over subsets
     clipped: float | None = None                            # share of negative eigenvalues that were set to 0
     warnings: tuple[str, ...] = ()
+    by_class: Mapping[str, ClassShare] | None = None        # by name, or by number where there are no names
 
 
 class Side(Protocol):
@@ -90,6 +98,16 @@ class Side(Protocol):
     @property
     def count(self) -> int:
         """Number of images; 0 for statistics alone."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Class labels of the images, [N], or None."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes; none where they are not known."""
         ...
 
     @property

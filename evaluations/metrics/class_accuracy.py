@@ -1,4 +1,4 @@
-"""The share of labelled samples that the extractor takes for their label."""
+"""The share of labelled samples that the extractor takes for their label, of all and of each class."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluations.metrics.arrays import Array
-from evaluations.metrics.base import Metric, Number, Settings, Side
+from evaluations.metrics.base import ClassShare, Metric, Number, Settings, Side
 from evaluations.metrics.points import Ranks
 
 
 class CorrectCount:
-    """How many of the images seen have their largest logit at their label.
+    """How many of the images seen have their largest logit at their label, by class.
 
     :param labels: of the complete set, [N].
+    :param correct: [K], for the K classes up to the largest label.
     """
 
-    def __init__(self, labels: NDArray[np.int64], correct: int = 0):
-        self.labels, self.correct = labels, correct
+    def __init__(self, labels: NDArray[np.int64], correct: NDArray[np.int64] | None = None):
+        self.labels = labels
+        self.correct = np.zeros(int(labels.max()) + 1, np.int64) if correct is None else correct
 
     def update(self, values: Array, start: int) -> None:
         """Take in the logits [B,K] of images start, start+1, ..."""
-        self.correct += int((values.argmax(1) == self.labels[start : start + len(values)]).sum())
+        labels = self.labels[start : start + len(values)]
+        self.correct += np.bincount(labels[values.argmax(1) == labels], minlength=len(self.correct))
 
     def sums(self) -> list[NDArray[Any]]:
-        """The count, [1]."""
-        return [np.array([self.correct])]
+        """The counts, [K]."""
+        return [self.correct]
 
     def with_sums(self, sums: list[NDArray[Any]]) -> CorrectCount:
-        """The count of all ranks."""
-        return CorrectCount(self.labels, int(sums[0][0]))
+        """The counts of all ranks."""
+        return CorrectCount(self.labels, sums[0])
 
 
 class ClassAccuracy(Metric):
@@ -46,5 +49,12 @@ class ClassAccuracy(Metric):
         return CorrectCount(labels)
 
     def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
-        """The share."""
-        return {"class_accuracy": Number(sample.partial(self).correct / sample.count)}
+        """The share of all samples, and of those of each class that has any."""
+        found, names = sample.partial(self), sample.class_names
+        counts = np.bincount(found.labels, minlength=len(found.correct))
+        by_class: dict[str, ClassShare] = {
+            names[number] if names else str(number):
+                {"value": float(found.correct[number] / counts[number]), "count": int(counts[number])}
+            for number in map(int, np.flatnonzero(counts))
+        }
+        return {"class_accuracy": Number(float(found.correct.sum() / sample.count), by_class=by_class)}

@@ -15,7 +15,7 @@ from torch import nn
 
 from cm.errors import UserError
 from cm.io.downloads import sha256
-from evaluations.engine.readers import Statistics
+from evaluations.engine.readers import BatchFile, Statistics
 from evaluations.engine.statistics_cache import KEPT, StatisticsCache
 from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
@@ -281,6 +281,52 @@ def test_every_number_is_that_of_its_definition(folder):
     # batches of 7 and of 60 may round the float32 network differently
     assert got == {key: pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in expected.items()}
     assert expected["frechet_distance"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def named(folder):
+    """The samples with names for their classes, and a class of the extractor that no sample has."""
+    with np.load(folder / "sample.npz") as batch:
+        labels = np.minimum(batch["arr_1"], CLASSES - 2)
+        np.savez(folder / "named.npz", batch["arr_0"], labels, class_names=np.array(["cat", "dog", "\x1bemu", "fox"]))
+    return folder / "named.npz"
+
+
+def test_class_accuracy_is_given_for_each_class_by_its_name(folder, named):
+    result = run(folder, sample=named, metrics=["class_accuracy"], batch_size=7)
+    with np.load(named) as batch:
+        images, labels = batch["arr_0"], batch["arr_1"]
+    taken = load_extractor(f"{folder}/two.ts", trusted=True).extract(images).logits.argmax(1)
+    expected = {
+        name: {"value": float((taken[labels == number] == number).mean()), "count": int((labels == number).sum())}
+        for number, name in enumerate(("cat", "dog", "\x1bemu"))
+    }
+    assert result["metrics"]["class_accuracy"]["by_class"] == expected
+    assert result["metrics"]["class_accuracy"]["value"] == pytest.approx((taken == labels).mean())
+    lines = report(result).splitlines()
+    worst = lines[1 + next(i for i, line in enumerate(lines) if line.startswith("Class accuracy"))]
+    assert worst.startswith("  worst of 3 classes: ") and "\x1b" not in worst
+    name, share = min(expected.items(), key=lambda item: item[1]["value"])
+    first = worst.removeprefix("  worst of 3 classes: ").split(", ")[0]
+    assert first.endswith(f"{share['value']:.1%} of {share['count']}") and name.strip("\x1b") in first
+
+
+def test_classes_without_names_go_by_number(folder):
+    by_class = run(folder, metrics=["class_accuracy"])["metrics"]["class_accuracy"]["by_class"]
+    assert list(by_class) == [str(number) for number in range(CLASSES)]
+    assert sum(share["count"] for share in by_class.values()) == 50
+
+
+@pytest.mark.parametrize("names, message", [
+    (["a", "a", "b", "c"], "class_names has a name twice"),
+    (["a", "b"], "class_names has 2 names, and there are 3 classes"),
+    ([0, 1, 2, 3], "class_names is no list of words"),
+])
+def test_class_names_that_cannot_be_are_refused(named, tmp_path, names, message):
+    with np.load(named) as batch:
+        np.savez(tmp_path / "odd.npz", batch["arr_0"], batch["arr_1"], class_names=np.array(names))
+    with pytest.raises(UserError, match=rf"odd.npz: {message}; write the file again"):
+        BatchFile(tmp_path / "odd.npz").class_names()
 
 
 def test_equal_sets_are_at_no_distance(folder):
@@ -575,7 +621,7 @@ def test_the_command_prints_and_writes_json(folder, tmp_path, capsys):
     assert written["metrics"]["frechet_distance"]["value"] == pytest.approx(
         values(run(folder, metrics=["fid"]))["frechet_distance"], rel=1e-5
     )
-    assert report(written) in printed.out and "50/50" in printed.err and "img/s" in printed.err
+    assert report(written) in printed.out and "50 of 50" in printed.err and "img/s" in printed.err
     assert written["extractor"]["name"] == "tiny" and written["settings"]["kid_subset_size"] == 50
 
 

@@ -165,7 +165,7 @@ def test_two_ranks_give_the_number_and_the_reference_of_one(data, extractor, tmp
         """)])
     assert done.rc == 0, done
     lines = done.stdout.splitlines()
-    assert len(lines) == 5 and lines[0].startswith("wrote ") and "70/70" in done.stderr
+    assert len(lines) == 5 and lines[0].startswith("wrote ") and "70 of 70" in done.stderr
     for name, num in (("few", 20), ("all", N)):
         value = json.loads((tmp_path / f"{name}.json").read_text())["value"]
         # The same batches pass through the network; only the order of float64 sums differs.
@@ -209,6 +209,27 @@ def test_a_reference_serves_calc_as_its_images_do(data, extractor, tmp_path):
     assert distance(data, extractor, "ref.npz", made, num=90) == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=f"ref.npz stores 6 features of {extractor.id}, and the extractor given is"):
         calc(f"{data}/samples", made, load_extractor(f"{data}/1.ts", trusted=True), num=N)
+
+
+def test_a_reference_keeps_the_names_of_classes_and_other_ones_are_warned_of(data, extractor, tmp_path):
+    with np.load(data / "samples.npz") as batch:
+        images, labels = batch["arr_0"], batch["arr_1"] % 3
+    for name, classes in {"animals": "cat dog fox", "other": "cat dog elk", "order": "dog cat fox"}.items():
+        np.savez(tmp_path / f"{name}.npz", images, labels, class_names=np.array(classes.split()))
+    ref(str(tmp_path / "animals.npz"), str(tmp_path / "ref.npz"), extractor)
+    with np.load(tmp_path / "ref.npz") as written:
+        assert written["class_names"].tolist() == ["cat", "dog", "fox"]
+
+    def warned(name: str, number: int = len(images)) -> list[str]:
+        result = calc(str(tmp_path / f"{name}.npz"), str(tmp_path / "ref.npz"), extractor, num=number)
+        return [text for text in result["warnings"] if "class" in text]
+
+    assert warned("animals") == []
+    assert [text.partition(" measures")[0] for text in warned("other")] == [
+        f"the classes of {tmp_path}/other.npz (cat, dog, elk) are not those of {tmp_path}/ref.npz (cat, dog, fox): "
+        "only one of them has elk, and a distance between them"
+    ]
+    assert "number the same classes differently (dog, cat, fox and cat, dog, fox)" in warned("order")[0]
 
 
 def test_a_reference_is_replaced_only_by_a_complete_one(data, extractor, tmp_path):
@@ -309,7 +330,7 @@ def test_the_number_is_the_last_line(data, extractor, tmp_path, capsys):
         "Frechet distance (wide features, not Inception)  [images: N=70; reference: N=90; "
         f"extractor: wide ({written['extractor']['id']}), resize: none]"
     )
-    assert "70/70" in printed.err and "img/s" in printed.err
+    assert "70 of 70" in printed.err and "img/s" in printed.err
 
 
 def test_samples_in_jpeg_are_warned_of(data, extractor, tmp_path):

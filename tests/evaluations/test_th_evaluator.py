@@ -137,7 +137,7 @@ def test_the_command_on_two_ranks(folder, tmp_path, theirs):
     found = {key: fields["value"] for key, fields in written["metrics"].items()}
     assert found == {key: pytest.approx(fields["value"], rel=1e-5) for key, fields in theirs.items()}
     assert report(written) in done.stdout and done.stdout.count("reference: ") == 1 + 5
-    assert "31/31" in done.stderr and "img/s" in done.stderr
+    assert "31 of 31" in done.stderr and "img/s" in done.stderr
 
 
 def test_what_cannot_be_had_is_left_out_or_refused(folder, extractor, samples, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,60 @@ def test_a_folder_holds_images_of_one_kind(tmp_path):
     (tmp_path / "out" / RECIPE).write_text("{")
     with pytest.raises(UserError, match="sampling.json is damaged"):
         folder.claim(MADE)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"\xff\xfe", "sampling.json is damaged"),
+    (b"[" * 10**5, "sampling.json"),
+    (b"[1, 2]", r"sampling.json is damaged \(it holds a list, not an object\)"),
+    (b'{"sampler": "\\u001b[2J"}', r"made with sampler='\\x1b\[2J', and this run has sampler='heun'"),
+], ids=["no text", "deep", "a list", "control characters"])
+def test_a_hostile_recipe_is_one_line(tmp_path, content, message):
+    (tmp_path / RECIPE).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        PngFolder(str(tmp_path), False).claim(MADE)
+    assert len(str(caught.value).splitlines()) == 1 and "\x1b" not in str(caught.value)
+
+
+def test_strange_names_are_no_seeds(tmp_path):
+    for name in ("000001", "9" * 30, "\N{SUPERSCRIPT TWO}", "cat"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    PngFolder(str(tmp_path), False).write_labels(lambda seeds: seeds % 3, ())
+    assert json.loads((tmp_path / "dataset.json").read_text()) == {"labels": [["000001.png", 1]]}
+
+
+def test_any_changed_byte_of_a_png_is_seen(tmp_path):
+    folder = PngFolder(str(tmp_path), False)
+    with PngWriter(folder) as writer:
+        writer.put([0], IMAGES[:1])
+    whole = folder.path(0).read_bytes()
+    for place in range(len(whole)):
+        folder.path(0).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert folder.missing([0]) == [0], place
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+
+def png(width: int, pixels: bytes) -> bytes:
+    header = width.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content, message", [
+    (png(8, b"no pixels"), "000001.png is damaged"),
+    (png(60_000, zlib.compress(b"")), "000001.png is damaged"),
+    (png(1, zlib.compress(b"\0" * 4)), r"000001.png has shape \(1, 1, 3\), and the images next to it"),
+], ids=["pixels", "bomb", "size"])
+def test_a_png_that_someone_made_up_is_one_line(tmp_path, content, message):
+    folder = PngFolder(str(tmp_path), False)
+    with PngWriter(folder) as writer:
+        writer.put([0, 2], IMAGES[:2])
+    folder.path(1).write_bytes(content)
+    with pytest.raises(UserError, match=f"{message}.*remove it, and the same command draws it again"):
+        folder.read([0, 1, 2])
 
 
 def test_a_folder_of_unknown_images_is_refused(tmp_path):

@@ -62,6 +62,14 @@ def share(picture, colour, tolerance=12):
     return (np.abs(picture.astype(int) - colour).max(2) <= tolerance).sum()
 
 
+def test_a_card_has_the_classes_with_their_numbers_of_images(folder, page):
+    kept = json.loads((folder / "slow" / "classes.json").read_text())
+    assert list(kept["classes"]) == [str(digit) for digit in range(10)]
+    assert sum(kept["classes"].values()) == kept["images"]
+    shown = ", ".join(f"{digit} {kept['classes'][str(digit)]}" for digit in range(8))
+    assert f"<dt>Classes</dt><dd>10 <small>{shown}, and 2 more</small>" in page
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_draws_the_curves_and_pictures_without_a_complaint(folder, scheme):

@@ -86,6 +86,9 @@ DAMAGES = {
     "flags that are no JSON": (damage("config.json", b"{"), "config.json cannot be read", "loss", 3),
     "flags that are no object": (damage("config.json", b"[1]"), "config.json holds a list", "loss", 3),
     "best that is no JSON": (damage("best.json", b"\xff"), "best.json cannot be read", "loss", 3),
+    "classes that are no JSON": (damage("classes.json", b"{"), "classes.json cannot be read", "loss", 3),
+    "classes that are no object": (damage("classes.json", b'{"classes": 3}'), "no numbers of images", "loss", 3),
+    "classes without numbers": (damage("classes.json", b'{"classes": {"a": "b"}}'), "no numbers of images", "loss", 3),
     "no picture": (damage("samples/samples_000001.png", b"GIF89a"), "samples_000001.png is no complete PNG", "loss", 3),
     "picture without a step": (damage("samples/grid.png", b""), "samples/grid.png names no step", "loss", 3),
 }
