@@ -20,7 +20,6 @@ from PIL import Image
 
 from cm.data.decode import MODES, centre_crop, decode, why_unreadable
 from cm.errors import UserError
-from cm.random_util import stream_seed
 
 WINDOW = 1000                                                       # images that are shuffled among each other
 
@@ -59,6 +58,8 @@ class ImageStream(Protocol):
 
 
 def _permutation(seed: int, stream: str, number: int, length: int) -> np.ndarray:
+    from cm.random_util import stream_seed  # imports torch, which a command's --help does without
+
     return np.random.Generator(np.random.Philox(key=stream_seed(seed, stream, number))).permutation(length)
 
 

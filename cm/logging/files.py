@@ -40,15 +40,15 @@ def replace_file(path: Path, text: str) -> None:
 def readable_text(path: Path) -> str:
     """The text of a file, without the zeros that a power cut can leave at its end.
 
-    :raises OSError: if the name is a symbolic link, which is not followed.
-    :raises UserError: if it is no file, or larger than a log that is read may be.
+    :raises FileNotFoundError: if there is none.
+    :raises UserError: if it is no file, a link, which is not followed, or larger than a log that is read may be.
     """
-    os.close(atomic.open_own(path, os.O_RDONLY))
     try:
+        os.close(atomic.open_own(path, os.O_RDONLY))
         return budget.read_text(path, budget.LOG).replace("\0", "")
-    except UserError:
+    except (UserError, FileNotFoundError):
         raise
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no log of a run ({error}); move it away to continue without it") from None
 
 

@@ -479,7 +479,7 @@ def test_a_log_that_is_a_link_is_refused_and_leads_nowhere(tmp_path, name):
     (tmp_path / "victim").write_text("a,b\n1,2\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match=f"cannot write a log to .*{name} is a symbolic link"):
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
         logger.configure(str(tmp_path / "run"), ["log", "csv", "json"])
     assert (tmp_path / "victim").read_text() == "a,b\n1,2\n"
 

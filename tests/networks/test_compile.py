@@ -153,7 +153,7 @@ def test_samplers_that_differentiate_the_network_are_refused():
     with pytest.raises(UserError, match="--compile True: --sampler ito differentiates .* drop --compile"):
         sample_util.sampler_of(sampling_settings("--compile", "--sampler", "ito"))
     sample_util.sampler_of(sampling_settings("--sampler", "ito"))
-    sample_util.sampler_of(sampling_settings("--compile"))
+    sample_util.sampler_of(sampling_settings("--compile", "--sampler", "heun"))
 
 
 def test_without_a_compiler_the_flag_is_refused_with_the_remedy(monkeypatch):

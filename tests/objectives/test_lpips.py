@@ -35,9 +35,8 @@ def stand_in_vgg() -> dict[str, th.Tensor]:
             state[f"features.{number}.weight"] = scale * th.randn(channels, width, 3, 3, generator=rng)
             state[f"features.{number}.bias"] = 0.1 * th.randn(channels, generator=rng)
             width = channels
-    for number, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
-        state[f"classifier.{number}.weight"] = th.zeros(1).expand(shape)     # saved as one number each
-        state[f"classifier.{number}.bias"] = th.zeros(1).expand(shape[0])
+    for number in (0, 3, 6):                                                 # half a gigabyte in the published file
+        state |= {f"classifier.{number}.weight": th.zeros(2, 2), f"classifier.{number}.bias": th.zeros(2)}
     return state
 
 
@@ -122,6 +121,12 @@ def test_it_is_the_lpips_of_piq(installed):
     network = lpips_network(CPU)
     from piq import LPIPS
 
+    whole = th.load(installed / VGG_WEIGHTS.name)                            # piq wants the classifier in its true size
+    for number, shape in {0: (4096, 25088), 3: (4096, 4096), 6: (1000, 4096)}.items():
+        whole[f"classifier.{number}.weight"] = th.zeros(1).expand(shape)     # saved as one number each
+        whole[f"classifier.{number}.bias"] = th.zeros(1).expand(shape[0])
+    (installed / VGG_WEIGHTS.name).unlink()
+    th.save(whole, installed / VGG_WEIGHTS.name)
     with pytest.warns(UserWarning):                                          # it says that `pretrained` is out of date
         original = LPIPS(replace_pooling=True, reduction="none")
     assert th.equal(network(a, b), original(a, b))

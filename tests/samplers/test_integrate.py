@@ -74,7 +74,8 @@ def test_the_callback_sees_each_step():
         th.testing.assert_close(info["denoised"], bed.D(info["x"], info["sigma"]))
 
 
-def test_progress_is_shown_when_asked_for(capsys):
+def test_progress_is_shown_when_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr("cm.io.progress.on_terminal", lambda: True)
     for progress in (False, True):
         integrate(Euler(), Gaussian(0.0, 0.5).D, th.ones(1, 1), [4.0, 1.0, 0.0], SILENT, progress=progress)
         assert ("sampling" in capsys.readouterr().err) == progress

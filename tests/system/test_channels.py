@@ -78,9 +78,9 @@ def test_grey_images_stay_grey_from_the_data_to_the_samples(command, tmp_path, e
     assert np.array_equal(np.load(tmp_path / "bare/samples_5x8x8x1.npz")["arr_0"], samples)
 
     capsys.readouterr()
-    command("scripts/edm_train.py", *TINY, "--channels", 1, "--dry_run_ranks", 1, "--dry_run")
+    command("scripts/edm_train.py", *TINY, "--data_dir", "digits", "--channels", 1, "--dry_run_ranks", 1, "--dry_run")
     grey = json.loads(capsys.readouterr().out)
-    command("scripts/edm_train.py", *TINY, "--dry_run_ranks", 1, "--dry_run")
+    command("scripts/edm_train.py", *TINY, "--data_dir", "digits", "--dry_run_ranks", 1, "--dry_run")
     colour = json.loads(capsys.readouterr().out)
     assert colour["parameters"] - grey["parameters"] == 2 * 32 * 9 * 2 + 2, "of the first and last convolution"
     assert grey["memory"]["activations_estimate"] < colour["memory"]["activations_estimate"]
