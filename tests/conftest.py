@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from cm.io import terminal
 from cm.logging import logger
 
 th.set_num_threads(1)
@@ -23,6 +24,13 @@ def user_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True)
+def stdout_is_for_people():
+    """A test that has parsed --dry_run leaves stdout as it was."""
+    yield
+    terminal.keep_stdout_for_data(False)
 
 
 @pytest.fixture

@@ -48,9 +48,10 @@ class SADPM(EDM):
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
         """On DDPM's timesteps for a network conditioned on them; else on a Karras grid as fine as these."""
-        if options["num_consecutive_steps"] == 0 and options["sa_lambda"]:
+        weight = options.get("sa_lambda", cls.sa_lambda)
+        if options.get("num_consecutive_steps", cls.num_consecutive_steps) == 0 and weight:
             raise UserError("--num_consecutive_steps 0 leaves nothing to sum, but --sa_lambda "
-                            f"{options['sa_lambda']:g} weighs the sum: give 2 or more steps, or --sa_lambda 0")
+                            f"{weight:g} weighs the sum: give 2 or more steps, or --sa_lambda 0")
         ends = {"sigma_min": diffusion.sigma_min, "sigma_max": diffusion.sigma_max, "rho": diffusion.rho}
         on_grid = partial(karras_earlier, n=ddpm_schedule.TIMESTEPS, **ends)
         earlier = ddpm_schedule.earlier if diffusion.precond == "ddpm" else on_grid

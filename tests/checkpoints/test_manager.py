@@ -257,7 +257,7 @@ def test_a_full_disk(tmp_path):
     assert done.stdout.endswith("1 True\n"), done
 
 
-@pytest.mark.parametrize("kills", [50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_while_saving(tmp_path, kills):
     """The newest checkpoint is always whole, and nothing of an unfinished one is left after the next start."""
     content = {name: {"w": th.zeros(20_000)} for name in ("model", "opt", "ema_0.9")}

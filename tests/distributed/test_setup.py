@@ -247,7 +247,7 @@ def test_a_batch_script_without_srun_is_a_single_process(tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("launches", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launches", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_launch_after_launch_ends_in_good_order(tmp_path, launches):
     # A DDP model that outlives main() used to crash the process in torch's static destructors, now and then.
     path = program(tmp_path, """

@@ -70,7 +70,7 @@ dist.run(main)
 
 FOUR_RANKS = """
 def main():
-    for name in RUNS:
+    for name in ("stf", "sadpm"):                           # the one whose ranks exchange images, and one that does not
         train(name, "four", 4)
 
 dist.run(main)
@@ -93,7 +93,7 @@ def test_any_number_of_ranks_gives_the_same_curve(runs, name):
     two = curve(runs / "two" / name)
     assert len(two) == 6 and np.isfinite(two).all()
     # The samples, their noise and their references are the same; gradients are added in another order.
-    for ranks in ("one", "four"):
+    for ranks in ("one", "four") if name in ("stf", "sadpm") else ("one",):
         np.testing.assert_allclose(curve(runs / ranks / name), two[:4], rtol=5e-5)
     np.testing.assert_allclose(curve(runs / "elastic" / name), two[4:], rtol=5e-5)
 

@@ -47,7 +47,9 @@ def files(folder: Path, pattern: str) -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
-@pytest.mark.parametrize("schedule_sampler", ["uniform", "lognormal", "loss-second-moment"])
+@pytest.mark.parametrize("schedule_sampler", [
+    pytest.param("uniform", marks=pytest.mark.slow), "lognormal", "loss-second-moment",
+])
 def test_edm_train(tmp_path: Path, ranks: int, schedule_sampler: str) -> None:
     run("edm_train", ranks, tmp_path, **TRAINING, lr_anneal_steps=4, schedule_sampler=schedule_sampler)
     assert {"model000004.pt", "ema_0.9999_000004.pt", "opt000004.pt"} <= set(files(tmp_path, "*.pt"))

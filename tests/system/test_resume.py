@@ -56,7 +56,7 @@ def curve(directory):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_ranks_go_on_with_the_same_curve(two_ranks, tmp_path, ranks):
     """A batch of 8 on 3 ranks too: shares of 3, 3 and 2. Three and four ranks also resume bit for bit."""
     folder, _ = two_ranks

@@ -36,17 +36,18 @@ STEP = "cm/training/loop.py: agree_on_finite_and_stop"      # the wait that a tr
 HISTORY = "cm/training/loop.py: update_loss_history"        # twice, where an objective learns from its losses
 SHAPE = (4, 3, 8, 8)
 DENOISERS = {f"edm, {name}": ("--training_mode", "edm", "--objective", name) for name in DENOISING}
+DENOISERS["edm, uncertainty"] += ("--arch", "edm2")         # whose network estimates it
 OTHERS = {name: ("--training_mode", name) for name in OBJECTIVES if name != "edm"}
 OBJECTIVE_FLAGS = DENOISERS | OTHERS
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-def network(device, second_time=False):
+def network(device, second_time=False, arch="unet"):
     th.manual_seed(0)
     return create_model(
         8, 32, 1, "1", class_cond=True, num_classes=3, attention_resolutions="8", num_head_channels=32,
-        second_time=second_time,
+        second_time=second_time, arch=arch,
     ).to(device)
 
 
@@ -67,7 +68,8 @@ def loop_of(device, *argv, **options):
     config = LoopConfig(**dict(
         batch_size=4, lr=1e-3, ema_rate="0.5,0.9", total_training_steps=100, log_interval=1, save_interval=100,
     ) | options)
-    parts = RunParts(network(device, kind.second_time), diffusion, objective, iter(()), companions)
+    online = network(device, kind.second_time, settings.values["arch"])
+    parts = RunParts(online, diffusion, objective, iter(()), companions)
     return TrainLoop(config, parts), batch_for(min(objective.references, 8))
 
 
