@@ -95,6 +95,16 @@ def test_cost_of_evaluation():
     assert f"Inception processes {inception:.0f} images/s" in text
 
 
+# --- README.md --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_demo():
+    for row in results("docs/demo.json")["methods"]:
+        metrics = [f"{row[name]:.3f}" for name in ("frechet_distance", "precision", "recall")]
+        accuracy = f"{row['class_accuracy']:.1%}".replace("%", " %")
+        assert f"| {row['method']} | {row['nfe']} | {' | '.join(metrics)} | {accuracy} |" in rows("README.md")
+
+
 # --- docs/samplers.md -------------------------------------------------------------------------------------------------
 
 COST = results("docs/samplers/cost.json")
