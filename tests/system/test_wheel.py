@@ -47,7 +47,7 @@ def copy_of_the_tree(folder):
     ignored = "--exclude-standard"
     files = subprocess.run(["git", "ls-files", "-co", ignored], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in files.stdout.splitlines():
-        if name.split("/")[0] not in ("tests", "docs", "benchmarks") and (ROOT / name).exists():
+        if name.split("/")[0] not in ("tests", "docs", "benchmarks") and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
