@@ -39,8 +39,9 @@ demo: install
 demo-clean:
 	rm -rf $(DEMO)
 
+# Three processes for two cores: many tests wait, for ranks that start and for time that passes.
 test: install lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 10
 
 # Tests of the mark `slow`: they take long, or need what a machine of continuous integration lacks, and say what.
 test-slow: install
