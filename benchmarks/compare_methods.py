@@ -26,7 +26,8 @@ from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
 from tqdm import tqdm
 
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.generate.engine import draw, labels_of

@@ -12,7 +12,8 @@ from typing import Any
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse, with_names
-from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig
+from cm.config.sampling_schema import ConvertConfig
+from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
 from cm.logging import logger

@@ -13,7 +13,8 @@ import numpy as np
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
-from cm.config.schema import DiffusionConfig, EditConfig, GuidanceConfig, ModelConfig, RunConfig, SolverConfig
+from cm.config.sampling_schema import EditConfig, GuidanceConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.generate.grids import grid_scale, labelled_rows, save_picture
 from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json

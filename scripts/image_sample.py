@@ -16,16 +16,8 @@ import numpy as np
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
-from cm.config.schema import (
-    DiffusionConfig,
-    GuidanceConfig,
-    ModelConfig,
-    PngConfig,
-    RunConfig,
-    SampleConfig,
-    SeedsConfig,
-    SolverConfig,
-)
+from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, SeedsConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.class_names import named
 from cm.errors import UserError
 from cm.generate.grids import grid_scale, image_grid, save_picture

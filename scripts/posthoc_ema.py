@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse, with_names
-from cm.config.schema import DiffusionConfig, ModelConfig, PosthocConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import PosthocConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.storage import write_bytes, write_json

@@ -19,13 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
 from cm.config.flags import Origin, Provenance, Settings, parse
-from cm.config.schema import (
-    DiffusionConfig,
-    ModelConfig,
-    RunConfig,
-    SampleConfig,
-    TernarySearchConfig,
-)
+from cm.config.sampling_schema import SampleConfig, TernarySearchConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.generate.schedule_search import (
     Round,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cm.config.flags import parse
+from cm.config.sampling_schema import SolverConfig
 from cm.config.schema import (
     TRAINING_SECTIONS,
     DataConfig,
@@ -15,7 +16,6 @@ from cm.config.schema import (
     EvalConfig,
     FewStepConfig,
     ObjectiveConfig,
-    SolverConfig,
     TrainConfig,
 )
 from cm.diffusion.schedules import karras_grid

@@ -11,7 +11,7 @@ import torch as th
 
 from cm.config import plugins
 from cm.config.flags import parse
-from cm.config.schema import SampleConfig
+from cm.config.sampling_schema import SampleConfig
 from cm.distributed import launchers
 from cm.errors import UserError
 from support.mpi import ROOT, start

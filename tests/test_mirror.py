@@ -43,6 +43,7 @@ ELSEWHERE = {
     "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
+    "cm/config/sampling_schema.py": "config/test_flags.py",
     "cm/config/console.py": "system/test_wheel.py",
     "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",

@@ -16,7 +16,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.config.flags import Settings
-from cm.config.schema import EditConfig
+from cm.config.sampling_schema import EditConfig
 from cm.data.class_names import numbered_as
 from cm.data.decode import IMAGE_BYTES, decode
 from cm.data.image_source import ImageSource

@@ -31,7 +31,7 @@ SHOWN = 64                                      # images in a grid
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What to draw; see `cm.config.schema.SampleConfig` for the meaning of each."""
+    """What to draw; see `cm.config.sampling_schema.SampleConfig` for the meaning of each."""
 
     num_samples: int
     batch_size: int

@@ -15,7 +15,8 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.config.flags import Settings, defaults_of, give
-from cm.config.schema import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke, run_edit
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of

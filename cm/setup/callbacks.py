@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 from cm.config.flags import Settings, defaults_of
-from cm.config.schema import EvalConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import SampleConfig, SolverConfig
+from cm.config.schema import EvalConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage

@@ -15,7 +15,8 @@ from torch import Tensor
 from cm.checkpoints.formats import openai
 from cm.checkpoints.loading import look_at
 from cm.config.flags import Origin, Settings, defaults_of
-from cm.config.schema import DiffusionConfig, GuidanceConfig, ModelConfig
+from cm.config.sampling_schema import GuidanceConfig
+from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger

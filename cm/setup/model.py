@@ -9,10 +9,7 @@ from typing import Any
 import torch as th
 
 from cm.config.flags import Settings
-from cm.config.schema import (
-    DiffusionConfig,
-    ModelConfig,
-)
+from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.errors import UserError
 from cm.networks.build import Network, NetworkConfig, build_network, parse_resolutions
 from cm.objectives.karras_denoiser import KarrasDenoiser

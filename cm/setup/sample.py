@@ -8,15 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from cm.config.flags import Provenance, Settings, defaults_of
-from cm.config.schema import (
-    LARGEST_SEED,
-    AblationConfig,
-    DiffusionConfig,
-    GuidanceConfig,
-    ModelConfig,
-    SampleConfig,
-    SolverConfig,
-)
+from cm.config.sampling_schema import AblationConfig, GuidanceConfig, SampleConfig, SolverConfig
+from cm.config.schema import LARGEST_SEED, DiffusionConfig, ModelConfig
 from cm.data.class_names import ANY, ClassNames, numbers_of, shortened
 from cm.diffusion.preconditioning import PRECONDS
 from cm.distributed import setup as dist

@@ -9,6 +9,7 @@ import pytest
 
 from cm.config import schema
 from cm.config.flags import parse
+from cm.config.sampling_schema import PngConfig, SampleConfig, SeedsConfig, TernarySearchConfig
 from cm.config.schema import (
     SAMPLER_NAMES,
     ConsistencyConfig,
@@ -18,11 +19,7 @@ from cm.config.schema import (
     FewStepConfig,
     ModelConfig,
     ObjectiveConfig,
-    PngConfig,
     RunConfig,
-    SampleConfig,
-    SeedsConfig,
-    TernarySearchConfig,
     TrainConfig,
 )
 from cm.errors import UserError

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import SampleConfig, SeedsConfig
+from cm.config.sampling_schema import SampleConfig, SeedsConfig
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rank_batches, sample_to_npz
 from cm.karras_diffusion import KarrasDenoiser

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import RunConfig, SampleConfig
+from cm.config.sampling_schema import SampleConfig
+from cm.config.schema import RunConfig
 from cm.errors import UserError
 from cm.io import web
 from cm.setup.inherit import fetch_inputs

@@ -7,15 +7,8 @@ import pytest
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import (
-    SAMPLER_NAMES,
-    DiffusionConfig,
-    GuidanceConfig,
-    ModelConfig,
-    RunConfig,
-    SampleConfig,
-    SolverConfig,
-)
+from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
+from cm.config.schema import SAMPLER_NAMES, DiffusionConfig, ModelConfig, RunConfig
 from cm.data.loader import load_data
 from cm.errors import UserError
 from cm.karras_diffusion import KarrasDenoiser, karras_sample

@@ -7,7 +7,8 @@ import pytest
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import AblationConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import AblationConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.diffusion.schedules import karras_grid
 from cm.errors import UserError
 from cm.samplers import Churn, integrate

@@ -4,7 +4,8 @@ import pytest
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.samplers import CountingDenoiser, integrate
 from cm.samplers.flow_map import FlowMapSampler

@@ -11,15 +11,8 @@ import torch as th
 
 from cm.checkpoints import manifest
 from cm.config.flags import defaults_of, parse
-from cm.config.schema import (
-    DiffusionConfig,
-    GuidanceConfig,
-    ModelConfig,
-    PngConfig,
-    RunConfig,
-    SampleConfig,
-    SolverConfig,
-)
+from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.sources import open_source
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.distributed import setup as dist

@@ -12,7 +12,8 @@ from cm.checkpoints import manifest as state
 from cm.checkpoints.formats import diffusers as diffusers_folder
 from cm.checkpoints.formats import safetensor_files
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
+from cm.config.sampling_schema import SampleConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.torchvision_shim import import_torchvision

@@ -6,16 +6,8 @@ import pytest
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import (
-    DataConfig,
-    DiffusionConfig,
-    ModelConfig,
-    PngConfig,
-    RunConfig,
-    SampleConfig,
-    SolverConfig,
-    TrainConfig,
-)
+from cm.config.sampling_schema import PngConfig, SampleConfig, SolverConfig
+from cm.config.schema import DataConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers import Churn
 from cm.samplers.sample import SampleOptions, sample

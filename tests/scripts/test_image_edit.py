@@ -10,7 +10,8 @@ import torch as th
 from PIL import Image
 
 from cm.config.flags import defaults_of
-from cm.config.schema import EDIT_NAMES, EditConfig, ModelConfig
+from cm.config.sampling_schema import EditConfig
+from cm.config.schema import EDIT_NAMES, ModelConfig
 from cm.errors import UserError
 from cm.generate.edit_tasks import TASKS
 from cm.logging import logger

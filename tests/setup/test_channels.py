@@ -3,7 +3,8 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import TRAINING_SECTIONS, ModelConfig, SampleConfig
+from cm.config.sampling_schema import SampleConfig
+from cm.config.schema import TRAINING_SECTIONS, ModelConfig
 from cm.errors import UserError
 from cm.objectives.lpips import check_lpips_channels
 from cm.setup.callbacks import check_flags, sampling_settings

@@ -5,7 +5,8 @@ import torch as th
 
 from cm.checkpoints import manifest
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, EditConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import EditConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.samplers.sample import SampleOptions
 from cm.setup.objective import kind_of_result
 from cm.setup.sample import fits, inherit_model, level_of_images, sampler_of

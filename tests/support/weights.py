@@ -3,7 +3,8 @@
 import torch as th
 
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
+from cm.config.sampling_schema import SampleConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.script_util import create_model
 from cm.setup.inherit import inherit_checkpoint
 

@@ -16,7 +16,8 @@ from torch import nn
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
 from cm.config.flags import parse
-from cm.config.schema import DiffusionConfig, GuidanceConfig, ModelConfig, RunConfig, SampleConfig, SolverConfig
+from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.raw import open_raw
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere

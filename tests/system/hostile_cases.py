@@ -18,7 +18,8 @@ from torch._utils import _rebuild_tensor_v2
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
 from cm.config.flags import parse
-from cm.config.schema import ConvertConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig
+from cm.config.sampling_schema import ConvertConfig, SampleConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.raw import open_raw
 from cm.data.sources import open_source
 from cm.distributed import setup as dist

@@ -11,18 +11,15 @@ import torch as th
 
 from cm.checkpoints import manager, manifest
 from cm.config.flags import parse
-from cm.config.schema import (
-    TRAINING_SECTIONS,
+from cm.config.sampling_schema import (
     ConvertConfig,
-    DiffusionConfig,
     EditConfig,
     GuidanceConfig,
-    ModelConfig,
-    RunConfig,
     SampleConfig,
     SolverConfig,
     TernarySearchConfig,
 )
+from cm.config.schema import TRAINING_SECTIONS, DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.rules import inherit_teacher

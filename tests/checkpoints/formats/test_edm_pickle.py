@@ -13,7 +13,8 @@ from torch import nn
 from cm.checkpoints import loading
 from cm.checkpoints.formats import edm_pickle
 from cm.config.flags import parse
-from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from cm.config.sampling_schema import SampleConfig
+from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, model_from
