@@ -67,12 +67,11 @@ ELSEWHERE = {
     "cm/training/classifier.py": "samplers/test_guidance.py",
     "cm/training/config.py": "system/test_two_trained_networks.py",
     "cm/training/trained_network.py": "system/test_two_trained_networks.py",
-    "evaluations/features/base.py": "evaluations/test_evaluator.py",
+    "evaluations/features/base.py": "evaluations/features/test_torchscript.py",
     "evaluations/features/graph_constants.py": "evaluations/features/test_tf_graph.py",
     "evaluations/features/inception.py": "evaluations/features/test_inception_v3.py",
     "evaluations/features/inception_files.py": "io/test_downloads.py",
     "evaluations/features/inception_weights.py": "evaluations/features/test_inception_v3.py",
-    "evaluations/features/torchscript.py": "evaluations/test_evaluator.py",
     "evaluations/metrics/base.py": "evaluations/engine/test_new_metric.py",
     "evaluations/metrics/class_accuracy.py": "evaluations/test_evaluator.py",
 }

@@ -1,8 +1,7 @@
-"""The evaluator and the extractors it looks through: files in, named numbers and refusals out."""
+"""The evaluator: files in, named numbers and refusals out."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -14,101 +13,33 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
-from cm.io.downloads import sha256
-from evaluations.engine.readers import BatchFile, Statistics
-from evaluations.engine.statistics_cache import KEPT, StatisticsCache
+from evaluations.engine.readers import BatchFile
 from evaluations.evaluator import evaluate, main, report
-from evaluations.features import Features, TorchScriptExtractor, load_extractor, save_torchscript
-from evaluations.features.torchscript import quiet_torchscript
-from evaluations.features.trust import list_of_hashes
+from evaluations.features import Features, load_extractor, save_torchscript
 from evaluations.metrics import default_names
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid
 from evaluations.metrics.precision_recall import precision_recall
 from support.mpi import python
+from support.tiny_evaluation import (
+    CLASSES,
+    DIM,
+    StandIn,
+    images_of,
+    run,
+    values,
+    write_files,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-DIM, CLASSES = 6, 4
 METRIC_NAMES = default_names()
-
-
-class Features2(nn.Module):
-    """Mean colours of a frame and a core, and logits of them."""
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        self.head = nn.Linear(DIM, CLASSES, bias=False)
-        with th.no_grad():
-            self.head.weight.copy_(th.randn(CLASSES, DIM, generator=th.Generator().manual_seed(seed)))
-
-    def forward(self, images: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        x = images.float() / 64
-        features = th.cat([x.mean((2, 3)), x[:, :, 1:3, 1:3].mean((2, 3))], 1)
-        return features, self.head(features)
-
-
-class Features3(Features2):
-    def forward(self, images: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        x = images.float() / 64
-        features = th.cat([x.mean((2, 3)), x[:, :, 1:3, 1:3].mean((2, 3))], 1)
-        return features, self.head(features), x[:, :, :2, :2]
-
-
-class OnlyFeatures(nn.Module):
-    def forward(self, images: th.Tensor) -> th.Tensor:
-        return images.float().mean((2, 3), keepdim=True)
-
-
-class AsDict(nn.Module):
-    def forward(self, images: th.Tensor) -> dict[str, th.Tensor]:
-        return {"features": images.float().mean((2, 3)), "spatial": images.float()[:, 0]}
-
-
-class Misnamed(nn.Module):
-    def forward(self, images: th.Tensor) -> dict[str, th.Tensor]:
-        return {"fetures": images.float().mean((2, 3))}
-
-
-class Integers(nn.Module):
-    def forward(self, images: th.Tensor) -> th.Tensor:
-        return images[:, :, 0, 0]
-
-
-class WantsFloats(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 2, 1)
-
-    def forward(self, images: th.Tensor) -> th.Tensor:
-        return self.conv(images).mean((2, 3))
-
-
-class LikePublished(nn.Module):
-    """Called as the published TorchScript Inception is: probabilities, or features on request."""
-
-    def __init__(self, classes: int, width: int):
-        super().__init__()
-        self.output = nn.Linear(width, classes)
-        self.width = width
-
-    def forward(self, img: th.Tensor, return_features: bool = False) -> th.Tensor:
-        features = img.float().mean((1, 2, 3))[:, None].repeat(1, self.width) / 255
-        return features if return_features else self.output(features).softmax(1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Reference and sample images, and extractor files."""
-    folder = tmp_path_factory.mktemp("evaluator")
-    rng = np.random.default_rng(0)
-    ref = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
-    sample = rng.integers(40, 256, (50, 4, 4, 3), dtype=np.uint8)
-    np.savez(folder / "ref.npz", ref)
-    np.savez(folder / "sample.npz", sample, rng.integers(0, CLASSES, 50))
-    save_torchscript(Features2(), f"{folder}/two.ts", "tiny", "none")
-    save_torchscript(Features3(), f"{folder}/three.ts", "tiny3", "none")
-    save_torchscript(OnlyFeatures(), f"{folder}/one.ts", "colours", "none")
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_files(folder)
     return folder
 
 
@@ -117,140 +48,11 @@ def no_environment(monkeypatch):
     monkeypatch.delenv("CM_INCEPTION", raising=False)
 
 
-def images_of(path):
-    with np.load(path) as batch:
-        return batch["arr_0"]
-
-
-def run(folder, extractor="two.ts", ref="ref.npz", sample="sample.npz", **options):
-    loaded = load_extractor(str(folder / extractor), trusted=True) if extractor else None
-    return evaluate(folder / ref, folder / sample, loaded, **options)
-
-
-def values(result):
-    return {key: fields["value"] for key, fields in result["metrics"].items()}
-
-
 def with_statistics(path, images=None, dim=DIM, **more):
     x = np.random.default_rng(dim).normal(size=(3 * dim, dim))
     arrays = {} if images is None else {"arr_0": images}
     np.savez(path, mu=x.mean(0), sigma=np.cov(x, rowvar=False), **arrays, **more)
     return x.mean(0), np.cov(x, rowvar=False)
-
-
-def script(module, path):
-    with quiet_torchscript():
-        th.jit.save(th.jit.script(module), str(path))
-    return TorchScriptExtractor(str(path), trusted=True)
-
-
-# --- extractors ----------------------------------------------------------------------------------------------------
-
-
-def test_an_extractor_gives_what_the_module_returns(folder):
-    images = images_of(folder / "ref.npz")
-    features = load_extractor(f"torchscript:{folder}/three.ts", trusted=True).extract(images)
-    x = images.astype(np.float64) / 64
-    np.testing.assert_allclose(features.pool[:, :3], x.mean((1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(features.pool[:, 3:], x[:, 1:3, 1:3].mean((1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(features.spatial, x[:, :2, :2].transpose(0, 3, 1, 2).reshape(60, -1), rtol=1e-6)
-    assert features.logits.shape == (60, CLASSES)
-    assert all(array.dtype == np.float32 for array in features)
-
-
-def test_a_tensor_or_a_dict_will_do(tmp_path):
-    images = np.full((2, 4, 4, 3), 7, np.uint8)
-    alone = script(OnlyFeatures(), tmp_path / "a.ts").extract(images)
-    named = script(AsDict(), tmp_path / "b.ts").extract(images)
-    assert alone.pool.shape == (2, 3) and alone.spatial is None and alone.logits is None
-    assert named.pool.shape == (2, 3) and named.spatial.shape == (2, 16) and named.logits is None
-
-
-def test_the_published_calling_convention_is_understood(tmp_path):
-    module = LikePublished(1008, 2048)
-    extractor = script(module, tmp_path / "inception-2015-12-05.pt")
-    images = np.full((2, 4, 4, 3), 51, np.uint8)
-    features = extractor.extract(images)
-    assert extractor.is_inception and extractor.name == "Inception-v3"
-    np.testing.assert_allclose(features.pool, np.full((2, 2048), 0.2), rtol=1e-5)
-    no_bias = 0.2 * module.output.weight.detach().sum(1).numpy()
-    np.testing.assert_allclose(features.logits, np.stack([no_bias] * 2), atol=1e-5)
-    assert not script(LikePublished(10, 4), tmp_path / "small.pt").is_inception
-
-
-def test_features_are_float32_whatever_the_loop_around_computes_in(tmp_path):
-    """A training loop may sample in bfloat16; the network that judges the samples must not."""
-    class Conv(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 4)
-
-        def forward(self, images: th.Tensor) -> th.Tensor:
-            return self.conv(images.float()).flatten(1)
-
-    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
-    extractor = script(Conv(), tmp_path / "conv.ts")
-    alone = extractor.extract(images).pool
-    with th.autocast("cpu", dtype=th.bfloat16):
-        np.testing.assert_array_equal(extractor.extract(images).pool, alone)
-
-
-def test_identity_is_of_the_weights_not_of_the_file(tmp_path):
-    first = script(Features2(0), tmp_path / "a.ts")
-    again = script(Features2(0), tmp_path / "renamed.ts")
-    other = script(Features2(1), tmp_path / "c.ts")
-    assert first.id == again.id != other.id
-    assert first.id.startswith("torchscript-") and first.name == "a"
-    assert script(OnlyFeatures(), tmp_path / "d.ts").id != script(AsDict(), tmp_path / "e.ts").id   # no weights at all
-
-
-@pytest.mark.parametrize("module, message", [
-    (Misnamed(), "returned a dict of fetures; an extractor returns"),
-    (Integers(), "type torch.uint8 for 2 images"),
-    (WantsFloats(), r"failed on uint8 images \(2, 3, 4, 4\)"),
-])
-def test_modules_that_are_no_extractors_are_refused(tmp_path, module, message):
-    with pytest.raises(UserError, match=message):
-        script(module, tmp_path / "m.ts").extract(np.zeros((2, 4, 4, 3), np.uint8))
-
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "extractor.json is not JSON"), ("[" * 100_000, "nested too deeply"), ('["tiny"]', "names and texts"),
-    ('{"name": {"a": 1}}', "names and texts"),
-])
-def test_descriptions_inside_a_file_are_data(folder, tmp_path, text, message):
-    """What a stranger wrote into the archive beside the module."""
-    path = tmp_path / "odd.ts"
-    with quiet_torchscript():
-        th.jit.save(th.jit.load(f"{folder}/two.ts"), str(path), _extra_files={"extractor.json": text})
-    with pytest.raises(UserError, match=message):
-        load_extractor(str(path), "cpu", trusted=True)
-
-
-def test_files_that_are_no_extractors_are_refused(tmp_path, folder):
-    with pytest.raises(UserError, match="does not exist"):
-        load_extractor(str(tmp_path / "missing.ts"))
-    with pytest.raises(UserError, match="does not exist or is no file"):
-        load_extractor(str(tmp_path))
-    th.save({"weight": th.zeros(2)}, tmp_path / "state.pt")
-    for wrong in (tmp_path / "state.pt", folder / "ref.npz"):
-        with pytest.raises(UserError, match="TorchScript"):
-            load_extractor(str(wrong))
-        with pytest.raises(UserError, match="is not a TorchScript file"):
-            load_extractor(f"torchscript:{wrong}")
-    with pytest.raises(UserError, match="unknown kind of extractor 'tourchscript'.*Did you mean 'torchscript'"):
-        load_extractor(f"tourchscript:{folder}/two.ts")
-    with pytest.raises(UserError, match="the feature extractor torchscript does not exist.*PATH, KIND:PATH"):
-        load_extractor("torchscript")
-
-
-def test_the_environment_names_the_extractor(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CM_INCEPTION", f"{folder}/two.ts")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    list_of_hashes().parent.mkdir()
-    list_of_hashes().write_text(sha256(folder / "two.ts"))
-    assert load_extractor().name == "tiny"
-    assert values(run(folder, extractor=None, metrics=["fid"])) == values(run(folder, metrics=["fid"]))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -363,16 +165,6 @@ def test_two_files_of_statistics_need_no_extractor(tmp_path):
 # --- names and provenance ------------------------------------------------------------------------------------------
 
 
-class StandIn:
-    """Anything with this call is an extractor."""
-
-    id, name, resize, is_inception = "torchscript-0123", "Inception-v3", "bilinear to 299x299", True
-
-    def extract(self, images):
-        x = images.reshape(len(images), -1).astype(np.float32)
-        return Features(x[:, :DIM], x[:, DIM : DIM + 3], x[:, :CLASSES])
-
-
 def test_inception_has_the_famous_names(folder):
     lines = report(evaluate(folder / "ref.npz", folder / "sample.npz", StandIn())).splitlines()
     numbers = [line.split(": ")[0] for line in lines if "[samples: N=50" in line]
@@ -410,82 +202,6 @@ def test_warnings_say_when_a_number_is_weak(folder, tmp_path):
     np.savez(tmp_path / "damaged.npz", mu=np.zeros(DIM), sigma=sigma)
     warnings = run(folder, ref=tmp_path / "damaged.npz", metrics=["fid"])["warnings"]
     assert any("damaged" in text for text in warnings)
-
-
-# --- the cache -----------------------------------------------------------------------------------------------------
-
-
-class Counting(StandIn):
-    def __init__(self, name="torch-0123"):
-        self.id, self.images = name, 0
-
-    def extract(self, images):
-        self.images += len(images)
-        return super().extract(images)
-
-
-def test_statistics_are_computed_once_for_the_same_images_and_network(folder, tmp_path):
-    cache = StatisticsCache(tmp_path / "cache")
-    first, second, other = Counting(), Counting(), Counting("torch-4567")
-    files = folder / "ref.npz", folder / "sample.npz"
-    before = evaluate(*files, first, metrics=["fid", "sfid"], cache=cache)
-    shutil.copy(files[0], tmp_path / "renamed.npz")         # the content counts, not the name
-    after = evaluate(tmp_path / "renamed.npz", files[1], second, metrics=["fid", "sfid"], cache=cache)
-    assert first.images == 2 + 60 + 50 and second.images == 2
-    assert values(after) == values(before) == values(evaluate(*files, Counting(), metrics=["fid", "sfid"]))
-    fields = after["metrics"]["frechet_distance"]
-    assert (fields["reference_source"], fields["sample_source"]) == ("cached statistics",) * 2
-    assert (fields["reference_count"], fields["sample_count"]) == (60, 50)
-    assert "samples: N=50, cached statistics; reference: N=60, cached statistics; torch-0123" in report(after)
-    evaluate(*files, other, metrics=["fid"], cache=cache)
-    assert other.images == 2 + 60 + 50                      # another network
-    np.savez(tmp_path / "changed.npz", np.roll(images_of(files[0]), 1, 0))
-    evaluate(tmp_path / "changed.npz", files[1], second, metrics=["fid"], cache=cache)
-    assert second.images == 2 + 2 + 60                      # other content
-
-
-def test_a_cache_that_cannot_be_used_costs_only_time(folder, tmp_path):
-    cache = StatisticsCache(tmp_path / "cache")
-    files = folder / "ref.npz", folder / "sample.npz"
-    expected = values(evaluate(*files, Counting(), metrics=["fid"], cache=cache))
-    entries = sorted((tmp_path / "cache").iterdir())
-    assert len(entries) == 2
-    for entry in entries:
-        entry.write_bytes(entry.read_bytes()[:200])         # half a file, by somebody else's fault
-    damaged = Counting()
-    assert values(evaluate(*files, damaged, metrics=["fid"], cache=cache)) == expected and damaged.images > 100
-    (tmp_path / "file").write_text("no folder")
-    assert values(evaluate(*files, Counting(), metrics=["fid"], cache=StatisticsCache(tmp_path / "file"))) == expected
-
-
-def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path):
-    cache = StatisticsCache(tmp_path)
-    np.savez(tmp_path / "images.npz", np.zeros((2, 4, 4, 3), np.uint8))
-    (tmp_path / "images.npz").rename(tmp_path / "images")   # not an entry
-    np.savez(tmp_path / "samples.npz", np.zeros(3))         # the user's own, and the oldest
-    os.utime(tmp_path / "samples.npz", (0, 0))
-    statistics = Statistics(np.zeros(2), np.eye(2), "torch-0", 2)
-    for number in range(KEPT + 3):
-        cache.save(str(tmp_path / "images"), statistics, choice=str(number))
-        for entry in tmp_path.glob(f"*-{number}-torch-0.npz"):
-            os.utime(entry, (number, number))
-        assert number > 3 or cache.load(str(tmp_path / "images"), "torch-0", choice="0").num_images == 2
-    (tmp_path / "samples.npz").unlink()                     # still there
-    left = {int(entry.name.split("-")[1]) for entry in tmp_path.glob("*.npz")}
-    assert left == {0, *range(4, KEPT + 3)}                 # the first was read in between
-
-
-def test_the_command_keeps_statistics_unless_told_not_to(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = [str(folder / "ref.npz"), str(folder / "sample.npz"), "--inception", str(folder / "two.ts"),
-          "--trust_extractor",
-               "--metrics", "fid"]
-    main([*command, "--cache", "off"])
-    assert not list(tmp_path.rglob("*.npz"))
-    main([*command, "--cache", str(tmp_path / "mine")])
-    main(command)
-    kept = [list(place.glob("*.npz")) for place in (tmp_path / "mine", tmp_path / "consistency-toolkit/statistics")]
-    assert [len(each) for each in kept] == [2, 2]
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
