@@ -55,22 +55,18 @@ def create_model(
     resblock_updown: bool = False,
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
-    num_classes: int = PUBLISHED_CLASSES,
-    arch: str = "unet",
-    augment_dim: int = 0,
-    channels: int = 3,
-    null_class: bool = False,
-    second_time: bool = False,
+    **own: Any,
 ) -> Network:
     """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
 
+    :param own: the fields of `NetworkConfig` that the original has not, such as num_classes and arch.
+    :raises TypeError: for an argument that is none of these.
     :raises UserError: as `build_network`.
     """
     config = NetworkConfig(
         image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, num_classes, arch, augment_dim, channels, null_class,
-        second_time,
+        resblock_updown, use_fp16, use_new_attention_order, **own,
     )
     model = build_network(config, UNetModel.of)
     if isinstance(model, UNetModel):
@@ -99,33 +95,27 @@ def create_model_and_diffusion(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     distillation: bool = False,
-    loss_norm: str = "lpips",
-    num_classes: int = NUM_CLASSES,
-    precond: str = "edm",
-    arch: str = "unet",
-    augment_dim: int = 0,
-    channels: int = 3,
-    time_scale: float = 0.0,
-    null_class: bool = False,
-    second_time: bool = False,
+    **own: Any,
 ) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names; the last eight are the toolkit's own.
+    """Network and denoiser from flags, by guided-diffusion's names.
 
     :param distillation: scale the network as a consistency function.
+    :param own: what the original has not: loss_norm, precond, time_scale, and those of `create_model`.
+    :raises TypeError: for an argument that is none of these.
     :raises UserError: if the flags describe no network, naming the flag.
     """
+    of_denoiser = {name: own.pop(name) for name in ("loss_norm", "precond", "time_scale") if name in own}
     model = create_model(
         image_size=image_size, num_channels=num_channels, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
         learn_sigma=learn_sigma, class_cond=class_cond, use_checkpoint=use_checkpoint,
         attention_resolutions=attention_resolutions, num_heads=num_heads, num_head_channels=num_head_channels,
         num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
         resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
-        num_classes=num_classes, arch=arch, augment_dim=augment_dim, channels=channels, null_class=null_class,
-        second_time=second_time,
+        **own,
     )
     diffusion = create_diffusion(
         weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,
-        loss_norm=loss_norm, precond=precond, arch=arch, time_scale=time_scale,
+        arch=own.get("arch", "unet"), **of_denoiser,
     )
     return model, diffusion
 
