@@ -17,7 +17,6 @@ from cm.data.sources import open_source
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.logging import logger
 from cm.networks.jvp import jvp
 from cm.networks.noisy_classifier import NoisyClassifier, NoisyClassifierConfig, from_content, to_content
 from cm.samplers import SAMPLERS, integrate, make_sampler
@@ -25,8 +24,8 @@ from cm.samplers.guidance import guided
 from cm.script_util import create_model
 from cm.setup.sample import inherit_model, load_classifier, png_recipe
 from cm.training.classifier import to_images, train_noisy_classifier
-from support.as_module import as_module
 from support.command_line import overridden
+from support.commands import samples_of
 from support.gaussian import Gaussian, Mixture, stored
 from support.mpi import clean_environment, mpiexec
 
@@ -201,11 +200,7 @@ def command(room, tmp_path, monkeypatch):
         for name, value in QUIET.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [script, *flags(room, script, *options, "--log_dir", folder)])
-        module = as_module(ROOT / "scripts" / script)
-        module.main(module.read_flags())
-        logger.reset()
-        path = next(folder.glob("samples_*.npz"))
-        return dict(np.load(path)), json.loads(path.with_suffix(".json").read_text())
+        return samples_of(script, folder)
 
     return run
 

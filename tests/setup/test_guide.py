@@ -21,8 +21,8 @@ from cm.script_util import model_and_diffusion_defaults
 from cm.setup import guide
 from cm.setup import train as setup
 from cm.setup.guide import parse_interval
-from support.as_module import as_module
 from support.command_line import overridden
+from support.commands import samples_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["--data_dir", "digits", "--random_flip", "False", "--log_interval", "1", "--global_batch_size", "16"]
@@ -90,11 +90,7 @@ def command(tmp_path, monkeypatch):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         words = overridden(["--log_dir", folder, "--num_samples", 3, *options])
         monkeypatch.setattr(sys, "argv", [script, *words])
-        module = as_module(ROOT / "scripts" / script)
-        module.main(module.read_flags())
-        logger.reset()
-        path = next(folder.glob("samples_*.npz"))
-        return dict(np.load(path)), json.loads(path.with_suffix(".json").read_text())
+        return samples_of(script, folder)
 
     return run
 

@@ -1,11 +1,14 @@
 """The commands on a tiny network, and what they leave."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from cm.logging import logger
+from support.as_module import as_module
 from support.command_line import overridden
 from support.mpi import ROOT, mpiexec
 
@@ -28,6 +31,15 @@ def edm(log_dir, steps, *options, ranks=2, **more):
 
 def files_of(directory, step):
     return {p.name: p.read_bytes() for p in Path(directory).glob(f"*{step:06d}.pt")}
+
+
+def samples_of(name, folder):
+    """Run a script that samples, in this process and by sys.argv: the arrays it leaves in a folder, and its summary."""
+    module = as_module(ROOT / "scripts" / name)
+    module.main(module.read_flags())
+    logger.reset()
+    path = next(folder.glob("samples_*.npz"))
+    return dict(np.load(path)), json.loads(path.with_suffix(".json").read_text())
 
 
 def curve(directory, column="loss"):
