@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -22,6 +23,7 @@ def test_every_training_has_samplers_that_exist_and_a_teacher_that_takes_part():
         assert training.teacher is None or contest.TRAININGS[training.teacher].teacher is None
 
 
+@pytest.mark.slow
 def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, monkeypatch):
     few = {"EDM": ("Euler 35",), "CD of EDM": ("one step",)}
     chosen = {name: contest.Training(each.script, each.flags, few[name], each.teacher)
