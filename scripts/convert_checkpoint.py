@@ -1,22 +1,25 @@
-"""Convert weights of NVlabs/edm, guided-diffusion and diffusers to this toolkit, or consistency models to diffusers.
+"""Convert weights to this toolkit, safetensors, a folder for model hubs, or diffusers; reads NVlabs/edm's as well.
 
 python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
-python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --format diffusers
+python scripts/convert_checkpoint.py runs/cd models/cd --to hf --license mit
+python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --to diffusers
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cm.config import early_exit
-from cm.config.flags import Settings, parse, with_names
+from cm.config.flags import Settings, parse, with_names, words_of
 from cm.config.sampling_schema import ConvertConfig
 from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
+
+if TYPE_CHECKING:
+    from cm.setup.export import CardOptions
 
 
 def read_flags() -> Settings:
@@ -39,30 +42,47 @@ def main(settings: Settings) -> None:
     for name in ("source", "dest"):
         if not settings.values[name]:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
-    dist.on_main(check_outputs, [Output("--dest", config.dest, "folder")], {"--source": config.source})
-    trained = manifest_of(config.source)
+    check_card_flags(settings)
+    kind = "file" if config.format == "safetensors" else "folder"
+    dist.on_main(check_outputs, [Output("--dest", config.dest, kind)], {"--source": config.source})
+    options = dist.on_main(card_options, config)
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:
         return dry_run(settings)
-    names = source.class_names if settings.values["class_cond"] else ()
+    about = dist.on_main(export.describe, settings, source.path, source.class_names)
     model = model_from(settings)
-    loading.fit(model, source.take(), config.source)
+    loading.fit(model, source.take(), source.path)
+    weights = model.state_dict()
     if config.format == "diffusers":
-        levels = config.num_train_timesteps
-        dist.on_main(export.save_diffusers, config.dest, model.state_dict(), settings, levels, trained, names)
+        dist.on_main(export.save_diffusers, config.dest, weights, settings, config.num_train_timesteps, about)
+    elif options is not None:
+        dist.on_main(export.save_hub_folder, config.dest, weights, about, options)
     else:
-        dist.on_main(export.save_native, config.dest, model.state_dict(), settings, names)
+        save = export.save_native if config.format == "native" else export.save_safetensors
+        dist.on_main(save, config.dest, weights, about)
     parameters = sum(param.numel() for param in model.parameters())
-    logger.log(f"{parameters:,} parameters of {config.source} written to {config.dest}")
+    logger.log(f"{parameters:,} parameters of {source.path} written to {config.dest}")
 
 
-def manifest_of(path: str) -> Mapping[str, Any]:
-    """The flags of the run that made a checkpoint; none for a file without a manifest."""
-    from cm.checkpoints import manifest
-    from cm.distributed import setup as dist
+def card_options(config: ConvertConfig) -> CardOptions | None:
+    """What the flags add to the model card; None where there will be none. For one rank, before the work.
 
-    checkpoint = dist.on_main(manifest.beside, path)
-    return {} if checkpoint is None else checkpoint.config
+    :raises UserError: if a file cannot be read, or --dest is not free for a model folder.
+    """
+    from cm.checkpoints.formats import hub_folder
+    from cm.setup import export
+
+    if config.format != "hf":
+        return None
+    hub_folder.check_free(config.dest)
+    return export.card_options(config.license, words_of(config.results), config.picture)
+
+
+def check_card_flags(settings: Settings) -> None:
+    """:raises UserError: for flags of a model card where none is written."""
+    given = [name for name in ("license", "results", "picture") if settings.is_given(name)]
+    if given and settings.values["format"] != "hf":
+        raise UserError(f"--{given[0]} is for the card of a model folder: add --to hf, or drop it")
 
 
 if __name__ == "__main__":

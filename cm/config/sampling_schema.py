@@ -122,14 +122,22 @@ class ConvertConfig:
     """conversion"""
 
     source: str = option(
-        "", "EDM pickle (.pkl), diffusers folder, or weights file of this toolkit or guided-diffusion; may be given as "
-        "the first argument without the flag"
+        "", "folder of a run, weights file of this toolkit or guided-diffusion, safetensors file, model folder, EDM "
+        "pickle (.pkl) or diffusers folder; may be given as the first argument without the flag"
     )
-    dest: str = option("", "folder to write; may be given as the second argument without the flag")
+    dest: str = option(
+        "", "folder to write, or file for safetensors; may be given as the second argument without the flag"
+    )
     format: str = option(
-        "native", "native: a checkpoint of this toolkit; diffusers: a ConsistencyModelPipeline",
-        choices=("native", "diffusers"),
+        "native", "native: a checkpoint of this toolkit; safetensors: one file with the flags of the network in its "
+        "metadata; hf: a folder as model hubs have them, with a model card; diffusers: a ConsistencyModelPipeline",
+        choices=("native", "safetensors", "hf", "diffusers"), aliases=("to",),
     )
+    license: str = option("", "hf: licence for the model card, such as mit or cc-by-4.0", aliases=("licence",))
+    results: str = option(
+        "", "hf: results for the model card: files that evaluator.py or fid.py wrote with --json, comma-separated"
+    )
+    picture: str = option("", "hf: picture of samples for the model card")
     training_mode: str = option(
         "edm", "training method of the weights, if they do not contain it", choices=TRAINING_MODES,
         table="training_mode",

@@ -5,15 +5,20 @@ Shapes: N images, C channels, H and W height and width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch as th
+from PIL import Image
 from torch import Tensor, nn
 
+from cm.checkpoints.formats import described
+from cm.checkpoints.formats.described import Description
 from cm.config.flags import Settings, defaults_of, give
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
@@ -173,26 +178,54 @@ class Pipeline:
 
     # --- saving --------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str) -> None:
-        """Write the weights with a manifest, so that no flag needs to be given with them.
+    def save(
+        self, path: str | os.PathLike[str], *, licence: str = "", results: Sequence[str | os.PathLike[str]] = (),
+        picture: Image.Image | str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write the model so that `cm.load` and every --model_path read it without any flag.
 
-        :raises UserError: if the folder cannot be written.
+        A path that ends in .safetensors becomes one file, with the network's flags in its metadata. Any other becomes
+        a folder as model hubs have them: model.safetensors, config.json and README.md, a model card made from what the
+        run has left beside the weights.
+
+        :param licence: for the card, such as "mit".
+        :param results: files that evaluator.py or fid.py wrote with --json, for the card.
+        :param picture: of samples, for the card.
+        :raises UserError: if the file or folder cannot be written, the folder holds something else, or the results or
+            the picture cannot be read.
         """
-        export.save_native(folder, self._weights(), self._settings)
+        target = os.fspath(path)
+        if target.endswith(described.SUFFIX):
+            if licence or results or picture is not None:
+                raise UserError(f"{target}: licence, results and picture are for the card of a folder; drop them, or "
+                                "give a name without .safetensors")
+            return export.save_safetensors(target, self._weights(), self._description())
+        drawn = isinstance(picture, Image.Image)
+        path_of_picture = "" if drawn or picture is None else os.fspath(picture)
+        options = export.card_options(licence, [os.fspath(each) for each in results], path_of_picture)
+        options = replace(options, picture=export.png_of(picture)) if drawn else options
+        export.save_hub_folder(target, self._weights(), self._description(), options)
 
-    def to_diffusers(self, folder: str, num_train_timesteps: int = 0) -> None:
+    def to_diffusers(self, folder: str | os.PathLike[str], num_train_timesteps: int = 0) -> None:
         """Write a consistency model as a folder that diffusers' ConsistencyModelPipeline loads.
 
         :param num_train_timesteps: noise levels of the training grid; 0: as the checkpoint says.
         :raises UserError: for a diffusion model, or a network that diffusers does not have.
         """
-        export.save_diffusers(folder, self._weights(), self._settings, num_train_timesteps)
+        export.save_diffusers(
+            os.fspath(folder), self._weights(), self._settings, num_train_timesteps, self._description()
+        )
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _weights(self) -> dict[str, Tensor]:
         """In float32, whatever the model computes in."""
         return {name: value.float() for name, value in self.model.state_dict().items()}
+
+    def _description(self) -> Description:
+        """What belongs to the weights in a file."""
+        source = self._settings.sources["model_path"]
+        return export.describe(self._settings, source.path, source.class_names)
 
     def _with(self, options: dict[str, Any]) -> Settings:
         """The settings with these options, on top of what the checkpoint says."""

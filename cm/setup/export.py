@@ -1,50 +1,152 @@
-"""From a model in memory to files: a checkpoint of this toolkit, or a folder of diffusers."""
+"""From a model in memory to files: a checkpoint, a safetensors file, a folder for model hubs, or one of diffusers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from cm.checkpoints import manifest
-from cm.checkpoints.formats import diffusers
+from cm.checkpoints.formats import described, diffusers, hub_folder
+from cm.checkpoints.formats.described import Description
 from cm.config.flags import Settings, defaults_of
 from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.data.class_names import ClassNames
+from cm.data.decode import decode, why_unreadable
 from cm.errors import UserError
-from cm.io import storage
+from cm.io import budget, storage
+from cm.report.model_card import Card, render
+from cm.report.run_facts import Measurement
 from cm.setup.objective import kind_of_result
+from cm.setup.run_facts import facts_of, measured_in
 
 DISTILLED_LEVELS = 40                                               # of the published distilled models
+GRID = ("scale_mode", "start_scales", "end_scales")                 # flags that say how many levels training ended with
 
 
-def save_native(folder: str, weights: Mapping[str, Tensor], settings: Settings, class_names: ClassNames = ()) -> None:
-    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it; on one rank.
-
-    :param class_names: of its classes, where they are known.
-    """
-    storage.make_folder(folder)
+def network_flags(settings: Settings, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags without which weights cannot be used, and those of the training grid where they are known."""
     names = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), "training_mode")
-    config = {name: settings.values[name] for name in names}
-    manifest.save(folder, 0, {"model": weights}, config, 0, classes=class_names)
+    return {name: settings.values[name] for name in names} | {name: trained[name] for name in GRID if name in trained}
+
+
+def trained_flags(path: str) -> Mapping[str, Any]:
+    """What the file or folder at a path says of the training of its weights; for one rank."""
+    if hub_folder.is_folder(path):
+        return hub_folder.description(path).config
+    if described.claims(path):
+        about = described.description(path)
+        return about.config if about else {}
+    checkpoint = manifest.beside(path)
+    return {} if checkpoint is None else checkpoint.config
+
+
+def describe(settings: Settings, path: str, class_names: ClassNames = ()) -> Description:
+    """What is known of the weights at a path that settings were resolved with; for one rank."""
+    names = class_names if settings.values["class_cond"] else ()
+    return Description(network_flags(settings, trained_flags(path)), names, facts_of(path))
+
+
+# --- our own ---------------------------------------------------------------------------------------------------------
+
+
+def save_native(folder: str, weights: Mapping[str, Tensor], about: Description) -> None:
+    """Write a checkpoint of step 0 with a manifest, so that no flag needs to be given with it; on one rank."""
+    storage.make_folder(folder)
+    manifest.save(folder, 0, {"model": weights}, about.config, 0, classes=about.class_names)
+
+
+def save_safetensors(path: str, weights: Mapping[str, Tensor], about: Description) -> None:
+    """Write one safetensors file that describes its network; on one rank.
+
+    :raises UserError: if it has another ending than .safetensors, by which readers know it, or cannot be written.
+    """
+    if not path.endswith(described.SUFFIX):
+        raise UserError(f"{path}: a safetensors file is known by its name; give one that ends in {described.SUFFIX}")
+    storage.make_folder(os.path.dirname(path) or ".")
+    described.write(path, weights, about)
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a user adds to a model card, read.
+
+    :param licence: an identifier such as mit; empty for none.
+    :param picture: of samples, a PNG; empty for none.
+    """
+
+    licence: str = ""
+    measured: tuple[Measurement, ...] = ()
+    picture: bytes = b""
+
+
+def card_options(licence: str, results: Iterable[str], picture: str) -> CardOptions:
+    """Read what a user adds to a model card; on one rank.
+
+    :param results: files that evaluator.py or fid.py wrote with --json.
+    :param picture: path of a picture; empty for none.
+    :raises UserError: if one of them cannot be read.
+    """
+    return CardOptions(licence, tuple(measured_in(results)), read_picture(picture) if picture else b"")
+
+
+def save_hub_folder(folder: str, weights: Mapping[str, Tensor], about: Description, options: CardOptions) -> None:
+    """Write weights, config and a model card as model hubs have them; on one rank.
+
+    :raises UserError: if the folder is not free for it or cannot be written.
+    """
+    measured = tuple(dict.fromkeys((*about.facts.measured, *options.measured)))
+    about = replace(about, facts=replace(about.facts, measured=measured))
+    card = Card(
+        title=os.path.basename(os.path.abspath(folder)), config=about.config, class_names=about.class_names,
+        facts=about.facts, few_steps=kind_of_result(about.config["training_mode"]).few_step,
+        parameters=sum(value.numel() for value in weights.values()),
+        picture=hub_folder.PICTURE_FILE if options.picture else "", licence=options.licence,
+    )
+    hub_folder.write(folder, weights, about, render(card), options.picture)
+
+
+def read_picture(path: str) -> bytes:
+    """A picture of any kind as a PNG, without what else its file says.
+
+    :raises UserError: if it cannot be read.
+    """
+    try:
+        return png_of(decode(budget.read_bytes(path, budget.PICTURE), keep_gray=True))
+    except UserError:
+        raise
+    except Exception as error:                                      # each format of pictures has errors of its own
+        raise UserError(f"{path} cannot be read as a picture: {why_unreadable(error)}") from None
+
+
+def png_of(image: Image.Image) -> bytes:
+    """The bytes of a PNG."""
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
+
+
+# --- diffusers -------------------------------------------------------------------------------------------------------
 
 
 def save_diffusers(
-    folder: str, weights: Mapping[str, Tensor], settings: Settings, num_train_timesteps: int,
-    trained: Mapping[str, Any] | None = None, class_names: ClassNames = (),
+    folder: str, weights: Mapping[str, Tensor], settings: Settings, num_train_timesteps: int, about: Description
 ) -> None:
     """Write a consistency model as a folder of diffusers; on one rank.
 
     :param num_train_timesteps: noise levels of the training grid; 0: as `training_levels` finds.
-    :param trained: the flags of the run that made the checkpoint, if they are known.
     :raises UserError: for a model that diffusers cannot hold.
     """
     mode = settings.values["training_mode"]
     if not kind_of_result(mode).distillation:
         raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
-    levels = num_train_timesteps or training_levels(trained or {}, mode)
-    diffusers.write(folder, weights, settings.values, levels, class_names)
+    levels = num_train_timesteps or training_levels(about.config, mode)
+    diffusers.write(folder, weights, settings.values, levels, about.class_names)
 
 
 def training_levels(trained: Mapping[str, Any], training_mode: str) -> int:
@@ -53,10 +155,11 @@ def training_levels(trained: Mapping[str, Any], training_mode: str) -> int:
     :param trained: the flags of the run that made the checkpoint, empty if they are not known.
     :raises UserError: if neither these nor the mode say it.
     """
-    if trained.get("scale_mode") == "fixed":
-        return trained["start_scales"]
-    if trained.get("scale_mode") in ("progressive", "doubling"):
-        return trained["end_scales"] + 1
+    mode, first, last = (trained.get(name) for name in GRID)
+    if mode == "fixed" and type(first) is int and first > 0:
+        return first
+    if mode in ("progressive", "doubling") and type(last) is int and last > 0:
+        return last + 1
     if training_mode != "consistency_training":
         return DISTILLED_LEVELS
     raise UserError("how many noise levels the training grid had is not known: give --num_train_timesteps, such as 201 "

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 
 from cm.checkpoints import averages, manifest
-from cm.checkpoints.formats import FORMATS, guided_diffusion, openai, safetensor_files
+from cm.checkpoints.formats import FORMATS, described, guided_diffusion, openai, safetensor_files
 from cm.checkpoints.loading import WeightsFile, format_of, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.checkpoints.serialization import size_of
@@ -39,8 +39,8 @@ UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False, "second_time":
 def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
-    The manifest next to it holds them; without one (the published files) they are read off the weights, or an EDM
-    pickle or a folder of diffusers holds them itself. The file is then `settings.sources[flag]`, too.
+    The manifest next to it holds them; without one (the published files) they are read off the weights, or a file or
+    folder of `FORMATS` holds them itself. The file is then `settings.sources[flag]`, too.
 
     :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
         one network, if another flag contradicts it, or if it leaves something open that no flag says either.
@@ -67,6 +67,7 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     elif kind in FORMATS:
         known, source.weights = FORMATS[kind].read(path)
         source.class_names = tuple(known.pop("class_names", ()))
+        check_tensors(settings, source, known.pop(described.CRC32, None))
         known = UNSAID | known
     else:
         return _inherit_bare(settings, source, also)
@@ -74,7 +75,8 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     held = dist.on_main(storage.size, path) if source.weights is None else size_of(source.weights)
     demand_held(settings.values, held, path)
     source.training_mode = known.get("training_mode")
-    source.levels = known.get("start_scales") if known.get("scale_mode") == "fixed" else None
+    levels = known.get("start_scales")
+    source.levels = levels if known.get("scale_mode") == "fixed" and type(levels) is int and levels > 0 else None
     return source
 
 
@@ -121,6 +123,19 @@ def _file_of_best(path: str) -> str:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): give a file of weights such as ema_0.9999_600000.pt instead "
                         "of the folder") from None
+
+
+def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) -> None:
+    """Compare weights that were read with their checksum, if there is one and --verify_weights asks for it.
+
+    :raises UserError: if they are other values.
+    """
+    if crc32 is None or not settings.values.get("verify_weights", True):
+        return
+    found = safetensor_files.checksum(source.weights or {})
+    if found != crc32:
+        raise UserError(f"{source.path} is damaged: its tensors are of CRC-32 {found:08x}, its description says "
+                        f"{crc32:08x}. Copy the file again; --verify_weights False loads it without this check")
 
 
 def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:
@@ -262,7 +277,7 @@ def plain_value(name: str, value: Any, path: str) -> Any:
     flag = FLAGS.get(name)
     if flag is None:
         return value
-    where = f"the manifest beside {path}"
+    where = f"the manifest beside {path}, or the description in it"
     value = convert(type(flag.default), value, f"{where}: {name}")
     check(flag, value, where)
     return value

@@ -158,11 +158,29 @@ def test_images_that_do_not_fit(runs, images, message):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_is_the_same_model(runs, tmp_path):
+@pytest.mark.parametrize("name", ["folder", "file.safetensors"])
+def test_a_saved_model_is_the_same_model(runs, tmp_path, name):
     pipe = cm.load(runs["consistency_distillation"], precision="fp32")
-    pipe.save(str(tmp_path / "saved"))
-    again = cm.load(tmp_path / "saved", precision="fp32")
+    pipe.save(tmp_path / name)
+    again = cm.load(tmp_path / name, precision="fp32")
     assert th.equal(again.sample(2, steps=2, output="tensor"), pipe.sample(2, steps=2, output="tensor"))
+    guided = cm.load(runs["edm"], precision="fp32")
+    guided.save(tmp_path / f"edm{name}")
+    guided.sample(1, steps=2, guide_scale=2, guide_path=str(tmp_path / f"edm{name}"))
+
+
+def test_the_card_of_a_saved_folder(runs, tmp_path):
+    (tmp_path / "fid.json").write_text('{"label": "FID", "value": 2.5, "num_images": 50}')
+    pipe = cm.load(runs["consistency_distillation"])
+    pipe.save(tmp_path / "m", licence="mit", results=[tmp_path / "fid.json"], picture=pipe.sample(1)[0])
+    card = (tmp_path / "m/README.md").read_text()
+    assert "license: mit" in card and "| FID | 2.5 | 50 |" in card and "![Samples](samples.png)" in card
+    cm.load(tmp_path / "m").save(tmp_path / "again")                          # what was measured goes along
+    assert "| FID | 2.5 | 50 |" in (tmp_path / "again/README.md").read_text()
+    with pytest.raises(UserError, match="are for the card of a folder"):
+        pipe.save(tmp_path / "x.safetensors", licence="mit")
+    with pytest.raises(UserError, match="fid.json cannot be read as a picture: it is not an image"):
+        pipe.save(tmp_path / "m", picture=tmp_path / "fid.json")
 
 
 def test_diffusers_and_back(tmp_path):
@@ -229,7 +247,8 @@ def test_the_example_of_the_page(runs, tmp_path, monkeypatch):
     for example in examples:
         exec(compile(example, "docs/python.md", "exec"), names)
     assert (tmp_path / "sample.png").exists() and (tmp_path / "for_diffusers/model_index.json").exists()
-    assert (tmp_path / "models/cd/model000000.pt").exists()
+    assert {path.name for path in (tmp_path / "models/cd").iterdir()} == {
+        "model.safetensors", "config.json", "README.md", "samples.png"}
 
 
 def test_importing_cm_imports_no_torch():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from PIL import Image
 
 from cm.checkpoints import loading
 from cm.checkpoints import manifest as state
@@ -289,3 +290,55 @@ def test_noise_levels_are_the_samplers_for_diffusion_models_and_the_models_for_c
         else:
             with pytest.raises(UserError, match="--sigma_max asks for sigma_max=40.0, but .*sigma_max=60.0"):
                 inherit_checkpoint(settings, "model_path", also=("training_mode",))
+
+
+# --- safetensors and model folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of consistency training, with random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "ct"
+    config = {**vars(ModelConfig(**GUIDED)), "training_mode": "consistency_training", "scale_mode": "progressive",
+              "start_scales": 2, "end_scales": 150, "data_dir": "/secret/digits", "class_cond": True, "num_classes": 2}
+    weights = fresh(**GUIDED, class_cond=True, num_classes=2).state_dict()
+    state.save(str(folder), 30, {"model": weights, "ema_0.9": weights}, config, 240, classes=("zero", "one"))
+    return folder
+
+
+@pytest.mark.parametrize("kind, dest", [("safetensors", "x.safetensors"), ("hf", "folder")])
+def test_a_run_becomes_a_file_or_folder_without_flags(tmp_path, monkeypatch, trained, kind, dest):
+    convert(monkeypatch, trained, tmp_path / dest, "--to", kind)
+    settings, model = loaded(tmp_path / dest)
+    expected = fresh(**GUIDED, class_cond=True, num_classes=2).state_dict()
+    assert settings.values["training_mode"] == "consistency_training"
+    assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())
+    convert(monkeypatch, tmp_path / dest, tmp_path / "pipe", "--to", "diffusers")       # which needs the noise levels
+    scheduler = json.loads((tmp_path / "pipe/scheduler/scheduler_config.json").read_text())
+    index = json.loads((tmp_path / "pipe/model_index.json").read_text())
+    assert scheduler["num_train_timesteps"] == 151 and index["id2label"] == {"0": "zero", "1": "one"}
+    convert(monkeypatch, tmp_path / dest, tmp_path / "native")
+    assert state.newest(str(tmp_path / "native")).class_names == ("zero", "one")
+
+
+def test_the_card_has_what_the_flags_add(tmp_path, monkeypatch, trained):
+    (tmp_path / "r.json").write_text('{"metrics": {"kid": {"label": "KID", "value": 0.5, "extractor": "tiny"}}}')
+    Image.new("RGB", (9, 9)).save(tmp_path / "p.jpg", comment=b"home address")
+    convert(monkeypatch, trained, tmp_path / "m", "--to", "hf", "--license", "cc-by-4.0", "--results",
+            tmp_path / "r.json", "--picture", tmp_path / "p.jpg")
+    card, picture = (tmp_path / "m/README.md").read_text(), (tmp_path / "m/samples.png").read_bytes()
+    assert "license: cc-by-4.0" in card and "| KID | 0.5 | not recorded | tiny |" in card and "zero, one" in card
+    assert "Data set: digits." in card and "/secret" not in card and "| steps | 30 |" in card
+    assert picture.startswith(b"\x89PNG") and b"address" not in picture
+
+
+@pytest.mark.parametrize("dest, words, message", [
+    ("x.st", ["--to", "safetensors"], "give one that ends in .safetensors"),
+    ("m", ["--license", "mit"], "--license is for the card of a model folder: add --to hf"),
+    ("m", ["--to", "hf", "--picture", "nowhere.png"], "nowhere.png cannot be read as a picture"),
+    ("m", ["--to", "hf", "--results", "nowhere.json"], "nowhere.json cannot be read"),
+])
+def test_what_fits_no_export_is_refused(tmp_path, monkeypatch, trained, dest, words, message):
+    with pytest.raises(UserError, match=message):
+        convert(monkeypatch, trained, tmp_path / dest, *words)
+    assert not (tmp_path / dest).exists()

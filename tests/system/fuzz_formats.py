@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cm.checkpoints import manifest
-from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
+from cm.checkpoints.formats import described, diffusers, edm_pickle, hub_folder, safetensor_files
 from cm.config.flags import parse
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
@@ -23,7 +23,9 @@ from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.generate.png import PngFolder
 from cm.networks import noisy_classifier
+from cm.report.run_facts import Measurement, RunFacts
 from cm.setup.inherit import weights_in
+from cm.setup.run_facts import facts_of
 from cm.setup.sample import inherit_model, load_model
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_weights import read_tensors
@@ -121,6 +123,25 @@ def edited_manifest(draw, content):
     return json.dumps(edited).encode()
 
 
+@st.composite
+def edited_description(draw, content, pack):
+    """A description of weights with other flags or facts, as `pack` puts it into a file."""
+    edited = json.loads(json.dumps(content))
+    part = edited[draw(st.sampled_from(["config", "config", "run"]))]
+    for name in draw(st.lists(st.sampled_from(sorted(part)), min_size=1, max_size=2, unique=True)):
+        part[name] = draw(PLAIN | st.integers(-1, 64) | st.sampled_from([10**8, 10**12, "1,1", "1,2", "8,4"]))
+    return pack(edited)
+
+
+def with_description(data, text):
+    """A safetensors file with another text of ours in its header."""
+    length = struct.unpack_from("<Q", data)[0]
+    content = json.loads(data[8 : 8 + length])
+    content["__metadata__"][described.KEY] = text
+    header = json.dumps(content).encode()
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
 def with_config(content):
     """Files of a classifier with other values in its description."""
     texts = other_values(content["config"]).map(json.loads)
@@ -143,6 +164,15 @@ def read_network(path):
                      argv=["--model_path", path])
     inherit_model(settings)
     load_model(settings)
+
+
+def read_weights(path):
+    """As `read_network`, and what a card tells of the weights."""
+    settings = parse("", SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig,
+                     argv=["--model_path", path])
+    inherit_model(settings)
+    load_model(settings)
+    facts_of(path)
 
 
 def read_raw(path):
@@ -180,6 +210,11 @@ PIPE = made(lambda folder: diffusers.write(str(folder), tiny(**SMALL).state_dict
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RUN = made(lambda folder: manifest.save(str(folder), 10, {"model": tiny(**SMALL).state_dict()}, FLAGS, 40))
 STEP10 = "checkpoint_000010.json"
+HUB = made(lambda folder: hub_folder.write(
+    str(folder), tiny(**SMALL).state_dict(),
+    described.Description(FLAGS, (), RunFacts("x", 1, 2, 3, 4.0, "cm-train", (Measurement("FID", 1.0),))), "# card\n"))
+MODEL = "model.safetensors"
+HUB_CONFIG = json.loads(HUB["config.json"])
 CIFAR = made(lambda folder: cifar10(folder, PIXELS, [0] * 10))["cifar-10-python.tar.gz"]
 NUMBERS = made(lambda folder: mnist(folder, DIGITS, list(range(10))))
 IMAGES_GZ, LABELS_GZ = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
@@ -233,6 +268,15 @@ READERS |= {
                                 damaged([PIPE[UNET]]) | damaged_header(PIPE[UNET]), PIPE[UNET], PIPE, 0.3),
     "safetensors": Reader("x.safetensors", safetensor_files.read, damaged([bombs.overlapping_tensors(1, 4)])
                           | damaged_header(bombs.overlapping_tensors(1, 4)), bombs.overlapping_tensors(1, 4)),
+    "described weights": Reader(
+        MODEL, read_weights, damaged([HUB[MODEL]]) | damaged_header(HUB[MODEL]) | edited_description(
+            HUB_CONFIG, lambda content: with_description(HUB[MODEL], json.dumps(content))) | other_values(
+            HUB_CONFIG).map(lambda data: with_description(HUB[MODEL], data.decode(errors="replace"))),
+        HUB[MODEL], share=0.3),
+    "model folder": Reader(
+        "config.json", lambda path: read_weights(os.path.dirname(path)), damaged([HUB["config.json"]])
+        | edited_description(HUB_CONFIG, lambda content: json.dumps(content).encode()) | other_values(HUB_CONFIG),
+        HUB["config.json"], HUB, 0.3),
     "network of a manifest": Reader(STEP10, read_network, edited_manifest(json.loads(RUN[STEP10])), RUN[STEP10], RUN,
                                     0.5),
     "classifier of noisy images": Reader(

@@ -16,7 +16,7 @@ import torch as th
 from torch._utils import _rebuild_tensor_v2
 
 from cm.checkpoints import manifest
-from cm.checkpoints.formats import diffusers, edm_pickle, safetensor_files
+from cm.checkpoints.formats import described, diffusers, edm_pickle, safetensor_files
 from cm.config.flags import parse
 from cm.config.sampling_schema import ConvertConfig, SampleConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
@@ -110,6 +110,12 @@ def checkpoint(folder, **changes):
     return saved.path("model")
 
 
+def described_weights(folder, **changes):
+    path = str(folder / "x.safetensors")
+    described.write(path, plain_state_dict(tiny()), described.Description({**FLAGS, **TINY, **changes}))
+    return path
+
+
 def classifier(folder, **changes):
     config = noisy_classifier.NoisyClassifierConfig(8, 3)
     content = noisy_classifier.to_content(noisy_classifier.NoisyClassifier(config))
@@ -171,6 +177,8 @@ ATTACKS = {
     "manifest: wide levels": (lambda folder: checkpoint(folder, num_channels=10**6), inherited),
     "manifest: many classes": (lambda folder: checkpoint(folder, num_classes=10**12), inherited),
     "manifest: large images": (lambda folder: checkpoint(folder, image_size=10**9), inherited),
+    "description: many blocks": (lambda folder: described_weights(folder, num_res_blocks=10**8), inherited),
+    "description: wide levels": (lambda folder: described_weights(folder, num_channels=10**6), inherited),
     "classifier: many blocks": (
         lambda folder: classifier(folder, depth=10**9),
         lambda path: noisy_classifier.from_content(dist.load_state_dict(str(path)), str(path))),
@@ -231,6 +239,7 @@ PIPES = {
     "weights": ("x.pt", lambda path: dist.load_state_dict(path)),
     "EDM pickle": ("x.pkl", lambda path: edm_pickle.read(read_everywhere(path), path)),
     "safetensors": ("x.safetensors", safetensor_files.read),
+    "description of weights": ("x.safetensors", described.description),
     "manifest": ("checkpoint_000010.json", manifest.read),
     "config": ("x.yaml", lambda path: parse("", ModelConfig, argv=["--config", path])),
     "zip of pictures": ("x.zip", lambda path: open_source(path, 8)),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cm.checkpoints.formats import diffusers, edm_pickle
+from cm.checkpoints.formats import described, diffusers, edm_pickle, hub_folder
 from cm.registry import Table
 
 
@@ -23,5 +23,7 @@ class Format(NamedTuple):
 FORMATS: Table[Format] = Table("format of weights", {
     "EDM pickle": Format(lambda path: path.endswith(".pkl"), edm_pickle.read_path),
     "diffusers folder": Format(diffusers.is_folder, diffusers.read),
+    "safetensors with its network": Format(described.claims, described.read),
+    "model folder": Format(hub_folder.is_folder, hub_folder.read),
 })
 """In the order in which they are asked; what none of them claims is a file of weights, with a manifest or bare."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,17 +18,22 @@ from cm.io import storage, untrusted
 from cm.io.budget import HEADER, parse_json
 
 METADATA = {"format": "pt"}                                         # these are tensors of torch
+TEXTS = "__metadata__"                                              # of the header, where the texts are
 LENGTH_BYTES = 8                                                    # of the header, at the start of the file
 DAMAGE = (safetensors.SafetensorError, ValueError, KeyError, RuntimeError, AssertionError)
 
 
-def write(path: str, tensors: Mapping[str, Tensor]) -> None:
+def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any device.
 
-    :raises UserError: if the file cannot be written.
+    :param metadata: texts by name, for the header.
+    :raises UserError: if the file cannot be written, or the texts are more than a reader here takes.
     """
+    texts = METADATA | dict(metadata or {})
+    if sum(len(text.encode()) for text in texts.values()) > HEADER.bytes // 2:      # quoted they are longer
+        raise UserError(f"{path}: the header of a safetensors file holds {HEADER.bytes // 2:,} bytes of text at most")
     owned = {name: value.detach().cpu().clone(memory_format=th.contiguous_format) for name, value in tensors.items()}
-    storage.write_bytes(path, safetensors.torch.save(owned, METADATA))
+    storage.write_bytes(path, safetensors.torch.save(owned, texts))
 
 
 def read(path: str) -> dict[str, Tensor]:
@@ -39,6 +45,32 @@ def read(path: str) -> dict[str, Tensor]:
     with read_everywhere(path) as content:
         data = content.read()
     return parse(data, path)
+
+
+def metadata(path: str) -> dict[str, str]:
+    """The texts in the header of a file, of which no more is read; for one rank.
+
+    :raises OSError, UserError: if there is no file that can be read.
+    :raises ValueError: if it has no such header.
+    """
+    with storage.open_file(path) as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if length > HEADER.bytes:
+            raise ValueError(f"its header has more than {HEADER.bytes:,} bytes")
+        content = parse_json(file.read(length), HEADER)
+    texts = content.get(TEXTS, {}) if isinstance(content, dict) else None
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError("its header holds no texts by name")
+    return texts
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names and values, in the order of the names."""
+    crc32 = 0
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous().reshape(-1).view(th.uint8)
+        crc32 = zlib.crc32(memoryview(values.numpy()), zlib.crc32(name.encode(), crc32))
+    return crc32
 
 
 def parse(data: bytes, source: str) -> dict[str, Tensor]:

@@ -1,0 +1,116 @@
+"""safetensors files that say in their metadata what network their weights are for.
+
+The metadata has one text more than other files of the library: a JSON object under `KEY`, see `Description`. Any
+program that reads safetensors reads the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from cm.checkpoints.formats import safetensor_files
+from cm.data.class_names import ClassNames, checked
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io.budget import MANIFEST, parse_json
+from cm.report.run_facts import RunFacts
+
+KEY = "consistency_toolkit"
+SUFFIX = ".safetensors"
+FORMAT = 1
+CRC32 = "tensors_crc32"                                             # how `known` flags name the checksum
+
+
+@dataclass(frozen=True)
+class Description:
+    """What belongs to weights.
+
+    :param config: the flags of the network, and of its training where they matter to who uses it.
+    :param crc32: of the tensors, see `safetensor_files.checksum`; None where it is not known.
+    """
+
+    config: Mapping[str, Any]
+    class_names: ClassNames = ()
+    facts: RunFacts = field(default_factory=RunFacts)
+    crc32: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {"format": FORMAT, "config": dict(self.config), "class_names": list(self.class_names),
+                "run": self.facts.as_json(), "crc32": self.crc32}
+
+    @classmethod
+    def from_json(cls, content: Any, source: str) -> Description:
+        """The description in a file that anybody may have written; its flags are checked where they are used.
+
+        :raises UserError: if it is none.
+        """
+        try:
+            if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+                raise ValueError("it has no flags (config)")
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {str(content.get('format'))[:20]}, and this version reads {FORMAT}")
+            crc32 = content.get("crc32")
+            if not (crc32 is None or type(crc32) is int):
+                raise ValueError("its crc32 is no whole number")
+            return cls(content["config"], checked(content.get("class_names", ())),
+                       RunFacts.from_json(content.get("run", {})), crc32)
+        except ValueError as error:
+            raise UserError(f"{source} holds no description of a network that can be used: {error}. Fetch or write it "
+                            "again") from None
+
+
+def claims(path: str) -> bool:
+    """Whether a file is of this kind; for one rank."""
+    if not path.lower().endswith(SUFFIX):
+        return False
+    try:
+        return KEY in safetensor_files.metadata(path)
+    except (OSError, ValueError):                                   # reading it as any safetensors file says why
+        return False
+
+
+def description(path: str) -> Description | None:
+    """What a safetensors file says of its network; None if it says nothing. For one rank.
+
+    :raises UserError: if it cannot be read, or says something else.
+    """
+    try:
+        text = safetensor_files.metadata(path).get(KEY)
+        content = None if text is None else parse_json(text, MANIFEST)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Fetch or write it again") from None
+    return None if text is None else Description.from_json(content, path)
+
+
+def write(path: str, weights: Mapping[str, Tensor], about: Description) -> Description:
+    """Write weights with their description; returns it with the checksum.
+
+    :raises UserError: if the file cannot be written.
+    """
+    about = replace(about, crc32=safetensor_files.checksum(weights))
+    safetensor_files.write(path, weights, {KEY: json.dumps(about.as_json())})
+    return about
+
+
+def read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The flags of the network, and its weights, on every rank.
+
+    :raises UserError: if the file is damaged, or its description is none.
+    """
+    about = dist.on_main(description, path)
+    if about is None:
+        raise UserError(f"{path} does not say what network it is for (no {KEY} in its metadata)")
+    return known_flags(about), safetensor_files.read(path)
+
+
+def known_flags(about: Description) -> dict[str, Any]:
+    """A description as `cm.setup.inherit` takes it: flags, the names of classes, the checksum."""
+    known: dict[str, Any] = dict(about.config)
+    known.pop("class_names", None)
+    return known | {"class_names": about.class_names, CRC32: about.crc32}
