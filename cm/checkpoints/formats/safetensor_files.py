@@ -69,7 +69,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     crc32 = 0
     for name in sorted(tensors):
         values = tensors[name].detach().cpu().contiguous().reshape(-1).view(th.uint8)
-        crc32 = zlib.crc32(memoryview(values.numpy()), zlib.crc32(name.encode(), crc32))
+        crc32 = zlib.crc32(values.numpy().data, zlib.crc32(name.encode(), crc32))
     return crc32
 
 
