@@ -21,7 +21,7 @@ from cm.checkpoints import manifest
 from cm.config.flags import option, parse
 from cm.data.sources import open_source
 from cm.io.storage import write_json
-from cm.setup.inherit import weights_in
+from cm.setup.weights_path import weights_in
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {

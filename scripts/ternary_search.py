@@ -56,9 +56,9 @@ def main(settings: Settings) -> None:
     from cm.samplers.sample import SampleOptions
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
-    from cm.setup.inherit import fetch_inputs
     from cm.setup.run import open_log, run_precision, trusts_extractor
     from cm.setup.sample import inherit_model, level_of_images, load_model, sampling_diffusion, sampling_plan
+    from cm.setup.weights_path import fetch_inputs
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 
+from cm.checkpoints import manifest
 from cm.checkpoints.manifest import Checkpoint, parse_name
+from cm.io import storage
+from cm.logging import logger
 
 TOO_MUCH = 0.05
 """The share of the initial weights above which whoever samples an average is warned."""
@@ -47,6 +50,23 @@ def best_name(checkpoint: Checkpoint) -> str:
     if fit or "model" in checkpoint.names() or not averages:
         return fit[0] if fit else "model"
     return min(averages, key=lambda name: initial_weight(checkpoint, name) or 0.0)
+
+
+def newest_weights(directory: str, verify: bool = True) -> str | None:
+    """The file to sample of the newest checkpoint of a folder, also of one of which only averages were kept; None
+    without one. What is incomplete or damaged is skipped with a warning; one rank.
+
+    :param verify: compare the checksum of the file, for which it is read; of the others the sizes are compared.
+    """
+    for checkpoint in manifest.newest_first(directory):
+        path = checkpoint.path(best_name(checkpoint))
+        problem = checkpoint.problem(verify=False) if path else "it holds no weights"
+        if path and not problem and verify and storage.checksum(path) != checkpoint.facts(path):
+            problem = f"{path} is damaged (its checksum differs from the manifest)"
+        if path and not problem:
+            return path
+        logger.warn(f"skipping {checkpoint.manifest}: {problem}")
+    return None
 
 
 def warning(checkpoint: Checkpoint, path: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cm.registry import lookup
 
 ON_SAVE_ERROR = {"stop": "end the run", "continue": "train on, and try again at the next save"}
 BEST = "best.json"                                          # {"step": ...}: the checkpoint with the best evaluation
+KEEP = 3                                                    # newest checkpoints of a new run that does not say
 
 
 @dataclass
@@ -25,22 +27,26 @@ class CheckpointManager:
     """Finds, writes and removes the checkpoints of a run.
 
     :param directory: a folder, or a URL that blobfile knows.
-    :param keep: how many of the newest are kept; 0 for all. So is the one that best.json in the log directory names.
-    :param milestone_interval: averages of steps that are multiples of it are kept; 0 for none.
+    :param keep: how many of the newest are kept; 0 for all; None for as many as before in a run that is resumed, `KEEP`
+        in a new one. So is the one that best.json in the log directory names. What another run has saved is never
+        removed.
+    :param milestone_interval: averages of steps that are multiples of it are kept, for good; 0 for none.
     :param on_save_error: "stop" or "continue".
     :param verify: compare the checksums of what is read with those of the manifests.
     """
 
     directory: str
-    keep: int = 0
+    keep: int | None = 0
     milestone_interval: int = 0
     on_save_error: str = "stop"
     verify: bool = True
     origin: str = ""                                        # see `manifest.Checkpoint`
     class_names: ClassNames = ()                            # as `origin`
+    run: str = ""                                           # as `origin`
 
     def __post_init__(self) -> None:
         lookup(ON_SAVE_ERROR, self.on_save_error, "on_save_error")
+        self._runs: dict[int, str | None] = {}              # of the steps that are known; None if that is not known
 
     def find(self, resume: str) -> manifest.Checkpoint | None:
         """The checkpoint to resume from, on every rank; None at the start of a run.
@@ -50,6 +56,10 @@ class CheckpointManager:
         """
         found = dist.on_main(resolve_resume, self.directory, resume, self.verify)
         self.origin = found.origin if found else ""
+        goes_on = found is not None and storage.absolute(found.directory) == storage.absolute(self.directory)
+        self.run = found.run if found and goes_on else secrets.token_hex(8)
+        if self.keep is None:
+            self.keep = KEEP if found is None else _kept_before(found)
         return found
 
     def save(
@@ -80,16 +90,33 @@ class CheckpointManager:
         """
         saved = manifest.save(
             self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names,
-            initial_weight,
+            initial_weight, self.run,
         )
+        self._runs[step] = self.run
         size = terminal.size_text(sum(facts["size"] for facts in saved.files.values()))
         names = ", ".join(saved.names())
         logger.log(f"saved step {step} in {terminal.printable(self.directory)}: {names} ({size})")
         if self.keep:
             try:                                            # superfluous files are no reason to end a run
-                _prune(self.directory, self.keep, self.milestone_interval, {step, _best_step(logger.get_dir())})
+                spared = {step, _best_step(logger.get_dir())}
+                for old in self._own_steps()[: -self.keep]:
+                    if old not in spared:
+                        _thin(self.directory, old, self.milestone_interval)
             except Exception as error:
                 logger.warn(f"cannot remove old checkpoints in {self.directory}: {type(error).__name__}: {error}")
+
+    def _own_steps(self) -> list[int]:
+        """The steps that this run has saved, ascending. Those of other runs may lie beside them."""
+        found = manifest.steps(self.directory)
+        for step in found:
+            if step not in self._runs:
+                try:
+                    path = storage.join(self.directory, manifest.manifest_name(step))
+                    self._runs[step] = manifest.read(path).run
+                except UserError as error:
+                    logger.warn(f"the files of step {step} stay, whatever --keep_checkpoints says: {error}")
+                    self._runs[step] = None
+        return [step for step in found if self._runs[step] == self.run]
 
 
 def resolve_resume(
@@ -141,34 +168,35 @@ def archive_after(directory: str, step: int) -> None:
             logger.log(f"going back to step {step}: {path} is now {path}.aside")
 
 
-def _prune(directory: str, keep: int, milestone_interval: int, spared: Collection[int | None]) -> None:
-    """Remove all but the newest `keep` checkpoints and the averages of milestones.
+def _kept_before(found: manifest.Checkpoint) -> int:
+    """How many checkpoints the run of this one kept; all, as runs did once, where its manifest says nothing of it."""
+    keep = found.config.get("keep_checkpoints", 0)
+    return keep if type(keep) is int and keep >= 0 else 0
+
+
+def _thin(directory: str, step: int, milestone_interval: int) -> None:
+    """Remove a checkpoint, or all but the averages of a milestone; a milestone stays one.
 
     A manifest is changed or removed before its files are, so that a checkpoint is complete or absent if the process is
     killed in between.
+
+    :raises UserError: if its manifest cannot be read.
     """
-    for step in manifest.steps(directory)[:-keep]:
-        if step in spared:
-            continue
-        try:
-            checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
-        except UserError as error:
-            logger.warn(f"the files of step {step} stay, whatever --keep_checkpoints says: {error}")
-            continue
-        is_milestone = milestone_interval > 0 and step % milestone_interval == 0
-        kept = {file: facts for file, facts in checkpoint.files.items() if is_milestone and file.startswith("ema_")}
-        if kept == checkpoint.files:
-            continue
-        going = checkpoint.manifest + PARTIAL       # which `manifest.remove_partial` recognizes
-        if kept:
-            replace(checkpoint, files=kept).write_manifest()
-        else:
-            storage.rename(checkpoint.manifest, going)
-        for file in checkpoint.files.keys() - kept.keys():
-            parsed = manifest.parse_name(file)
-            if parsed and parsed[1] == step:    # a manifest that was written by others may list any file
-                storage.remove(storage.join(directory, file))
-        storage.remove(going)
+    checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
+    if not checkpoint.can_resume():
+        return
+    is_milestone = milestone_interval > 0 and step % milestone_interval == 0
+    kept = {file: facts for file, facts in checkpoint.files.items() if is_milestone and file.startswith("ema_")}
+    going = checkpoint.manifest + PARTIAL           # which `manifest.remove_partial` recognizes
+    if kept:
+        replace(checkpoint, files=kept).write_manifest()
+    else:
+        storage.rename(checkpoint.manifest, going)
+    for file in checkpoint.files.keys() - kept.keys():
+        parsed = manifest.parse_name(file)
+        if parsed and parsed[1] == step:            # a manifest that was written by others may list any file
+            storage.remove(storage.join(directory, file))
+    storage.remove(going)
 
 
 def _best_step(log_dir: str) -> int | None:

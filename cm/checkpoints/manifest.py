@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -78,6 +78,7 @@ class Checkpoint:
     class_names: ClassNames = ()                # which class each number is; empty where that is not known
     initial_weight: dict[str, float] = field(default_factory=dict)
     """Average ("ema_0.9999") -> the share that it still holds of the weights that it started from."""
+    run: str = ""                               # which run saved it; empty in older manifests
 
     @property
     def manifest(self) -> str:
@@ -129,13 +130,13 @@ class Checkpoint:
 def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
     seconds: float = 0.0, origin: str = "", classes: ClassNames = (),
-    initial_weight: Mapping[str, float] | None = None,
+    initial_weight: Mapping[str, float] | None = None, run: str = "",
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
     :param classes: the names of the classes that the network knows, where it knows any.
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
-    :param seconds, origin, initial_weight: see `Checkpoint`.
+    :param seconds, origin, initial_weight, run: see `Checkpoint`.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
     needed, files = serialization.size_of(content), {}
@@ -153,7 +154,7 @@ def save(
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
         names = class_names.worth_keeping(classes)
         checkpoint = Checkpoint(
-            directory, step, images_seen, dict(config), files, seconds, origin, names, dict(initial_weight or {})
+            directory, step, images_seen, dict(config), files, seconds, origin, names, dict(initial_weight or {}), run,
         )
         checkpoint.write_manifest()
         if not is_remote:
@@ -202,6 +203,7 @@ def read(path: str) -> Checkpoint:
             dict(content["files"]), float(content.get("seconds", 0.0)), str(content.get("origin", "")),
             class_names.checked(content.get("class_names", ())),
             {name: float(share) for name, share in dict(content.get("initial_weight", {})).items()},
+            str(content.get("run", "")),
         )
         _check_whole(content, checkpoint.step, path)
         return checkpoint
@@ -259,19 +261,26 @@ def newest(directory: str, verify: bool = True) -> Checkpoint | None:
 
     :param verify: see `Checkpoint.problem`.
     """
+    for checkpoint in newest_first(directory):
+        if not checkpoint.can_resume():
+            continue
+        problem = checkpoint.problem(verify)
+        if problem is None:
+            return checkpoint
+        logger.warn(f"skipping {manifest_name(checkpoint.step)} in {directory}: {problem}")
+    return None
+
+
+def newest_first(directory: str) -> Iterator[Checkpoint]:
+    """The checkpoints of a folder, the newest first; a manifest that cannot be read is skipped with a warning."""
     for step in reversed(steps(directory)):
         name = manifest_name(step)
         try:
             checkpoint = read(storage.join(directory, name))
-            if not checkpoint.can_resume():
-                continue
-            problem = checkpoint.problem(verify)
-            if problem is None:
-                return checkpoint
         except UserError as error:
-            problem = str(error)
-        logger.warn(f"skipping {name} in {directory}: {problem}")
-    return None
+            logger.warn(f"skipping {name} in {directory}: {error}")
+            continue
+        yield checkpoint
 
 
 def find(path: str, verify: bool = True) -> Checkpoint:

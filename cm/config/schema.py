@@ -237,10 +237,12 @@ class TrainConfig:
     )
     checkpoint_dir: str = option("", "folder or blobfile URL for checkpoints; empty: log_dir")
     keep_checkpoints: int = option(
-        0, "number of newest checkpoints to keep, in addition to the one named in best.json; 0: all", minimum=0
+        3, "number of newest checkpoints to keep, besides the one named in best.json and the averages of milestones; "
+        "0: all; if it is not given, a resumed run keeps as many as before", minimum=0
     )
     milestone_interval: int = option(
-        0, "always keep the weight averages of steps that are multiples of this number; 0: none", minimum=0
+        -1, "always keep the weight averages of steps that are multiples of this number; -1: of every tenth "
+        "checkpoint; 0: none", minimum=-1,
     )
     on_save_error: str = option(
         "stop", "if a checkpoint cannot be written: stop the run, or continue without it", choices=("stop", "continue")

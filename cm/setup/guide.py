@@ -22,11 +22,12 @@ from cm.errors import UserError
 from cm.logging import logger
 from cm.networks.build import PUBLISHED_CLASSES
 from cm.samplers.network_guidance import Guidance, NetworkGuidedDiffusion, without_class
-from cm.setup.inherit import inherit_checkpoint, weights_in
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from
 from cm.setup.network import load_network
 from cm.setup.objective import choice_of, objective_kind
 from cm.setup.run import run_precision
+from cm.setup.weights_path import find_weights
 from cm.training.mixed_precision import halve
 from cm.types import Denoiser
 
@@ -182,7 +183,7 @@ def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
 
     :raises UserError: if there is no such file, it does not say enough, or it is no diffusion model.
     """
-    path = dist.on_main(weights_in, settings.values[flags.path], flags.path)
+    path = find_weights(settings, flags.path)
     kind, checkpoint = dist.on_main(look_at, path)
     if kind == "file of weights" and checkpoint is None and not openai.published_mode(path):
         raise UserError(f"--{flags.path} {path} has no manifest beside it, which says what network it is: "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,19 +10,20 @@ import torch as th
 
 from cm.checkpoints import averages, manifest
 from cm.checkpoints.formats import FORMATS, described, guided_diffusion, openai, safetensor_files
-from cm.checkpoints.loading import WeightsFile, format_of, look_at
+from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.checkpoints.serialization import size_of
 from cm.config.flags import Settings, check, convert, defaults_of
 from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.io import budget, storage, untrusted, web
+from cm.io import storage, web
 from cm.logging import logger
 from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.networks.extent import demand_held
 from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
+from cm.setup.weights_path import find_weights
 
 FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
 WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
@@ -45,13 +45,9 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
         one network, if another flag contradicts it, or if it leaves something open that no flag says either.
     """
-    if settings.dry_run and web.is_address(settings.values[flag]):
-        return WeightsFile(settings.values[flag])           # nothing is read
-    fetch_inputs(settings, flag)
-    path = dist.on_main(weights_in, settings.values[flag], flag)
-    if path != settings.values[flag]:
-        logger.log(f"--{flag} {settings.values[flag]}: taking {path}")
-        settings.replace(**{flag: path})
+    path = find_weights(settings, flag)
+    if web.is_address(path):
+        return WeightsFile(path)                            # of a dry run: nothing is read
     source = settings.sources[flag] = WeightsFile(path)
     kind, checkpoint = dist.on_main(look_at, path)
     if not kind:
@@ -78,51 +74,6 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     levels = known.get("start_scales")
     source.levels = levels if known.get("scale_mode") == "fixed" and type(levels) is int and levels > 0 else None
     return source
-
-
-def fetch_inputs(settings: Settings, *flags: str) -> None:
-    """Download the files whose addresses these flags give; the flags then name the copies. On every rank.
-
-    :raises UserError: on every rank, if one cannot be had.
-    """
-    for flag in flags:
-        if not settings.dry_run and web.is_address(settings.values.get(flag) or ""):
-            dist.on_main(web.local_copy, settings.values[flag], logger.log)         # the others find it, or wait
-            settings.replace(**{flag: web.local_copy(settings.values[flag], logger.log)})
-
-
-def weights_in(path: str, flag: str) -> str:
-    """The file that a run's folder stands for: its best average, else the newest, or the newest model where the
-    average still holds much of the initial weights; any other path as it is. One rank.
-
-    :raises UserError: for a folder without weights.
-    """
-    if storage.is_remote(path) or not os.path.isdir(path) or format_of(path):
-        return path
-    best = os.path.join(path, "best.json")
-    if os.path.exists(best):
-        name = _file_of_best(best)
-        if name and not untrusted.escapes(name) and os.path.exists(os.path.join(path, name)):
-            return os.path.join(path, name)
-    checkpoint = manifest.newest(path)
-    if checkpoint is None:
-        raise UserError(f"--{flag} {path} is a folder without a complete checkpoint (checkpoint_*.json) and without "
-                        "best.json: give a file of weights such as ema_0.9999_600000.pt")
-    return checkpoint.path(averages.best_name(checkpoint)) or path
-
-
-def _file_of_best(path: str) -> str:
-    """What best.json calls the file with the best average; empty if it names none.
-
-    :raises UserError: if it is damaged.
-    """
-    try:
-        return str(dict(budget.read_json(path, budget.SETTINGS)).get("file", ""))
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a file of weights such as ema_0.9999_600000.pt instead "
-                        "of the folder") from None
 
 
 def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) -> None:

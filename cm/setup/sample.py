@@ -27,11 +27,12 @@ from cm.samplers.guidance import GuidedDiffusion
 from cm.samplers.sample import BindsNetworks, SampleOptions
 from cm.setup.channels import apply_latent_defaults, are_pictures
 from cm.setup.guide import Guide, guided_by
-from cm.setup.inherit import fetch_inputs, inherit_checkpoint
+from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, drop_unreachable_attention, parse_ts
 from cm.setup.network import load_network
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision
+from cm.setup.weights_path import fetch_inputs
 from cm.types import Sampler
 
 OF_CONSISTENCY_MODELS = ("onestep", "multistep")

@@ -17,13 +17,15 @@ from cm.setup.clock import warn_of_fast_clock
 from cm.setup.data import augment, drop_labels, open_data, share_of_batch
 from cm.setup.dry_run import dry_run
 from cm.setup.guide import guided_by
-from cm.setup.inherit import fetch_inputs
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import on_device, run_precision, save_config, start_run
+from cm.setup.weights_path import fetch_inputs
 from cm.training.config import CompanionNetwork, LoopConfig, RunParts
 from cm.training.loop import TrainLoop
 from evaluations.in_training import open_metric
+
+MILESTONE_SAVES = 10                                        # --milestone_interval -1, in checkpoints
 
 
 def train(settings: Settings) -> None:
@@ -62,6 +64,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     )
     loop = TrainLoop(loop_config(settings), parts)
     loop.resume()
+    settings.replace(keep_checkpoints=loop.checkpoints.keep)        # as many as before, where no flag says
     dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
     dist.on_main(announce.keep_classes, data.source, settings.values["class_cond"])
     if dist.is_main():
@@ -116,11 +119,14 @@ def loop_config(settings: Settings) -> LoopConfig:
     same_names = (
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
-        "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "keep_checkpoints", "milestone_interval",
-        "on_save_error", "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes",
+        "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "on_save_error", "ema_device", "shard_ema",
+        "shard_optimizer", "grad_clip", "allow_other_classes",
     )
+    milestones = train.milestone_interval if train.milestone_interval >= 0 else MILESTONE_SAVES * train.save_interval
     return LoopConfig(
         batch_size=batch_size, global_batch_size=global_batch, precision=run_precision(settings),
         seed=settings.values["seed"], verify_weights=settings.values["verify_weights"], with_ticks=train.tick_kimg > 0,
+        keep_checkpoints=train.keep_checkpoints if settings.is_given("keep_checkpoints") else None,
+        milestone_interval=milestones,
         **{name: getattr(train, name) for name in same_names},
     )

@@ -70,7 +70,7 @@ class LoopConfig:
     resume: str = "auto"
     allow_other_classes: bool = False
     checkpoint_dir: str = ""
-    keep_checkpoints: int = 0
+    keep_checkpoints: int | None = 0
     milestone_interval: int = 0
     on_save_error: str = "stop"
     verify_weights: bool = True

@@ -386,6 +386,8 @@ class TrainLoop:
         then open the data where the run stands.
         """
         found = self.checkpoints.find(self.config.resume)
+        if "keep_checkpoints" in self.flags:
+            self.flags["keep_checkpoints"] = self.checkpoints.keep
         if found:
             state.load_state_dict(self, found)
         elif self.config.resume_checkpoint:

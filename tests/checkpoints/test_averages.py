@@ -3,7 +3,7 @@
 import pytest
 
 from cm.checkpoints import averages, manifest
-from cm.setup.inherit import weights_in
+from cm.setup.weights_path import weights_in
 from support.nets import plain_state_dict
 from support.weights import TINY, adopt, tiny
 

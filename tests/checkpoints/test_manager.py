@@ -13,10 +13,13 @@ import torch as th
 
 from cm.checkpoints import manager, serialization
 from cm.checkpoints import manifest as state
-from cm.config.schema import TrainConfig
+from cm.config.flags import parse
+from cm.config.schema import TRAINING_SECTIONS, TrainConfig
 from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
+from cm.setup.train import loop_config
+from cm.setup.weights_path import weights_in
 from support.damage import flip_a_bit, truncate
 from support.mpi import program, start
 from support.own_mounts import NAMESPACES, needs_own_mounts
@@ -84,6 +87,65 @@ def test_pruning_a_run_in_training(images, tmp_path):
     run(images, tmp_path, 5, save_interval=1, keep_checkpoints=2, milestone_interval=2)
     assert state.steps(str(tmp_path)) == [2, 4, 5] and steps_of(tmp_path, "model") == [4, 5]
     assert steps_of(tmp_path, "ema_0.5") == [2, 4, 5]
+
+
+def found_and_saved(directory, steps, resume="auto", **options):
+    """A manager that looks for its run, as the loop does, and saves."""
+    keeper = manager.CheckpointManager(str(directory), **options)
+    keeper.find(resume)
+    with logger.scoped_configure(str(directory), format_strs=["log"]):
+        for step in steps:
+            keeper.save(step, CONTENT, {"keep_checkpoints": keeper.keep}, step, 0.0, is_last=False)
+    return keeper
+
+
+def test_a_new_run_keeps_three(tmp_path):
+    found_and_saved(tmp_path, range(1, 7), keep=None, milestone_interval=2)
+    assert state.steps(str(tmp_path)) == [2, 4, 5, 6] and steps_of(tmp_path, "model") == [4, 5, 6]
+    found_and_saved(tmp_path, [7], keep=None)                       # without milestones: what was one stays
+    assert state.steps(str(tmp_path)) == [2, 5, 6, 7] and steps_of(tmp_path, "ema_0.9") == [2, 5, 6, 7]
+    found_and_saved(tmp_path, [8], keep=1)
+    assert state.steps(str(tmp_path)) == [2, 8]
+
+
+@pytest.mark.parametrize("config, keep", [({}, 0), ({"keep_checkpoints": 0}, 0), ({"keep_checkpoints": 5}, 5),
+                                          ({"keep_checkpoints": "all"}, 0)])
+def test_a_resumed_run_keeps_as_many_as_before(tmp_path, config, keep):
+    save_all(tmp_path, range(1, 7))
+    newest = state.read(str(tmp_path / "checkpoint_000006.json"))
+    dataclasses.replace(newest, config=config).write_manifest()
+    assert found_and_saved(tmp_path, [7], keep=None).keep == keep
+    assert len(state.steps(str(tmp_path))) == (keep or 7)
+
+
+def test_what_another_run_or_another_tool_saved_stays(tmp_path):
+    found_and_saved(tmp_path / "other", range(1, 5))
+    own = tmp_path / "own"
+    found_and_saved(own, [10, 11], keep=1)
+    for path in (tmp_path / "other").iterdir():                     # copied there to have it at hand
+        if state.belongs(path.name):
+            (own / path.name).write_bytes(path.read_bytes())
+    (own / "model000005.pt").write_bytes(b"the original's tools write no manifest")
+    found_and_saved(own, [12], keep=1)
+    assert state.steps(str(own)) == [1, 2, 3, 4, 12] and steps_of(own, "model") == [1, 2, 3, 4, 5, 12]
+
+
+def test_a_run_that_starts_from_another_keeps_out_of_its_folder(tmp_path):
+    found_and_saved(tmp_path / "a", [1, 2, 3])
+    keeper = found_and_saved(tmp_path / "b", [4, 5], resume=str(tmp_path / "a"), keep=1)
+    assert state.steps(str(tmp_path / "a")) == [1, 2, 3] and state.steps(str(tmp_path / "b")) == [5]
+    assert keeper.run != state.read(str(tmp_path / "a/checkpoint_000003.json")).run
+
+
+def test_the_flags_say_how_many_stay():
+    """The default of the commands, a number given, and milestones at every tenth checkpoint."""
+    def config(*words):
+        return loop_config(parse("", *TRAINING_SECTIONS, argv=["--save_interval", "50", *words]))
+
+    assert TrainConfig().keep_checkpoints == manager.KEEP == 3
+    assert (config().keep_checkpoints, config().milestone_interval) == (None, 500)
+    assert config("--keep_checkpoints", "7", "--milestone_interval", "0").keep_checkpoints == 7
+    assert config("--milestone_interval", "20").milestone_interval == 20
 
 
 # --- which one a run goes on from -------------------------------------------------------------------------------------
@@ -355,6 +417,8 @@ def test_checkpoints_in_a_store(images, straight, tmp_path, store):
     assert there.step == 6
     weights = loop(images, tmp_path / "fresh", 8, resume_checkpoint="mem://bucket/run/ema_0.5_000006.pt")
     assert weights.step == 0 and th.equal(weights.trainer.master_params[0], there.ema_params[0][0])
+    newest = "mem://bucket/run/ema_0.5_000006.pt"
+    assert weights_in("mem://bucket/run", "model_path") == weights_in(newest, "model_path") == newest
 
 
 def test_a_store_that_fails_in_the_middle_of_a_save(images, tmp_path, store):

@@ -13,7 +13,7 @@ from cm.config.sampling_schema import SampleConfig
 from cm.config.schema import RunConfig
 from cm.errors import UserError
 from cm.io import web
-from cm.setup.inherit import fetch_inputs
+from cm.setup.weights_path import fetch_inputs
 
 CONTENT = bytes(range(256)) * 100
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -6,7 +6,7 @@ import torch as th
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import safetensor_files
 from cm.errors import UserError
-from cm.setup.inherit import weights_in
+from cm.setup.weights_path import weights_in
 from support.nets import plain_state_dict
 from support.weights import TINY, adopt, tiny
 

@@ -24,9 +24,9 @@ from cm.distributed.collectives import read_everywhere
 from cm.generate.png import PngFolder
 from cm.networks import noisy_classifier
 from cm.report.run_facts import Measurement, RunFacts
-from cm.setup.inherit import weights_in
 from cm.setup.run_facts import facts_of
 from cm.setup.sample import inherit_model, load_model
+from cm.setup.weights_path import weights_in
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_weights import read_tensors
 from evaluations.features.preprocessing import read_preprocessing

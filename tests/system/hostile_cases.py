@@ -33,7 +33,8 @@ from cm.logging.json_lines import JSONWriter
 from cm.networks import noisy_classifier
 from cm.report.page import page
 from cm.report.run_records import read_run
-from cm.setup.inherit import inherit_checkpoint, weights_in
+from cm.setup.inherit import inherit_checkpoint
+from cm.setup.weights_path import weights_in
 from evaluations.engine.readers import BatchFile
 from evaluations.features.graph_constants import read_constants
 from evaluations.features.inception_weights import read_tensors
