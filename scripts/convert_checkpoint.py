@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cm.config import early_exit
 from cm.config.flags import Settings, parse, with_names, words_of
 from cm.config.sampling_schema import ConvertConfig
-from cm.config.schema import DiffusionConfig, ModelConfig
+from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def read_flags() -> Settings:
     """The flags of the command line."""
     argv = with_names(sys.argv[1:], ("--source", "--dest"))
-    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, argv=argv)
+    return parse(__doc__ or "", ConvertConfig, ModelConfig, DiffusionConfig, LatentConfig, argv=argv)
 
 
 def main(settings: Settings) -> None:

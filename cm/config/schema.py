@@ -33,7 +33,7 @@ class ModelConfig:
     image_size: int = option(64, "width and height of the images in pixels", minimum=1)
     channels: int = option(
         3, "channels of the images; 3: RGB, where grey data are repeated; 1: grey, to which colour is converted; "
-        "others: latents, from an npz and to an npz", minimum=1,
+        "others: latents; those of datasets/encode.py bring the number along", minimum=1,
     )
     num_channels: int = option(128, "number of channels at the first resolution level", minimum=1)
     num_res_blocks: int = option(2, "residual blocks per resolution level", minimum=1)
@@ -86,6 +86,26 @@ class DiffusionConfig:
         0.0, "the network is conditioned on time_scale ln(sigma) / 4; 0: 1000 for unet, as in guided-diffusion, and 1 "
         "for EDM's networks; see docs/few-step.md", minimum=0,
     )
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """latents; see docs/latents.md"""
+
+    latents: str = option(
+        "", "JSON: mean and standard deviation of the raw latents in each channel, the range of the pixels (unit: "
+        "[0, 1]; symmetric: [-1, 1]) and the VAE; taken from the data set or the checkpoint"
+    )
+
+
+@dataclass(frozen=True)
+class VaeConfig(LatentConfig):
+    """latents; see docs/latents.md"""
+
+    vae: str = option(
+        "", "folder of the VAE that decodes latents to pictures, a diffusers AutoencoderKL; empty: latents stay latents"
+    )
+    vae_batch_size: int = option(8, "latents that are decoded at once on a rank; bounds the memory", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -436,6 +456,6 @@ class FewStepConfig:
 
 TRAINING_SECTIONS = (
     ModelConfig, DiffusionConfig, ObjectiveConfig, ConsistencyConfig, FewStepConfig, DataConfig, TrainConfig,
-    EvalConfig, RunConfig,
+    EvalConfig, VaeConfig, RunConfig,
 )
 """The flags of every training command."""

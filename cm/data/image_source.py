@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from cm.data.class_names import ClassNames
 from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, images_among, why_unreadable
 from cm.data.labels import LABEL_FILE, Labels, label_budget, labels_of_json, labels_of_names
+from cm.data.latents import LatentRecord, arrays_among, moments_of, record_for, record_of_json
 from cm.errors import UserError
 from cm.io import untrusted
 
@@ -25,8 +27,12 @@ class ImageSource:
 
     `labels` is int64 [N], or None; then `no_labels` gives the reason and names the first image without a class.
     `class_names` are the names of the classes where they are known, `labels_from` says where the classes come from.
-    `note` says what is done to images of other channels, if anything.
+    `note` says what is done to images of other channels, if anything. `holds_moments` is true of latents of which a
+    mean and a standard deviation are known: then C is twice the channels of a latent, and `latents` their record.
     """
+
+    holds_moments = False
+    latents: LatentRecord | None = None
 
     def __init__(self, data_dir: str, image_size: int, length: int, channels: int = 3):
         self.data_dir = data_dir
@@ -50,9 +56,10 @@ class ImageSource:
         The operating system commits the memory only as it is filled.
         """
         size = self.image_size
-        needed = len(self) * size**2 * self.channels
+        kind = np.dtype(np.float32 if self.holds_moments else np.uint8)
+        needed = len(self) * size**2 * self.channels * kind.itemsize
         if self._cache is None and needed <= limit_bytes:
-            self._cache = np.empty((len(self), size, size, self.channels), np.uint8)
+            self._cache = np.empty((len(self), size, size, self.channels), kind)
         elif self._cache is not None and not self._cached.any() and needed > limit_bytes:
             self._cache = None
 
@@ -106,6 +113,21 @@ class ImageSource:
             self._cached[i] = True
         return self._cache[indices]
 
+    def record(self, given: str, image_size: int, channels: int) -> LatentRecord | None:
+        """The record of latents of which this source holds mean and standard deviation; None if it holds none.
+
+        :param given: a record as the value of a flag; empty if there is none.
+        :param channels: of a latent.
+        :raises UserError: if the latents have another size or other channels, or there is no record.
+        """
+        if not self.holds_moments:
+            return None
+        found, side = self.channels // 2, self.image_size
+        if (found, side) != (channels, image_size):
+            raise UserError(f"{self.data_dir} holds latents of {found} channels and side {side}, and --channels "
+                            f"{channels} --image_size {image_size} asks for others")
+        return record_for(self.latents, given, channels, self.data_dir)
+
     def gather(self, indices: np.ndarray) -> None:
         """Make ready the images of a batch: nothing, where each can be read at any time."""
 
@@ -120,17 +142,22 @@ class ImageSource:
 
 
 class EncodedSource(ImageSource):
-    """Images in a folder or an archive, decoded on demand. Names are relative paths with slashes."""
+    """Images in a folder or an archive, decoded on demand. Names are relative paths with slashes.
+
+    If there are arrays (.npy) and no images, these are latents, see `cm.data.latents`.
+    """
 
     def __init__(self, data_dir: str, image_size: int, files: list[str], channels: int = 3):
-        if channels not in MODES:
-            raise UserError(f"--channels {channels}: the image files of {data_dir} have 1 channel (grey) or 3; latents "
-                            "of other channels are read from an npz with arr_0 [N,H,W,C]")
-        names = images_among(files)
+        names = images_among(files) or arrays_among(files)
         if not names:
             raise UserError(f"no images in {data_dir}: looked at every depth for {' '.join(IMAGE_SUFFIXES)}")
+        self.holds_moments = not names[0].lower().endswith(IMAGE_SUFFIXES)
+        if channels not in MODES and not self.holds_moments:
+            raise UserError(f"--channels {channels}: the image files of {data_dir} have 1 channel (grey) or 3; latents "
+                            "of other channels are read from an npz with arr_0 [N,H,W,C], or from a zip or folder that "
+                            "datasets/encode.py makes")
         super().__init__(data_dir, image_size, len(names), channels)
-        if channels == 1:
+        if channels == 1 and not self.holds_moments:
             self.note = "read as grey: images in colour are converted to their luma"
         self._names = names
         if LABEL_FILE in files:
@@ -139,6 +166,7 @@ class EncodedSource(ImageSource):
             except untrusted.DAMAGE as error:
                 raise UserError(f"{data_dir}: {LABEL_FILE} cannot be read: {error}") from None
             self.take_labels(labels_of_json(text, names))
+            self.latents = record_of_json(text, data_dir, len(names)) if self.holds_moments else None
         else:
             self.take_labels(labels_of_names(names))
         self.has_label_file = LABEL_FILE in files
@@ -147,6 +175,23 @@ class EncodedSource(ImageSource):
         """Take the classes by another rule than "auto", see `labels_of_names`; a dataset.json wins over each."""
         if not self.has_label_file:
             self.take_labels(labels_of_names(self._names, rule))
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether it holds latents."""
+        return self.holds_moments
+
+    def take_shape(self) -> None:
+        """Take the size and the channels of latents, which are not cropped, from the first of them.
+
+        :raises UserError: if it cannot be read.
+        """
+        height, width, self.channels = self.moments(0).shape
+        if height != width:
+            raise UserError(f"{self.data_dir} holds latents of {height}x{width}, and they must be square")
+        self.image_size, self._cache = height, None
+        self.keep_decoded(CACHE_BYTES)
+        self.note = f"mean and standard deviation of latents of {self.channels // 2} channels, drawn anew each time"
 
     def name(self, i: int) -> str:
         """The path of image i in the folder or archive."""
@@ -157,9 +202,35 @@ class EncodedSource(ImageSource):
 
         :raises UserError: if it cannot be read; the message names it.
         """
-        try:
+        if self.holds_moments:
+            raise UserError(f"{self.data_dir} holds latents, which are no pictures and cannot be cropped: drop "
+                            "--random_crop")
+        with self._naming(i):
             image = decode(self.encoded(i))
             return image.convert(MODES[1]) if self.channels == 1 else image
+
+    def moments(self, i: int) -> np.ndarray:
+        """Mean and standard deviation of latent i: float32 [H,W,2C].
+
+        :raises UserError: if it cannot be read; the message names it.
+        """
+        with self._naming(i):
+            return moments_of(self.encoded(i))
+
+    def _square(self, i: int) -> np.ndarray:
+        if not self.holds_moments:
+            return super()._square(i)
+        found, wanted = self.moments(i), (self.image_size, self.image_size, self.channels)
+        if found.shape != wanted:
+            raise UserError(f"{self.data_dir}: {self._names[i]} is {list(found.shape)} as [H,W,2C], and the others are "
+                            f"{list(wanted)}: latents of one set must be alike")
+        return found
+
+    @contextmanager
+    def _naming(self, i: int) -> Iterator[None]:
+        """Where a failure to read becomes one whose message names image i."""
+        try:
+            yield
         except MemoryError:
             raise
         except Exception as error:                                  # decoders and archives raise many kinds

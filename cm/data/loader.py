@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
 from cm.data.image_source import ImageSource
+from cm.data.latents import LatentRecord, drawn
 from cm.data.sources import open_source, open_stream
 from cm.data.streams import WINDOW, StreamedSource
 from cm.distributed import signals
@@ -56,6 +57,7 @@ def load_data(
     channels: int = 3,
     shuffle_window: int = WINDOW,
     num_classes: int | None = None,
+    latents: str = "",
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -78,6 +80,8 @@ def load_data(
     :param channels: C, see `cm.data.sources.open_source`.
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
+    :param latents: of a set of means and standard deviations, its record where it has none itself, see
+        `cm.data.latents`; C are the channels of the latents that are drawn.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     options: dict[str, Any] = {"image_size": image_size, "channels": channels}
@@ -90,7 +94,8 @@ def load_data(
         order = EpochOrder(len(source), seed, shuffle=not deterministic)
     step = world_size * batch_size if global_batch is None else global_batch
     requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
-    samples = Samples(source, class_cond, seed, random_crop, random_flip)
+    record = source.record(latents, image_size, channels) if isinstance(source, ImageSource) else None
+    samples = Samples(source, class_cond, seed, random_crop, random_flip, record)
     if num_workers is None:
         num_workers = 0 if source.in_memory and not random_crop else 1
     return BatchStream(samples, requests, num_workers, pin_memory)
@@ -101,7 +106,7 @@ def _open_images(data_dir: str, class_cond: bool, cache_bytes: int | None, **opt
 
     :raises UserError: if there are no images, or classes are asked for and missing.
     """
-    source = open_source(data_dir, **options)
+    source = open_source(data_dir, latents=True, **options)
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
@@ -207,10 +212,16 @@ class Requests:
 
 
 class Samples(Dataset):
-    """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker."""
+    """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker.
 
-    def __init__(self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
-        self.source = source
+    :param record: of latents whose mean and standard deviation the source holds; new ones are drawn for each sample.
+    """
+
+    def __init__(
+        self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool,
+        record: LatentRecord | None = None,
+    ):
+        self.source, self._record = source, record
         self._class_cond = class_cond
         self._seed = seed
         self._random_crop = random_crop
@@ -230,6 +241,8 @@ class Samples(Dataset):
         except UserError as error:
             return error
         images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        if self._record is not None:
+            images = th.from_numpy(drawn(images.numpy(), self._record, self._seed, positions))
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:

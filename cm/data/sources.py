@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 
+from cm.data.decode import images_among
 from cm.data.formats import digits, folder, npz, webdataset, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
+from cm.data.latents import arrays_among
 from cm.data.streams import ImageStream
 from cm.errors import UserError
 from cm.io import storage
@@ -28,7 +30,8 @@ SOURCES = {name: each.open for name, each in FORMATS.items() if not each.is_stre
 
 
 def open_source(
-    data_dir: str, image_size: int, flag: str = "--data_dir", labels: str = "auto", channels: int = 3
+    data_dir: str, image_size: int, flag: str = "--data_dir", labels: str = "auto", channels: int = 3,
+    latents: bool = False,
 ) -> ImageSource:
     """Open a set of images.
 
@@ -42,6 +45,8 @@ def open_source(
     :param flag: the name of data_dir in messages.
     :param labels: "folders" or "names" for one of these rules alone, see `cm.data.labels.RULES`.
     :param channels: 3 for RGB, where grey is repeated; 1 for grey, to which colour is converted; others for latents.
+    :param latents: whether mean and standard deviation of latents will do, too; their size and channels are then those
+        of the set, whatever was asked for.
     :raises UserError: if there is nothing of that name, it holds no images, or its content does not fit its name.
     """
     if image_size < 1:
@@ -52,9 +57,35 @@ def open_source(
                         "into a folder")
     _check_exists(data_dir, format, flag)
     source = format.open(data_dir.rstrip("/") or "/", image_size, channels)
+    if source.holds_moments:
+        if not latents:
+            raise UserError(f"{flag} {data_dir} holds latents, and this is for pictures: give the images themselves")
+        source.take_shape()
     if labels != "auto" and isinstance(source, EncodedSource):
         source.label_by(labels)
     return source
+
+
+def may_hold_moments(data_dir: str) -> bool:
+    """Whether a zip or a folder may hold latents, see `cm.data.latents`: found out from its first file, in no time.
+
+    False for what is not there.
+    """
+    kind = find_format(data_dir)
+    if kind not in (zip_archive.FORMAT, folder.FORMAT) or not storage.exists(data_dir):
+        return False
+    if storage.is_directory(data_dir):
+        names = (name for _, _, names in storage.walk(data_dir) for name in names)
+    elif kind is zip_archive.FORMAT:
+        names = zip_archive.first_names(data_dir)
+    else:
+        return False
+    return next((is_array for name in names if (is_array := _is_array(name)) is not None), False)
+
+
+def _is_array(name: str) -> bool | None:
+    """Whether a file is an array and no image; None if it is neither."""
+    return True if arrays_among([name]) else False if images_among([name]) else None
 
 
 def open_stream(data_dir: str) -> ImageStream | None:

@@ -101,6 +101,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         channels=values["channels"],
         shuffle_window=data.shuffle_window,
         num_classes=values["num_classes"] or None,
+        latents=values.get("latents", ""),
     )
     return OpenedData(stream, class_names, source)
 
@@ -111,7 +112,9 @@ def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, Cla
     :raises UserError: if there is no such data, or its classes are not those of the network.
     """
     values = settings.values
-    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
+    source = settings.sources.get("data_dir") or open_source(          # latents were opened for their channels
+        data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"]
+    )
     if not values["class_cond"]:
         return source, ()
     if source.num_classes is None:

@@ -16,6 +16,7 @@ from cm.checkpoints import loading, manifest
 from cm.checkpoints.manager import resolve_resume
 from cm.config.flags import Settings
 from cm.config.schema import TrainConfig
+from cm.data import latents
 from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.streams import ImageStream
@@ -175,6 +176,7 @@ def check_resume(settings: Settings, model: Network, class_names: ClassNames) ->
     if found:
         allowed = values["allow_other_classes"]
         require_same(found.class_names, class_names, found.manifest, values["data_dir"], allowed)
+        latents.require_same(found.config.get("latents", ""), values.get("latents", ""), (found.manifest, "this run"))
         loading.check(model, load_part("model", found, verify), found.path("model") or "")
 
 

@@ -15,7 +15,7 @@ from cm.checkpoints import manifest
 from cm.checkpoints.formats import described, diffusers, hub_folder
 from cm.checkpoints.formats.described import Description
 from cm.config.flags import Settings, defaults_of
-from cm.config.schema import DiffusionConfig, ModelConfig
+from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.data.class_names import ClassNames
 from cm.data.decode import decode, why_unreadable
 from cm.errors import UserError
@@ -31,8 +31,10 @@ GRID = ("scale_mode", "start_scales", "end_scales")                 # flags that
 
 def network_flags(settings: Settings, trained: Mapping[str, Any]) -> dict[str, Any]:
     """The flags without which weights cannot be used, and those of the training grid where they are known."""
-    names = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), "training_mode")
-    return {name: settings.values[name] for name in names} | {name: trained[name] for name in GRID if name in trained}
+    sections = (ModelConfig, DiffusionConfig, LatentConfig)
+    names = [name for section in sections for name in defaults_of(section) if name in settings.values]
+    own = {name: settings.values[name] for name in (*names, "training_mode")}
+    return own | {name: trained[name] for name in GRID if name in trained}
 
 
 def trained_flags(path: str) -> Mapping[str, Any]:

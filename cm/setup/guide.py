@@ -16,7 +16,8 @@ from cm.checkpoints.formats import openai
 from cm.checkpoints.loading import look_at
 from cm.config.flags import Origin, Settings, defaults_of
 from cm.config.sampling_schema import GuidanceConfig
-from cm.config.schema import DiffusionConfig, ModelConfig
+from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
+from cm.data import latents
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
@@ -189,7 +190,8 @@ def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
         raise UserError(f"--{flags.path} {path} has no manifest beside it, which says what network it is: "
                         "convert_checkpoint.py writes it with one")
     of_run = ("verify_weights", "compile", "precision", "use_fp16")
-    values = defaults_of(ModelConfig) | defaults_of(DiffusionConfig) | {"training_mode": "edm", flags.path: path}
+    known = defaults_of(ModelConfig) | defaults_of(DiffusionConfig) | defaults_of(LatentConfig)
+    values = known | {"training_mode": "edm", flags.path: path}
     own = Settings(values | {name: settings.values[name] for name in of_run}, {})
     source = inherit_checkpoint(own, flags.path, also=("training_mode",))
     if source.training_mode not in (None, "edm"):
@@ -205,6 +207,7 @@ def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
         if own.get(name) != model.get(name):
             raise UserError(f"--{flags.path} {path} has {name}={own[name]}, {flags.guided} has {model[name]}; choose "
                             "another guide")
+    latents.require_same(own.get("latents", ""), model.get("latents", ""), (f"--{flags.path} {path}", flags.guided))
     if not own["class_cond"]:
         return
     if not model["class_cond"]:

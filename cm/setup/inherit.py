@@ -13,8 +13,10 @@ from cm.checkpoints.formats import FORMATS, described, guided_diffusion, openai,
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.checkpoints.serialization import size_of
-from cm.config.flags import Settings, check, convert, defaults_of
-from cm.config.schema import TRAINING_MODES, DiffusionConfig, ModelConfig
+from cm.config.flags import Settings, check, convert
+from cm.config.schema import TRAINING_MODES, DiffusionConfig, LatentConfig, ModelConfig
+from cm.data import latents
+from cm.data.latents import RECORD
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage, web
@@ -25,7 +27,8 @@ from cm.objectives import OBJECTIVES
 from cm.setup.model import model_from
 from cm.setup.weights_path import find_weights
 
-FLAGS = {flag.name: flag for section in (ModelConfig, DiffusionConfig) for flag in dataclasses.fields(section)}
+SECTIONS = (ModelConfig, DiffusionConfig, LatentConfig)
+FLAGS = {flag.name: flag for section in SECTIONS for flag in dataclasses.fields(section)}
 WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
@@ -149,7 +152,7 @@ def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str,
     :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
     """
     known = {"channels": ModelConfig.channels, **known}     # older manifests do not say: all were RGB
-    flags = (*defaults_of(ModelConfig), *defaults_of(DiffusionConfig), *also)
+    flags = (*FLAGS, *also)
     taken = {name: plain_value(name, known[name], path) for name in flags if name in known and name not in OWN}
     for policy in MERGE_POLICIES:
         policy(settings, taken, known)
@@ -214,8 +217,23 @@ def _own_second_time(settings: Settings, taken: Taken, known: Mapping[str, Any])
         taken.pop("second_time", None)
 
 
+def _same_latents(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
+    """A record of latents is the same in other words, and a checkpoint without one leaves it to the flag."""
+    if not taken.get(RECORD):
+        taken.pop(RECORD, None)
+        return
+    source = "the checkpoint"
+    theirs = latents.parse(taken[RECORD], source)
+    ours = latents.parse(settings.values.get(RECORD, ""), f"--{RECORD}")
+    assert theirs is not None
+    record = latents.merged(ours, theirs, (f"--{RECORD}", source)) if ours else theirs
+    if RECORD in settings.values:
+        settings.replace(**{RECORD: record.text()})
+    taken[RECORD] = record.text()
+
+
 MERGE_POLICIES = (
-    _same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock, _own_second_time,
+    _same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock, _own_second_time, _same_latents,
 )
 """What may differ between a checkpoint and the flags without being a contradiction."""
 

@@ -19,6 +19,7 @@ from cm.setup.clock import check_clock
 from cm.setup.data import share_of_batch
 from cm.setup.guide import choose_teacher_guide, prepare_label_dropout
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
+from cm.setup.latents import take_latents
 from cm.setup.model import drop_unreachable_attention
 from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
 
@@ -56,6 +57,7 @@ TRAINING: tuple[Rule, ...] = (
     prepare_label_dropout,                                  # the network that it needs
     inherit_teacher,                                        # the architecture, from the file that is distilled
     inherit_resumed,                                        # or from the one that --resume, --resume_checkpoint name
+    take_latents,                                           # size, channels and scale, from the data
     apply_latent_defaults,                                  # where nobody set the flag
     drop_unreachable_attention,                             # of the default attention resolutions
     choose_teacher_guide,                                   # which must fit the teacher

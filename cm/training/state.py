@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from cm.checkpoints import averages, loading, manifest
+from cm.data import latents
 from cm.data.class_names import require_same
+from cm.data.latents import RECORD
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -71,6 +73,9 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
         return read_params(owner, load_part(name, checkpoint, verify), checkpoint.path(name) or name)
 
     take_class_names(loop, checkpoint)
+    latents.require_same(
+        checkpoint.config.get(RECORD, ""), loop.flags.get(RECORD, ""), (checkpoint.manifest, "this run")
+    )
     verify = loop.checkpoints.verify
     changed = changes(checkpoint.config, loop.flags)
     logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -89,6 +90,18 @@ class ZipSource(EncodedSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
+
+
+def first_names(path: str) -> Iterator[str]:
+    """The name of the member at the front of an archive, read without its directory, and then those of all."""
+    with storage.open_file(path, random_access=True) as file:
+        front = file.read(LOCAL_HEADER + NAME_BYTES)
+        if front[:4] == LOCAL_MAGIC:
+            yield front[LOCAL_HEADER : LOCAL_HEADER + int.from_bytes(front[26:28], "little")].decode(errors="replace")
+        try:
+            yield from untrusted.open_zip(file).namelist()
+        except untrusted.DAMAGE:
+            return                                                  # whoever opens it says so
 
 
 FORMAT = Format(lambda data_dir: data_dir.lower().endswith(".zip"), ZipSource, "a .zip")
