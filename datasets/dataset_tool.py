@@ -12,35 +12,31 @@ stderr; 1, nothing was written; 2, wrong flags.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import multiprocessing
 import os
 import re
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from PIL import Image
 
 from cm.data.class_names import CLASS_NAMES
 from cm.data.decode import MODES, why_unreadable
+from cm.data.destinations import Destination, writing
 from cm.data.labels import LABEL_FILE
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
-from cm.io import atomic, storage
 from cm.io.outputs import Output, check_outputs
 from cm.io.progress import progress, say
 from cm.io.terminal import without_controls
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
 SOME_UNREADABLE = 3                             # exit status
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)                # the first that a zip can hold: a member has no date
 CHUNK = 16                                      # images that a process is given at a time
 
 
@@ -149,95 +145,6 @@ def make_in_worker(i: int) -> Made:
     return _make(i)
 
 
-# ---- where images go ----
-
-
-class Destination(Protocol):
-    """Where files are written; it appears under its name only when it is complete."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Add a file; `name` may have one folder in it."""
-        ...
-
-    def finish(self) -> None:
-        """Let the destination appear."""
-        ...
-
-    def give_up(self) -> None:
-        """Remove what was written."""
-        ...
-
-
-class ZipDestination:
-    """A zip of stored members without dates, so that the same images are the same bytes."""
-
-    def __init__(self, path: Path):
-        storage.make_folder(path.parent)
-        atomic.remove_temporaries(path)
-        self.target = atomic.AtomicFile(path)
-        self.archive = zipfile.ZipFile(self.target.file, "w", zipfile.ZIP_STORED)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Add a member."""
-        member = zipfile.ZipInfo(name, ZIP_DATE)
-        member.external_attr = 0o644 << 16                          # otherwise nobody may read the unpacked file
-        self.archive.writestr(member, data)
-
-    def finish(self) -> None:
-        """Let the zip appear."""
-        self.archive.close()
-        self.target.commit()
-
-    def give_up(self) -> None:
-        """Remove the unfinished zip."""
-        with contextlib.suppress(OSError):                          # its directory may not fit on the disk either
-            self.archive.close()
-        self.target.discard()
-
-
-class FolderDestination:
-    """A folder, which must be new or empty."""
-
-    def __init__(self, path: Path):
-        self.path, self.partial = path, Path(atomic.temporary_path(str(path)))
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--dest {path} is there already: an existing folder must be empty")
-        atomic.remove_temporaries(path)
-        self.partial.mkdir(parents=True)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Add a file."""
-        path = self.partial / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)                                      # in a folder that is not there yet for others
-
-    def finish(self) -> None:
-        """Let the folder appear."""
-        atomic.sync_tree(self.partial)
-        if self.path.exists():
-            self.path.rmdir()
-        self.partial.rename(self.path)
-        atomic.sync_directory(self.path.parent)
-
-    def give_up(self) -> None:
-        """Remove the unfinished folder."""
-        atomic.remove_tree(str(self.partial))
-
-
-def open_destination(dest: str) -> Destination:
-    """A zip or a folder, by the end of the name.
-
-    :raises UserError: if it cannot be written, or is a folder that is not empty.
-    """
-    path = Path(dest)
-    try:
-        return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
-    except OSError as error:
-        raise UserError(f"--dest {dest}: {atomic.write_failure(path, error)}") from None
-    except UserError as error:
-        raise UserError(f"--dest {dest}: {error}") from None
-
-
 # ---- all images ----
 
 
@@ -325,15 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     check_outputs([Output("--dest", args.dest, kind)], {"--source": args.source})
     source = open_raw(args.source, args.max_images)
     count = min(len(source), args.max_images or len(source))
-    dest = open_destination(args.dest)
-    try:
+    with writing(args.dest) as dest:
         outcomes = convert(source, dest, count, args.transform, args.resolution, args.workers, args.channels)
-        dest.finish()
-    except BaseException as error:
-        dest.give_up()
-        if isinstance(error, OSError):
-            raise UserError(f"--dest {args.dest}: {atomic.write_failure(args.dest, error)}") from error
-        raise
     classes = f"{len({str(label) for label in source.labels})} classes" if source.labels else "no classes"
     print(without_controls(f"{args.dest}: {summary(outcomes)}; {classes}"))
     return SOME_UNREADABLE if outcomes["unreadable"] else 0

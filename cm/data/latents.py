@@ -30,7 +30,7 @@ from cm.io.budget import SETTINGS, parse_json
 from cm.io.untrusted import shown
 
 Numbers = TypeVar("Numbers", bound=Any)
-"""An array, or a tensor on any device; torch is imported only where there is one, for the sake of --help."""
+"""An array, or a tensor on any device; torch is not imported here, for the sake of --help."""
 
 FINAL_STD = 0.5
 """Standard deviation of x: sigma_data."""
@@ -72,7 +72,7 @@ class LatentRecord:
         mean, scale = self._constants(x)
         return x / scale + mean
 
-    def _constants(self, like: Numbers) -> tuple[Any, Any]:
+    def _constants(self, like: Any) -> tuple[Any, Any]:
         """m and s / d, [C,1,1], as arrays or as tensors."""
         mean = np.array(self.mean, np.float32)[:, None, None]
         scale = (FINAL_STD / np.array(self.std))[:, None, None].astype(np.float32)
@@ -148,16 +148,19 @@ def record_of_json(text: bytes, data_dir: str, count: int) -> LatentRecord | Non
         raise UserError(f"{data_dir}: {RECORD!r} in {LABEL_FILE} cannot be used: {error}") from None
 
 
-def record_for(own: LatentRecord | None, given: str, channels: int, data_dir: str) -> LatentRecord:
+def record_for(
+    own: LatentRecord | None, given: str, channels: int, data_dir: str, given_by: str = f"--{RECORD}"
+) -> LatentRecord:
     """The record of a set of latents of C channels: its own, or the one that is given; without either, EDM2's, whose
     tool writes no record and whose latents have 4 channels.
 
     :param given: a record as the value of a flag; empty if there is none.
+    :param given_by: its place, for messages.
     :raises UserError: if the two contradict each other, there is none, or it is of other channels.
     """
-    asked = parse(given, f"--{RECORD}")
+    asked = parse(given, given_by)
     if own and asked:
-        record = merged(asked, own, (f"--{RECORD}", data_dir))
+        record = merged(asked, own, (given_by, data_dir))
     elif own or asked:
         record = own or asked
     elif channels == EDM2.channels:

@@ -31,7 +31,9 @@ def take_latents(settings: Settings) -> None:
                 )
         settings.replace(**shape)
         _warn_of_unknown_scale(settings, source)
-        record = latents.record_for(source.latents, settings.values[RECORD], shape["channels"], source.data_dir)
+        given_by = str(settings.given.get(RECORD, f"--{RECORD}"))
+        given = settings.values[RECORD]
+        record = latents.record_for(source.latents, given, shape["channels"], source.data_dir, given_by)
         settings.replace(**{RECORD: record.text()})
         settings.sources[DATA] = source
     check_record(settings)

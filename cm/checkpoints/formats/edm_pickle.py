@@ -22,6 +22,8 @@ import numpy as np
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
+from cm.checkpoints.formats.pickled_numbers import Array, NumberType, array, number
+from cm.data.latents import FINAL_STD, RECORD, LatentRecord
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
 from cm.io import pickle_scan, torch_files
@@ -64,37 +66,6 @@ def _storage_from_bytes(content: bytes) -> Any:
     return torch_files.load(io.BytesIO(content), len(content))
 
 
-class NumberType:
-    """numpy.dtype of a plain number, such as f8."""
-
-    def __init__(self, name: str, align: bool = False, copy: bool = False):
-        if name not in ("b1", "i4", "i8", "f4", "f8"):
-            raise pickle.UnpicklingError(f"a numpy number of type {name!r}")
-        self.name, self.byte_order = name, "="
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError(f"a numpy number of byte order {state[1]!r}")
-        self.byte_order = state[1]
-
-
-def _number(kind: NumberType, content: bytes) -> float | int | bool:
-    """A numpy scalar as a Python number."""
-    return np.frombuffer(content, kind.byte_order + kind.name)[0].item()
-
-
-class Array:
-    """A numpy array beside the network, such as the scale of an encoder's latents; its contents are ignored."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _array(kind: Any, shape: tuple[int, ...], code: bytes) -> Array:
-    """What numpy's `_reconstruct` is called with."""
-    return Array()
-
-
 # Every name that a pickle may use, and what stands for it here.
 ALLOWED = {
     "torch_utils.persistence._reconstruct_persistent_obj": Call(_persistent_record),
@@ -106,10 +77,10 @@ ALLOWED = {
     "torch._utils._rebuild_tensor_v2": Call(_tensor),
     "torch._utils._rebuild_parameter": Call(_tensor_of_parameter),
     "torch.storage._load_from_bytes": Call(_storage_from_bytes),
-    "numpy.core.multiarray.scalar": Call(_number),
-    "numpy._core.multiarray.scalar": Call(_number),
-    "numpy.core.multiarray._reconstruct": Call(_array),
-    "numpy._core.multiarray._reconstruct": Call(_array),
+    "numpy.core.multiarray.scalar": Call(number),
+    "numpy._core.multiarray.scalar": Call(number),
+    "numpy.core.multiarray._reconstruct": Call(array),
+    "numpy._core.multiarray._reconstruct": Call(array),
     "numpy.ndarray": Array,
     "numpy.dtype": NumberType,
 }
@@ -156,6 +127,7 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
             names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
             raise UserError(f"{source} holds no EDM network: it has no 'ema' with a 'model', only {names or 'nothing'}")
         converted = _convert(net, source)
+        converted.flags.update(_latents_of(content.get("encoder"), converted.flags["channels"]))
         torch_files.check_extent(converted.weights, file.seek(0, io.SEEK_END) or file.tell())
         return converted
     except UserError:
@@ -217,7 +189,7 @@ PRECOND_CLASSES = {
     "VEPrecond": Preconditioning("ve", {"sigma_min": 0.02, "sigma_max": 100}),
     "iDDPMPrecond": Preconditioning("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
-EDM2_PRECOND = "Precond"
+EDM2_PRECOND, EDM2_ENCODER = "Precond", "StabilityVAEEncoder"
 NOT_FOR_SAMPLING = ("dropout", "label_dropout")                     # arguments that change no image
 REQUIRED = dataclasses.MISSING                                      # the default of an argument that has none
 
@@ -295,6 +267,23 @@ def _convert_edm2(net: Record, model: Record, source: str) -> EDMNet:
     }
     weights = {name: value.float() for name, value in _tensors_of(net).items()}
     return EDMNet(_common_flags(arguments) | flags, weights)
+
+
+def _latents_of(encoder: Any, channels: int) -> dict[str, str]:
+    """How the latents of an EDM2 network are scaled, as the encoder beside it says; nothing for any other encoder.
+
+    It computes x = scale z + bias.
+    """
+    if not isinstance(encoder, Record) or encoder.class_name != EDM2_ENCODER:
+        return {}
+    arrays = [encoder.state.get(name) for name in ("scale", "bias")]
+    scale, bias = (each.numbers() if isinstance(each, Array) else np.zeros(0) for each in arrays)
+    if not len(scale) == len(bias) == channels or not np.isfinite([scale, bias]).all() or scale.min() <= 0:
+        return {}
+    mean, std = (tuple(float(f"{each:.6g}") for each in values) for values in (-bias / scale, FINAL_STD / scale))
+    name = encoder.state.get("vae_name")
+    vae = name if isinstance(name, str) else ""
+    return {RECORD: LatentRecord(mean=mean, std=std, vae=vae).text()}
 
 
 def _common_flags(arguments: Mapping[str, Any]) -> dict[str, Any]:

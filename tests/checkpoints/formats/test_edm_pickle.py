@@ -5,7 +5,9 @@ import pickle
 import struct
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch as th
 from torch import nn
@@ -15,6 +17,8 @@ from cm.checkpoints.formats import edm_pickle
 from cm.config.flags import parse
 from cm.config.sampling_schema import SampleConfig
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from cm.data.latents import EDM2
+from cm.data.latents import parse as parse_record
 from cm.errors import UserError
 from cm.setup.inherit import inherit_checkpoint
 from cm.setup.model import diffusion_from, model_from
@@ -90,6 +94,23 @@ def test_edm2s_pickles_give_the_same_images(tmp_path):
     assert (by_hand - c_skip * x).abs().max() > 0.1
     th.testing.assert_close(denoise(x, sigma, y=y), by_hand)
     assert not (tmp_path / "net.pkl.ran").exists()
+
+
+@pytest.mark.parametrize("encoder, known", [
+    (dict(), True), (dict(class_name="StandardRGBEncoder"), False), (dict(scale=np.float32([1, 2])), False),
+    (dict(scale=np.array([1, 2, 3, 4])), False), (dict(scale="x"), False),
+])
+def test_how_edm2s_latents_are_scaled_is_read_off_the_encoder(tmp_path, encoder, known):
+    beside = edm_pickles.latent_encoder()
+    beside.class_name = encoder.pop("class_name", beside.class_name)
+    beside.state_of.update(encoder)
+    net = edm_pickles.edm2_net_of(edm_pickles.edm2_network(), EDM2_KWARGS)
+    flags = read(edm_pickles.dump(tmp_path / "net.pkl", net, encoder=beside)).flags
+    if not known:
+        assert "latents" not in flags
+        return
+    record = parse_record(flags["latents"], "")
+    assert record == replace(EDM2, vae="stabilityai/sd-vae-ft-mse"), "the constants as published, to the digit"
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,105 @@
+"""A VAE between pixels and latents: encode, decode, and the pictures of what a network of latents has sampled.
+
+Shapes: N images, C channels, H and W height and width of latents, f pixels for each of them on a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch as th
+from torch import Tensor
+
+from cm.checkpoints.formats import autoencoder_kl
+from cm.checkpoints.formats.autoencoder_kl import LoadedVae
+from cm.data.latents import LatentRecord
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.networks.layers import without_autocast
+
+
+@dataclass(frozen=True)
+class Vae:
+    """The two halves of a VAE, in float32 on a device.
+
+    :param pixels: the range of its pixels, one of `cm.data.latents.PIXELS`.
+    :param batch_size: images at once; the memory grows with it.
+    """
+
+    loaded: LoadedVae
+    pixels: str
+    batch_size: int
+
+    @property
+    def device(self) -> th.device:
+        """Where it computes."""
+        return next(self.loaded.model.parameters()).device
+
+    @th.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [N,3,fH,fW] in [-1, 1] -> means and standard deviations [N,2C,H,W] on the device."""
+        parts = []
+        for part in images.split(self.batch_size):
+            pixels = part.to(self.device, th.float32)
+            if self.pixels == "unit":
+                pixels = (pixels + 1) / 2
+            found = self._model.encode(pixels).latent_dist
+            parts.append(th.cat([found.mean, found.std], dim=1))
+        return th.cat(parts)
+
+    @th.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        """Raw latents [N,C,H,W] -> images [N,3,fH,fW] on the device, in [-1, 1] but for some overshoot."""
+        parts = []
+        with without_autocast(self.device):
+            for part in z.split(self.batch_size):
+                pixels = self._model.decode(part.to(self.device, th.float32)).sample
+                parts.append(2 * pixels - 1 if self.pixels == "unit" else pixels)
+        return th.cat(parts)
+
+    @property
+    def _model(self) -> Any:
+        return cast(Any, self.loaded.model)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes pictures of what a network of latents samples.
+
+    :param record: how the latents of the network are scaled.
+    """
+
+    vae: Vae
+    record: LatentRecord
+
+    channels = 3
+
+    def side(self, latent_side: int) -> int:
+        """The side of a picture, in pixels."""
+        return self.vae.loaded.factor * latent_side
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Samples [N,C,H,W] of a network -> pictures [N,3,fH,fW], in [-1, 1] but for some overshoot."""
+        return self.vae.decode(self.record.raw(x.float()))
+
+
+def load_vae(folder: str, flag: str, pixels: str, batch_size: int, device: th.device | None = None) -> Vae:
+    """The VAE of a folder, on a device, by default this rank's.
+
+    :param flag: that names the folder, for messages.
+    :raises UserError: on every rank, as `autoencoder_kl.read`.
+    """
+    loaded = autoencoder_kl.read(folder, flag)
+    loaded.model.to(dist.dev() if device is None else device)
+    return Vae(loaded, pixels, batch_size)
+
+
+def check_vae(loaded: LoadedVae, record: LatentRecord, folder: str) -> None:
+    """:raises UserError: if latents of this record were made by another VAE."""
+    if loaded.channels != record.channels:
+        raise UserError(f"--vae {folder} makes latents of {loaded.channels} channels, and those of the network have "
+                        f"{record.channels}: give the VAE that they were made with, {record.about_vae()}")
+    if record.sha256 and record.sha256 != loaded.sha256:
+        raise UserError(f"--vae {folder} is not the VAE that the latents of the network were made with: its weights "
+                        f"have SHA-256 {loaded.sha256[:12]}..., and the record is of {record.about_vae()}")
