@@ -17,7 +17,7 @@ import numpy as np
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, SeedsConfig, SolverConfig
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.data.class_names import named
 from cm.errors import UserError
 from cm.generate.grids import grid_scale, image_grid, save_picture
@@ -35,7 +35,7 @@ def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
     return parse(
         __doc__ or "", SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
-        RunConfig, seed=42,
+        VaeConfig, RunConfig, seed=42,
     )
 
 
@@ -43,8 +43,10 @@ def main(settings: Settings) -> None:
     """Sample all images on all ranks."""
     from cm.distributed import setup as dist
     from cm.generate.engine import sample_to_npz, sample_to_pngs
+    from cm.generate.npz import type_of
     from cm.setup.dry_run import dry_run
     from cm.setup.guide import SAMPLING, choose_guide
+    from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision
     from cm.setup.sample import (
         choose_seeds,
@@ -57,7 +59,7 @@ def main(settings: Settings) -> None:
     )
 
     dist.setup_dist()
-    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path", "guide_path")}
+    inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path", "guide_path", "vae")}
     dist.on_main(check_outputs, [Output("--outdir", settings.values["outdir"], "folder")], inputs)
     config = inherit_model(settings)
     guide = choose_guide(settings, SAMPLING)
@@ -65,10 +67,15 @@ def main(settings: Settings) -> None:
     pngs, classifier = settings.section(PngConfig), load_classifier(settings)
     plan = replace(sampling_plan(settings, classifier), seeds=seeds, rounding=pngs.rounding)
     options = sampler_options(settings)         # checked before anything is loaded
+    decoder = load_decoder(settings)
     if settings.dry_run:
         return dry_run(settings)
+    plan = replace(plan, decoder=decoder)
     folder = claim_folder(settings, pngs, plan, guide) if pngs.outdir else None
     open_log(settings)
+    if type_of(plan.result_channels).kind == "f":
+        logger.log(f"the samples stay latents of {plan.channels} channels, as the network makes them: --vae FOLDER "
+                   "decodes them to pictures")
     if folder:
         result = sample_to_pngs(
             load_model(settings), guided_diffusion(settings, classifier, guide), plan, folder,
@@ -95,11 +102,12 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan, guide:
     from cm.setup.channels import demand_pictures
     from cm.setup.sample import png_recipe
 
-    demand_pictures(settings, f"--outdir {pngs.outdir}: a PNG")
+    if plan.decoder is None:
+        demand_pictures(settings, f"--outdir {pngs.outdir}: a PNG")
     if plan.generator == "dummy":
         raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --outdir")
     folder = PngFolder(pngs.outdir, pngs.subdirs)
-    dist.on_main(folder.claim, png_recipe(settings, guide, plan.classes))
+    dist.on_main(folder.claim, png_recipe(settings, guide, plan.classes, plan.decoder))
     return folder
 
 
@@ -109,7 +117,7 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
 
     shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
     grid_path = os.path.join(logger.get_dir(), "grid.png")
-    save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.image_size)))
+    save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.side)))
     logger.log(f"{folder.outdir}: {result.drawn} images drawn, {result.there} were there already, "
                f"{result.evaluations} network evaluations each, {result.drawn / result.seconds:.3f} images/s")
     logger.log(f"grid: {grid_path}")
@@ -131,10 +139,11 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, gui
         "seconds": round(result.seconds, 3),
         "images_per_second": round(plan.num_samples / result.seconds, 3),
         **(guide.record() if guide else {}),
+        **({"vae": plan.decoder.vae.loaded.name} if plan.decoder else {}),
     }
     write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"
-    save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.image_size)))
+    save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.side)))
     if plan.classes:
         logger.log("classes: " + ", ".join(named(number, plan.class_names) for number in plan.classes))
     logger.log(f"{plan.num_samples} images, {result.evaluations} network evaluations each, "

@@ -21,6 +21,7 @@ from cm.errors import UserError
 from cm.generate.finite import NonFiniteCount, finite_images
 from cm.generate.npz import NpzWriter, to_array, type_of
 from cm.generate.png import PngFolder, PngWriter
+from cm.generate.vae import Decoder
 from cm.io.progress import progress
 from cm.random_util import get_generator, labels_for
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
@@ -45,6 +46,17 @@ class SamplingPlan:
     allow_non_finite: bool = False
     channels: int = 3
     class_names: ClassNames = ()                # of all the network's classes; empty where they are not known
+    decoder: Decoder | None = None              # makes pictures of the latents that are drawn; None: they stay latents
+
+    @property
+    def side(self) -> int:
+        """Of the result, in pixels."""
+        return self.image_size if self.decoder is None else self.decoder.side(self.image_size)
+
+    @property
+    def result_channels(self) -> int:
+        """Channels of the result."""
+        return self.channels if self.decoder is None else self.decoder.channels
 
     def indices(self, rows: np.ndarray) -> np.ndarray:
         """The sample indices of these rows of the result."""
@@ -154,7 +166,8 @@ def draw(
         diffusion, model, (len(indices), plan.channels, size, size), options, model_kwargs=condition(labels),
         device=dist.dev(), generator=noise_of(indices, plan),
     )
-    pixels = to_array(result.images, nearest=plan.rounding == "nearest")
+    images = result.images if plan.decoder is None else plan.decoder(result.images)
+    pixels = to_array(images, nearest=plan.rounding == "nearest")
     return Drawn(pixels, result.evaluations, finite_images(result.images))
 
 
@@ -180,7 +193,7 @@ def draw_batches(
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
     """[0,H,W,C]: what a rank without work contributes."""
-    return np.zeros((0, plan.image_size, plan.image_size, plan.channels), type_of(plan.channels))
+    return np.zeros((0, plan.side, plan.side, plan.result_channels), type_of(plan.result_channels))
 
 
 def noise_of(indices: np.ndarray, plan: SamplingPlan) -> NoiseSource:
@@ -282,7 +295,7 @@ def sample_to_pngs(
 
 def _open_writers(plan: SamplingPlan, directory: str, kinds: Sequence[str]) -> dict[str, NpzWriter]:
     """An open npz for each kind of image."""
-    size, with_labels, channels = plan.image_size, plan.num_classes is not None, plan.channels
+    size, with_labels, channels = plan.side, plan.num_classes is not None, plan.result_channels
     return {
         kind: NpzWriter(directory, plan.num_samples, size, size, with_labels, kind, channels=channels)
         for kind in kinds

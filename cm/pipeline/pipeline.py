@@ -5,6 +5,7 @@ Shapes: N images, C channels, H and W height and width.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,11 +22,12 @@ from cm.checkpoints.formats import described
 from cm.checkpoints.formats.described import Description
 from cm.config.flags import Settings, defaults_of, give
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError
 from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke, run_edit
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
+from cm.generate.vae import Decoder
 from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.pipeline.pictures import OUTPUTS, Pictures, from_tensor, to_tensor
@@ -33,10 +35,11 @@ from cm.registry import lookup
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.setup import export
 from cm.setup.guide import SAMPLING, choose_guide
+from cm.setup.latents import load_decoder
 from cm.setup.objective import kind_of_result
 from cm.setup.sample import guided_diffusion, load_classifier, sampler_of, sampler_options, sampling_plan
 
-SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig)
+SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 LEVELS = 40
 """Noise levels of the grid of which several steps of a consistency model take some; the published number."""
 EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
@@ -54,6 +57,7 @@ class Pipeline:
         self.model, self.diffusion = model, diffusion
         self.device, self.precision = device, precision
         self._settings = settings
+        self._decoders: dict[str, Decoder | None] = {}
         self._guides: dict[tuple[Any, ...], BindsNetworks] = {}
         self._computes: AbstractContextManager = at_precision(model, precision)
 
@@ -112,7 +116,7 @@ class Pipeline:
         :param batch_size: images per forward pass; only memory and time depend on it.
         :param output: "pil", "array" (uint8 [N,H,W,C]) or "tensor" (float32 [N,C,H,W] in [-1, 1]).
         :param options: any other flag of image_sample.py about sampling, such as sampler="dpm", s_churn=10,
-            guide_scale=2.
+            guide_scale=2; vae="FOLDER" makes pictures of a network of latents.
         :raises UserError: for an option that does not exist or does not fit, or images that are not finite.
         """
         _check_output(output)
@@ -120,6 +124,7 @@ class Pipeline:
         give(settings, {"num_samples": count, "batch_size": batch_size, "seed": seed}, *SECTIONS)
         diffusion, plan, how = self._guided(settings), sampling_plan(settings), sampler_options(settings)
         classes = self._classes(labels, plan)
+        plan = replace(plan, decoder=self._decoder(settings))
         parts = [self._sample(diffusion, rows, classes, plan, how) for rows in batches(count, batch_size)]
         return from_tensor(finite(th.cat(parts), plan), output)
 
@@ -132,7 +137,7 @@ class Pipeline:
         with self._computes:
             images = sample(diffusion, self.model, shape, how, model_kwargs=self._condition(rows, classes),
                             device=self.device, generator=noise_of(rows, plan)).images
-        return images.float().cpu()
+        return (images if plan.decoder is None else plan.decoder(images)).float().cpu()
 
     # --- editing -------------------------------------------------------------------------------------------------
 
@@ -153,6 +158,8 @@ class Pipeline:
         _check_output(output)
         lookup(EDITS, task, "task")
         known = to_tensor(images, self.image_size, self.channels)
+        if options.get("vae"):
+            raise UserError(f"vae={options['vae']!r}: edits are of what the network makes; give vae to sample alone")
         all_levels = LEVELS - 1 if self.few_steps else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
         give(settings, {"num_samples": len(known), "seed": seed}, *SECTIONS)
@@ -230,7 +237,7 @@ class Pipeline:
     def _with(self, options: dict[str, Any]) -> Settings:
         """The settings with these options, on top of what the checkpoint says."""
         settings = Settings(dict(self._settings.values), dict(self._settings.given))
-        give(settings, options, SampleConfig, SolverConfig, GuidanceConfig)
+        give(settings, options, SampleConfig, SolverConfig, GuidanceConfig, VaeConfig)
         return settings
 
     def _guided(self, settings: Settings) -> BindsNetworks:
@@ -240,6 +247,13 @@ class Pipeline:
             guide = choose_guide(settings, SAMPLING)
             self._guides[asked] = guided_diffusion(settings, load_classifier(settings), guide)
         return self._guides[asked]
+
+    def _decoder(self, settings: Settings) -> Decoder | None:
+        """The decoder that the options ask for, which is loaded once."""
+        asked = json.dumps([settings.values[name] for name in defaults_of(VaeConfig)])
+        if asked not in self._decoders:
+            self._decoders[asked] = load_decoder(settings, self.device)
+        return self._decoders[asked]
 
     def _classes(self, labels: int | Sequence[int] | None, plan: SamplingPlan) -> np.ndarray | None:
         """The class of each image [count], or None."""

@@ -105,6 +105,8 @@ def sampling_command(settings: Settings, path: str) -> str:
         own["steps"] = drawing["steps"]
     if drawing["ts"]:
         own["ts"] = drawing["ts"]
+    if settings.values["vae"]:
+        own["vae"] = settings.values["vae"]
     folder = os.path.dirname(os.path.abspath(sys.argv[0]))
     if not os.path.exists(os.path.join(folder, SAMPLE_SCRIPT)):
         folder = str(Path(__file__).resolve().parents[2] / "scripts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from cm.config.flags import Settings, defaults_of
@@ -13,6 +14,7 @@ from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
 from cm.setup.channels import are_pictures, demand_pictures
+from cm.setup.latents import load_decoder
 from cm.setup.model import model_from
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision, trusts_extractor
@@ -50,13 +52,16 @@ def check_flags(settings: Settings) -> None:
         raise UserError(f"--eval_ref {config.eval_ref} has no effect without --eval_interval: give both, or neither")
     _check_snapshots(settings)
     if not (config.eval_interval or config.sample_interval):
+        if settings.values["vae"]:
+            raise UserError(f"--vae {settings.values['vae']} has no effect without --sample_interval or "
+                            "--eval_interval: give one of them, or leave it out")
         return
     if config.eval_interval and not config.eval_ref:
         raise UserError(
             f"--eval_interval {config.eval_interval} needs --eval_ref: an npz of reference images or statistics, such "
             "as `evaluations/fid.py ref` writes"
         )
-    if config.eval_interval:
+    if config.eval_interval and not settings.values["vae"]:
         demand_pictures(settings, f"--eval_interval {config.eval_interval}: the network behind the Frechet distance")
     if not rates or config.eval_ema_rate and config.eval_ema_rate not in map(str, rates):
         raise UserError(f"--eval_ema_rate {config.eval_ema_rate!r} is none of --ema_rate {settings.values['ema_rate']}")
@@ -88,22 +93,23 @@ def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> li
         callbacks.append(EmaSnapshots(settings.values["ema_snapshot_interval"]))
     if not (config.eval_interval or config.sample_interval):
         return callbacks
+    decoder = load_decoder(settings)
     sampler = AverageSampler(
         partial(model_from, settings), sampling_diffusion(drawing),
-        sampling_plan(drawing), run_precision(settings),
+        replace(sampling_plan(drawing), decoder=decoder), run_precision(settings),
         config.eval_ema_rate or str(parse_rates(settings.values["ema_rate"])[0]), sampler_options(drawing),
     )
     if config.sample_interval:
         callbacks.append(SampleGrids(sampler, config.sample_interval))
     if config.eval_interval:
         metric = open_metric(
-            config.eval_ref, config.inception, settings.values["image_size"], config.eval_batch_size,
+            config.eval_ref, config.inception, sampler.plan.side, config.eval_batch_size,
             config.eval_samples, trusts_extractor(settings),
         )
         names = ("sampler", "steps", "ts", "seed", "num_samples")
         about = {name: drawing.values[name] for name in names} | {
             "ema_rate": sampler.rate, "features": metric.id, "reference": dist.on_main(content_of, config.eval_ref)
-        }
+        } | ({"vae": decoder.vae.loaded.sha256} if decoder else {})
         callbacks.append(Evaluation(sampler, config.eval_interval, config.eval_samples, metric, about))
     return callbacks
 

@@ -26,6 +26,7 @@ from cm.io import storage
 from cm.io.terminal import size_text
 from cm.networks.build import Network
 from cm.setup.data import open_data, share_of_batch
+from cm.setup.latents import load_decoder
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import check_log_dirs, run_precision
@@ -146,6 +147,7 @@ def check_training(settings: Settings, model: Network) -> None:
     data = open_data(settings, references=objective.references)
     dist.on_main(decode_first, data.source)
     check_resume(settings, model, data.class_names)
+    load_decoder(settings, th.device("cpu"))
     if values["eval_interval"]:
         dist.on_main(lambda: len(BatchFile(values["eval_ref"])))
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch as th
+
 from cm.config.flags import Provenance, Settings
-from cm.config.schema import DataConfig
+from cm.config.schema import DataConfig, VaeConfig
 from cm.data import latents
 from cm.data.image_source import ImageSource
-from cm.data.latents import RECORD
+from cm.data.latents import EDM2, RECORD
 from cm.data.sources import may_hold_moments, open_source
 from cm.errors import UserError
+from cm.generate.vae import Decoder, check_vae, load_vae
 from cm.logging import logger
+from cm.setup.channels import are_pictures
 
 DATA = "data_dir"
 
@@ -29,6 +33,9 @@ def take_latents(settings: Settings) -> None:
                     f"{settings.given[name]} asks for {name}={settings.values[name]}, but the latents of "
                     f"{source.data_dir} have {name}={value}; drop the flag or choose other data"
                 )
+        if are_pictures(shape["channels"]):
+            raise UserError(f"{source.data_dir} has latents of {shape['channels']} channels, which cannot be told from "
+                            "pictures: this toolkit takes latents of any other number")
         settings.replace(**shape)
         _warn_of_unknown_scale(settings, source)
         given_by = str(settings.given.get(RECORD, f"--{RECORD}"))
@@ -61,3 +68,26 @@ def check_record(settings: Settings) -> None:
     record, channels = latents.parse(settings.values[RECORD], f"--{RECORD}"), settings.values["channels"]
     if record and record.channels != channels:
         raise UserError(f"--{RECORD} is of latents of {record.channels} channels, and --channels is {channels}")
+
+
+def load_decoder(settings: Settings, device: th.device | None = None) -> Decoder | None:
+    """The decoder that --vae asks for, on a device, by default this rank's; None if it asks for none.
+
+    :raises UserError: on every rank, if the network makes no latents or it is not known how they are scaled, or the
+        folder holds no VAE, or another one than they were made with.
+    """
+    config, channels = settings.section(VaeConfig), settings.values["channels"]
+    if not config.vae:
+        return None
+    if are_pictures(channels):
+        raise UserError(f"--vae {config.vae}: this network makes pictures of {channels} channels, not latents; drop it")
+    check_record(settings)
+    record = latents.parse(config.latents, f"--{RECORD}")
+    if record is None:
+        raise UserError(f"--vae {config.vae}: how the latents of this network are scaled is not known; give --{RECORD} "
+                        f"'{EDM2.text()}' with a number for each of its {channels} channels")
+    vae = load_vae(config.vae, "vae", record.pixels, config.vae_batch_size, device)
+    check_vae(vae.loaded, record, config.vae)
+    if not record.sha256:
+        logger.log(f"which VAE the latents were made with is not recorded: decoding them with {config.vae}")
+    return Decoder(vae, record)

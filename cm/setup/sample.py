@@ -11,10 +11,12 @@ from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.sampling_schema import AblationConfig, GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import LARGEST_SEED, DiffusionConfig, ModelConfig
 from cm.data.class_names import ANY, ClassNames, numbers_of, shortened
+from cm.data.latents import RECORD
 from cm.diffusion.preconditioning import PRECONDS
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.engine import SamplingPlan, parse_seeds
+from cm.generate.vae import Decoder
 from cm.io import storage
 from cm.logging import logger
 from cm.networks.build import PUBLISHED_CLASSES
@@ -342,7 +344,7 @@ def guided_diffusion(
 
 
 def png_recipe(
-    settings: Settings, guide: Guide | None = None, classes: tuple[int, ...] = ()
+    settings: Settings, guide: Guide | None = None, classes: tuple[int, ...] = (), decoder: Decoder | None = None
 ) -> dict[str, Any]:
     """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
@@ -360,4 +362,6 @@ def png_recipe(
     if guide is not None:                                   # not a word without one, as in folders of older versions
         recipe |= guide.record()
         recipe["guide_path"] = dist.on_main(storage.checksum, recipe["guide_path"]) if recipe["guide_path"] else ""
+    if decoder is not None:
+        recipe |= {"vae": decoder.vae.loaded.sha256, RECORD: decoder.record.text()}
     return recipe

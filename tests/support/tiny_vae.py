@@ -24,7 +24,7 @@ def tiny_vae(folder=None, seed=0, **changes):
 
 
 def pictures(folder, count=12, side=16, classes=("cat", "dog")):
-    """Images of noise, in a sub-folder for each class; returns uint8 [count,side,side,3] in the order of their paths."""
+    """Images of noise, in a sub-folder for each class: uint8 [count,side,side,3] in the order of their paths."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         path = folder / classes[i * len(classes) // count] / f"{i:03d}.png"

@@ -128,6 +128,9 @@ def _check(config: Mapping[str, Any], place: str) -> None:
         kinds = config.get(name)
         if not isinstance(kinds, list) or len(kinds) != len(levels) or not set(map(str, kinds)) <= set(BLOCKS):
             raise UserError(f"{place}: {name} {shown(kinds)} is not one of {', '.join(BLOCKS)} for each level")
+    if config.get("latent_channels", 4) in (1, 3):
+        raise UserError(f"{place}: latents of {config['latent_channels']} channels cannot be told from pictures: take "
+                        "a VAE of another number")
     colours = [config.get(name, 3) for name in ("in_channels", "out_channels")]
     if colours != [3, 3]:
         raise UserError(f"{place}: it is for images of {shown(colours[0])} channels, and this toolkit makes latents of "

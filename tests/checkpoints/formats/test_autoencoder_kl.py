@@ -41,7 +41,7 @@ def test_both_formats_and_the_names_of_old_files_are_the_same_vae(folder):
     (folder / FILE).unlink()
     th.save(weights, folder / "diffusion_pytorch_model.bin")
     assert read(str(folder), "vae")[1:] == found[1:]
-    old = {}                                                        # attention as in stabilityai/sd-vae-ft-mse, and older
+    old = {}                                # attention as in stabilityai/sd-vae-ft-mse, and in still older files
     for name, value in weights.items():
         for before, now in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
             name = name.replace(f"attentions.0.{now}.", f"attentions.0.{before}.")

@@ -1,0 +1,154 @@
+"""The whole path of latents through the real commands: images, encode, train, sample, decode, evaluate."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+import cm
+from cm.data.latents import parse
+from cm.errors import UserError
+from cm.generate.npz import to_uint8
+from cm.logging import logger
+from evaluations.features import save_torchscript
+from support.as_module import as_module
+from support.mpi import ROOT
+from support.tiny_vae import pictures, tiny_vae
+
+TINY = ["--num_channels", 32, "--num_res_blocks", 1, "--channel_mult", 1, "--attention_resolutions", 8,
+        "--num_head_channels", 32, "--class_cond", True, "--log_interval", 1, "--lr", 1e-3, "--global_batch_size", 4]
+
+
+@pytest.fixture(scope="module")
+def command():
+    """Run a command's main in this process, on one rank."""
+    def run(name, *argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OPENAI_LOG_FORMAT", "log,csv")
+            patch.setattr(sys, "argv", [name, *map(str, argv)])
+            script = as_module(ROOT / name)
+            try:
+                if name == "datasets/encode.py":
+                    script.encode(script.parse())
+                elif name == "scripts/edm_train.py":
+                    script.main()
+                else:
+                    script.main(script.read_flags())
+            finally:
+                logger.reset()
+
+    return run
+
+
+class Moments(th.nn.Module):
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return x.float().flatten(1)[:, :6] + x.float().mean(dim=(1, 2, 3))[:, None]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, command):
+    """A folder with images, a VAE, the latents, an extractor of features, and a run of three steps that was measured."""
+    folder = tmp_path_factory.mktemp("latents")
+    np.savez(folder / "ref.npz", pictures(folder / "images"))
+    tiny_vae(folder / "vae")
+    save_torchscript(Moments(), str(folder / "extractor.pt"), "moments", "none")
+    command("datasets/encode.py", "--vae", folder / "vae", "--source", folder / "images", "--dest", folder / "set.zip")
+    command("scripts/edm_train.py", "--data_dir", folder / "set.zip", *TINY, "--total_training_steps", 3, "--log_dir",
+            folder / "run", "--vae", folder / "vae", "--sample_interval", 3, "--eval_steps", 2, "--eval_interval", 3,
+            "--eval_ref", folder / "ref.npz", "--eval_samples", 8, "--inception", folder / "extractor.pt",
+            "--trust_extractor")
+    return folder
+
+
+def model_of(place):
+    return place / "run/ema_0.9999_000003.pt"
+
+
+def sample(command, place, log_dir, *options):
+    command("scripts/image_sample.py", "--model_path", model_of(place), "--num_samples", 5, "--steps", 2,
+            "--log_dir", place / log_dir, *options)
+    return place / log_dir
+
+
+def test_training_sees_latents_and_shows_pictures(place):
+    config = json.loads((place / "run/checkpoint_000003.json").read_text())["config"]
+    record = parse(config["latents"], "")
+    assert (config["channels"], config["image_size"], record.vae) == (4, 8, "vae")
+    assert not config["random_flip"]
+    assert (place / "run/best.json").exists(), "the distance is that of decoded pictures"
+    assert json.loads((place / "run/best.json").read_text())["settings"]["vae"] == record.sha256
+    grid = Image.open(place / "run/samples/samples_000003.png")
+    assert grid.mode == "RGB"
+
+
+def test_samples_are_decoded_with_the_vae_and_latents_without(command, place, capsys):
+    raw = np.load(sample(command, place, "raw") / "samples_5x8x8x4.npz")
+    assert "the samples stay latents of 4 channels" in (place / "raw/log.txt").read_text()
+    decoded = np.load(sample(command, place, "decoded", "--vae", place / "vae") / "samples_5x16x16x3.npz")
+    record = parse(json.loads((place / "run/checkpoint_000003.json").read_text())["config"]["latents"], "")
+    x = raw["arr_0"].transpose(0, 3, 1, 2)
+    z = x * 2 * np.array(record.std)[:, None, None] + np.array(record.mean)[:, None, None]
+    with th.no_grad():
+        pixels = tiny_vae().decode(th.from_numpy(z).float()).sample     # in [0, 1]
+    expected = (pixels.clamp(0, 1) * 255).to(th.uint8).permute(0, 2, 3, 1).numpy()
+    assert decoded["arr_0"].dtype == np.uint8 and decoded["arr_0"].std() > 1
+    assert abs(decoded["arr_0"].astype(int) - expected).max() <= 1
+    assert np.array_equal(raw["arr_1"], decoded["arr_1"]) and decoded["class_names"].tolist() == ["cat", "dog"]
+    assert Image.open(place / "decoded/samples_5x16x16x3.png").mode == "RGB"
+
+    command("scripts/image_sample.py", "--model_path", model_of(place), "--seeds", "0-4", "--steps", 2, "--vae",
+            place / "vae", "--outdir", place / "png", "--log_dir", place / "png_log", "--vae_batch_size", 2)
+    found = np.stack([np.asarray(Image.open(place / f"png/{seed:06d}.png")) for seed in range(5)])
+    assert abs(found.astype(int) - decoded["arr_0"]).max() <= 1
+
+    from evaluations import evaluator
+
+    capsys.readouterr()
+    evaluator.main([str(place / "ref.npz"), str(place / "decoded/samples_5x16x16x3.npz"), "--metrics", "fid",
+                    "--inception", str(place / "extractor.pt"), "--trust_extractor"])
+    assert "FID" in capsys.readouterr().out
+
+
+def test_from_python(place):
+    pipeline = cm.load(model_of(place), precision="fp32")
+    tensor = pipeline.sample(3, steps=2, seed=42, vae=str(place / "vae"), output="tensor", sampler="heun")
+    raw = pipeline.sample(3, steps=2, seed=42, output="tensor", sampler="heun")
+    assert tensor.shape == (3, 3, 16, 16) and raw.shape == (3, 4, 8, 8)
+    images = pipeline.sample(3, steps=2, seed=42, vae=str(place / "vae"), sampler="heun", batch_size=2)
+    assert abs(np.stack(images).astype(int) - to_uint8(tensor, nearest=True)).max() <= 1
+    with pytest.raises(UserError, match="give vae to sample alone"):
+        pipeline.edit(raw, "denoise", vae="x")
+    pipeline.save(str(place / "saved"))
+    config = json.loads(next((place / "saved").glob("checkpoint_*.json")).read_text())["config"]
+    assert config["latents"] == pipeline.config["latents"] != ""
+
+
+def test_a_run_that_is_resumed_draws_what_it_would_have_drawn(command, place):
+    def run(name, steps):
+        command("scripts/edm_train.py", "--data_dir", place / "set.zip", *TINY, "--total_training_steps", steps,
+                "--log_dir", place / name, "--save_interval", 2)
+        return (place / name / f"model{steps:06d}.pt").read_bytes()
+
+    run("halves", 2)
+    assert run("halves", 4) == run("whole", 4)
+
+
+def test_other_latents_and_vaes_are_refused(command, place):
+    tiny_vae(place / "other", seed=1)
+    with pytest.raises(UserError, match="other is not the VAE that the latents .* the record is of the VAE 'vae'"):
+        sample(command, place, "wrong", "--vae", place / "other")
+    with pytest.raises(UserError, match="--vae .* has no effect without --sample_interval or --eval_interval"):
+        command("scripts/edm_train.py", "--data_dir", place / "set.zip", *TINY, "--vae", place / "vae")
+    with pytest.raises(UserError, match="makes pictures of 3 channels, not latents; drop it"):
+        command("scripts/edm_train.py", "--data_dir", "digits", *TINY, "--image_size", 8, "--vae", place / "vae",
+                "--sample_interval", 1, "--total_training_steps", 1, "--log_dir", place / "pictures")
+    command("datasets/encode.py", "--vae", place / "other", "--source", place / "images", "--dest", place / "other.zip")
+    with pytest.raises(UserError, match="checkpoint_000003.json and this run are of different latents"):
+        command("scripts/edm_train.py", "--data_dir", place / "other.zip", *TINY, "--total_training_steps", 4,
+                "--log_dir", place / "run")
+    with pytest.raises(UserError, match="the checkpoint .* and .*other.zip are of different latents"):
+        command("scripts/edm_train.py", "--data_dir", place / "other.zip", *TINY, "--total_training_steps", 1,
+                "--resume_checkpoint", model_of(place), "--log_dir", place / "finetuned")
