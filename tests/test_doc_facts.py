@@ -18,6 +18,7 @@ from cm.config.schema import (
     FewStepConfig,
     ObjectiveConfig,
     TrainConfig,
+    VaeConfig,
 )
 from cm.diffusion.schedules import karras_grid
 from cm.samplers import SAMPLERS
@@ -73,6 +74,7 @@ def test_what_make_runs():
     ("docs/few-step.md", "c is {} (`--tangent_c`)", FewStepConfig.tangent_c),
     ("datasets/README.md", "into `--cache_gib` per rank, {} by default", DataConfig.cache_gib),
     ("datasets/README.md", "of them at a time ({})", DataConfig.shuffle_window),
+    ("docs/latents.md", "`--vae_batch_size` latents ({}) are decoded", VaeConfig.vae_batch_size),
     ("docs/evaluation.md", "the {} most recently used", KEPT),
 ])
 def test_defaults_that_pages_state(page, words, value):

@@ -142,7 +142,7 @@ def test_every_direct_requirement_has_a_pin():
     """`make install` installs versions that are known to work together."""
     tomllib = pytest.importorskip("tomllib", reason="no tomllib: Python has it from 3.11 on")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("mpi", "demo", "tf", "webdataset", "test")]
+    extras = [project["optional-dependencies"][name] for name in ("mpi", "demo", "tf", "webdataset", "latents", "test")]
     direct = [*project["dependencies"], *(requirement for extra in extras for requirement in extra)]
     pins = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     for requirement in direct:

@@ -65,6 +65,11 @@ def dataset() -> None:
     run("cm.dataset_commands.dataset_tool")
 
 
+def encode() -> None:
+    """Encode images to latents."""
+    run("cm.dataset_commands.encode")
+
+
 def convert() -> None:
     """Convert weights between formats."""
     run("cm.commands.convert_checkpoint")

@@ -113,15 +113,13 @@ class ImageSource:
             self._cached[i] = True
         return self._cache[indices]
 
-    def record(self, given: str, image_size: int, channels: int) -> LatentRecord | None:
-        """The record of latents of which this source holds mean and standard deviation; None if it holds none.
+    def record(self, given: str, image_size: int, channels: int) -> LatentRecord:
+        """The record of the latents of which this source holds mean and standard deviation.
 
         :param given: a record as the value of a flag; empty if there is none.
         :param channels: of a latent.
         :raises UserError: if the latents have another size or other channels, or there is no record.
         """
-        if not self.holds_moments:
-            return None
         found, side = self.channels // 2, self.image_size
         if (found, side) != (channels, image_size):
             raise UserError(f"{self.data_dir} holds latents of {found} channels and side {side}, and --channels "

@@ -77,11 +77,9 @@ def load_data(
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
     :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None for 256 MiB.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
-    :param channels: C, see `cm.data.sources.open_source`.
+    :param channels, latents: C, see `open_source`, and a record for latents that have none, see `cm.data.latents`.
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
-    :param latents: of a set of means and standard deviations, its record where it has none itself, see
-        `cm.data.latents`; C are the channels of the latents that are drawn.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     options: dict[str, Any] = {"image_size": image_size, "channels": channels}
@@ -90,23 +88,26 @@ def load_data(
         source = StreamedSource(stream, seed=seed, shuffle=not deterministic, **options)
         order = source.order
     else:
-        source = _open_images(data_dir, class_cond, cache_bytes, labels=labels, **options)
+        source = _open_images(data_dir, class_cond, cache_bytes, latents, labels=labels, **options)
         order = EpochOrder(len(source), seed, shuffle=not deterministic)
     step = world_size * batch_size if global_batch is None else global_batch
     requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
-    record = source.record(latents, image_size, channels) if isinstance(source, ImageSource) else None
-    samples = Samples(source, class_cond, seed, random_crop, random_flip, record)
+    samples = Samples(source, class_cond, seed, random_crop, random_flip)
     if num_workers is None:
         num_workers = 0 if source.in_memory and not random_crop else 1
     return BatchStream(samples, requests, num_workers, pin_memory)
 
 
-def _open_images(data_dir: str, class_cond: bool, cache_bytes: int | None, **options: Any) -> ImageSource:
+def _open_images(
+    data_dir: str, class_cond: bool, cache_bytes: int | None, latents: str, **options: Any
+) -> ImageSource:
     """A set of images that are read in any order.
 
     :raises UserError: if there are no images, or classes are asked for and missing.
     """
     source = open_source(data_dir, latents=True, **options)
+    if source.holds_moments:
+        source.latents = source.record(latents, options["image_size"], options["channels"])
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
@@ -119,6 +120,7 @@ class LoaderSource(Protocol):
 
     image_size: int
     channels: int
+    latents: LatentRecord | None                                    # of means and standard deviations of latents
 
     @property
     def holds_floats(self) -> bool:
@@ -214,14 +216,11 @@ class Requests:
 class Samples(Dataset):
     """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker.
 
-    :param record: of latents whose mean and standard deviation the source holds; new ones are drawn for each sample.
+    Latents whose mean and standard deviation the source holds are drawn anew for each sample.
     """
 
-    def __init__(
-        self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool,
-        record: LatentRecord | None = None,
-    ):
-        self.source, self._record = source, record
+    def __init__(self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
+        self.source = source
         self._class_cond = class_cond
         self._seed = seed
         self._random_crop = random_crop
@@ -241,8 +240,8 @@ class Samples(Dataset):
         except UserError as error:
             return error
         images = th.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        if self._record is not None:
-            images = th.from_numpy(drawn(images.numpy(), self._record, self._seed, positions))
+        if self.source.latents is not None:
+            images = th.from_numpy(drawn(images.numpy(), self.source.latents, self._seed, positions))
         return Batch(images, cond, th.from_numpy(positions), th.from_numpy(indices))
 
     def _pixels(self, positions: np.ndarray, indices: np.ndarray) -> np.ndarray:

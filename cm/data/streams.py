@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from cm.data.decode import MODES, centre_crop, decode, why_unreadable
+from cm.data.latents import LatentRecord
 from cm.errors import UserError
 
 WINDOW = 1000                                                       # images that are shuffled among each other
@@ -138,6 +139,7 @@ class StreamedSource:
     """
 
     in_memory = holds_floats = False
+    latents: LatentRecord | None = None
 
     def __init__(
         self, stream: ImageStream, image_size: int, channels: int = 3, *, seed: int = 0, shuffle: bool = True,

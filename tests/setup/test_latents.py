@@ -52,6 +52,12 @@ def test_a_checkpoint_without_a_record_leaves_it_to_the_flag(tmp_path, capsys):
     assert "does not say how its latents were scaled" in "".join(capsys.readouterr())
 
 
+def test_latents_that_could_be_pictures_are_refused(tmp_path):
+    path = edm2_zip(tmp_path / "set.zip", np.zeros((2, 6, 8, 8)))
+    with pytest.raises(UserError, match="latents of 3 channels, which cannot be told from pictures"):
+        training("--data_dir", path)
+
+
 def test_a_record_of_other_channels_is_refused():
     with pytest.raises(UserError, match="--latents is of latents of 4 channels, and --channels is 3"):
         training("--latents", EDM2.text())
@@ -60,4 +66,3 @@ def test_a_record_of_other_channels_is_refused():
 def test_a_manifest_with_a_broken_record_is_refused():
     with pytest.raises(UserError, match="the checkpoint: .*is no record of latents"):
         training(inherited={"latents": "{}"})
-    assert np.isfinite(EDM2.mean).all()

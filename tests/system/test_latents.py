@@ -50,7 +50,7 @@ class Moments(th.nn.Module):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, command):
-    """A folder with images, a VAE, the latents, an extractor of features, and a run of three steps that was measured."""
+    """A folder with images, a VAE, the latents, an extractor of features, and a run of three steps, measured."""
     folder = tmp_path_factory.mktemp("latents")
     np.savez(folder / "ref.npz", pictures(folder / "images"))
     tiny_vae(folder / "vae")
@@ -109,7 +109,7 @@ def test_samples_are_decoded_with_the_vae_and_latents_without(command, place, ca
     capsys.readouterr()
     evaluator.main([str(place / "ref.npz"), str(place / "decoded/samples_5x16x16x3.npz"), "--metrics", "fid",
                     "--inception", str(place / "extractor.pt"), "--trust_extractor"])
-    assert "FID" in capsys.readouterr().out
+    assert "samples: N=5; reference: N=12" in capsys.readouterr().out
 
 
 def test_from_python(place):

@@ -99,6 +99,7 @@ REQUIRED = {                                                # words without whic
     **{f"evaluations/{name}": ("ref.npz", "samples.npz") for name in ("evaluator", "th_evaluator")},
     "evaluations/fid": ("calc", "--images", "a", "--ref", "b"),
     "datasets/dataset_tool": ("--source", "a", "--dest", "b"),
+    "datasets/encode": ("--vae", "a", "--source", "b", "--dest", "c"),
     "datasets/lsun_bedroom": ("a", "b"),
 }
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[1:] = {args!r}; " \

@@ -60,6 +60,7 @@ def test_other_weights_have_another_digest(folder, tmp_path):
 @pytest.mark.parametrize("settings, says", [
     (dict(_class_name="UNet2DModel"), "holds a 'UNet2DModel', not an AutoencoderKL"),
     (dict(in_channels=1), "RGB images"),
+    (dict(latent_channels=3), "cannot be told from pictures"),
     (dict(block_out_channels=[8, -1]), "no counts of a network"),
     (dict(layers_per_block=10**9), "no counts of a network"),
     (dict(down_block_types=["os.system", "x"]), "is not one of DownEncoderBlock2D"),
