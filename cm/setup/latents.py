@@ -76,9 +76,9 @@ def load_decoder(settings: Settings, device: th.device | None = None) -> Decoder
     :raises UserError: on every rank, if the network makes no latents or it is not known how they are scaled, or the
         folder holds no VAE, or another one than they were made with.
     """
-    config, channels = settings.section(VaeConfig), settings.values["channels"]
-    if not config.vae:
+    if not settings.values.get("vae"):
         return None
+    config, channels = settings.section(VaeConfig), settings.values["channels"]
     if are_pictures(channels):
         raise UserError(f"--vae {config.vae}: this network makes pictures of {channels} channels, not latents; drop it")
     check_record(settings)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from data.test_latents import edm2_zip
 
 from cm.config.flags import parse
 from cm.config.schema import TRAINING_SECTIONS
@@ -10,6 +9,7 @@ from cm.data.latents import EDM2, LatentRecord
 from cm.errors import UserError
 from cm.setup.inherit import inherit_flags
 from cm.setup.latents import take_latents
+from support.latent_sets import edm2_zip
 
 OTHER = LatentRecord((0.0,) * 4, (1.0,) * 4)
 
