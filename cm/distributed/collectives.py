@@ -95,6 +95,11 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its elementwise minimum over all ranks; returns it."""
+    return _all_reduce(tensor, dist.ReduceOp.MIN)
+
+
 def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
     if ranks() > 1:
         dist.all_reduce(tensor, operation)

@@ -273,15 +273,16 @@ class TrainLoop:
     def agree_on_finite_and_stop(self, network: TrainedNetwork) -> bool:
         """Whether every loss on every rank and every gradient is finite; learns of requests to stop, too.
 
-        One message a step between the ranks, and the only time that a step waits for its device.
+        One message a step between the ranks, by the device's backend, and the only time that a step waits for its
+        device. Its numbers are 1 where all is well, and the least of all ranks counts.
         """
+        going_on = th.full((1,), 1 - signals.requested(), dtype=th.int32, device=self.device)
         finite = th.stack([non_finite.all_finite(self.microbatches), network.trainer.grads_finite()])
-        losses, gradients = finite.tolist()
-        agreed = dist.all_reduce_max(th.tensor([signals.requested(), int(not losses)]))
-        self.stop_signal, bad = agreed.tolist()
+        going_on, losses, gradients = dist.all_reduce_min(th.cat([going_on, finite.int()])).tolist()
+        self.stop_signal = 1 - going_on
         if self.stop_signal:
             signals.agreed()
-        return gradients and not bad                        # the ranks' gradients are averages, so the same
+        return bool(losses and gradients)
 
     def update_loss_history(self) -> None:
         """Hand the losses of all ranks to the objective's history, in the order of the samples."""

@@ -28,6 +28,8 @@ CONVERSATION = """
         assert dist.all_reduce_sum(x) is x and x.tolist() == [6, -3]
         y = th.tensor([rank, -rank])
         assert dist.all_reduce_max(y) is y and y.tolist() == [2, 0]
+        z = th.tensor([rank, -rank])
+        assert dist.all_reduce_min(z) is z and z.tolist() == [0, -2]
 
     def objects(rank):
         assert dist.broadcast_object({"from": rank}) == {"from": 0}
@@ -123,7 +125,8 @@ def test_three_ranks_understand_each_other(tmp_path):
 
 def test_a_single_process_talks_to_itself():
     x = th.tensor([1.0, 2.0])
-    assert dist.all_reduce_sum(x) is x and dist.all_reduce_max(x) is x and x.tolist() == [1, 2]
+    assert dist.all_reduce_sum(x) is x and dist.all_reduce_max(x) is x and dist.all_reduce_min(x) is x
+    assert x.tolist() == [1, 2]
     item = object()
     assert dist.broadcast_object(item) is item and dist.all_gather_object(item) == [item]
     assert np.array_equal(dist.gather_to_main(np.arange(3))[0], [0, 1, 2])
