@@ -1,4 +1,5 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
+# make demo DATA=IMAGES HOURS=2: the same with images of your own, in about so many hours, in runs/quickstart.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make slurm: srun and sbatch on a SLURM of this machine alone, which root can install (Debian); not a part of `test`.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
@@ -13,6 +14,8 @@ MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+QUICKSTART ?= runs/quickstart
+HOURS ?= 2
 
 .PHONY: demo demo-clean test test-slow slurm soak fuzz lint types install lock licences browser clean
 
@@ -35,7 +38,11 @@ licences: install
 	$(BIN)/python tools/licences.py
 
 demo: install
+ifdef DATA
+	$(BIN)/python scripts/quickstart.py --data_dir "$(DATA)" --hours $(HOURS) --ranks $(RANKS) --out $(QUICKSTART)
+else
 	$(BIN)/python scripts/demo.py --ranks $(RANKS) --out $(DEMO)
+endif
 
 demo-clean:
 	rm -rf $(DEMO)

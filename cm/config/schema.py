@@ -439,3 +439,9 @@ TRAINING_SECTIONS = (
     EvalConfig, RunConfig,
 )
 """The flags of every training command."""
+
+FIRST_OF_TRAINING = ("data_dir", "log_dir", "image_size", "class_cond", "num_channels", "global_batch_size",
+                     "microbatch", "lr", "total_training_steps", "precision")
+FIRST_OF_DISTILLATION = ("data_dir", "log_dir", "training_mode", "teacher_model_path", "loss_norm",
+                         "global_batch_size", "microbatch", "lr", "total_training_steps", "precision")
+"""What --help shows of them."""
