@@ -84,15 +84,15 @@ def load_data(
     """
     options: dict[str, Any] = {"image_size": image_size, "channels": channels}
     if source is None and (stream := open_stream(data_dir)):
-        images = StreamedSource(stream, seed=seed, shuffle=not deterministic, window=shuffle_window,
-                                num_classes=num_classes, **options)
+        options |= {"window": shuffle_window, "num_classes": num_classes, "shuffle": not deterministic}
+        images = StreamedSource(stream, seed=seed, **options)
         order = images.order
     else:
         images = source or open_source(data_dir, labels=labels, **options)
         _prepare(images, class_cond, cache_bytes)
         order = EpochOrder(len(images), seed, shuffle=not deterministic)
-    step = global_batch or world_size * batch_size
-    requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
+    offsets = offsets_of_rank(batch_size, rank, world_size, global_batch)
+    requests = Requests(order, offsets, global_batch or world_size * batch_size, start)
     samples = Samples(images, class_cond, seed, random_crop, random_flip)
     if num_workers is None:
         num_workers = 0 if images.in_memory and not random_crop else 1
