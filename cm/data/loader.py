@@ -93,10 +93,8 @@ def load_data(
         order = EpochOrder(len(images), seed, shuffle=not deterministic)
     offsets = offsets_of_rank(batch_size, rank, world_size, global_batch)
     requests = Requests(order, offsets, global_batch or world_size * batch_size, start)
-    samples = Samples(images, class_cond, seed, random_crop, random_flip)
-    if num_workers is None:
-        num_workers = 0 if images.in_memory and not random_crop else 1
-    return BatchStream(samples, requests, num_workers, pin_memory)
+    workers = (0 if images.in_memory and not random_crop else 1) if num_workers is None else num_workers
+    return BatchStream(Samples(images, class_cond, seed, random_crop, random_flip), requests, workers, pin_memory)
 
 
 def _prepare(source: ImageSource, class_cond: bool, cache_bytes: int | None) -> None:

@@ -99,7 +99,8 @@ def read_directory(file: IO[bytes]) -> ZipDirectory:
     size = file.seek(0, io.SEEK_END)
     place = _find_directory(file, size)
     file.seek(place.start)
-    tables, parts, left, rest = [], [], place.size, b""
+    tables, left, rest = [], place.size, b""
+    parts: list[dict[str, np.ndarray]] = []
     while left > 0:
         read = file.read(min(BLOCK_BYTES, left))
         left = left - len(read) if read else 0
@@ -109,13 +110,14 @@ def read_directory(file: IO[bytes]) -> ZipDirectory:
         if len(starts):
             headers = _headers_at(block, starts)
             tables.append(_names_of(block, starts, headers))
-            columns = _columns_of(block, starts, headers)
-            _check(headers, tables[-1], columns, size)
-            parts.append({name: _compact(column) for name, column in columns.items()})
+            wide = _columns_of(block, starts, headers)
+            _check(headers, tables[-1], wide, size)
+            parts.append({name: _compact(column) for name, column in wide.items()})
     if rest:
         raise zipfile.BadZipFile("Truncated central directory")
-    columns = {name: np.concatenate([part[name] for part in parts] or [np.empty(0, np.uint8)])
-               for name in Member._fields}
+    columns: dict[str, np.ndarray] = {
+        name: np.concatenate([part[name] for part in parts] or [np.empty(0, np.uint8)]) for name in Member._fields
+    }
     if columns["compress_size"].sum(dtype=np.float64) > size:
         raise zipfile.BadZipFile("its members overlap")
     if place.before:
