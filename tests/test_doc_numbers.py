@@ -115,7 +115,8 @@ def test_cost_of_opening_large_sets():
             f"{max(row['peak_mib'] for row in others):.0f} MiB") in text
     assert f"it takes every rank {both('cpu_seconds', 1)} s and {both('peak_mib', 0)} MiB" in text
     for row, words in ((folder, "A folder of 200,000 files takes"), (npz, "ImageNet, of 10x10,")):
-        own, plain = (f"{row[who]['cpu_seconds']:.2f} s and {row[who]['peak_mib']:.0f} MiB" for who in ("rank_0", "plain"))
+        own, plain = (f"{each['cpu_seconds']:.2f} s and {each['peak_mib']:.0f} MiB"
+                      for each in (row["rank_0"], row["plain"]))
         assert f"{words} {own} (plain: {plain})" in text
 
 
