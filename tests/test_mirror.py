@@ -39,6 +39,7 @@ ELSEWHERE = {
     "evaluations/in_training.py": "training/test_callbacks.py",
     "evaluations/report.py": "evaluations/test_evaluator.py",
     "cm/data/image_source.py": "data/test_sources.py",
+    "cm/data/random_access.py": "data/test_sources.py",
     "cm/data/formats/folder.py": "data/test_sources.py",
     "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.

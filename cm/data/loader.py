@@ -56,6 +56,7 @@ def load_data(
     channels: int = 3,
     shuffle_window: int = WINDOW,
     num_classes: int | None = None,
+    source: ImageSource | None = None,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -78,35 +79,33 @@ def load_data(
     :param channels: C, see `cm.data.sources.open_source`.
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
+    :param source: the set, if it is open already; `data_dir` then only names it.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     options: dict[str, Any] = {"image_size": image_size, "channels": channels}
-    if stream := open_stream(data_dir):
-        options |= {"window": shuffle_window, "num_classes": num_classes}
-        source = StreamedSource(stream, seed=seed, shuffle=not deterministic, **options)
-        order = source.order
+    if source is None and (stream := open_stream(data_dir)):
+        options |= {"window": shuffle_window, "num_classes": num_classes, "shuffle": not deterministic}
+        images = StreamedSource(stream, seed=seed, **options)
+        order = images.order
     else:
-        source = _open_images(data_dir, class_cond, cache_bytes, labels=labels, **options)
-        order = EpochOrder(len(source), seed, shuffle=not deterministic)
-    step = world_size * batch_size if global_batch is None else global_batch
-    requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
-    samples = Samples(source, class_cond, seed, random_crop, random_flip)
-    if num_workers is None:
-        num_workers = 0 if source.in_memory and not random_crop else 1
-    return BatchStream(samples, requests, num_workers, pin_memory)
+        images = source or open_source(data_dir, labels=labels, **options)
+        _prepare(images, class_cond, cache_bytes)
+        order = EpochOrder(len(images), seed, shuffle=not deterministic)
+    offsets = offsets_of_rank(batch_size, rank, world_size, global_batch)
+    requests = Requests(order, offsets, global_batch or world_size * batch_size, start)
+    workers = (0 if images.in_memory and not random_crop else 1) if num_workers is None else num_workers
+    return BatchStream(Samples(images, class_cond, seed, random_crop, random_flip), requests, workers, pin_memory)
 
 
-def _open_images(data_dir: str, class_cond: bool, cache_bytes: int | None, **options: Any) -> ImageSource:
-    """A set of images that are read in any order.
+def _prepare(source: ImageSource, class_cond: bool, cache_bytes: int | None) -> None:
+    """Let a set keep as much as it may.
 
-    :raises UserError: if there are no images, or classes are asked for and missing.
+    :raises UserError: if classes are asked for and missing.
     """
-    source = open_source(data_dir, **options)
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
-        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
-    return source
+        raise UserError(f"--class_cond needs a class for every image of {source.data_dir}, but {source.no_labels}")
 
 
 class LoaderSource(Protocol):

@@ -11,6 +11,7 @@ import os
 from cm.data.formats import digits, folder, npz, webdataset, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
 from cm.data.streams import ImageStream
+from cm.distributed.collectives import on_main_arrays
 from cm.errors import UserError
 from cm.io import storage
 from cm.registry import Table
@@ -55,6 +56,16 @@ def open_source(
     if labels != "auto" and isinstance(source, EncodedSource):
         source.label_by(labels)
     return source
+
+
+def open_everywhere(data_dir: str, image_size: int, labels: str = "auto", channels: int = 3) -> ImageSource:
+    """As `open_source`, for all ranks at once: rank 0 looks for the images, and the others get what it found. A set of
+    a format that cannot be sent, every rank opens for itself.
+
+    :raises UserError: on every rank, as `open_source`.
+    """
+    arguments = (data_dir, image_size, "--data_dir", labels, channels)
+    return on_main_arrays(open_source, *arguments) if find_format(data_dir).is_sent else open_source(*arguments)
 
 
 def open_stream(data_dir: str) -> ImageStream | None:

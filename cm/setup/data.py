@@ -17,7 +17,7 @@ from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import choices, open_source
+from cm.data.sources import choices, open_everywhere
 from cm.data.sources import open_stream as open_shards
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
@@ -101,6 +101,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         channels=values["channels"],
         shuffle_window=data.shuffle_window,
         num_classes=values["num_classes"] or None,
+        source=None if shards else source,
     )
     return OpenedData(stream, class_names, source)
 
@@ -111,7 +112,7 @@ def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, Cla
     :raises UserError: if there is no such data, or its classes are not those of the network.
     """
     values = settings.values
-    source = open_source(data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"])
+    source = open_everywhere(data.data_dir, values["image_size"], data.labels, values["channels"])
     if not values["class_cond"]:
         return source, ()
     if source.num_classes is None:
