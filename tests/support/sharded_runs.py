@@ -51,7 +51,7 @@ def edm2():
 
 
 def few_step():
-    return {"objective": SCT(KarrasDenoiser(loss_norm="l2", distillation=True), "noise", warmup=0), "precision": "bf16"}
+    return {"objective": SCT(KarrasDenoiser(loss_norm="l2", distillation=True), "noise", warmup=0)}
 
 
 def uncertainty():
@@ -65,7 +65,8 @@ def in_pairs(images, root):
     for parallel in ("ddp", "fsdp"):
         how = {"parallel": parallel}
         training = train(images, root / f"edm {parallel}", 3, **EDM, **how)
-        train(images, root / f"scm {parallel}", 1, **few_step(), **how)
+        train(images, root / f"scm {parallel}", 2, **few_step(), **how)
+        train(images, root / f"scm bf16 {parallel}", 1, precision="bf16", **few_step(), **how)
         train(images, root / f"edm2 {parallel}", 2, **uncertainty(), **how)
         distilling = train(images, root / f"cd {parallel}", 2, **DISTILLED, **how)
         train(images, root / f"bf16 {parallel}", 1, precision="bf16", optimizer="adamw", **how)
