@@ -7,11 +7,13 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
+from cm.logging import logger
 from cm.training.config import LoopConfig
 from cm.training.engine import Engine, check_sharded, make_engine
 from support.commands import curve
 from support.mpi import ROOT, mpiexec
 from support.training import digest
+from support.training import run as alone
 
 pytestmark = pytest.mark.mpi
 
@@ -107,15 +109,14 @@ def test_ranks_with_unequal_numbers_of_passes_are_refused(pairs):
         assert said["passes"].startswith("UserError: the ranks' images make 3, 1 passes a step")
 
 
-@pytest.mark.slow
-def test_four_ranks_in_shards_and_in_two_replicas(tmp_path):
-    """Slow: four ranks."""
+def test_four_ranks_in_two_replicas_are_one_process(tmp_path):
     run(tmp_path, 4, "on_four")
-    whole = json.loads((tmp_path / "ddp.json").read_text())[0]
-    for parallel, shards in (("fsdp", 4), ("hsdp", 2)):
-        assert_same(tmp_path / "ddp 4", tmp_path / f"{parallel} 4", 2)
-        for held in json.loads((tmp_path / f"{parallel}.json").read_text()):
-            assert sum(held.values()) == pytest.approx(sum(whole.values()) / shards, rel=0.05)
+    alone(str(tmp_path / "images.npz"), tmp_path / "alone", 2, grad_clip=0.01, save_interval=2)
+    logger.reset()
+    assert_same(tmp_path / "alone", tmp_path / "hsdp", 2)
+    np.testing.assert_allclose(curve(tmp_path / "hsdp"), curve(tmp_path / "alone"), rtol=1e-5)
+    for held, planned in json.loads((tmp_path / "memory.json").read_text()):
+        assert sum(held.values()) == pytest.approx(sum(planned.values()) - planned["gathered for a pass"], rel=0.02)
 
 
 # --- what cannot be divided ------------------------------------------------------------------------------------------
