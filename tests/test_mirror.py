@@ -21,6 +21,7 @@ ELSEWHERE = {
     "cm/objectives/karras_denoiser.py": "test_karras_diffusion.py",
     "cm/generate/schedule_scorer.py": "scripts/test_ternary_search.py",
     "cm/distributed/devices.py": "distributed/test_setup.py",
+    "cm/distributed/fsdp.py": "training/test_engine.py",
     "cm/distributed/process_exit.py": "distributed/test_setup.py",
     "cm/distributed/rendezvous.py": "distributed/test_setup.py",
     "cm/checkpoints/formats/diffusers.py": "scripts/test_convert_checkpoint.py",

@@ -21,6 +21,7 @@ from cm.setup.guide import choose_teacher_guide, prepare_label_dropout
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.model import drop_unreachable_attention
 from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
+from cm.setup.parallel import check_parallel
 
 Rule = Callable[[Settings], None]
 
@@ -62,5 +63,6 @@ TRAINING: tuple[Rule, ...] = (
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
     check_clock,
+    check_parallel,
     check_flags,                                            # of samples and measurements during training
 )

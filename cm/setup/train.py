@@ -130,7 +130,7 @@ def loop_config(settings: Settings) -> LoopConfig:
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
         "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "on_save_error", "ema_device", "shard_ema",
-        "shard_optimizer", "grad_clip", "allow_other_classes",
+        "shard_optimizer", "grad_clip", "allow_other_classes", "parallel", "shard_size",
     )
     milestones = train.milestone_interval if train.milestone_interval >= 0 else MILESTONE_SAVES * train.save_interval
     return LoopConfig(
