@@ -1,5 +1,7 @@
 # make demo: everything from an empty machine to pictures.    make test: the whole test suite.
+# make demo DATA=IMAGES HOURS=2: the same with images of your own, in about so many hours, in runs/quickstart.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
+# make slurm: srun and sbatch on a SLURM of this machine alone, which root can install (Debian); not a part of `test`.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
 # make fuzz: damaged files to every reader, MINUTES=10 of it.
 # make install LOCKED=1: only files whose SHA-256 stands in requirements.lock.    make lock: write that file anew.
@@ -12,8 +14,10 @@ MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+QUICKSTART ?= runs/quickstart
+HOURS ?= 2
 
-.PHONY: demo demo-clean test test-slow soak fuzz lint types install lock licences browser clean
+.PHONY: demo demo-clean test test-slow slurm soak fuzz lint types install lock licences browser clean
 
 install: $(VENV)/.installed
 
@@ -34,7 +38,11 @@ licences: install
 	$(BIN)/python tools/licences.py
 
 demo: install
+ifdef DATA
+	$(BIN)/python scripts/quickstart.py --data_dir "$(DATA)" --hours $(HOURS) --ranks $(RANKS) --out $(QUICKSTART)
+else
 	$(BIN)/python scripts/demo.py --ranks $(RANKS) --out $(DEMO)
+endif
 
 demo-clean:
 	rm -rf $(DEMO)
@@ -46,6 +54,13 @@ test: install lint
 # Tests of the mark `slow`: they take long, or need what a machine of continuous integration lacks, and say what.
 test-slow: install
 	$(BIN)/python -m pytest -m slow -rs
+
+slurm: install
+	@command -v srun slurmctld > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	    timeout 300 sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	    --no-install-recommends slurm-wlm munge' > /dev/null 2>&1; } || \
+	    echo 'no SLURM, and it cannot be installed: its tests are skipped'
+	$(BIN)/python -m pytest -m slow -rs tests/system/test_slurm.py
 
 # Not a part of `test`, which runs it for half a minute: the longer, the more moments are struck.
 soak: install

@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -104,22 +103,26 @@ class Contest:
             flags |= {"teacher_model_path": str(self.checkpoint(training.teacher, seed)), "lr": flags["lr"] / 2}
         else:
             flags |= self.stage.network
-        begun = time.monotonic()
-        if self.command(folder / "seconds.json", [f"scripts/{training.script}", *words(flags)]):
-            write_json(folder / "seconds.json", time.monotonic() - begun)
+        if seconds := self.command(folder / "seconds.json", [f"scripts/{training.script}", *words(flags)]):
+            write_json(folder / "seconds.json", seconds)
 
-    def command(self, product: Path, command: list[str]) -> bool:
-        """Run a command of the toolkit on one thread, unless its product is there; whether it ran."""
+    def command(self, product: Path, command: list[str]) -> float:
+        """Run a command of the toolkit on one thread, unless its product is there.
+
+        :return: seconds of the processor, which other programs change little; 0 if it did not run.
+        """
         if product.exists():
-            return False
+            return 0.0
         log = product.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "csv"}
         with log.open("w") as output:
-            status = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output)
-        if status.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with status {status.returncode}; see {log}")
-        return True
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output)
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}; see {log}")
+        return used.ru_utime + used.ru_stime
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class Contest:
         """Rows sorted by mean; one is better than another only if their seeds do not overlap."""
         batch = self.stage.training["global_batch_size"]
         lines = [f"{self.steps} steps of {batch} images, {self.args.seeds} seeds, {self.args.num_samples} samples.", "",
-                 "| training | sampler | NFE | distance, mean | lowest to highest | training, s |",
+                 "| training | sampler | NFE | distance, mean | lowest to highest | training, CPU s |",
                  "|---|---|---|---|---|---|"]
         for (name, way), row in sorted(rows.items(), key=lambda item: np.mean([s.distance for s in item[1]])):
             found = [score.distance for score in row]

@@ -5,9 +5,11 @@ python benchmarks/memory_table.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch as th
+from torch import nn
 
 from cm.config.flags import Settings, parse
 from cm.config.schema import (
@@ -33,6 +35,7 @@ LAYOUTS = (                                                 # each in addition t
     ("--shard_optimizer", "True"),
     ("--ema_device", "cpu"),
 )
+SHARDED = ("--use_fp16", "False", "--precision", "bf16", "--parallel", "fsdp")
 
 
 def settings_of(preset: str, *flags: str) -> Settings:
@@ -49,18 +52,22 @@ def table(name: str) -> list[str]:
         model = model_from(settings)
     for layout in LAYOUTS:
         flags += layout
-        plans = [
-            plan(model, planned_run(settings_of(PRESETS[name], *flags, "--dry_run_ranks", str(ranks)))[0])
-            for ranks in RANKS
-        ]
-        cells = [f"{sum(each.device.values()) / GIB:.2f}" for each in plans]
+        cells = [held(name, model, flags, ranks) for ranks in RANKS]
         words = f"and `{' '.join(layout)}`" if layout else "the preset: fp16, nothing shared"
         rows.append(f"| {name} | {words} | {' | '.join(cells)} |")
+    cells = ["" if ranks == 1 else held(name, model, SHARDED, ranks) for ranks in RANKS]
+    rows.append(f"| {name} | only `{' '.join(SHARDED)}` | {' | '.join(cells)} |")
     for precision in ("fp16", "bf16"):
         kept = activations(model, IMAGES, settings.values["image_size"], precision, settings.values["class_cond"])
         size = f"{kept / GIB:.2f}"
         rows.append(f"| {name} | estimate: activations of {IMAGES} images, {precision} | {' | '.join([size] * 3)} |")
     return rows
+
+
+def held(name: str, model: nn.Module, flags: Sequence[str], ranks: int) -> str:
+    """GiB of one rank of a preset with other flags."""
+    run, _ = planned_run(settings_of(PRESETS[name], *flags, "--dry_run_ranks", str(ranks)))
+    return f"{sum(plan(model, run).device.values()) / GIB:.2f}"
 
 
 def main() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
-from cm.config.schema import TRAINING_SECTIONS
+from cm.config.schema import FIRST_OF_DISTILLATION, TRAINING_SECTIONS
 from cm.distributed import signals
 
 
 def read_flags() -> Settings:
-    return parse(__doc__, *TRAINING_SECTIONS, schedule_sampler="uniform", total_training_steps=600_000)
+    return parse(__doc__, *TRAINING_SECTIONS, first=FIRST_OF_DISTILLATION, schedule_sampler="uniform",
+                 total_training_steps=600_000)
 
 
 def main() -> None:

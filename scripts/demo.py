@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cm.config import early_exit
 from cm.config.flags import Parser
 from cm.data.sources import open_source
-from cm.generate.grids import labelled_rows, save_picture
-from cm.io.atomic import AtomicFile
-from cm.io.storage import write_bytes
-from cm.io.terminal import without_controls
+from cm.quickstart.results import picture, row, samples_in, table, write_real
+from cm.quickstart.stages import Commands, Stage, run_chain
 
-SCRIPTS = Path(__file__).resolve().parent
-REAL_SEED = 7
+SCRIPTS = Path(__file__).resolve().parent                   # in the repository as in an installed package
 
 
 def read_flags() -> argparse.Namespace:
@@ -74,17 +66,17 @@ class Demo:
     """
 
     def __init__(self, out: Path, ranks: int, num_samples: int, extra: list[str]):
-        self.out, self.ranks, self.num_samples, self.extra = out, ranks, num_samples, extra
+        self.out, self.num_samples, self.extra = out, num_samples, extra
+        self.commands = Commands(out, SCRIPTS, ranks)
         out.mkdir(parents=True, exist_ok=True)
-
-    # --- stages ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """All stages in their order, then the table."""
         start = time.monotonic()
         self.reference()
-        self.classifier()
-        self.train("edm", "edm_train", "--time_scale", "1")     # a slow clock, which ECT needs: docs/few-step.md
+        self.stage(self.commands.classifier("digits", 8))   # a small classifier that never sees a generated image
+        # A slow clock, which ECT needs (docs/few-step.md); and the average of step 100 stays, to guide.
+        self.train("edm", "edm_train", "--time_scale", "1", "--milestone_interval", "100")
         teacher = self.checkpoint("edm")
         measured = ("--eval_interval", "50", "--eval_samples", "1000", "--eval_batch_size", "250", "--eval_ref",
                     str(self.out / "real.npz"), "--inception", str(self.out / "classifier.ts"))
@@ -94,99 +86,42 @@ class Demo:
         for key, method in METHODS.items():
             self.sample(key, method)
         rows = [self.evaluate(key, method) for key, method in METHODS.items()]
-        picture, report = self.picture(), self.report("edm", "cd", "ect", "ct")
-        print("\n" + table(rows, self.classifier_accuracy()))
-        print(f"\n{time.monotonic() - start:.0f} s in total. The picture: {picture}; the trainings: {report}")
+        path = self.out / "demo.png"
+        folders = {method.name: self.out / key for key, method in METHODS.items()}
+        picture(path, self.out / "real.npz", "real digits", folders, scale=6)
+        report = self.stage(self.commands.report(["edm", "cd", "ect", "ct"])).product
+        print("\n" + table(rows, self.note()))
+        print(f"\n{time.monotonic() - start:.0f} s in total. The picture: {path}; the trainings: {report}")
+
+    def stage(self, stage: Stage) -> Stage:
+        """Run a stage unless its product is there."""
+        stage.run("demo")
+        return stage
 
     def reference(self) -> None:
         """The real digits as a batch for the evaluator."""
         path = self.out / "real.npz"
         if not path.exists():
-            source = open_source("digits", 8, channels=1)
-            assert source.labels is not None, "digits have classes"
-            with AtomicFile(path) as file:
-                np.savez(file, arr_0=source.images(np.arange(len(source))), arr_1=source.labels)
-
-    def classifier(self) -> None:
-        """The feature extractor: a small classifier that never sees a generated image."""
-        self.stage(
-            "classifier", self.out / "classifier.ts",
-            [script("classifier_train"), "--data_dir", "digits", "--image_size", "8",
-             "--out", str(self.out / "classifier.ts")],
-        )
+            write_real(path, open_source("digits", 8, channels=1))
 
     def train(self, run: str, command: str, *options: str) -> None:
-        """A training run on `ranks` ranks, by the preset of its name."""
-        self.stage(
-            f"training {run}", self.out / run / "finished",
-            [script(command), "--config", f"digits/{run}",
-             "--log_dir", str(self.out / run), *options, *self.extra],
-            ranks=self.ranks,
-        )
-        write_bytes(self.out / run / "finished", b"")
+        """A training run by the preset of its name."""
+        self.stage(self.commands.training(run, command, "--config", f"digits/{run}", *options, *self.extra))
 
     def sample(self, key: str, method: Method) -> None:
         """Samples of a method."""
-        self.stage(
-            f"sampling {method.name}", self.out / key / "finished",
-            [script("image_sample"), "--model_path", str(self.checkpoint(method.run)),
-             "--num_samples", str(self.num_samples), "--batch_size", "250", "--precision", "auto",
-             "--log_dir", str(self.out / key), *method.options, *self.guide(method)],
-            ranks=self.ranks,
-        )
-        write_bytes(self.out / key / "finished", b"")
+        self.stage(self.commands.sampling(
+            key, method.name, self.checkpoint(method.run), self.num_samples, "--batch_size", "250", *method.options,
+            *self.guide(method),
+        ))
 
     def evaluate(self, key: str, method: Method) -> dict:
         """A row of the table."""
-        result = self.out / key / "metrics.json"
-        self.stage(
-            f"evaluating {method.name}", result,
-            ["-m", "evaluations.evaluator", str(self.out / "real.npz"), str(self.samples(key)), "--inception",
-             str(self.out / "classifier.ts"), "--class_accuracy", "--json", str(result), "--cache", "off"],
-        )
-        summary = json.loads(self.samples(key).with_suffix(".json").read_text())
-        return {
-            "method": method.name,
-            "nfe": summary["network_evaluations"],
-            "images_per_second": summary["images_per_second"],
-            "metrics": json.loads(result.read_text())["metrics"],
-        }
-
-    def picture(self, columns: int = 16) -> Path:
-        """Real digits of the same classes above the samples of each method; a column starts from one noise."""
-        with np.load(self.samples("teacher_heun")) as first:
-            labels = first["arr_1"][:columns]
-        with np.load(self.out / "real.npz") as real:
-            rng = np.random.default_rng(REAL_SEED)
-            chosen = [rng.choice(np.flatnonzero(real["arr_1"] == label)) for label in labels]
-            rows = [("real digits", real["arr_0"][chosen])]
-        for key, method in METHODS.items():
-            with np.load(self.samples(key)) as samples:
-                rows.append((method.name, samples["arr_0"][:columns]))
-        path = self.out / "demo.png"
-        save_picture(path, labelled_rows(rows, scale=6))
-        return path
-
-    def report(self, *runs: str) -> Path:
-        """The training runs on a web page."""
-        page = self.out / "report.html"
-        folders = [str(self.out / run) for run in runs]
-        self.stage("report", page, [script("report"), *folders, "--out", str(page)])
-        return page
-
-    # --- parts ---------------------------------------------------------------------------------------------------
-
-    def stage(self, name: str, product: Path, command: list[str], ranks: int = 0) -> None:
-        """Run a command unless its product is there."""
-        if product.exists():
-            print(f"[{name}] reusing {product.parent if product.name == 'finished' else product}")
-            return
-        started = any(product.parent.glob("checkpoint_*.json"))
-        full = [*(mpiexec(ranks) if ranks else []), sys.executable, *command]
-        print(without_controls(f"\n[{name}]{' resuming' if started else ''}\n$ {shlex.join(full)}"), flush=True)
-        status = subprocess.run(full, env=os.environ | {"OPENAI_LOG_FORMAT": "log,csv,json"}).returncode
-        if status:
-            sys.exit(f"demo: the stage {name!r} ended with status {status}; see its messages above")
+        self.stage(self.commands.evaluation(
+            key, method.name, samples_in(self.out / key), "--inception", str(self.out / "classifier.ts"),
+            "--class_accuracy",
+        ))
+        return row(method.name, self.out / key)
 
     def checkpoint(self, run: str) -> Path:
         """The newest averaged weights of a training run."""
@@ -199,51 +134,18 @@ class Demo:
         first = sorted((self.out / method.run).glob("ema_*.pt"))[0]
         return "--guide_path", str(first), "--guide_scale", str(method.guide_scale)
 
-    def samples(self, key: str) -> Path:
-        """The npz of a method's samples."""
-        return next((self.out / key).glob("samples_*.npz"))
-
-    def classifier_accuracy(self) -> str:
-        """The held-out accuracy of the feature extractor, to print."""
+    def note(self) -> str:
+        """What the numbers of the table are, with the held-out accuracy of the feature extractor."""
         facts = self.out / "classifier.json"
-        return f"{json.loads(facts.read_text())['held_out_accuracy']:.1%}" if facts.exists() else "unknown"
-
-
-def table(rows: list[dict], classifier_accuracy: str) -> str:
-    """The comparison, as text. The features are a digit classifier's: these are not Inception numbers."""
-    head = ("method", "NFE", "Frechet distance*", "precision*", "recall*", "class accuracy*", "images/s")
-    lines: list[tuple[str, ...]] = [head]
-    for row in rows:
-        m = {name: result["value"] for name, result in row["metrics"].items()}
-        lines.append((
-            row["method"], str(row["nfe"]), f"{m['frechet_distance']:.3f}", f"{m['precision']:.3f}",
-            f"{m['recall']:.3f}", f"{m['class_accuracy']:.1%}", f"{row['images_per_second']:.0f}",
-        ))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    text.append(
-        "* in the features of the digit classifier trained in this demo (held-out accuracy "
-        f"{classifier_accuracy}); not Inception FID, and not comparable with it"
-    )
-    return "\n".join(text)
-
-
-def script(name: str) -> str:
-    """A command of the toolkit: it lies beside this one, in the repository as in an installed package."""
-    return str(SCRIPTS / f"{name}.py")
-
-
-def mpiexec(ranks: int) -> list[str]:
-    """The start of a command on several ranks, by the mpiexec of this Python environment if it has one."""
-    own = Path(sys.executable).with_name("mpiexec")
-    return [str(own if own.exists() else "mpiexec"), "-n", str(ranks)]
+        accuracy = f"{json.loads(facts.read_text())['held_out_accuracy']:.1%}" if facts.exists() else "unknown"
+        return ("* in the features of the digit classifier trained in this demo (held-out accuracy "
+                f"{accuracy}); not Inception FID, and not comparable with it")
 
 
 def main() -> None:
     """Run the demo as the flags say."""
     args = early_exit.parse_or_exit(read_flags)
-    Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run()
+    run_chain(Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
-from cm.config.schema import TRAINING_SECTIONS
+from cm.config.schema import FIRST_OF_TRAINING, TRAINING_SECTIONS
 from cm.distributed import signals
 
 
 def read_flags() -> Settings:
-    return parse(__doc__, *TRAINING_SECTIONS, training_mode="edm")
+    return parse(__doc__, *TRAINING_SECTIONS, first=FIRST_OF_TRAINING, training_mode="edm")
 
 
 def main() -> None:

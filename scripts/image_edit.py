@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from cm.setup.guide import Guide
 
 COLUMNS = 8                                                 # images in the comparison
+FIRST = ("model_path", "log_dir", "task", "images", "mask", "mask_box", "superres_factor", "denoise_sigma", "ts",
+         "num_samples", "seed", "precision")                # what --help shows
 
 
 def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
     return parse(
-        __doc__ or "", EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, seed=42
+        __doc__ or "", EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, first=FIRST,
+        seed=42,
     )
 
 

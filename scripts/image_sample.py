@@ -30,12 +30,15 @@ if TYPE_CHECKING:
     from cm.generate.engine import PngResult, SamplingPlan, SamplingResult
     from cm.setup.guide import Guide
 
+FIRST = ("model_path", "log_dir", "sampler", "steps", "ts", "num_samples", "batch_size", "class_label", "guide_scale",
+         "seed", "outdir", "precision")                     # what --help shows
+
 
 def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
     return parse(
         __doc__ or "", SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig, ModelConfig, DiffusionConfig,
-        VaeConfig, RunConfig, seed=42,
+        VaeConfig, RunConfig, first=FIRST, seed=42,
     )
 
 

@@ -40,11 +40,14 @@ if TYPE_CHECKING:
 
 STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "ternary_search.png"
 SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
+FIRST = ("model_path", "log_dir", "ref_batch", "inception", "num_ts", "begin", "end", "steps", "num_samples",
+         "batch_size", "seed", "precision")                 # what --help shows
 
 
 def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
-    return parse(__doc__ or "", TernarySearchConfig, *SAMPLING, training_mode="consistency_distillation", seed=42)
+    return parse(__doc__ or "", TernarySearchConfig, *SAMPLING, first=FIRST, training_mode="consistency_distillation",
+                 seed=42)
 
 
 def main(settings: Settings) -> None:

@@ -95,6 +95,31 @@ def test_cost_of_evaluation():
     assert f"Inception processes {inception:.0f} images/s" in text
 
 
+def test_cost_of_opening_large_sets():
+    edm, classes, folder, npz = results("benchmarks/large_sets.json")
+    text = page("docs/performance.md")
+
+    def cost(row, who):
+        return f"{row[who]['cpu_seconds']:.1f} s", f"{row[who]['peak_mib']:.0f} MiB"
+
+    def both(number, digits):
+        low, high = sorted(row["plain"][number] for row in (edm, classes))
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
+    first, first_peak = cost(edm, "rank_0")
+    second, second_peak = cost(classes, "rank_0")
+    assert f"({edm['images']:,} images) takes rank 0 {first} of processor time and {first_peak} for a zip" in text
+    assert f"{second} and {second_peak} for a zip with a folder for each class" in text
+    others = [row["other_ranks"] for row in (edm, classes)]
+    assert (f"each other rank {max(row['cpu_seconds'] for row in others):.1f} s and at most "
+            f"{max(row['peak_mib'] for row in others):.0f} MiB") in text
+    assert f"it takes every rank {both('cpu_seconds', 1)} s and {both('peak_mib', 0)} MiB" in text
+    for row, words in ((folder, "A folder of 200,000 files takes"), (npz, "ImageNet, of 10x10,")):
+        own, plain = (f"{each['cpu_seconds']:.2f} s and {each['peak_mib']:.0f} MiB"
+                      for each in (row["rank_0"], row["plain"]))
+        assert f"{words} {own} (plain: {plain})" in text
+
+
 # --- README.md --------------------------------------------------------------------------------------------------------
 
 

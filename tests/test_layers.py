@@ -20,7 +20,7 @@ FLOORS = [
     ["generate"],
     ["training"],
     ["setup"],
-    ["pipeline"],
+    ["pipeline", "quickstart"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "image_sources", "karras_diffusion", "logger", "losses", "nn",

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "cm/objectives/karras_denoiser.py": "test_karras_diffusion.py",
     "cm/generate/schedule_scorer.py": "scripts/test_ternary_search.py",
     "cm/distributed/devices.py": "distributed/test_setup.py",
+    "cm/distributed/fsdp.py": "training/test_engine.py",
     "cm/distributed/process_exit.py": "distributed/test_setup.py",
     "cm/distributed/rendezvous.py": "distributed/test_setup.py",
     "cm/checkpoints/formats/diffusers.py": "scripts/test_convert_checkpoint.py",
@@ -42,6 +43,7 @@ ELSEWHERE = {
     "evaluations/in_training.py": "training/test_callbacks.py",
     "evaluations/report.py": "evaluations/test_evaluator.py",
     "cm/data/image_source.py": "data/test_sources.py",
+    "cm/data/random_access.py": "data/test_sources.py",
     "cm/data/formats/folder.py": "data/test_sources.py",
     "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.

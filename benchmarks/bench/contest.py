@@ -65,9 +65,12 @@ WAYS = {
     "Ito 12": Way("ito", {"steps": 12}),
     "one step": Way("onestep", {}),
     "two steps": Way("multistep", {"steps": 18, "ts": "0,8,17"}),
+    "flow map, one step": Way("flowmap", {"steps": 1}),
+    "flow map, two steps": Way("flowmap", {"steps": 2}),
 }
-DIFFUSION = tuple(name for name, way in WAYS.items() if way.name not in ("onestep", "multistep"))
+DIFFUSION = tuple(name for name, way in WAYS.items() if way.name not in ("onestep", "multistep", "flowmap"))
 CONSISTENCY = ("one step", "two steps")
+FLOW_MAP = ("flow map, one step", "flow map, two steps")
 
 DISTIL = {
     "training_mode": "consistency_distillation", "teacher_dropout": 0, "target_ema_mode": "fixed", "start_ema": 0.9,
@@ -96,6 +99,11 @@ TRAININGS = {
         "cm_train.py", {"training_mode": "scd", "teacher_dropout": 0, "tangent_warmup": 50}, CONSISTENCY,
         teacher="EDM, slow clock",
     ),
+    "alpha-Flow of EDM": Training(
+        "cm_train.py", {"training_mode": "alphaflow", "pair_path": "teacher", "teacher_dropout": 0}, FLOW_MAP,
+        teacher="EDM, slow clock",
+    ),
+    "MeanFlow": Training("cm_train.py", {"training_mode": "meanflow", **SLOW}, FLOW_MAP),
     "iCT": Training("cm_train.py", {"training_mode": "ict", **SLOW, "start_scales": 4, "end_scales": 32}, CONSISTENCY),
     "sCT": Training("cm_train.py", {"training_mode": "sct", **SLOW, "tangent_warmup": 50}, CONSISTENCY),
 }

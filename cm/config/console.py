@@ -80,6 +80,11 @@ def classifier() -> None:
     run("cm.commands.classifier_train")
 
 
+def quickstart() -> None:
+    """From images to a few-step generator."""
+    run("cm.commands.quickstart")
+
+
 def demo() -> None:
     """The complete workflow on digits."""
     run("cm.commands.demo")

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from cm.config import plugins, presets
+from cm.config.help import Help
 from cm.distributed.launchers import launcher_rank
 from cm.errors import UserError
 from cm.io import terminal
@@ -226,17 +227,21 @@ def positive(word: str) -> int:
     return value
 
 
-def parse(description: str | None, *sections: type, argv: Sequence[str] | None = None, **defaults: Any) -> Settings:
+def parse(
+    description: str | None, *sections: type, argv: Sequence[str] | None = None, first: Sequence[str] = (),
+    **defaults: Any,
+) -> Settings:
     """Read the flags of a script.
 
     :param sections: config dataclasses; each is a group of --help, titled by the first line of its docstring.
+    :param first: the flags that --help shows; the others are shown by `--help all`. Empty: all.
     :param defaults: defaults of this script where they differ from the section's.
     :raises UserError: if the config file is missing, unreadable or has an unknown key, a value is not allowed, or two
         names of one flag have different values.
     """
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
-    parser = make_parser(description, sections, types, defaults)
+    parser = make_parser(description, sections, types, defaults, first)
     args = vars(parser.parse_args(argv))
     config_file, dry_run = args.pop("config"), args.pop("dry_run")
     args.pop(plugins.NAME)
@@ -285,11 +290,15 @@ def give(settings: Settings, values: Mapping[str, Any], *sections: type) -> None
         check(fields[name], settings.values[name], name)
 
 
-def make_parser(description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict) -> Parser:
+def make_parser(
+    description: str | None, sections: Sequence[type], types: Mapping[str, type], defaults: dict,
+    first: Sequence[str] = (),
+) -> Parser:
     parser = Parser(
-        description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False,
+        description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False, add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("-h", "--help", action=Help, first=first)
     parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
     parser.add_argument("--dry_run", action="store_true",
                         help="print the resolved run, check what it would read and write, and exit")

@@ -232,6 +232,14 @@ class TrainConfig:
     shard_optimizer: bool = option(
         False, "each rank keeps a shard of the optimizer state (ZeRO-1); no effect on the result"
     )
+    parallel: str = option(
+        "ddp", "how several ranks share a run; ddp: each holds the networks; fsdp: networks, gradients, optimizer and "
+        "averages are divided among all ranks; hsdp: among the ranks of a machine, and machines hold the same",
+        choices=("ddp", "hsdp", "fsdp"),
+    )
+    shard_size: int = option(
+        0, "hsdp: number of ranks that the networks are divided among; 0: the ranks of a machine", minimum=0
+    )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     fp16_scale_growth: float = option(
         1e-3, "increase of log2 of the fp16 loss scale after each successful step", minimum=0
@@ -459,3 +467,9 @@ TRAINING_SECTIONS = (
     EvalConfig, VaeConfig, RunConfig,
 )
 """The flags of every training command."""
+
+FIRST_OF_TRAINING = ("data_dir", "log_dir", "image_size", "class_cond", "num_channels", "global_batch_size",
+                     "microbatch", "lr", "total_training_steps", "precision")
+FIRST_OF_DISTILLATION = ("data_dir", "log_dir", "training_mode", "teacher_model_path", "loss_norm",
+                         "global_batch_size", "microbatch", "lr", "total_training_steps", "precision")
+"""What --help shows of them."""

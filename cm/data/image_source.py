@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from cm.data.class_names import ClassNames
-from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, images_among, why_unreadable
+from cm.data.decode import IMAGE_BYTES, IMAGE_SUFFIXES, MODES, centre_crop, decode, why_unreadable
+from cm.data.image_names import Found
 from cm.data.labels import LABEL_FILE, Labels, label_budget, labels_of_json, labels_of_names
-from cm.data.latents import LatentRecord, arrays_among, moments_of, record_for, record_of_json
+from cm.data.latents import LatentRecord, moments_of, record_of_json
 from cm.errors import UserError
 from cm.io import untrusted
 
@@ -43,6 +44,7 @@ class ImageSource:
         self.no_labels = self.labels_from = ""
         self.class_names: ClassNames = ()
         self._length = length
+        self._keeps = False                                         # whether `_cache` is, or will be, there
         self._cache: np.ndarray | None = None
         self._cached = np.zeros(length, bool)
         self.keep_decoded(CACHE_BYTES)
@@ -53,15 +55,18 @@ class ImageSource:
     def keep_decoded(self, limit_bytes: int) -> None:
         """Decode each image only once per process if all together have at most so many bytes; what is decoded stays.
 
-        The operating system commits the memory only as it is filled.
+        The memory is taken with the first image, and the operating system commits it only as it is filled.
         """
-        size = self.image_size
-        kind = np.dtype(np.float32 if self.holds_moments else np.uint8)
-        needed = len(self) * size**2 * self.channels * kind.itemsize
-        if self._cache is None and needed <= limit_bytes:
-            self._cache = np.empty((len(self), size, size, self.channels), kind)
-        elif self._cache is not None and not self._cached.any() and needed > limit_bytes:
-            self._cache = None
+        if not self._cached.any():
+            self._cache, self._keeps = None, len(self) * self._square_bytes <= limit_bytes
+
+    @property
+    def _square_bytes(self) -> int:
+        return self.image_size**2 * self.channels * self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return np.dtype(np.float32 if self.holds_floats else np.uint8)
 
     @property
     def holds_floats(self) -> bool:
@@ -71,7 +76,7 @@ class ImageSource:
     @property
     def in_memory(self) -> bool:
         """Whether every image stays in memory once it has been read."""
-        return self._cache is not None
+        return self._keeps
 
     def take_labels(self, labels: Labels) -> None:
         """Give the images these classes."""
@@ -106,25 +111,14 @@ class ImageSource:
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """`image` for several at once: int64 [B] -> [B,S,S,C], a copy that the caller may change."""
-        if self._cache is None:
+        if not self._keeps:
             return np.stack([self._square(i) for i in indices.tolist()])
+        if self._cache is None:
+            self._cache = np.empty((len(self), self.image_size, self.image_size, self.channels), self._dtype)
         for i in indices[~self._cached[indices]].tolist():
             self._cache[i] = self._square(i)
             self._cached[i] = True
         return self._cache[indices]
-
-    def record(self, given: str, image_size: int, channels: int) -> LatentRecord:
-        """The record of the latents of which this source holds mean and standard deviation.
-
-        :param given: a record as the value of a flag; empty if there is none.
-        :param channels: of a latent.
-        :raises UserError: if the latents have another size or other channels, or there is no record.
-        """
-        found, side = self.channels // 2, self.image_size
-        if (found, side) != (channels, image_size):
-            raise UserError(f"{self.data_dir} holds latents of {found} channels and side {side}, and --channels "
-                            f"{channels} --image_size {image_size} asks for others")
-        return record_for(self.latents, given, channels, self.data_dir)
 
     def gather(self, indices: np.ndarray) -> None:
         """Make ready the images of a batch: nothing, where each can be read at any time."""
@@ -138,6 +132,10 @@ class ImageSource:
         size = self.image_size
         return centre_crop(self.load(i), size).reshape(size, size, self.channels)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was decoded, which another process decodes for itself."""
+        return {**self.__dict__, "_cache": None, "_cached": np.zeros(len(self), bool)}
+
 
 class EncodedSource(ImageSource):
     """Images in a folder or an archive, decoded on demand. Names are relative paths with slashes.
@@ -145,8 +143,8 @@ class EncodedSource(ImageSource):
     If there are arrays (.npy) and no images, these are latents, see `cm.data.latents`.
     """
 
-    def __init__(self, data_dir: str, image_size: int, files: list[str], channels: int = 3):
-        names = images_among(files) or arrays_among(files)
+    def __init__(self, data_dir: str, image_size: int, found: Found, channels: int = 3):
+        names, self.has_label_file = found
         if not names:
             raise UserError(f"no images in {data_dir}: looked at every depth for {' '.join(IMAGE_SUFFIXES)}")
         self.holds_moments = not names[0].lower().endswith(IMAGE_SUFFIXES)
@@ -158,7 +156,7 @@ class EncodedSource(ImageSource):
         if channels == 1 and not self.holds_moments:
             self.note = "read as grey: images in colour are converted to their luma"
         self._names = names
-        if LABEL_FILE in files:
+        if self.has_label_file:
             try:
                 text = self.read(LABEL_FILE, label_budget(len(names)).bytes)
             except untrusted.DAMAGE as error:
@@ -167,7 +165,6 @@ class EncodedSource(ImageSource):
             self.latents = record_of_json(text, data_dir, len(names)) if self.holds_moments else None
         else:
             self.take_labels(labels_of_names(names))
-        self.has_label_file = LABEL_FILE in files
 
     def label_by(self, rule: str) -> None:
         """Take the classes by another rule than "auto", see `labels_of_names`; a dataset.json wins over each."""
@@ -187,7 +184,7 @@ class EncodedSource(ImageSource):
         height, width, self.channels = self.moments(0).shape
         if height != width:
             raise UserError(f"{self.data_dir} holds latents of {height}x{width}, and they must be square")
-        self.image_size, self._cache = height, None
+        self.image_size = height
         self.keep_decoded(CACHE_BYTES)
         self.note = f"mean and standard deviation of latents of {self.channels // 2} channels, drawn anew each time"
 
@@ -257,3 +254,4 @@ class Format(NamedTuple):
     what: str                                   # how messages call such a set
     on_disk: str = "file"                       # "file", "folder", "any" of both, or "no" place to look for
     is_stream: bool = False                     # whether it is opened as a `cm.data.streams.ImageStream`
+    is_sent: bool = False                       # whether rank 0 opens it and sends it to the others, by pickle

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ FINAL_STD = 0.5
 PIXELS = ("unit", "symmetric")
 """Range of the pixels that a VAE was given and gives: [0, 1], as EDM2 has it, or [-1, 1], as diffusers has it."""
 ARRAY_SUFFIX = ".npy"
+AT_END = re.compile(rb'"latents"\s*:\s*(\{[^{}]*\})\s*\}\s*\Z')
 RECORD = "latents"
 """Under which name dataset.json, a checkpoint and a flag hold the record."""
 
@@ -140,8 +142,9 @@ def record_of_json(text: bytes, data_dir: str, count: int) -> LatentRecord | Non
 
     :raises UserError: if it has one that cannot be read.
     """
-    try:
-        content = parse_json(text, label_budget(count))
+    at_end = AT_END.search(text, max(0, len(text) - SETTINGS.bytes))
+    try:                                                    # a million labels need not be parsed once more
+        content = {RECORD: parse_json(at_end[1])} if at_end else parse_json(text, label_budget(count))
         found = content.get(RECORD) if isinstance(content, Mapping) else None
         return None if found is None else from_content(found)
     except ValueError as error:

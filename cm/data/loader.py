@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cm.data.decode import resize_shorter_side
 from cm.data.image_source import ImageSource
-from cm.data.latents import LatentRecord, drawn
+from cm.data.latents import LatentRecord, drawn, record_for
 from cm.data.sources import open_source, open_stream
 from cm.data.streams import WINDOW, StreamedSource
 from cm.distributed import signals
@@ -57,7 +57,7 @@ def load_data(
     channels: int = 3,
     shuffle_window: int = WINDOW,
     num_classes: int | None = None,
-    latents: str = "",
+    source: ImageSource | None = None,
 ) -> BatchStream:
     """An endless iterator of this rank's batches, which unpack as `images, cond`.
 
@@ -77,42 +77,44 @@ def load_data(
     :param pin_memory: put images in page-locked memory, from which copies to a GPU are faster.
     :param cache_bytes: a set of at most so many bytes stays in memory, decoded; None for 256 MiB.
     :param labels: where classes come from, see `cm.data.labels.RULES`.
-    :param channels, latents: C, see `open_source`, and a record for latents that have none, see `cm.data.latents`.
+    :param channels: C, see `cm.data.sources.open_source`; of latents that are drawn, theirs.
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
+    :param source: the set, if it is open already; `data_dir` then only names it.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
     options: dict[str, Any] = {"image_size": image_size, "channels": channels}
-    if stream := open_stream(data_dir):
-        options |= {"window": shuffle_window, "num_classes": num_classes}
-        source = StreamedSource(stream, seed=seed, shuffle=not deterministic, **options)
-        order = source.order
+    if source is None and (stream := open_stream(data_dir)):
+        options |= {"window": shuffle_window, "num_classes": num_classes, "shuffle": not deterministic}
+        images = StreamedSource(stream, seed=seed, **options)
+        order = images.order
     else:
-        source = _open_images(data_dir, class_cond, cache_bytes, latents, labels=labels, **options)
-        order = EpochOrder(len(source), seed, shuffle=not deterministic)
-    step = world_size * batch_size if global_batch is None else global_batch
-    requests = Requests(order, offsets_of_rank(batch_size, rank, world_size, global_batch), step, start)
-    samples = Samples(source, class_cond, seed, random_crop, random_flip)
-    if num_workers is None:
-        num_workers = 0 if source.in_memory and not random_crop else 1
-    return BatchStream(samples, requests, num_workers, pin_memory)
+        images = source or open_source(data_dir, labels=labels, latents=True, **options)
+        _prepare(images, class_cond, cache_bytes, **options)
+        order = EpochOrder(len(images), seed, shuffle=not deterministic)
+    offsets = offsets_of_rank(batch_size, rank, world_size, global_batch)
+    requests = Requests(order, offsets, global_batch or world_size * batch_size, start)
+    workers = (0 if images.in_memory and not random_crop else 1) if num_workers is None else num_workers
+    return BatchStream(Samples(images, class_cond, seed, random_crop, random_flip), requests, workers, pin_memory)
 
 
-def _open_images(
-    data_dir: str, class_cond: bool, cache_bytes: int | None, latents: str, **options: Any
-) -> ImageSource:
-    """A set of images that are read in any order.
+def _prepare(
+    source: ImageSource, class_cond: bool, cache_bytes: int | None, image_size: int, channels: int
+) -> None:
+    """Let a set keep as much as it may.
 
-    :raises UserError: if there are no images, or classes are asked for and missing.
+    :raises UserError: if classes are asked for and missing, or latents are of another size or other channels.
     """
-    source = open_source(data_dir, latents=True, **options)
     if source.holds_moments:
-        source.latents = source.record(latents, options["image_size"], options["channels"])
+        found, side = source.channels // 2, source.image_size
+        if (found, side) != (channels, image_size):
+            raise UserError(f"{source.data_dir} holds latents of {found} channels and side {side}, and --channels "
+                            f"{channels} --image_size {image_size} asks for others")
+        source.latents = record_for(source.latents, "", channels, source.data_dir)
     if cache_bytes is not None:
         source.keep_decoded(cache_bytes)
     if class_cond and source.labels is None:
-        raise UserError(f"--class_cond needs a class for every image of {data_dir}, but {source.no_labels}")
-    return source
+        raise UserError(f"--class_cond needs a class for every image of {source.data_dir}, but {source.no_labels}")
 
 
 class LoaderSource(Protocol):

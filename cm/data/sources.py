@@ -13,6 +13,7 @@ from cm.data.formats import digits, folder, npz, webdataset, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
 from cm.data.latents import arrays_among
 from cm.data.streams import ImageStream
+from cm.distributed.collectives import on_main_arrays
 from cm.errors import UserError
 from cm.io import storage
 from cm.registry import Table
@@ -86,6 +87,16 @@ def may_hold_moments(data_dir: str) -> bool:
 def _is_array(name: str) -> bool | None:
     """Whether a file is an array and no image; None if it is neither."""
     return True if arrays_among([name]) else False if images_among([name]) else None
+def open_everywhere(
+    data_dir: str, image_size: int, labels: str = "auto", channels: int = 3, latents: bool = False
+) -> ImageSource:
+    """As `open_source`, for all ranks at once: rank 0 looks for the images, and the others get what it found. A set of
+    a format that cannot be sent, every rank opens for itself.
+
+    :raises UserError: on every rank, as `open_source`.
+    """
+    arguments = (data_dir, image_size, "--data_dir", labels, channels, latents)
+    return on_main_arrays(open_source, *arguments) if find_format(data_dir).is_sent else open_source(*arguments)
 
 
 def open_stream(data_dir: str) -> ImageStream | None:

@@ -95,6 +95,11 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
+def all_reduce_min(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its elementwise minimum over all ranks; returns it."""
+    return _all_reduce(tensor, dist.ReduceOp.MIN)
+
+
 def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
     if ranks() > 1:
         dist.all_reduce(tensor, operation)
@@ -194,6 +199,28 @@ def on_main(function: Callable[..., Result], *args: Any) -> Result:
     if error is not None or received is not None:
         raise error or received
     return result
+
+
+def on_main_arrays(function: Callable[..., Result], *args: Any) -> Result:
+    """As `on_main`; the arrays in the result are sent as they lie in memory, without the copies of a pickle."""
+    if ranks() == 1:
+        return function(*args)
+    made: list[Result] = []
+    buffers: list[pickle.PickleBuffer] = []
+
+    def pickled() -> tuple[bytes, list[int]]:
+        made.append(function(*args))
+        frame = pickle.dumps(made[0], protocol=5, buffer_callback=buffers.append)
+        return frame, [buffer.raw().nbytes for buffer in buffers]
+
+    frame, sizes = on_main(pickled)
+    own = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    arrays = own or [np.empty(size, np.uint8) for size in sizes]
+    for array in arrays:
+        for start in range(0, len(array), MESSAGE_BYTES):
+            part = array[start : start + MESSAGE_BYTES]             # torch warns of arrays that cannot be written
+            dist.broadcast(th.from_numpy(part if part.flags.writeable else part.copy()), 0)
+    return made[0] if made else pickle.loads(frame, buffers=arrays)
 
 
 def _portable(error: Exception | None) -> Exception | None:

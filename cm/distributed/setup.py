@@ -24,6 +24,7 @@ from cm.distributed import devices, failure, launchers, malloc, process_exit, re
 from cm.distributed.collectives import (
     all_gather_object,
     all_reduce_max,
+    all_reduce_min,
     all_reduce_sum,
     barrier,
     broadcast_object,
@@ -37,9 +38,9 @@ from cm.io import terminal
 from cm.registry import lookup
 
 __all__ = [
-    "all_gather_object", "all_reduce_max", "all_reduce_sum", "barrier", "broadcast_object", "dev", "gather_tensors",
-    "gather_to_main", "get_local_rank", "get_rank", "get_world_size", "is_main", "load_state_dict", "on_main", "run",
-    "set_device", "setup_dist", "sync_params",
+    "all_gather_object", "all_reduce_max", "all_reduce_min", "all_reduce_sum", "barrier", "broadcast_object", "dev",
+    "gather_tensors", "gather_to_main", "get_local_rank", "get_rank", "get_world_size", "is_main", "load_state_dict",
+    "on_main", "run", "set_device", "setup_dist", "sync_params",
 ]
 
 TIMEOUT_S = 600.0

@@ -146,18 +146,26 @@ def parse_json(text: bytes | str, budget: Budget = SETTINGS) -> Any:
     :raises ValueError: if it is none, holds more values than the budget, nested more deeply, or a whole number that
         is too large for a float.
     """
-    if len(text) > budget.bytes:
-        raise ValueError(f"it has more than {budget.bytes:,} bytes")
-    signs = b",[{:" if isinstance(text, bytes) else ",[{:"
-    nodes = 1 + sum(text.count(signs[i : i + 1]) for i in range(len(signs)))  # pyright: ignore[reportArgumentType]
-    if nodes > budget.nodes:                                # there are at most as many, and parsing multiplies bytes
-        raise ValueError(f"it has more than {budget.nodes:,} values")
+    check_size(text, budget)
     try:
         content = json.loads(text, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _check_depth(content, budget.depth)
     return content
+
+
+def check_size(text: bytes | str, budget: Budget) -> None:
+    """Check a JSON text before it is parsed, which multiplies its bytes.
+
+    :raises ValueError: if it is longer than the budget, or may hold more values.
+    """
+    if len(text) > budget.bytes:
+        raise ValueError(f"it has more than {budget.bytes:,} bytes")
+    signs = b",[{:" if isinstance(text, bytes) else ",[{:"
+    nodes = 1 + sum(text.count(signs[i : i + 1]) for i in range(len(signs)))  # pyright: ignore[reportArgumentType]
+    if nodes > budget.nodes:                                # there are at most as many
+        raise ValueError(f"it has more than {budget.nodes:,} values")
 
 
 def _whole_number(digits: str) -> int:

@@ -147,6 +147,16 @@ def list_names(directory: str) -> list[str]:
         return [name.rstrip("/") for name in blobfile.listdir(directory)] if blobfile.exists(directory) else []
 
 
+def each_name(directory: str) -> Iterator[str]:
+    """As `list_names`, one at a time: whoever has seen enough of a large folder stops."""
+    if is_remote(directory) or not os.path.isdir(directory):
+        yield from list_names(directory)
+        return
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry.name
+
+
 def make_folder(path: str | os.PathLike[str]) -> None:
     """Create a folder, with those above it, unless it is there; object stores need none.
 

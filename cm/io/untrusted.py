@@ -13,7 +13,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -58,7 +58,24 @@ def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
     return archive
 
 
-def rejection_reason(info: zipfile.ZipInfo, archive_bytes: int) -> str:
+class MemberFacts(Protocol):
+    """What is asked of a member, such as a ZipInfo."""
+
+    @property
+    def filename(self) -> str: ...
+    @property
+    def flag_bits(self) -> int: ...
+    @property
+    def external_attr(self) -> int: ...
+    @property
+    def compress_type(self) -> int: ...
+    @property
+    def compress_size(self) -> int: ...
+    @property
+    def file_size(self) -> int: ...
+
+
+def rejection_reason(info: MemberFacts, archive_bytes: int) -> str:
     """What is wrong with a member, or nothing."""
     if escapes(info.filename):
         return "leads out of the archive's own folder"

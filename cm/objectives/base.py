@@ -66,6 +66,8 @@ class Objective(ABC):
     """Whether the network is also told where its step ends: a flow map."""
     needs_slow_clock: ClassVar[bool] = False
     """Whether the loss depends on the slope of the network in the time that it is told; see `cm.setup.clock`."""
+    full_precision_passes: ClassVar[bool] = False
+    """Whether parts of the loss run networks in float32, whatever the precision of the run."""
     sampler: ClassVar[str] = "heun"
     """The sampler that fits the result."""
 

@@ -61,6 +61,7 @@ class FlowMap(Objective):
     few_step = True
     second_time = True
     needs_slow_clock = True
+    full_precision_passes = True
     sampler = "flowmap"
 
     diffusion: Diffusion

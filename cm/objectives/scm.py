@@ -51,6 +51,7 @@ class SCM(Objective):
     usual_path: ClassVar[str]
     few_step = True
     needs_slow_clock = True
+    full_precision_passes = True
     sampler = "onestep"
 
     diffusion: Diffusion

@@ -17,7 +17,7 @@ from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
-from cm.data.sources import choices, open_source
+from cm.data.sources import choices, open_everywhere
 from cm.data.sources import open_stream as open_shards
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
@@ -101,7 +101,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         channels=values["channels"],
         shuffle_window=data.shuffle_window,
         num_classes=values["num_classes"] or None,
-        latents=values.get("latents", ""),
+        source=None if shards else source,
     )
     return OpenedData(stream, class_names, source)
 
@@ -112,9 +112,9 @@ def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, Cla
     :raises UserError: if there is no such data, or its classes are not those of the network.
     """
     values = settings.values
-    source = settings.sources.get("data_dir") or open_source(          # latents were opened for their channels
-        data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"]
-    )
+    source = settings.sources.get("data_dir")               # latents were opened for their channels
+    if source is None:
+        source = open_everywhere(data.data_dir, values["image_size"], data.labels, values["channels"])
     if not values["class_cond"]:
         return source, ()
     if source.num_classes is None:

@@ -21,6 +21,7 @@ from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
+from cm.distributed.layout import choose_shard_size
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.terminal import size_text
@@ -206,11 +207,23 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         ema_device=train.ema_device,
         shard_ema=train.shard_ema,
         shard_optimizer=train.shard_optimizer,
+        shards=planned_shards(train.parallel, train.shard_size, ranks),
+        accumulates=0 < train.microbatch < images,
         companions={each.name: each.changes for each in objective_kind(settings.values).companions_of(settings.values)},
         guide=guide_bytes(settings),
         on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )
     return run, min(images, train.microbatch) if train.microbatch > 0 else images
+
+
+def planned_shards(parallel: str, shard_size: int, ranks: int) -> int:
+    """The number of ranks among which the networks of a run are divided; 1 for none.
+
+    :raises UserError: for a size that does not divide the ranks.
+    """
+    if parallel == "ddp":
+        return 1
+    return choose_shard_size(shard_size, ranks, [ranks]) if parallel == "hsdp" else ranks
 
 
 def guide_bytes(settings: Settings) -> int:

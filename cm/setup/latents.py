@@ -9,7 +9,8 @@ from cm.config.schema import DataConfig, VaeConfig
 from cm.data import latents
 from cm.data.image_source import ImageSource
 from cm.data.latents import EDM2, RECORD
-from cm.data.sources import may_hold_moments, open_source
+from cm.data.sources import may_hold_moments, open_everywhere
+from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.generate.vae import Decoder, check_vae, load_vae
 from cm.logging import logger
@@ -40,8 +41,8 @@ def take_latents(settings: Settings) -> None:
         _warn_of_unknown_scale(settings, source)
         given_by = str(settings.given.get(RECORD, f"--{RECORD}"))
         given = settings.values[RECORD]
-        record = latents.record_for(source.latents, given, shape["channels"], source.data_dir, given_by)
-        settings.replace(**{RECORD: record.text()})
+        source.latents = latents.record_for(source.latents, given, shape["channels"], source.data_dir, given_by)
+        settings.replace(**{RECORD: source.latents.text()})
         settings.sources[DATA] = source
     check_record(settings)
 
@@ -49,11 +50,9 @@ def take_latents(settings: Settings) -> None:
 def _open_moments(settings: Settings) -> ImageSource | None:
     """The data, if they are latents of which mean and standard deviation are known."""
     values, data = settings.values, settings.section(DataConfig)
-    if not data.data_dir or not may_hold_moments(data.data_dir):
+    if not data.data_dir or not dist.on_main(may_hold_moments, data.data_dir):
         return None
-    source = open_source(
-        data.data_dir, values["image_size"], labels=data.labels, channels=values["channels"], latents=True
-    )
+    source = open_everywhere(data.data_dir, values["image_size"], data.labels, values["channels"], latents=True)
     return source if source.holds_moments else None
 
 

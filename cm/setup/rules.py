@@ -22,6 +22,7 @@ from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.latents import take_latents
 from cm.setup.model import drop_unreachable_attention
 from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
+from cm.setup.parallel import check_parallel
 
 Rule = Callable[[Settings], None]
 
@@ -64,5 +65,6 @@ TRAINING: tuple[Rule, ...] = (
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
     check_clock,
+    check_parallel,
     check_flags,                                            # of samples and measurements during training
 )

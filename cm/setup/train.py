@@ -8,6 +8,8 @@ from torch import nn
 from cm.checkpoints import loading
 from cm.config.flags import Settings
 from cm.config.schema import ConsistencyConfig, TrainConfig
+from cm.data.image_source import ImageSource
+from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
 from cm.logging import logger
 from cm.objectives.base import Companion, Objective
@@ -51,6 +53,24 @@ def train(settings: Settings) -> None:
 
 def run(settings: Settings, kind: type[Objective]) -> bool:
     """Make the parts of a run whose log is open, and train; returns whether a signal has stopped it."""
+    loop, source = make_loop(settings, kind)
+    loop.resume()
+    settings.replace(keep_checkpoints=loop.checkpoints.keep)        # as many as before, where no flag says
+    dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
+    dist.on_main(announce.keep_classes, source, settings.values["class_cond"])
+    if dist.is_main():
+        logger.log(announce.start_line(settings, loop, source))
+    loop.run_loop()
+    if dist.is_main() and not loop.stop_signal:
+        logger.log(announce.end_line(settings, loop))
+    return bool(loop.stop_signal)
+
+
+def make_loop(settings: Settings, kind: type[Objective]) -> tuple[TrainLoop, ImageSource | ImageStream]:
+    """The loop of a run that has not begun, and the images it is trained on; on every rank.
+
+    :param settings: resolved by `rules.TRAINING`.
+    """
     diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
     objective = kind.from_flags(diffusion, settings.values)
     warn_of_fast_clock(settings, diffusion)
@@ -62,17 +82,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
         data=drop_labels(settings, augment(settings, data.stream, model)), companions=companions, callbacks=callbacks,
         start=settings.sources.get("resume_checkpoint"), flags=dict(settings.values), class_names=data.class_names,
     )
-    loop = TrainLoop(loop_config(settings), parts)
-    loop.resume()
-    settings.replace(keep_checkpoints=loop.checkpoints.keep)        # as many as before, where no flag says
-    dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
-    dist.on_main(announce.keep_classes, data.source, settings.values["class_cond"])
-    if dist.is_main():
-        logger.log(announce.start_line(settings, loop, data.source))
-    loop.run_loop()
-    if dist.is_main() and not loop.stop_signal:
-        logger.log(announce.end_line(settings, loop))
-    return bool(loop.stop_signal)
+    return TrainLoop(loop_config(settings), parts), data.source
 
 
 def make_networks(settings: Settings, objective: Objective) -> tuple[nn.Module, dict[str, CompanionNetwork]]:
@@ -120,7 +130,7 @@ def loop_config(settings: Settings) -> LoopConfig:
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
         "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
         "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "on_save_error", "ema_device", "shard_ema",
-        "shard_optimizer", "grad_clip", "allow_other_classes",
+        "shard_optimizer", "grad_clip", "allow_other_classes", "parallel", "shard_size",
     )
     milestones = train.milestone_interval if train.milestone_interval >= 0 else MILESTONE_SAVES * train.save_interval
     return LoopConfig(

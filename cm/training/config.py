@@ -45,6 +45,8 @@ class LoopConfig:
     :param ema_device: where the averages are kept; see `EMA`.
     :param grad_clip: see `MixedPrecisionTrainer`.
     :param shard_ema, shard_optimizer: divide averages, and the optimizer's state, among the ranks.
+    :param parallel: "ddp", "hsdp" or "fsdp"; see `engine`.
+    :param shard_size: hsdp: ranks among which a copy of the networks is divided; 0 for those of a machine.
     :param with_ticks: rows of the log are ticks, with a status line.
     """
 
@@ -79,6 +81,8 @@ class LoopConfig:
     shard_ema: bool = False
     shard_optimizer: bool = False
     with_ticks: bool = False
+    parallel: str = "ddp"
+    shard_size: int = 0
 
 
 @dataclass

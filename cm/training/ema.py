@@ -14,6 +14,7 @@ import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
+from cm.distributed.layout import WHOLE, Layout
 from cm.distributed.sharding import Sharding, partition
 from cm.errors import UserError
 from cm.tensors import update_emas
@@ -30,13 +31,15 @@ class EMA:
         with the next step; or "cuda".
     :param shares: who keeps which tensor; None for all of them here. The methods that give whole averages are then
         one step of all ranks together.
+    :param layout: of what parameters `params` are rows; then `shares` is None, and whole averages as there.
     :raises UserError: for "cuda" where the parameters are not on a GPU.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], rates: Sequence[str], device: str = "same", shares: Sharding | None = None
+        self, params: Sequence[Tensor], rates: Sequence[str], device: str = "same", shares: Sharding | None = None,
+        layout: Layout = WHOLE,
     ):
-        self.rates, self.all = list(rates), list(params)
+        self.rates, self.all, self.layout = list(rates), list(params), layout
         self.shares = shares or partition([param.numel() for param in self.all], 0, 1)
         self.sources = self.shares.mine(self.all)
         at = self.all[0].device
@@ -75,14 +78,17 @@ class EMA:
     def restart(self) -> None:
         """Begin anew from the present values."""
         for rate in self.rates:
-            self.load(rate, self.all)
+            self._take(rate, self.all, 1.0)
 
-    @th.no_grad()
     def load(self, rate: str, params: Sequence[Tensor], initial_weight: float = 1.0) -> None:
         """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them.
 
         :param initial_weight: the share that they still hold of the weights that they started from.
         """
+        self._take(rate, self.layout.parts(params), initial_weight)
+
+    @th.no_grad()
+    def _take(self, rate: str, params: Sequence[Tensor], initial_weight: float) -> None:
         index = self.rates.index(rate)
         self.initial_weight[index] = initial_weight
         for average, param in zip(self.local[index], self.shares.mine(params), strict=True):
@@ -92,7 +98,7 @@ class EMA:
         """The average of every parameter, on every rank; on the CPU where it is kept in shares."""
         local = self.local[self.rates.index(rate)]
         if self.shares.ranks == 1:
-            return local
+            return self.layout.gather(local)
         ours = iter(local)
         params = [
             next(ours).to(CPU) if owner == self.shares.rank else th.empty_like(param, dtype=th.float32, device=CPU)
@@ -106,7 +112,7 @@ class EMA:
         """As `gather`, on rank 0 only and without memory on the others, which get an empty list."""
         local = self.local[self.rates.index(rate)]
         if self.shares.ranks == 1:
-            return local
+            return self.layout.gather_to_main(local)
         gathered = dist.gather_tensors(local)
         if gathered is None:
             return []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch as th
@@ -29,6 +30,7 @@ from cm.training import non_finite, state
 from cm.training.config import LoopConfig, RunParts
 from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
+from cm.training.engine import make_engine
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve
 from cm.training.non_finite import NonFiniteError
@@ -66,6 +68,8 @@ class TrainLoop:
             config.on_save_error, config.verify_weights, class_names=parts.class_names,
         )
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
+        self.engine = make_engine(config, self.device, self.objective.full_precision_passes)
+        self.engine.check_passes(ceil(config.batch_size / self.microbatch))
         self._make_networks()
         self.meter = LossMeter(
             parts.diffusion.sigma_min, parts.diffusion.sigma_max, dist.all_reduce_sum, dist.all_reduce_max
@@ -92,7 +96,8 @@ class TrainLoop:
         models = {name: companion.model for name, companion in self.parts.companions.items()}
         self.trained = {ONLINE: self._trained(self.model)}
         self.trained |= {name: self._trained(models[name]) for name in roles(declared, "trained")}
-        self.moving = {name: MasterWeights(models[name], self.trainer.precision)
+        layouts = {name: self.engine.lay_out(model) for name, model in models.items() if name not in self.trained}
+        self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name])
                        for name in roles(declared, "by_objective")}
         if self.trainer.use_fp16:
             for name in roles(declared, "never"):           # nobody needs the masters of a network that stands still
@@ -101,7 +106,7 @@ class TrainLoop:
         self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
         self.averages = EMA(
             masters, [rate.name for rate in self.ema_rate], config.ema_device,
-            self._sharding(masters) if config.shard_ema else None,
+            self._sharding(masters) if config.shard_ema else None, self.trainer.layout,
         )
         self._networks: dict[str, Networks] = {}            # by the role that is trained
 
@@ -109,13 +114,14 @@ class TrainLoop:
         config = self.config
         trainer = MixedPrecisionTrainer(
             model=model, use_fp16=config.use_fp16, fp16_scale_growth=config.fp16_scale_growth,
-            precision=config.precision, grad_clip=config.grad_clip,
+            precision=config.precision, grad_clip=config.grad_clip, layout=self.engine.lay_out(model),
         )
         sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
         make = partial(
-            make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding
+            make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding,
+            layout=trainer.layout,
         )
-        return TrainedNetwork(trainer, make)
+        return TrainedNetwork(trainer, make, self.engine)
 
     def _sharding(self, params: list[Tensor]) -> Any:
         return partition([param.numel() for param in params], self.rank, self.world_size)
@@ -273,15 +279,16 @@ class TrainLoop:
     def agree_on_finite_and_stop(self, network: TrainedNetwork) -> bool:
         """Whether every loss on every rank and every gradient is finite; learns of requests to stop, too.
 
-        One message a step between the ranks, and the only time that a step waits for its device.
+        One message a step between the ranks, by the device's backend, and the only time that a step waits for its
+        device. Its numbers are 1 where all is well, and the least of all ranks counts.
         """
+        going_on = th.full((1,), 1 - signals.requested(), dtype=th.int32, device=self.device)
         finite = th.stack([non_finite.all_finite(self.microbatches), network.trainer.grads_finite()])
-        losses, gradients = finite.tolist()
-        agreed = dist.all_reduce_max(th.tensor([signals.requested(), int(not losses)]))
-        self.stop_signal, bad = agreed.tolist()
+        going_on, losses, gradients = dist.all_reduce_min(th.cat([going_on, finite.int()])).tolist()
+        self.stop_signal = 1 - going_on
         if self.stop_signal:
             signals.agreed()
-        return gradients and not bad                        # the ranks' gradients are averages, so the same
+        return bool(losses and gradients)
 
     def update_loss_history(self) -> None:
         """Hand the losses of all ranks to the objective's history, in the order of the samples."""
@@ -321,7 +328,7 @@ class TrainLoop:
     def _suspect(self) -> str:
         """What to look at after a loss that is not finite."""
         for each in self.objective.companions:
-            if each.origin == "teacher" and not is_finite(self.parts.companions[each.name].model):
+            if each.origin == "teacher" and not self.engine.is_finite(self.parts.companions[each.name].model):
                 return f"The weights of {each.name} are not finite: look at the file that they come from"
         return "Lower --lr, or look at these images"
 
@@ -417,12 +424,7 @@ class TrainLoop:
         self.averages.restart()
         for each in self.objective.companions:
             if each.origin == ONLINE and each.name in self.moving:
-                self.moving[each.name].load_master_params(self.trainer.master_params)
-
-
-def is_finite(model: nn.Module) -> bool:
-    """Whether all weights are."""
-    return all(bool(param.isfinite().all()) for param in model.parameters())
+                self.moving[each.name].copy_masters(self.trainer)
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:

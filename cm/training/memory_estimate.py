@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import torch as th
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cm.distributed.sharding import partition
+from cm.networks.units import residual_blocks
 from cm.training.mixed_precision import MasterWeights
 from cm.training.optimizer import make_optimizer
 
@@ -31,6 +33,8 @@ class PlannedRun:
     """What decides about memory, beside the network.
 
     :param companions: the networks besides the online one, by name, and how each changes; see `Companion`.
+    :param shards: ranks among which every network is divided, see `cm.distributed.fsdp`; 1 for none.
+    :param accumulates: whether a step takes several passes; divided networks then have whole gradients until the last.
     :param guide: bytes of the network that guides the teacher.
     :param on_gpu: whether device and host are different memories.
     """
@@ -42,6 +46,8 @@ class PlannedRun:
     ema_device: str = "same"
     shard_ema: bool = False
     shard_optimizer: bool = False
+    shards: int = 1
+    accumulates: bool = False
     companions: Mapping[str, str] = field(default_factory=dict)
     guide: int = 0
     on_gpu: bool = True
@@ -77,16 +83,16 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     :param model: the float32 network, on the meta device; it is not changed.
     :param rank: None for the one with the largest share.
     """
-    model = copy.deepcopy(model)
-    trainer = MasterWeights(model, run.precision)
-    masters = trainer.master_params
+    trainer = MasterWeights(copy.deepcopy(model), run.precision)
+    whole, buffers = trainer.master_params, list(model.buffers())
+    params, masters = (own_rows(each, run.shards) for each in (trainer.model_params, whole))
     sizes = [param.numel() for param in masters]
     rank = fullest(sizes, run.ranks) if rank is None else rank
     shared, alone = partition(sizes, rank, run.ranks), partition(sizes, 0, 1)
     states = state_bytes(run.optimizer, masters)
 
-    network, half = nbytes([*trainer.model_params, *model.buffers()]), trainer.use_fp16
-    device = {"parameters": network, "gradients": nbytes(trainer.model_params)}
+    network, half = nbytes([*params, *buffers]), trainer.use_fp16
+    device = {"parameters": network, "gradients": nbytes(params)}
     if half:
         device |= {"float32 masters": nbytes(masters), "gradients of the masters": nbytes(masters)}
     device["optimizer"] = sum((shared if run.shard_optimizer else alone).mine(states))
@@ -101,15 +107,37 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     own = device["parameters"] + device["gradients"] + device["optimizer"] + (2 * nbytes(masters) if half else 0)
     for name, changes in run.companions.items():
         device[name.removesuffix("_model")] = {"never": network, "by_objective": moving, "trained": own}[changes]
-
     if run.guide:
         device["guide of the teacher"] = run.guide
+    if run.shards > 1:
+        device["gathered for a pass"] = gathered_bytes(trainer.model)
+        if run.accumulates:
+            device["gradients of microbatches"] = nbytes(whole)
+    return MemoryPlan(device, host, checkpoint_bytes(run, [*whole, *buffers], sum(state_bytes(run.optimizer, whole))))
 
+
+def checkpoint_bytes(run: PlannedRun, network: Sequence[Tensor], optimizer: int) -> int:
+    """Of all files of a checkpoint.
+
+    :param network: the tensors of a file of weights.
+    :param optimizer: bytes of the state of one optimizer.
+    """
     kept = [changes for changes in run.companions.values() if changes != "never"]
-    files = 1 + len(kept) + len(run.ema_rates)
-    optimizers = 1 + kept.count("trained")
-    checkpoint = files * nbytes([*masters, *model.buffers()]) + optimizers * sum(states)
-    return MemoryPlan(device, host, checkpoint)
+    files, optimizers = 1 + len(kept) + len(run.ema_rates), 1 + kept.count("trained")
+    return files * nbytes(network) + optimizers * optimizer
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """At most so much of a divided network is whole at a time: its largest block and the parameters of the next one,
+    and what belongs to no block, with gradients.
+    """
+    blocks = [nbytes(block.parameters()) for block in residual_blocks(model)] or [0]
+    return 2 * (nbytes(model.parameters()) - sum(blocks)) + 3 * max(blocks)
+
+
+def own_rows(params: Sequence[Tensor], shards: int) -> list[Tensor]:
+    """What a rank holds of parameters that are divided among so many ranks; the first has the most rows."""
+    return [param[:ceil(len(param) / shards)] if param.ndim and shards > 1 else param for param in params]
 
 
 def fullest(sizes: Sequence[int], ranks: int) -> int:

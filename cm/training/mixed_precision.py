@@ -30,8 +30,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch as th
 from torch import Tensor, nn
 
+from cm.distributed.layout import WHOLE, Layout
 from cm.errors import UserError
-from cm.tensors import copy_tensors, norm_of_tensors, scale_tensors
+from cm.tensors import copy_tensors, scale_tensors
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 LOWEST_LOG_LOSS_SCALE = -16.0       # gradients that overflow even here exceed 2^32
@@ -97,15 +98,16 @@ class MasterWeights:
     :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here. A network that
         was converted to float16 before, as consistency_models' script does, gets float32 masters of its rounded values.
     :param precision: "fp32", "bf16" or "fp16".
+    :param layout: how the parameters lie on the ranks; where a rank holds rows of them, its masters are these.
     :raises ValueError: for an unknown precision, or a half-precision model in another precision than fp16, whose
         master parameters would be rounded.
     """
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
+    def __init__(self, model: nn.Module, precision: str, layout: Layout = WHOLE) -> None:
         self.precision = _choose_precision(precision, False)
-        self.model = model
+        self.model, self.layout = model, layout
         self.model_params: list[nn.Parameter] = list(model.parameters())
-        self.master_params: list[Tensor] = list(self.model_params)
+        self.master_params: list[Tensor] = layout.masters(self.model_params)
         rounded = [name for name, p in model.named_parameters() if p.dtype in HALF]
         if rounded and not (self.use_fp16 and all(p.dtype != th.bfloat16 for p in model.parameters())):
             raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
@@ -129,16 +131,27 @@ class MasterWeights:
 
     @th.no_grad()
     def load_master_params(self, params: Iterable[Tensor]) -> None:
-        """Set masters and model, say to `params_in(state_dict)`.
+        """Set masters and model, say to `params_in(state_dict)`: whole parameters, of which a rank takes its rows.
 
         Loading a file into the model itself would round it to half precision on its way to the masters.
         """
-        for master, param in zip(self.master_params, params, strict=True):      # from any device
+        for master, param in zip(self.master_params, self.layout.parts(params), strict=True):   # from any device
             master.copy_(param)
         self.master_params_to_model_params()
 
+    @th.no_grad()
+    def copy_masters(self, other: MasterWeights) -> None:
+        """Set masters and model to those of a network of the same architecture and layout."""
+        for master, param in zip(self.master_params, other.master_params, strict=True):
+            master.copy_(param)
+        self.master_params_to_model_params()
+
+    def gather_to_main(self) -> list[Tensor]:
+        """The whole masters on rank 0; one step of all ranks together."""
+        return self.layout.gather_to_main(self.master_params)
+
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
-        """A state dict of the model with these parameters (the masters, or an average of them).
+        """A state dict of the model with these whole parameters (the masters, or an average of them).
 
         Plain contiguous float32 tensors that ask for no gradient, on the CPU, where a file of them is written or a
         network is made for them. They may share memory with `master_params`.
@@ -153,19 +166,19 @@ class MasterWeights:
         :raises ValueError: if a parameter is missing or has another shape.
         """
         params = []
-        for (name, _), master in zip(self.model.named_parameters(), self.master_params):
+        for (name, _), param in zip(self.model.named_parameters(), self.model_params):
             if name not in state_dict:
                 raise ValueError(f"the state dict has no {name!r}: it belongs to another architecture")
             value = state_dict[name]
-            if value.shape != master.shape:
+            if value.shape != param.shape:
                 raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and "
-                                 f"{tuple(master.shape)} in the model: it belongs to another architecture")
+                                 f"{tuple(param.shape)} in the model: it belongs to another architecture")
             params.append(value.detach())
         return params
 
     def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
         """As `params_in`, but new tensors of the masters' dtype, on their device."""
-        values = self.params_in(state_dict)
+        values = self.layout.parts(self.params_in(state_dict))
         return [
             th.empty_like(master, requires_grad=False).copy_(value)
             for master, value in zip(self.master_params, values)
@@ -179,6 +192,7 @@ class MixedPrecisionTrainer(MasterWeights):
     :param use_fp16: guided-diffusion's switch, the same as precision="fp16".
     :param fp16_scale_growth: added to log2 of the loss scale at each good step; an overflow takes off 1.
     :param precision: "fp32", "bf16" or "fp16"; by default what `use_fp16` says.
+    :param layout: see `MasterWeights`.
     :param grad_clip: the largest L2 norm of all gradients together, unscaled and averaged over microbatches and ranks,
         with which a step is taken; larger ones are scaled down to it (Pascanu et al. 2013, arXiv 1211.5063); 0: none.
     :raises ValueError: for an unknown precision, one that contradicts `use_fp16`, or a model that already is half
@@ -194,8 +208,9 @@ class MixedPrecisionTrainer(MasterWeights):
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
         precision: str | None = None,
         grad_clip: float = 0.0,
+        layout: Layout = WHOLE,
     ) -> None:
-        super().__init__(model, _choose_precision(precision, use_fp16))
+        super().__init__(model, _choose_precision(precision, use_fp16), layout)
         self.fp16_scale_growth, self.grad_clip = fp16_scale_growth, grad_clip
         self.lg_loss_scale = initial_lg_loss_scale
         self.skipped_steps = 0                          # because their gradients overflowed
@@ -226,9 +241,12 @@ class MixedPrecisionTrainer(MasterWeights):
     def collect_grads(self) -> list[Tensor]:
         """The gradients of the master parameters, unscaled, in float32; change them in place to share or clip them.
 
+        Where a rank holds rows, they are those of its rows, averaged over the ranks already, and every rank calls this.
+
         :raises RuntimeError: if there are none.
         """
         if self._grads is None:
+            self.layout.hand_over_grads(self.model_params, self.master_params)
             if self.use_fp16:
                 self._unscale()
             self._grads = [p.grad for p in self.master_params if p.grad is not None]
@@ -247,7 +265,7 @@ class MixedPrecisionTrainer(MasterWeights):
     def grad_norm(self) -> Tensor:
         """L2 norm of all gradients, a scalar tensor that is not waited for."""
         if self._grad_norm is None:
-            self._grad_norm = norm_of_tensors([grad.detach() for grad in self.collect_grads()])
+            self._grad_norm = self.layout.norm([grad.detach() for grad in self.collect_grads()])
         return self._grad_norm
 
     def grads_finite(self) -> Tensor:
@@ -262,7 +280,7 @@ class MixedPrecisionTrainer(MasterWeights):
         finite = bool(finite)
         fatal = not finite and not (self.use_fp16 and self.lg_loss_scale > LOWEST_LOG_LOSS_SCALE)
         lg_loss_scale = self.lg_loss_scale if self.use_fp16 else None
-        param_norm = norm_of_tensors([param.detach() for param in self.master_params])
+        param_norm = self.layout.norm([param.detach() for param in self.master_params])
         self.report = StepReport(finite, fatal, self.grad_norm(), param_norm, lg_loss_scale, self.grad_clip)
         if finite:
             self._clip_grads()

@@ -11,6 +11,7 @@ import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
+from cm.distributed.layout import WHOLE, Layout
 from cm.distributed.sharding import Sharding
 from cm.registry import lookup
 
@@ -82,16 +83,68 @@ class ZeroOptimizer:
         })
 
 
+class ShardedOptimizer:
+    """An optimizer of this rank's rows of all parameters, whose state has the same layout.
+
+    `state_dict` is one step of all ranks together; files are those of an optimizer of whole parameters.
+    """
+
+    def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor], layout: Layout):
+        self.inner, self.params, self.layout = inner, list(params), layout
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self.inner.state
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of an optimizer of whole parameters, on rank 0, on the CPU; empty on the others."""
+        saved, state = self.inner.state_dict(), {}
+        for index, entry in saved["state"].items():
+            wholes = {sys.intern(name): self._whole(index, value) for name, value in entry.items()}
+            if dist.is_main():
+                state[index] = {name: whole.cpu() for name, whole in wholes.items()}
+        return {"state": state, "param_groups": saved["param_groups"]} if dist.is_main() else {}
+
+    def _whole(self, index: int, value: Tensor) -> Tensor:
+        return self.layout.whole(index, value) if self._is_divided(index, value) else value
+
+    def _is_divided(self, index: int, value: Tensor) -> bool:
+        """Whether it has a number for each of the parameter's, as the count of steps has not."""
+        return value.ndim == self.params[index].ndim > 0
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take this rank's rows of what an optimizer of whole parameters has saved."""
+        state = {
+            index: {
+                name: self.layout.part(index, value) if self._is_divided(index, value) else value
+                for name, value in entry.items()
+            } for index, entry in saved["state"].items()
+        }
+        self.inner.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
 def make_optimizer(
-    name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None
-) -> th.optim.Optimizer | ZeroOptimizer:
-    """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares.
+    name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None,
+    layout: Layout = WHOLE,
+) -> th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer:
+    """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares of whole tensors.
+
+    :param layout: of what network the parameters are rows.
 
     :raises UserError: for a name that is none.
     """
     kind = lookup(OPTIMIZERS, name, "optimizer")
     if name in FUSED and all(param.device.type in FUSED_ON for param in params):
         kind = partial(kind, fused=True)
+    if layout.is_sharded:
+        return ShardedOptimizer(kind(params, lr=lr, weight_decay=weight_decay), params, layout)
     if shares is None or shares.ranks == 1:
         return kind(params, lr=lr, weight_decay=weight_decay)
     return ZeroOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)

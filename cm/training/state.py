@@ -33,9 +33,11 @@ def state_dict(loop: Any) -> dict[str, Any]:
     trainer, objective = loop.trainer, loop.objective
     gathered = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
     optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.trained.items()}
+    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
+    owners = {"model": trainer, **loop.moving, **others}
+    masters = {name: owner.gather_to_main() for name, owner in owners.items()}
     if not dist.is_main():
         return {}
-    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
     began = loop.images_seen if loop.averages_began is None else loop.averages_began
     # The keys "memory" and "watchers" are those of every checkpoint so far.
     rest = {
@@ -46,8 +48,7 @@ def state_dict(loop: Any) -> dict[str, Any]:
         "averages_began": began if any(rate.power_std for rate in loop.ema_rate) else 0,
     }
     return {
-        "model": trainer.master_params_to_state_dict(trainer.master_params),
-        **{name: own.master_params_to_state_dict(own.master_params) for name, own in {**loop.moving, **others}.items()},
+        **{name: owner.master_params_to_state_dict(masters[name]) for name, owner in owners.items()},
         **{name: trainer.master_params_to_state_dict(params) for name, params in gathered.items()},
         **optimizers,
         "trainer": trainer.state_dict() | {name: value for name, value in rest.items() if value},

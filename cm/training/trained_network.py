@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch as th
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from cm.distributed import setup as dist
+from cm.training.engine import Engine
 from cm.training.mixed_precision import MixedPrecisionTrainer
-from cm.training.optimizer import ZeroOptimizer
+from cm.training.optimizer import ShardedOptimizer, ZeroOptimizer
 
-Optimizer = th.optim.Optimizer | ZeroOptimizer
+Optimizer = th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer
 
 
 class TrainedNetwork:
@@ -22,10 +20,13 @@ class TrainedNetwork:
 
     :param trainer: its masters and precision.
     :param make_optimizer: from master parameters to a fresh optimizer of them.
+    :param engine: how the run is divided among ranks.
     """
 
-    def __init__(self, trainer: MixedPrecisionTrainer, make_optimizer: Callable[[list[Tensor]], Optimizer]):
-        self.trainer, self.make_optimizer = trainer, make_optimizer
+    def __init__(
+        self, trainer: MixedPrecisionTrainer, make_optimizer: Callable[[list[Tensor]], Optimizer], engine: Engine
+    ):
+        self.trainer, self.make_optimizer, self.engine = trainer, make_optimizer, engine
         self.model = trainer.model
         self.opt = make_optimizer(trainer.master_params)
         self.ddp_model: nn.Module = self.model
@@ -40,19 +41,9 @@ class TrainedNetwork:
 
         All ranks must hold the same weights.
         """
-        ranks = dist.get_world_size()
-        if ranks == 1:
-            return
-        device = next(self.model.parameters()).device
-        shared = DistributedDataParallel(
-            self.model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-        )
-        # Buffers are constants, the same on every rank from the start. (As an argument, newer torch deprecates it.)
-        shared.broadcast_buffers = False
-        self.ddp_model = shared
-        self.ddp_warmed_up = ranks <= 2
+        self.ddp_model = self.engine.wrap(self.model)
+        self.ddp_warmed_up = not self.engine.needs_warm_up()
 
     def no_sync(self) -> AbstractContextManager:
         """While this is open, gradients of a microbatch stay on their rank."""
-        ddp = self.ddp_model
-        return ddp.no_sync() if isinstance(ddp, DistributedDataParallel) else contextlib.nullcontext()
+        return self.engine.no_sync(self.ddp_model)

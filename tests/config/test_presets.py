@@ -1,11 +1,17 @@
 """A preset is found by its name, from any folder; a name that is none gets the nearest."""
 
+import dataclasses
+
 import pytest
 
 from cm.config import presets
-from cm.config.flags import parse
+from cm.config.flags import parse, read_config
+from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, SeedsConfig, SolverConfig
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
+
+SECTIONS = (*TRAINING_SECTIONS, SampleConfig, SolverConfig, GuidanceConfig, SeedsConfig, PngConfig)
+FIELDS = {field.name: field for section in SECTIONS for field in dataclasses.fields(section)}
 
 
 @pytest.mark.parametrize("name", ["digits/edm", "digits/edm.yaml", "configs/digits/edm.yaml"])
@@ -29,3 +35,11 @@ def test_a_name_that_is_none():
 
 def test_every_preset_has_a_name():
     assert "cifar10/cd" in presets.names() and len(presets.names()) > 40
+
+
+def test_presets_of_ones_own_data_choose_their_precision():
+    """Those of published settings keep what was published."""
+    for name in presets.names():
+        folder = name.split("/")[0]
+        given = read_config(name, FIELDS).get("precision", "")
+        assert (given == "auto") == (folder in ("digits", "size")), name

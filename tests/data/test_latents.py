@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm.data import latents
-from cm.data.latents import EDM2, LatentRecord, merged, parse
+from cm.data.latents import EDM2, LatentRecord, merged, parse, record_for
 from cm.data.loader import load_data
 from cm.data.sources import may_hold_moments, open_source
 from cm.errors import UserError
@@ -109,17 +109,18 @@ def test_the_sets_own_record_scales_them(tmp_path):
         2 * np.array([1, 2, 4, 8])[:, None, None])
     assert np.allclose(batch.images, expected, atol=1e-6)
     with pytest.raises(UserError, match="--latents and .*set.zip are of different latents: mean"):
-        stream(path, latents=EDM2.text())
+        record_for(open_source(path, 8, latents=True).latents, EDM2.text(), 4, path)
 
 
 def test_other_numbers_of_channels_need_a_record(tmp_path):
     path = edm2_zip(tmp_path / "set.zip", np.abs(RNG.normal(size=(2, 6, 8, 8))))
     with pytest.raises(UserError, match="3 channels, and no record"):
         stream(path, channels=3)
-    record = LatentRecord((0.0,) * 3, (1.0,) * 3).text()
-    assert next(stream(path, channels=3, latents=record)).images.shape == (3, 3, 8, 8)
+    source = open_source(path, 8, latents=True)
+    source.latents = record_for(None, LatentRecord((0.0,) * 3, (1.0,) * 3).text(), 3, path)
+    assert next(stream(path, channels=3, source=source)).images.shape == (3, 3, 8, 8)
     with pytest.raises(UserError, match="their record is of 4"):
-        stream(path, channels=3, latents=EDM2.text())
+        record_for(None, EDM2.text(), 3, path)
     with pytest.raises(UserError, match="latents of 3 channels and side 8, and --channels 4"):
         stream(path)
 

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm.data import image_source
+from cm.data import image_source, labels, loader, random_access
 from cm.data.decode import centre_crop
 from cm.data.formats import zip_archive
+from cm.data.loader import load_data
 from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.names import NameTable
 from support.read_images import read_all
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -187,12 +189,12 @@ def test_a_zip_can_be_read_in_other_processes(tmp_path, start):
 
 def test_every_process_opens_the_zip_for_itself(tmp_path, monkeypatch):
     source = open_source(as_zip(tmp_path, files(NAMED)), 8)
-    here = source.file()
-    assert source.file() is here
-    monkeypatch.setattr(zip_archive.os, "getpid", lambda: -1)
-    assert source.file() is not here
+    here = source.archive.file()
+    assert source.archive.file() is here
+    monkeypatch.setattr(random_access.os, "getpid", lambda: -1)
+    assert source.archive.file() is not here
     copy = pickle.loads(pickle.dumps(source))
-    assert copy._file is None
+    assert copy.archive._file is None
     np.testing.assert_array_equal(copy.images(np.arange(6)), source.images(np.arange(6)))
 
 
@@ -463,3 +465,63 @@ def test_folders_that_are_asked_for_and_not_there(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a_0.png")
     source = open_source(str(tmp_path), 8, labels="folders")
     assert source.labels is None and "not in sub-folders" in source.no_labels
+
+
+# ---- large sets ----
+
+
+PAIRS = [[f"{i:05d}/img{i}.png", i % 7] for i in range(400)]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({"labels": PAIRS}), json.dumps({"labels": PAIRS}, indent=2),
+    json.dumps({"labels": PAIRS, "class_names": list("abcdefg")}, separators=(",", ":")),
+    json.dumps({"class_names": list("abcdefg"), "labels": PAIRS}), json.dumps({"labels": PAIRS[::-1]}),
+    json.dumps({"labels": [*PAIRS, ["another.png", 9]]}), json.dumps({"labels": PAIRS[:-1]}),
+    json.dumps({"labels": [*PAIRS[:200], ["00200/img200.png", 1.0], *PAIRS[201:]]}),
+    json.dumps({"labels": [*PAIRS[:200], ["00200/img200.png", 10**6], *PAIRS[201:]]}),
+    json.dumps({"labels": [*PAIRS[:200], ["00200/img200.png", 4, 4], *PAIRS[201:]]}),
+    json.dumps({"labels": PAIRS, "labels ": None}),
+    json.dumps({"labels": PAIRS})[:-1], json.dumps({"labels": PAIRS})[:-2],
+    json.dumps({"labels": PAIRS}) + "]", json.dumps({"labels": PAIRS, "class_names": ["a"]}),
+    json.dumps({"labels": PAIRS}).replace("img3", "],[]]"), json.dumps({"labels": PAIRS}).replace("img3", "\\u0069mg3"),
+    '{"labels": [], "labels": ' + json.dumps(PAIRS) + "}", json.dumps({"labels": PAIRS})[:-1] + ', "labels": []}',
+])
+@pytest.mark.parametrize("part_bytes", [1, 1000, 2**15])
+def test_labels_are_read_in_parts_as_at_once(monkeypatch, text, part_bytes):
+    """Numbers, names and reasons are those of a reader that parses the file at once."""
+    names = NameTable.of(name.encode() for name, _ in PAIRS)
+    monkeypatch.setattr(labels, "PART_BYTES", part_bytes)
+    found = labels.labels_of_json(text.encode(), names)
+    monkeypatch.setattr(labels, "_labels_in_order", lambda text, names: None)
+    expected = labels.labels_of_json(text.encode(), names)
+    assert found[1:] == expected[1:]
+    np.testing.assert_array_equal(found.numbers, expected.numbers)
+
+
+def test_a_file_of_labels_in_order_is_never_parsed_at_once(monkeypatch):
+    names = NameTable.of(name.encode() for name, _ in PAIRS)
+    monkeypatch.setattr(labels, "parse_json", None)
+    for content in ({"labels": PAIRS}, {"labels": PAIRS, "class_names": list("abcdefg")}):
+        text = json.dumps(content, indent=1)
+        assert labels.labels_of_json(text.encode(), names).numbers.tolist() == [label for _, label in PAIRS]
+
+
+@STORES
+def test_what_is_sent_to_another_process_is_the_index(tmp_path, store):
+    source = open_source(store(tmp_path, files(NAMED)), 8)
+    expected = source.images(np.arange(6))
+    frame = pickle.dumps(source)
+    assert len(frame) < 6 * 8 * 8 * 3 + 3000, "not what was decoded"
+    copy = pickle.loads(frame)
+    assert copy.in_memory and copy.labels.tolist() == source.labels.tolist()
+    np.testing.assert_array_equal(copy.images(np.arange(6)), expected)
+
+
+def test_an_open_set_is_not_opened_again(tmp_path, monkeypatch):
+    path = as_zip(tmp_path, files(NAMED))
+    expected = next(load_data(data_dir=path, batch_size=6, image_size=8, class_cond=True))
+    source = open_source(path, 8)
+    monkeypatch.setattr(loader, "open_source", None)
+    batch = next(load_data(data_dir=path, batch_size=6, image_size=8, class_cond=True, source=source))
+    assert batch.images.equal(expected.images) and batch.cond["y"].equal(expected.cond["y"])

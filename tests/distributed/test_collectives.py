@@ -13,8 +13,10 @@ from cm.errors import UserError
 from support.mpi import mpi_program
 
 CONVERSATION = """
-    import numpy as np, pytest, sys
+    import numpy as np, os, pytest, sys, zipfile
     import torch as th
+    from PIL import Image
+    from cm.data import sources
     from cm.distributed import collectives
     from cm.distributed import setup as dist
     from cm.registry import UserError
@@ -28,6 +30,8 @@ CONVERSATION = """
         assert dist.all_reduce_sum(x) is x and x.tolist() == [6, -3]
         y = th.tensor([rank, -rank])
         assert dist.all_reduce_max(y) is y and y.tolist() == [2, 0]
+        z = th.tensor([rank, -rank])
+        assert dist.all_reduce_min(z) is z and z.tolist() == [0, -2]
 
     def objects(rank):
         assert dist.broadcast_object({"from": rank}) == {"from": 0}
@@ -81,6 +85,40 @@ CONVERSATION = """
         with pytest.raises(Untransportable if rank == 0 else RuntimeError, match="this and that"):
             dist.on_main(fail_oddly)
 
+    def arrays_of_main(rank):
+        collectives.MESSAGE_BYTES = 100
+        made = {"a": np.arange(1000), "none": np.empty(0), "words": ["x"], "fixed": np.frombuffer(b"1234", np.uint8)}
+        made["again"] = made["a"]
+        found = collectives.on_main_arrays(lambda: made if rank == 0 else None)
+        assert found["a"].tolist() == list(range(1000)) and found["again"] is found["a"]
+        assert found["none"].size == 0 and found["words"] == ["x"] and found["fixed"].tobytes() == b"1234"
+        assert (found is made) == (rank == 0)
+        with pytest.raises(UserError, match="no such set"):
+            def fail():
+                raise UserError("no such set")
+            collectives.on_main_arrays(fail)
+
+    def image_sets(rank, folder):
+        # Rank 0 alone looks for the images; the others read them by what it found.
+        pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+        names = [f"{'ab'[i % 2]}/{i}.png" for i in range(6)]
+        if rank == 0:
+            np.savez(folder + "/set.npz", arr_0=pixels, arr_1=np.arange(6))
+            with zipfile.ZipFile(folder + "/set.zip", "w") as archive:
+                for name, image in zip(names, pixels):
+                    os.makedirs(folder + "/set/" + name[0], exist_ok=True)
+                    Image.fromarray(image).save(folder + "/set/" + name)
+                    archive.write(folder + "/set/" + name, name)
+        else:
+            sources.open_source = None
+        order = [0, 2, 4, 1, 3, 5]                      # a before b
+        for name, expected in (("set.npz", range(6)), ("set.zip", order), ("set", order)):
+            source = sources.open_everywhere(f"{folder}/{name}", 8)
+            assert (source.images(np.arange(6)) == pixels[list(expected)]).all()
+            assert source.labels.tolist() == ([*range(6)] if name == "set.npz" else [0, 0, 0, 1, 1, 1])
+        with pytest.raises(UserError, match="set.tar.gz does not exist"):
+            sources.open_everywhere(folder + "/set.tar.gz", 8)
+
     def files(rank, folder):
         collectives.MESSAGE_BYTES = 1000
         state = {"weight": th.arange(3000.0), "step": 7, "name": "x"}
@@ -104,9 +142,10 @@ CONVERSATION = """
         rank = dist.get_rank()
         assert dist.get_world_size() == 3 and dist.is_main() == (rank == 0)
         assert dist.get_local_rank() == rank and str(dist.dev()) == "cpu"
-        for talk in (reductions, objects, arrays, parameters, main_only):
+        for talk in (reductions, objects, arrays, parameters, main_only, arrays_of_main):
             talk(rank)
             dist.barrier()
+        image_sets(rank, sys.argv[0].rpartition("/")[0])
         files(rank, sys.argv[0].rpartition("/")[0])
         print(f"rank {rank} is content", flush=True)
 
@@ -123,7 +162,8 @@ def test_three_ranks_understand_each_other(tmp_path):
 
 def test_a_single_process_talks_to_itself():
     x = th.tensor([1.0, 2.0])
-    assert dist.all_reduce_sum(x) is x and dist.all_reduce_max(x) is x and x.tolist() == [1, 2]
+    assert dist.all_reduce_sum(x) is x and dist.all_reduce_max(x) is x and dist.all_reduce_min(x) is x
+    assert x.tolist() == [1, 2]
     item = object()
     assert dist.broadcast_object(item) is item and dist.all_gather_object(item) == [item]
     assert np.array_equal(dist.gather_to_main(np.arange(3))[0], [0, 1, 2])

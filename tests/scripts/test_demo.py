@@ -2,13 +2,14 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from cm.config.flags import parse
+from cm.config.schema import TRAINING_SECTIONS
+from cm.quickstart import stages
 from support.as_module import as_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,9 +51,9 @@ def started(monkeypatch):
     def run(words, **_):
         commands.append(words)
         leave_products(words)
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(stages, "execute", run)
     return commands
 
 
@@ -62,6 +63,8 @@ def test_complete_stages_are_reused_and_an_interrupted_one_is_resumed(started, t
     assert len(started) == 22                               # classifier, 4 trainings, 8 x samples and numbers, report
     assert "not Inception FID, and not comparable with it" in capsys.readouterr().out
     first = list(started)
+    teacher = parse("", *TRAINING_SECTIONS, argv=next(words for words in first if str(tmp_path / "edm") in words)[5:])
+    assert teacher.values["save_interval"] == teacher.values["milestone_interval"] == 100, "the guide's average stays"
     started.clear()
     demo.run()
     assert not started and capsys.readouterr().out.count("reusing") == 22
@@ -73,6 +76,6 @@ def test_complete_stages_are_reused_and_an_interrupted_one_is_resumed(started, t
 
 
 def test_a_stage_that_fails_ends_the_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: SimpleNamespace(returncode=7))
+    monkeypatch.setattr(stages, "execute", lambda words, **_: 7)
     with pytest.raises(SystemExit, match="the stage 'classifier' ended with status 7"):
         DEMO.Demo(tmp_path, 2, 16, []).run()

@@ -19,7 +19,8 @@ def held_bytes(training):
     trainer, moving = training.trainer, training.moving
 
     def size(tensors):
-        """Of the memory behind them, each piece once."""
+        """Of the memory behind them on this rank, each piece once."""
+        tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def network_of(name):

@@ -1,6 +1,6 @@
 """Training, sampling, editing and features on a device of their own: nothing is mixed with the CPU, nobody waits.
 
-A training step waits once, for two booleans; every other wait would stop a GPU. Where there is no GPU, "meta" plays it.
+A training step waits once, for three integers; every other wait would stop a GPU. Where there is none, "meta" plays it.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import torch as th
 
 from cm.config.flags import parse
 from cm.config.schema import TRAINING_SECTIONS
+from cm.distributed import setup as dist
 from cm.generate.editing import EDITS, Between, run_edit
 from cm.logging import logger
 from cm.objectives import DENOISING, OBJECTIVES
@@ -129,6 +130,15 @@ def test_a_row_of_the_log_reads_sums_and_two_norms(device):
         loop.meter.means()
         loop.report.logs()
     assert watch.waits == ["cm/training/meters.py: means", *["cm/training/mixed_precision.py: logs"] * 2]
+
+
+def test_the_message_of_a_step_lies_on_the_device(device, monkeypatch):
+    loop, batch = loop_of(device, *DENOISERS["edm, edm"])
+    sent = []
+    monkeypatch.setattr(dist, "all_reduce_min", lambda tensor: sent.append(tensor) or tensor)
+    with WatchedDevice(device):
+        loop.run_step(batch)
+    assert [(tensor.device.type, tensor.shape) for tensor in sent] == [(device, (3,))] and not loop.stop_signal
 
 
 # --- sampling and editing --------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_nothing_before_the_first_image_grows_with_their_number(tmp_path, num_sa
 REQUIRED = {                                                # words without which a command has more to complain of
     **{f"scripts/{name}": () for name in ("edm_train", "cm_train", "image_sample", "image_edit", "ternary_search",
                                           "convert_checkpoint", "classifier_train", "demo", "posthoc_ema")},
-    "scripts/report": ("run",),
+    "scripts/report": ("run",), "scripts/quickstart": ("--data_dir", "digits", "--hours", "1"),
     **{f"evaluations/{name}": ("ref.npz", "samples.npz") for name in ("evaluator", "th_evaluator")},
     "evaluations/fid": ("calc", "--images", "a", "--ref", "b"),
     "datasets/dataset_tool": ("--source", "a", "--dest", "b"),
@@ -116,7 +116,8 @@ def without_torch(command, *args):
 def test_help_and_mistakes_need_no_torch(command):
     done = without_torch(command, "--help")
     assert done.rc == 0 and "usage:" in done.stdout and not done.stderr, done
-    configured = command.startswith("scripts/") and command not in ("scripts/demo", "scripts/report")
+    configured = command.startswith("scripts/") and command not in (
+        "scripts/demo", "scripts/report", "scripts/quickstart")
     assert ("--config FILE" in done.stdout, "--dry_run" in done.stdout) == (configured, configured)
     done = without_torch(command, *REQUIRED[command], "--batch_sise", "3")
     assert done.rc == 2 and "Traceback" not in done.stderr, done

@@ -75,7 +75,19 @@ def test_averages_on_the_host_leave_the_device():
     assert far.host == {"average 0.9": size, "average 0.99": size, "copy for the averages": size}
 
 
+def test_a_plan_of_shards_counts_what_is_gathered():
+    """A network of one rank's size, what is gathered of it for a pass, and whole gradients between microbatches."""
+    run_ = {"precision": "fp32", "optimizer": "adam", "ema_rates": ["0.9"], "ranks": 4}
+    whole = plan(meta_network(), PlannedRun(**run_)).device
+    once = plan(meta_network(), PlannedRun(**run_, shards=4)).device
+    twice = plan(meta_network(), PlannedRun(**run_, shards=4, accumulates=True)).device
+    for name in whole:
+        assert once[name] == pytest.approx(whole[name] / 4, rel=0.01)
+    assert whole["parameters"] / 4 < once["gathered for a pass"] < 2 * whole["parameters"]
+    assert twice == once | {"gradients of microbatches": whole["gradients"]}
+
+
 @pytest.mark.parametrize("name", ["ImageNet-64", pytest.param("LSUN-256", marks=pytest.mark.slow)])
 def test_the_table_of_the_docs_is_what_the_command_prints(name):
     rows = table(name)
-    assert len(rows) == 7 and set(rows) <= set((ROOT / "docs" / "memory.md").read_text().splitlines())
+    assert len(rows) == 8 and set(rows) <= set((ROOT / "docs" / "memory.md").read_text().splitlines())

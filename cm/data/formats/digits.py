@@ -26,4 +26,4 @@ def digits_source(data_dir: str, image_size: int, channels: int = 3) -> ArraySou
     return ArraySource(data_dir, image_size, images, classes)
 
 
-FORMAT = Format(lambda data_dir: data_dir == "digits", digits_source, "the word digits", on_disk="no")
+FORMAT = Format(lambda data_dir: data_dir == "digits", digits_source, "the word digits", on_disk="no", is_sent=True)

@@ -166,9 +166,12 @@ def _claims(data_dir: str) -> bool:
     """Whether a name is that of shards: it ends in .tar, or is a folder of such files and what belongs to them."""
     if data_dir.lower().endswith(".tar"):
         return True
-    names = storage.list_names(data_dir) if storage.is_directory(data_dir) else []
-    shards = [name for name in names if name.endswith(".tar")]
-    return bool(shards) and all(name.startswith(".") or name.endswith((".tar", *BESIDE_SHARDS)) for name in names)
+    found = False
+    for name in storage.each_name(data_dir) if storage.is_directory(data_dir) else ():
+        if not name.startswith(".") and not name.endswith((".tar", *BESIDE_SHARDS)):
+            return False                                            # mostly the first of many images
+        found = found or name.endswith(".tar")
+    return found
 
 
 FORMAT = Format(_claims, TarShards, "shards of a WebDataset (.tar)", on_disk="no", is_stream=True)

@@ -225,11 +225,14 @@ class EDM2Network(ConditionedNetwork):
             emb = mp_silu(emb)
         out = self.unet(x.to(self.dtype), emb)
         if th.is_grad_enabled():                # ranks wait for each other's gradients of all parameters
-            out = out + 0 * append_dims(self.log_variance(noise_labels), out.ndim)
+            out = out + 0 * append_dims(self._log_variance(noise_labels), out.ndim)
         return out.to(x.dtype)
 
     def log_variance(self, noise_labels: Tensor) -> Tensor:
         """u(sigma) of equation 21, the logarithm of the expected loss at noise labels: [N] -> [N]."""
+        return self._log_variance(noise_labels).clone()     # no view, which hooks on the result do not allow
+
+    def _log_variance(self, noise_labels: Tensor) -> Tensor:
         with without_autocast(noise_labels.device):
             return self.logvar_linear(self.logvar_fourier(noise_labels))[:, 0]
 

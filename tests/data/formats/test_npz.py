@@ -4,18 +4,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cm.data import image_source
+from cm.data.formats.npz import ArraySource, StoredArraySource
 from cm.data.loader import load_data
 from cm.data.reference_batches import with_references
 from cm.data.sources import open_source
 from cm.errors import UserError
+from cm.io import untrusted
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 LATENTS = RNG.normal(size=(6, 8, 8, 4))
 
 
-@pytest.fixture
-def npz(tmp_path):
+@pytest.fixture(params=["in memory", "in the file"])
+def npz(tmp_path, monkeypatch, request):
+    if request.param == "in the file":
+        monkeypatch.setattr(image_source, "CACHE_BYTES", 100)
+
     def save(images):
         np.savez(tmp_path / "images.npz", arr_0=images)
         return str(tmp_path / "images.npz")
@@ -67,7 +73,7 @@ def test_references_of_latents_are_their_numbers(npz):
 ])
 def test_what_does_not_fit(npz, images, options, message):
     with pytest.raises(UserError, match=message):
-        open_source(npz(images), **{"image_size": 8, **options})
+        open_source(npz(images), **{"image_size": 8, **options}).images(np.arange(6))
 
 
 def test_latents_cannot_be_cropped(npz):
@@ -89,3 +95,48 @@ def test_image_files_in_grey(tmp_path, mode, crop):
     assert batch.images.shape == (2, 1, 6, 6)
     with pytest.raises(UserError, match="--channels 4: the image files of .* latents of other channels are read from"):
         open_source(str(tmp_path), 8, channels=4)
+
+
+# --- large files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_large_array_stays_in_its_file(tmp_path, monkeypatch, channels, size):
+    labels = np.arange(6) % 3
+    np.savez(tmp_path / "x.npz", arr_1=labels, arr_0=COLOUR, class_names=np.array(["a", "b", "c"]))
+    sources = [open_source(str(tmp_path / "x.npz"), size, channels=channels)]
+    monkeypatch.setattr(image_source, "CACHE_BYTES", COLOUR.nbytes - 1)
+    read = {"arr_1": untrusted.read_member_array, "class_names": untrusted.read_member_array}
+    monkeypatch.setattr(untrusted, "read_member_array", lambda archive, key: read[key](archive, key))
+    sources.append(open_source(str(tmp_path / "x.npz"), size, channels=channels))
+    monkeypatch.undo()
+    assert [type(source) for source in sources] == [ArraySource, StoredArraySource]
+    kept, stored = sources
+    for i in range(6):
+        np.testing.assert_array_equal(stored.image(i), kept.image(i))
+        np.testing.assert_array_equal(np.asarray(stored.load(i)), np.asarray(kept.load(i)))
+        assert stored.name(i) == kept.name(i)
+    assert (stored.note, stored.class_names, stored.labels.tolist()) == (kept.note, kept.class_names, labels.tolist())
+    assert len(stored) == 6 and not stored.holds_floats
+    stored.keep_decoded(10**6)
+    np.testing.assert_array_equal(stored.images(np.arange(6)), kept.images(np.arange(6)))
+    (tmp_path / "x.npz").write_bytes(b"")
+    np.testing.assert_array_equal(stored.images(np.arange(6)), kept.images(np.arange(6)))     # kept by now
+
+
+@pytest.mark.parametrize("save, images", [(np.savez_compressed, COLOUR), (np.savez, np.asfortranarray(COLOUR))])
+def test_arrays_that_cannot_be_read_in_parts_are_read_at_once(tmp_path, monkeypatch, save, images):
+    monkeypatch.setattr(image_source, "CACHE_BYTES", 100)
+    save(tmp_path / "x.npz", arr_0=images)
+    np.testing.assert_array_equal(open_source(str(tmp_path / "x.npz"), 8).images(np.arange(6)), COLOUR)
+
+
+def test_a_large_file_that_shrinks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_source, "CACHE_BYTES", 100)
+    np.savez(tmp_path / "x.npz", arr_0=COLOUR)
+    source = open_source(str(tmp_path / "x.npz"), 8)
+    np.testing.assert_array_equal(source.images(np.array([5, 0])), COLOUR[[5, 0]])
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:900])
+    with pytest.raises(UserError, match="x.npz image 5 cannot be read: the file was cut off"):
+        source.image(5)

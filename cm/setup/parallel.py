@@ -1,0 +1,34 @@
+"""Whether a run can be divided among its ranks as --parallel says, found out before it opens anything."""
+
+from __future__ import annotations
+
+from cm.config.flags import Settings
+from cm.config.schema import TrainConfig
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.setup.guide import DISTILLING
+from cm.setup.run import run_precision
+from cm.training.engine import check_sharded
+
+
+def check_parallel(settings: Settings) -> None:
+    """Networks in shards go together with the other flags.
+
+    :raises UserError: if not, naming the flag.
+    """
+    train, values = settings.section(TrainConfig), settings.values
+    if train.parallel != "hsdp" and train.shard_size:
+        raise UserError(f"--shard_size {train.shard_size} is for --parallel hsdp, and this run has --parallel "
+                        f"{train.parallel}; drop one of them")
+    if train.parallel == "ddp":
+        return
+    ranks = train.dry_run_ranks or dist.get_world_size()
+    check_sharded(train.parallel, ranks, {
+        "--precision": run_precision(settings), "--shard_ema": train.shard_ema,
+        "--shard_optimizer": train.shard_optimizer, "--compile": values["compile"],
+    })
+    guide = settings.sources.get("teacher_guide")
+    if guide is not None and guide.settings is None and values[DISTILLING.interval]:
+        raise UserError(f"--{DISTILLING.interval} {values[DISTILLING.interval]} and --parallel {train.parallel}: the "
+                        "teacher guides itself where a rank has noise levels in the interval, and in shards all ranks "
+                        f"must take each of its passes together; give --{DISTILLING.path}, or drop one of them")

@@ -1,0 +1,146 @@
+"""How a run is divided among its ranks, --parallel: one object, so that the loop need not ask which it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch as th
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cm.distributed import setup as dist
+from cm.distributed.layout import WHOLE, Layout
+from cm.errors import UserError
+from cm.networks.units import residual_blocks
+from cm.registry import lookup
+from cm.training.config import LoopConfig
+
+
+class Engine:
+    """ddp: every rank holds every network, and the gradients of all are averaged while the backward pass runs."""
+
+    def lay_out(self, model: nn.Module) -> Layout:
+        """Divide a network among the ranks, before anything is made of its parameters; how they lie then."""
+        return WHOLE
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose backward pass averages gradients; all ranks must hold the same weights."""
+        if dist.get_world_size() == 1:
+            return model
+        device = next(model.parameters()).device
+        shared = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+        )
+        # Buffers are constants, the same on every rank from the start. (As an argument, newer torch deprecates it.)
+        shared.broadcast_buffers = False
+        return shared
+
+    def needs_warm_up(self) -> bool:
+        """Whether the order of sums changes after the first backward pass; see `TrainLoop._warm_up`."""
+        return dist.get_world_size() > 2
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager:
+        """While this is open, gradients of a microbatch stay on their rank."""
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
+
+    def is_finite(self, model: nn.Module) -> bool:
+        """Whether all weights of a network are; one call of all ranks together."""
+        return all(bool(param.isfinite().all()) for param in model.parameters())
+
+    def check_passes(self, passes: int) -> None:
+        """Make sure that the ranks can take these numbers of passes through a network in a step; all call it together.
+
+        :raises UserError: if they cannot.
+        """
+
+
+class ShardedEngine(Engine):
+    """fsdp, hsdp: networks, gradients, optimizers and averages lie in shards; a pass gathers one block at a time.
+
+    Networks that stand still are divided like the trained ones: they are as large, and would soon be most of what a
+    rank holds.
+
+    :param half: parameters of blocks are gathered in bfloat16.
+    """
+
+    def __init__(self, device: th.device, shard_size: int | None, half: bool):
+        # half a second of imports
+        from cm.distributed import fsdp
+
+        self.shard, self.local, self.half = fsdp.shard, fsdp.local_parts, half
+        self.mesh = fsdp.open_mesh(device, shard_size)
+
+    def lay_out(self, model: nn.Module) -> Layout:
+        return self.shard(model, residual_blocks(model), self.mesh, self.half)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def needs_warm_up(self) -> bool:
+        return False
+
+    @contextlib.contextmanager
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
+        """As there; until the last microbatch a rank holds whole gradients."""
+        wrapped.set_requires_gradient_sync(False)           # pyright: ignore[reportCallIssue] (`fully_shard` adds it)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)        # pyright: ignore[reportCallIssue]
+
+    def is_finite(self, model: nn.Module) -> bool:
+        own = all(bool(part.isfinite().all()) for part in self.local(model))
+        return not dist.all_reduce_max(th.tensor([int(not own)])).item()
+
+    def check_passes(self, passes: int) -> None:
+        counts = dist.all_gather_object(passes)
+        if len(set(counts)) > 1:
+            raise UserError(f"the ranks' images make {', '.join(map(str, counts))} passes a step, and with --parallel "
+                            "fsdp or hsdp all ranks take each pass together: choose --global_batch_size and "
+                            "--microbatch so that every rank has as many")
+
+
+PARALLEL = ("ddp", "hsdp", "fsdp")
+
+
+def make_engine(config: LoopConfig, device: th.device, full_precision: bool) -> Engine:
+    """The engine of a run; one call of all ranks together.
+
+    :param full_precision: whether parts of a step compute in float32 whatever the precision of the run.
+    :raises UserError: for a name that is none, or settings that do not go together.
+    """
+    if lookup(dict.fromkeys(PARALLEL, config.parallel), config.parallel, "parallel") == "ddp":
+        return Engine()
+    check_sharded(config.parallel, dist.get_world_size(), {
+        "--precision": config.precision or ("fp16" if config.use_fp16 else ""),
+        "--shard_ema": config.shard_ema, "--shard_optimizer": config.shard_optimizer,
+    })
+    half = config.precision == "bf16" and not full_precision
+    return ShardedEngine(device, config.shard_size if config.parallel == "hsdp" else None, half)
+
+
+def check_sharded(parallel: str, ranks: int, flags: Mapping[str, Any]) -> None:
+    """Find out whether networks can lie in shards with these flags.
+
+    :param flags: what else was chosen, by the name of the flag.
+    :raises UserError: if they cannot.
+    """
+    mode = f"--parallel {parallel}"
+    if ranks == 1:
+        raise UserError(f"{mode} divides the networks among ranks, and there is only one: start several, such as "
+                        "mpiexec -n 8 python ..., or give --parallel ddp")
+    for name, why in CONFLICTS.items():
+        if flags.get(name) in why:
+            raise UserError(f"{name} {flags[name]} and {mode}: {why[flags[name]]}")
+
+
+CONFLICTS: dict[str, dict[Any, str]] = {
+    "--precision": {"fp16": "a network in shards is never converted to fp16; give --precision bf16 or fp32"},
+    "--shard_ema": {True: "averages lie in shards already; drop --shard_ema"},
+    "--shard_optimizer": {True: "the optimizer lies in shards already; drop --shard_optimizer"},
+    "--compile": {True: "compiled networks cannot be divided; drop --compile"},
+}
+"""Flag -> value -> why it does not go with networks in shards, and what to do."""

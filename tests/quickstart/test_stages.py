@@ -1,0 +1,80 @@
+"""The stages of a chain: what is run again, signals, and what a user is told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from cm.errors import UserError
+from cm.quickstart import stages
+from cm.quickstart.stages import Commands, Stage, execute, mpiexec, run_chain
+
+
+def test_a_training_that_was_stopped_is_not_finished(tmp_path, monkeypatch, capsys):
+    """It ends with status 0, too."""
+    product = tmp_path / "run" / stages.FINISHED
+    stage = Stage("training run", product, ("train.py",))
+    product.parent.mkdir()
+
+    def train(command, **_):
+        (product.parent / stages.STATUS).write_text(json.dumps({"finished": finished}))
+        return 0
+
+    monkeypatch.setattr(stages, "execute", train)
+    finished = False
+    with pytest.raises(SystemExit, match="'training run' was stopped; the same command goes on"):
+        stage.run("quickstart")
+    assert not product.exists() and not stage.is_done
+    product.touch()
+    assert not stage.is_done, "as an earlier version left it"
+    finished = True
+    stage.run("quickstart")
+    assert stage.is_done and capsys.readouterr().out.count("$ ") == 2
+    stage.run("quickstart")
+    assert "reusing" in capsys.readouterr().out
+
+
+def test_sigterm_reaches_the_command_which_may_save_first(tmp_path):
+    """The chain waits for it, and is there to say what was stopped."""
+    child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), print('saved', " \
+            "flush=True), sys.exit(0))); print('ready', flush=True); time.sleep(60)"
+    chain = textwrap.dedent(f"""
+        import sys
+        from cm.quickstart.stages import execute
+        print("status", execute([sys.executable, "-c", {child!r}]), flush=True)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", chain], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "saved\nstatus 0\n"
+
+
+def test_handlers_of_signals_are_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    assert execute([sys.executable, "-S", "-c", "import os, sys; sys.exit(int(os.environ['STATUS_IT_WANTS']))"],
+                   STATUS_IT_WANTS="3") == 3
+    assert signal.getsignal(signal.SIGTERM) == before and "STATUS_IT_WANTS" not in os.environ
+
+
+def test_ranks_need_mpiexec(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="2 ranks are started by mpiexec, and there is none"):
+        mpiexec(2)
+    with pytest.raises(SystemExit) as ended:
+        run_chain(lambda: mpiexec(2))
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: 2 ranks")
+    monkeypatch.setattr(stages.shutil, "which", lambda name: "/usr/bin/mpiexec")
+    assert mpiexec(2) == ["mpiexec", "-n", "2"]
+
+
+def test_only_trainings_and_samplings_have_ranks(tmp_path):
+    make = Commands(tmp_path, tmp_path / "scripts", 2)
+    assert make.training("edm", "edm_train").ranks == make.sampling("key", "a name", tmp_path, 3).ranks == 2
+    assert make.classifier("digits", 8).ranks == make.report(["edm"]).ranks == 0
+    assert make.classifier("digits", 8).command[0] == sys.executable
+    assert make.training("edm", "edm_train").command[1:3] == ["-n", "2"]
