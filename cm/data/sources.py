@@ -13,7 +13,6 @@ from cm.data.formats import digits, folder, npz, webdataset, zip_archive
 from cm.data.image_source import EncodedSource, Format, ImageSource
 from cm.data.latents import arrays_among
 from cm.data.streams import ImageStream
-from cm.distributed.collectives import on_main_arrays
 from cm.errors import UserError
 from cm.io import storage
 from cm.registry import Table
@@ -95,6 +94,8 @@ def open_everywhere(
 
     :raises UserError: on every rank, as `open_source`.
     """
+    from cm.distributed.collectives import on_main_arrays           # imports torch, which --help does without
+
     arguments = (data_dir, image_size, "--data_dir", labels, channels, latents)
     return on_main_arrays(open_source, *arguments) if find_format(data_dir).is_sent else open_source(*arguments)
 
