@@ -5,6 +5,7 @@
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
 # make fuzz: damaged files to every reader, MINUTES=10 of it.
 # make install LOCKED=1: only files whose SHA-256 stands in requirements.lock.    make lock: write that file anew.
+# make docs: the pages of docs/, with the names to use from Python, as a web site in build/site.
 # make licences: the licence of every installed package.
 # PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
 
@@ -17,7 +18,7 @@ DEMO := runs/demo
 QUICKSTART ?= runs/quickstart
 HOURS ?= 2
 
-.PHONY: demo demo-clean test test-slow slurm soak fuzz lint types install lock licences browser clean
+.PHONY: demo demo-clean test test-slow slurm soak fuzz lint types docs install lock licences browser clean
 
 install: $(VENV)/.installed
 
@@ -75,6 +76,9 @@ lint: install types
 
 types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python cm evaluations scripts datasets tools
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
 
 browser:
 	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

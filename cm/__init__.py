@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,11 +16,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str, **options: Any) -> Pipeline:
-    """A trained model of any format that the toolkit reads; see `cm.pipeline.loading.load_pipeline`.
+def load(path: str | os.PathLike[str], **options: Any) -> Pipeline:
+    """A trained model of any format that the toolkit reads.
 
-    :param path: a file of weights, the folder of a run, a pickle of EDM, a folder of diffusers, or an address of one.
+    :param path: a file of weights, the folder of a run, a safetensors file or a folder that `Pipeline.save` wrote, a
+        pickle of EDM, a folder of diffusers, or an address of a file.
+    :param options: see `cm.pipeline.loading.load_pipeline`: precision, device, and flags of the network.
+    :return: what samples, edits and saves.
+    :raises UserError: if there is no such file, it is damaged, or it leaves something open that no option says.
     """
     from cm.pipeline.loading import load_pipeline  # torch is slow to import, and --help does without it
 
     return load_pipeline(path, **options)
+
+
+def train(log_dir: str | os.PathLike[str], **flags: Any) -> Pipeline:
+    """Train a model in this process, or resume its training, and load it.
+
+    :param log_dir: folder of the run.
+    :param flags: see `cm.pipeline.training.train_model`: training_mode, and those of edm_train.py and cm_train.py.
+    :return: the run's best average, else its newest.
+    :raises UserError: for a flag that does not exist or does not fit, and files that cannot be used.
+    """
+    from cm.pipeline.training import train_model
+
+    return train_model(log_dir, **flags)

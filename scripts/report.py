@@ -1,7 +1,9 @@
 """Write one self-contained web page that compares training runs: curves, samples, flags and evaluations.
 
 python scripts/report.py runs/edm runs/cd --out report.html
+python scripts/report.py runs/* --out report.html
 
+Folders and files that are no run are passed over.
 The page opens from disk in any browser, without a server or a network connection.
 """
 
@@ -15,11 +17,12 @@ from pathlib import Path
 
 from cm.config import early_exit
 from cm.config.flags import Parser, positive
+from cm.errors import UserError
 from cm.io import storage
 from cm.io.outputs import Output, check_outputs
 from cm.report.names import writable
 from cm.report.page import page
-from cm.report.run_records import read_run
+from cm.report.run_records import RunRecord, read_run
 
 MAX_GRIDS = 12
 
@@ -36,15 +39,35 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Write the page, and print what is missing in the runs."""
-    out = Path(args.out or os.path.join(args.runs[0], "report.html"))
+    runs, passed_over = read_runs(args.runs)
+    out = Path(args.out or runs[0].path / "report.html")
     check_outputs([Output("--out", out, beside_input=True)], dict(zip(args.runs, args.runs)))
-    runs = [read_run(directory) for directory in args.runs]
+    for reason in passed_over:
+        print(writable(f"passed over: {reason}"))
     for run in runs:
         for problem in run.problems:
             print(writable(f"{run.path}: {problem}"))
     storage.make_folder(out.parent)
-    storage.write_bytes(out, page(runs, args.max_grids, datetime.now()).encode())
+    storage.write_bytes(out, page(runs, args.max_grids, datetime.now(), passed_over).encode())
     print(writable(f"{out} ({out.stat().st_size / 2**20:.1f} MiB)"))
+
+
+def read_runs(directories: Sequence[str]) -> tuple[list[RunRecord], list[str]]:
+    """The runs among these paths, and why the others are none.
+
+    :raises UserError: if a path does not exist, or none is a run.
+    """
+    runs, reasons = [], []
+    for directory in directories:
+        if not os.path.lexists(directory):
+            raise UserError(f"{directory} does not exist; give the --log_dir of a training run")
+        try:
+            runs.append(read_run(directory))
+        except UserError as error:
+            reasons.append(str(error))
+    if not runs:
+        raise UserError(f"there is no run here: {'; '.join(reasons)}")
+    return runs, reasons
 
 
 if __name__ == "__main__":

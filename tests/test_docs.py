@@ -21,6 +21,8 @@ FOREIGN_FLAGS = {
     # NVlabs/edm's train.py and generate.py
     "cond", "xflip", "duration", "batch-gpu", "cbase", "cres", "ema", "fp16", "ls", "transfer",
     "network", "class", "S_churn", "S_min", "S_max", "S_noise",
+    # tensorboard
+    "logdir",
     # torchrun
     "nproc_per_node", "nproc-per-node", "nnodes", "node-rank", "master-addr", "master-port", "max-restarts",
     # SLURM's sbatch, srun and scancel

@@ -62,7 +62,7 @@ ELSEWHERE = {
     "cm/networks/noisy_classifier.py": "samplers/test_guidance.py",
     "cm/networks/unet_blocks.py": "networks/test_unet.py",
     "cm/objectives/base.py": "objectives/test_objectives.py",
-    "cm/report/names.py": "report/test_page.py",
+    **{f"cm/report/{name}.py": "report/test_page.py" for name in ("figures", "named_runs", "names", "tables")},
     "cm/samplers/base.py": "samplers/test_integrate.py",
     "cm/samplers/dpm.py": "samplers/test_euler.py",
     "cm/samplers/euler_maruyama.py": "samplers/test_ito_taylor.py",

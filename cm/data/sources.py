@@ -94,7 +94,7 @@ def open_everywhere(
 
     :raises UserError: on every rank, as `open_source`.
     """
-    from cm.distributed.collectives import on_main_arrays           # imports torch, which --help does without
+    from cm.distributed.collectives import on_main_arrays  # imports torch, which --help does without
 
     arguments = (data_dir, image_size, "--data_dir", labels, channels, latents)
     return on_main_arrays(open_source, *arguments) if find_format(data_dir).is_sent else open_source(*arguments)

@@ -85,8 +85,8 @@ class Pipeline:
 
     @property
     def few_steps(self) -> bool:
-        """Whether it is a consistency model, which makes an image in one evaluation."""
-        return self._kind.distillation
+        """Whether it makes an image in one evaluation, as consistency models and flow maps do."""
+        return self._kind.few_step
 
     @property
     def _kind(self) -> type[Objective]:
@@ -160,7 +160,7 @@ class Pipeline:
         known = to_tensor(images, self.image_size, self.channels)
         if options.get("vae"):
             raise UserError(f"vae={options['vae']!r}: edits are of what the network makes; give vae to sample alone")
-        all_levels = LEVELS - 1 if self.few_steps else None
+        all_levels = LEVELS - 1 if self._kind.sampler == "onestep" else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
         give(settings, {"num_samples": len(known), "seed": seed}, *SECTIONS)
         plan, classes = sampling_plan(settings), self._classes(labels, sampling_plan(settings))

@@ -21,13 +21,14 @@ from cm.report.plots import Points
 
 WIDTH, HEIGHT = 460, 270                                            # in units of the drawing
 LEFT, TOP, RIGHT, BOTTOM = 54, 10, 14, 40                           # margins
+COLOURS, DASHES = 8, 4                                              # of runs, in the style sheet
 RAW, SMOOTH_FROM = 240, 40                                          # points drawn at most; points from which to smooth
 MAX_TICKS = 7
 
 
 @dataclass(frozen=True)
 class Curve:
-    run: int                                                        # number of its colour
+    run: int                                                        # its number, which chooses colour and dashes
     name: str
     points: Points                                                  # not empty; x rises
     best: tuple[float, float] | None = None                         # a point to be ringed
@@ -71,8 +72,9 @@ def plot(
     for curve in curves:
         shown = thinned(curve.points)
         rough = smooth and len(curve.points) >= SMOOTH_FROM
-        dash = f" dash-{curve.run // 8 % 3}"
-        kind = f"run-{curve.run % 8}{dash}"
+        colour, dash = curve.run % COLOURS, curve.run // COLOURS % DASHES
+        kind = f"run-{colour} dash-{dash}"
+        parts.append(f'<g data-run="{curve.run}">')
         parts.append(f'<path class="curve {kind}{" rough" if rough else ""}" d="{path(shown, x, y, stairs)}"/>')
         if rough:
             parts.append(f'<path class="curve {kind}" d="{path(thinned(moving_mean(curve.points, log)), x, y)}"/>')
@@ -80,8 +82,10 @@ def plot(
             parts += [dot(point, x, y, f"dot {kind}", 3) for point in shown]
         if curve.best is not None:
             parts.append(dot(curve.best, x, y, f"ring {kind}", 6))
+        parts.append("</g>")
         data.append({
-            "run": curve.run % 8, "name": curve.name, "x": [round(x.place(a), 1) for a, _ in shown],
+            "number": curve.run, "run": colour, "dash": dash, "name": curve.name,
+            "x": [round(x.place(a), 1) for a, _ in shown],
             "y": [round(y.place(b), 1) for _, b in shown], "at": [short(a) for a, _ in shown],
             "value": [f"{b:.4g}" for _, b in shown],
         })

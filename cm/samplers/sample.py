@@ -40,7 +40,9 @@ class SampleOptions:
     :param steps: of the solver; for multistep the number of noise levels that `ts` points into.
     :param sampler: a name in SAMPLERS, or a sampler with its options.
     :param ts: see `cm.samplers.multistep`; used only where `sampler` is the name multistep.
-    :param sigma_min, sigma_max, rho: of the grid; the levels are clipped to those of the network.
+    :param sigma_min: lowest noise level of the grid, which is clipped to the levels of the network.
+    :param sigma_max: highest noise level of the grid, clipped too.
+    :param rho: exponent of the grid.
     :param churn: noise added back before the steps.
     :param clip_denoised: clamp every denoised image to [-1, 1].
     :param clip_result: clamp the result to [-1, 1]; False for latents, which have no such bounds.

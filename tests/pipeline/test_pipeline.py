@@ -84,6 +84,13 @@ def test_steps_follow_the_kind_of_model(runs, mode, evaluations):
     assert found == evaluations
 
 
+@pytest.mark.parametrize("mode, few", [
+    ("edm", False), ("progdist", False), ("ect", True), ("ict", True), ("sct", True),
+])
+def test_which_models_need_few_steps(tmp_path, mode, few):
+    assert cm.load(checkpoint(tmp_path, mode)).few_steps is few
+
+
 def test_steps_of_a_consistency_model_are_evenly_spaced_levels():
     assert flags_for("onestep", None, {}) == {"sampler": "onestep"}
     assert flags_for("onestep", 2, {}) == {"sampler": "multistep", "steps": 40, "ts": "0,20,39"}
@@ -239,7 +246,8 @@ def test_the_example_of_the_page(runs, tmp_path, monkeypatch):
     """docs/python.md, as it stands there, on a model of its own."""
     page = (SCRIPTS.parent / "docs/python.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
+    *examples, training = examples                          # which tests/examples runs in its own way
+    assert len(examples) == 2 and "cm.train(" in training
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/cd").symlink_to(runs["consistency_distillation"])

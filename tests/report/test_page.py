@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cm.errors import UserError
 from cm.report.names import run_names
-from cm.report.page import duration, evenly
+from cm.report.page import duration
+from cm.report.tables import evenly
 from support.as_module import as_module
 from support.browser import chromium, needs_browser, screenshot
 from support.mpi import python
@@ -137,7 +139,7 @@ def test_everything_asked_for_is_on_the_page(folder, page):
     best = json.loads((folder / "fast" / "best.json").read_text())
     assert f"{best['value']:.6g}" in page and best["file"] in page and best["metric"] in page
     assert "12.3457" in page and ">50000<" in page, "what evaluator.py left"
-    different = re.search(r'<table class="settings different">.*?</table>', page, re.DOTALL)[0]
+    different = re.search(r'<table class="settings different[^"]*">.*?</table>', page, re.DOTALL)[0]
     assert re.findall(r"<code>(.*?)</code>", different) == ["end_scales", "lr"]
     assert page.count("<code>global_batch_size</code>") == 1, "all flags stand below"
 
@@ -199,7 +201,7 @@ def test_hostile_text_is_escaped(tmp_path, capsys):
     elements = Elements(written)
     assert not [attributes for tag, attributes in elements.found if tag == "img"], "there are no pictures of samples"
     figures = [tag for tag, attributes in elements.found if attributes.get("class") == "plot"]
-    assert len([tag for tag, _ in elements.found if tag == "script"]) == len(figures) + 1
+    assert len([tag for tag, _ in elements.found if tag == "script"]) == len(figures) + 2
     assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
     assert elements.text.count("<img src=x onerror") >= 10 and "{{ 7 * 7 }}" in elements.text
     assert "a&<b>'\"onload=x ?[31m ?" in elements.text
@@ -218,13 +220,14 @@ def test_distances_of_different_features_are_said_not_to_be_comparable(folder, p
     report(folder / "slow", run, "--out", tmp_path / "report.html")
     changed = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "measured with different features, references or numbers of samples: not comparable" in changed
-    different = re.search(r'<table class="settings different">.*?</table>', changed, re.DOTALL)[0]
+    different = re.search(r'<table class="settings different[^"]*">.*?</table>', changed, re.DOTALL)[0]
     assert re.findall(r"<code>(.*?)</code>", different) == ["end_scales"], "a flag that one run lacks"
 
 
 @pytest.mark.parametrize("words, message", [
-    (["{}/nowhere"], "nowhere is no folder"),
-    (["{}/slow", "{}/slow/samples"], "samples has no log"),
+    (["{}/nowhere"], "nowhere does not exist"),
+    (["{}/slow", "{}/nowhere"], "nowhere does not exist"),
+    (["{}/slow/samples", "{}/tiny.ts"], "there is no run here: .*samples has no log .*; .*tiny.ts is no folder"),
     (["{}/slow", "--out", "{}/tiny.ts/report.html"], "cannot create the folder .*tiny.ts"),
 ])
 def test_bad_input_is_one_clear_error(folder, words, message):
@@ -234,7 +237,124 @@ def test_bad_input_is_one_clear_error(folder, words, message):
 
 def test_an_error_ends_the_command(folder):
     done = script(ROOT / "scripts/report.py", folder / "slow", folder / "nowhere", expect=2)
-    assert "nowhere is no folder" in done.stderr and "Traceback" not in done.stderr, done
+    assert "nowhere does not exist" in done.stderr and "Traceback" not in done.stderr, done
+
+
+# --- many runs -----------------------------------------------------------------------------------------------------
+
+MANY = 20
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """The page of twenty runs, among folders that are none."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(MANY):
+        run = folder / f"run{number:02d}_of_{'ect' if number % 2 else 'a_method_with_a_rather_long_name' * 3}"
+        (run / "samples").mkdir(parents=True)
+        run.joinpath("progress.csv").write_text("".join(
+            ["step,loss,fid\n", *(f"{step},{(number + 1) / step},{number + step}\n" for step in range(1, 9))]))
+        run.joinpath("config.json").write_text(json.dumps(
+            {"seed": number, "lr": [0.1, 0.2][number % 2], "data_dir": "/a/long/path" * 20, "arch": "unet"}))
+        run.joinpath("best.json").write_text(json.dumps({"metric": "FID" * 30, "value": 1.5, "file": "best/" * 30}))
+        run.joinpath("other.json").write_text(json.dumps({"text": "x" * 500}))
+        for step in (2, 4, 8):
+            Image.new("RGB", (264, 264), (step, number, 0)).save(run / f"samples/samples_{step:06d}.png")
+    (folder / "notes.txt").write_text("no run")
+    (folder / "empty").mkdir()
+    (folder / "young").mkdir()
+    (folder / "young/progress.csv").write_text("step,loss\n")
+    report(*sorted(folder.iterdir()), "--out", folder / "report.html")
+    return folder / "report.html"
+
+
+def test_what_is_no_run_is_passed_over_and_named(many, capsys):
+    page = many.read_text()
+    report(many.parent / "notes.txt", many.parent / "run01_of_ect")
+    told = capsys.readouterr().out
+    assert "passed over: " in told and "notes.txt is no folder" in told
+    assert (many.parent / "run01_of_ect/report.html").exists(), "the first that is a run"
+    for reason in ("notes.txt is no folder", "empty has no log", "young/progress.csv has no row yet"):
+        assert reason in page and "passed over: " in page
+    assert f"{MANY} training runs" in page and "16 more</title>" in page
+
+
+def test_twenty_runs_have_twenty_kinds_of_lines(many):
+    page = many.read_text()
+    legend = re.search(r'<p class="legend">(.*?)</p>', page, re.DOTALL)[1]
+    kinds = re.findall(r'class="key (run-\d)".*?class="curve (dash-\d)"', legend)
+    assert len(kinds) == len(set(kinds)) == MANY
+    drawn = re.findall(r'<g data-run="(\d+)"><path class="curve (run-\d) (dash-\d)', page)
+    assert all(kinds[int(number)] == (colour, dash) for number, colour, dash in drawn) and len(drawn) == 2 * MANY
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    for scheme in style.split("prefers-color-scheme: dark"):
+        colours = [re.search(rf"--run-{number}: (#\w+)", scheme)[1] for number in range(8)]
+        assert len(set(colours)) == 8
+    dashes = [re.search(rf"\.dash-{number} {{ stroke-dasharray: ([\d. ]+)", style)[1] for number in (1, 2, 3)]
+    assert len(set(dashes)) == 3
+
+
+def test_the_newest_pictures_come_first(many):
+    shots = re.search(r'<div class="shots" data-run="3">.*?</div></div>', many.read_text(), re.DOTALL)[0]
+    assert re.findall(r"<figcaption>step (\d+)", shots) == ["8", "4", "2"]
+
+
+def test_values_of_flags_name_their_runs(many):
+    different = re.search(r'<table class="settings different[^"]*">.*?</table>', many.read_text(), re.DOTALL)[0]
+    rate = re.search(r"<code>lr</code>.*?</tr>", different, re.DOTALL)[0]
+    assert re.findall(r'<div>([\d.]+) <small>|data-run="(\d+)"', rate)[:3] == [("0.1", ""), ("", "0"), ("", "2")]
+    assert "<code>arch</code>" not in different and "<code>seed</code>" in different
+
+
+WIDTHS = (360, 480, 768, 1024, 1440, 2000)
+LOOK = """<script>
+  const found = {}, box = document.getElementById("filter");
+  const seen = (query) => [...document.querySelectorAll(query)].filter((each) => each.checkVisibility()).length;
+  const all = () => [seen(".cards .card"), seen(".legend span"), seen(".shots"),
+    seen("figure.plot g[data-run] path") > 0];
+  found.whole = all();
+  box.value = "RUN03 ect"; box.dispatchEvent(new Event("input"));
+  found.one = all(); found.count = document.getElementById("count").textContent;
+  box.value = ""; box.dispatchEvent(new Event("input"));
+  found.again = all();
+  const [left, right] = document.querySelectorAll("#compare select");
+  left.value = "4"; right.value = "7"; right.dispatchEvent(new Event("change"));
+  found.heads = [...document.querySelectorAll("#pair h2")].map((each) => each.textContent.slice(0, 5));
+  found.shots = [...document.querySelectorAll("#pair img")].map((each) => each.alt.slice(-6));
+  found.rows = [...document.querySelectorAll("#differences tbody tr")].map((row) => row.innerText.split("\\t"));
+  document.title = JSON.stringify(found);
+</script>"""
+
+
+@needs_browser
+def test_filter_and_two_runs_side_by_side(many, tmp_path):
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", many.read_text())
+    (tmp_path / "used.html").write_text(page.replace("</body>", LOOK + "</body>"))
+    visit = chromium(tmp_path / "used.html", tmp_path, "--dump-dom")
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", visit.dom, re.DOTALL)[1]))
+    assert visit.console == []
+    assert found["whole"] == found["again"] == [MANY, MANY, MANY, True] and found["one"] == [1, 1, 1, True]
+    assert found["count"] == f"1 of {MANY} runs"
+    assert found["heads"] == ["run04", "run07"] and found["shots"] == ["step 8", "step 8"]
+    assert found["rows"] == [["lr", "0.1", "0.2"], ["seed", "4", "7"]]
+
+
+@needs_browser
+def test_nothing_needs_sideways_scrolling(many, folder, tmp_path):
+    """Of twenty runs and of two, with all details open, in frames of the widths of phones to large screens."""
+    frames = ""
+    for page in (many, folder / "report.html"):
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+        text = html.escape(text.replace("<details", "<details open"), quote=True)
+        frames += "".join(f'<iframe width="{width}" height="900" srcdoc="{text}"></iframe>' for width in WIDTHS)
+    (tmp_path / "frames.html").write_text(f"""<title></title><style>iframe {{ border: 0 }}</style>{frames}<script>
+      const inner = (frame) => [...frame.contentDocument.querySelectorAll("body *")].some((each) =>
+        each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX.match(/auto|scroll/));
+      onload = () => document.title = JSON.stringify([...document.querySelectorAll("iframe")].map((frame) =>
+        [frame.clientWidth, frame.contentDocument.documentElement.scrollWidth, inner(frame)]));</script>""")
+    visit = chromium(tmp_path / "frames.html", tmp_path, "--dump-dom")
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", visit.dom, re.DOTALL)[1]))
+    assert found == [[width, width, False] for width in WIDTHS] * 2
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""Train from Python, in one process: flags as keywords, and the trained model as a pipeline."""
+
+from __future__ import annotations
+
+import os
+
+from cm.config.flags import Settings, give, parse
+from cm.config.schema import TRAINING_SECTIONS
+from cm.errors import UserError
+from cm.pipeline.loading import load_pipeline
+from cm.pipeline.pipeline import Pipeline
+from cm.setup.run_facts import COMMANDS
+from cm.setup.train import train
+
+
+def train_model(log_dir: str | os.PathLike[str], *, training_mode: str = "edm", **flags: object) -> Pipeline:
+    """Train a model, or resume its training, and load it.
+
+    The defaults are those of the commands: of edm_train.py for training_mode="edm", of cm_train.py for any other. A
+    call with the same log_dir resumes the run, and trains no more if it is finished.
+
+    :param log_dir: folder of the run: its log, checkpoints and pictures.
+    :param training_mode: "edm" for a diffusion model, or how a few-step model is trained, such as "ect".
+    :param flags: those of edm_train.py and cm_train.py, such as data_dir="IMAGES", image_size=64,
+        total_training_steps=1000, teacher_model_path="runs/edm".
+    :return: the run's best average, else its newest.
+    :raises UserError: for a flag that does not exist or does not fit, and files that cannot be used.
+    """
+    train(training_settings({"log_dir": os.fspath(log_dir), "training_mode": training_mode, **flags}))
+    return load_pipeline(log_dir)
+
+
+def training_settings(flags: dict[str, object]) -> Settings:
+    """The settings of a training command that is given these flags.
+
+    :raises UserError: for a flag that does not exist, or a value that it does not allow.
+    """
+    if flags.get("checkpoint_dir"):
+        raise UserError(f"checkpoint_dir={flags['checkpoint_dir']!r}: a run from Python keeps its checkpoints in "
+                        "log_dir; drop it, or use the command")
+    _, defaults = COMMANDS[flags["training_mode"] == "edm"]
+    settings = parse("", *TRAINING_SECTIONS, argv=[], **defaults)
+    give(settings, flags, *TRAINING_SECTIONS)
+    return settings
