@@ -119,7 +119,7 @@ class TrainLoop:
         sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
         make = partial(
             make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding,
-            layout=trainer.layout,
+            layout=trainer.layout, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         )
         return TrainedNetwork(trainer, make, self.engine)
 
