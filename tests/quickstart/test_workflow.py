@@ -58,7 +58,7 @@ def test_from_photos_to_the_table_the_picture_and_the_report(started, tmp_path, 
     assert len(started) == 1, "nothing but the measuring"
     assert f"60 images in {photos} (all opened)" in text and "classes: 3, from sub-folders: Aunt Mary 20" in text
     assert "network: tiny, " in text and "student: ECT, 4 steps; the teacher has " in text
-    assert "memory of a rank: about " in text and "time: " in text and " of 1 h 00 min: " in text
+    assert "memory of a rank: about " in text and " of 1 h 00 min\n    looking and measuring: " in text
     assert text.count(" --config ") == 2 and "Start the same command again with --inception FILE" in text
     for name in ("teacher", "student"):                     # a file for --config
         assert parse("", *TRAINING_SECTIONS, argv=["--config", str(out / f"{name}.yaml")]).values["image_size"]
