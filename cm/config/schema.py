@@ -241,6 +241,9 @@ class TrainConfig:
         0, "hsdp: number of ranks that the networks are divided among; 0: the ranks of a machine", minimum=0
     )
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
+    adam_beta1: float = option(0.9, "decay rate of the optimizer's mean of gradients", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "decay rate of the optimizer's mean of squared gradients", minimum=0, below=1)
+    adam_eps: float = option(1e-8, "what the optimizer adds to the root of that mean", minimum=0)
     fp16_scale_growth: float = option(
         1e-3, "increase of log2 of the fp16 loss scale after each successful step", minimum=0
     )

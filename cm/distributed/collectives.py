@@ -9,6 +9,7 @@ import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar, cast
 
 import numpy as np
@@ -285,7 +286,7 @@ def read_everywhere(path: str | os.PathLike, expected: Mapping[str, int] | None 
 
 
 def _read(path: str | os.PathLike, expected: Mapping[str, int] | None) -> mmap.mmap:
-    path, crc32 = str(path), 0
+    path = str(path)
     size, source = storage.size(path), storage.open_file(path)
     with source:
         if size == 0:
@@ -293,10 +294,13 @@ def _read(path: str | os.PathLike, expected: Mapping[str, int] | None) -> mmap.m
         if expected is not None and size != expected["size"]:
             raise _mismatch(path, f"{size:,} bytes long", f"{expected['size']:,} bytes")
         content = Content(-1, size)
-        while content.tell() < size and (part := source.read(min(READ_BYTES, size - content.tell()))):
-            content.write(part)
-            if expected is not None:
-                crc32 = zlib.crc32(part, crc32)             # of bytes that are still in the processor's cache
+        with ThreadPoolExecutor(1) as beside:               # the checksum of a part is taken while the next is read
+            running = beside.submit(int)
+            while content.tell() < size and (part := source.read(min(READ_BYTES, size - content.tell()))):
+                content.write(part)
+                if expected is not None:
+                    running = beside.submit(zlib.crc32, part, running.result())
+            crc32 = running.result()
     if content.tell() < size:
         raise UserError(f"{path} ended after {content.tell()} of {size} bytes: it is still being written, or damaged")
     if expected is not None and crc32 != expected["crc32"]:

@@ -1,9 +1,10 @@
-"""A network whose trunk can be half precision, and convolutions that are."""
+"""A network whose trunk can be half precision, and layers that are."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch as th
 from torch import nn
@@ -29,6 +30,14 @@ class HalfPrecisionTrunk(nn.Module):
         """Make the trunk float32 again."""
         self._convert(convert_module_to_f32)
 
+    def store_as_autocast(self, dtype: th.dtype) -> None:
+        """Store the weights of the trunk as autocast of this dtype would cast them at every pass.
+
+        A pass under autocast then gives the same numbers, bit for bit, without the casts. For a network that is asked
+        under that autocast only, and whose weights take no gradient.
+        """
+        self._convert(partial(_convert_layer, dtype=dtype))
+
     def _convert(self, convert: Callable[[nn.Module], None]) -> None:
         for layer in self.trunk():
             layer.apply(convert)
@@ -48,3 +57,11 @@ def _convert_convolution(module: nn.Module, dtype: th.dtype) -> None:
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         for param in module.parameters(recurse=False):              # buffers keep their precision
             param.data = param.data.to(dtype)
+
+
+def _convert_layer(module: nn.Module, dtype: th.dtype) -> None:
+    """Convert a layer that autocast computes in its dtype, all of whose inputs it casts."""
+    if isinstance(module, nn.Linear):
+        for param in module.parameters(recurse=False):
+            param.data = param.data.to(dtype)
+    _convert_convolution(module, dtype)

@@ -67,7 +67,8 @@ class Objective(ABC):
     needs_slow_clock: ClassVar[bool] = False
     """Whether the loss depends on the slope of the network in the time that it is told; see `cm.setup.clock`."""
     full_precision_passes: ClassVar[bool] = False
-    """Whether parts of the loss run networks in float32, whatever the precision of the run."""
+    """Whether parts of the loss run networks in float32, whatever the precision of the run. Where none does, a bf16 run
+    stores companions without gradients as its autocast would cast them at every pass."""
     sampler: ClassVar[str] = "heun"
     """The sampler that fits the result."""
 

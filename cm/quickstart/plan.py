@@ -138,7 +138,7 @@ def make_plan(found: Findings, machine: Machine, wish: Wish, spent: float = 0.0)
     possible = [draft for draft in drafts if draft.is_possible(seconds - spent)]
     if not possible:
         raise UserError(too_short(wish, lambda hours: drafts[0].is_possible(3600 * hours - spent)))
-    chosen = [draft for draft in possible if draft.is_worthwhile(seconds - spent)] or possible[:1]
+    chosen = [draft for draft in possible if draft.is_worthwhile(seconds - spent)] or possible
     return chosen[-1].plan(found, seconds - spent, spent)
 
 

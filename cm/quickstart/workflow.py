@@ -160,8 +160,8 @@ class Workflow:
             "the time for training",
             f"samples: {plan.num_samples} of each method",
             f"memory of a rank: about {size_text(plan.memory)}",
-            f"time: {clock(sum(plan.times.values()))} of {clock(3600 * self.order.wish.hours)}: "
-            + ", ".join(f"{name} {clock(value)}" for name, value in plan.times.items()),
+            f"time: {clock(sum(plan.times.values()))} of {clock(3600 * self.order.wish.hours)}",
+            *(f"  {name}: {clock(value)}" for name, value in plan.times.items()),
         ]
         return lines + [f"note: {note}" for note in self.notes()]
 
@@ -241,7 +241,8 @@ class Workflow:
         folders = {name: self.out / key for key, (name, _, _) in self.methods.items()}
         results.picture(path, real, "real images", folders)
         print("\n" + results.table([results.row(name, folder) for name, folder in folders.items()], self.note()))
-        print(f"\nThe picture: {path}; the trainings: {self.out / 'report.html'}")
+        print(f"\n{clock(time.monotonic() - self.begun)} since this start; {clock(sum(self.plan.times.values()))} were "
+              f"planned for all. The picture: {path}; the trainings: {self.out / 'report.html'}")
         if not self.evaluates:
             print(without_controls(f"Left out: {self.how_to_evaluate()}"))
 

@@ -199,6 +199,7 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
     train = settings.section(TrainConfig)
     ranks = train.dry_run_ranks or dist.get_world_size()
     images, _ = share_of_batch(train.global_batch_size, train.batch_size, 0, ranks)
+    kind = objective_kind(settings.values)
     run = PlannedRun(
         precision=run_precision(settings),
         optimizer=train.optimizer,
@@ -209,7 +210,8 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         shard_optimizer=train.shard_optimizer,
         shards=planned_shards(train.parallel, train.shard_size, ranks),
         accumulates=0 < train.microbatch < images,
-        companions={each.name: each.changes for each in objective_kind(settings.values).companions_of(settings.values)},
+        companions={each.name: each.changes for each in kind.companions_of(settings.values)},
+        stores_casts=not kind.full_precision_passes,
         guide=guide_bytes(settings),
         on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )

@@ -20,6 +20,7 @@ from cm.data.latents import RECORD
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage, web
+from cm.io.untrusted import shown
 from cm.logging import logger
 from cm.networks.build import parse_channel_mult, parse_resolutions
 from cm.networks.extent import demand_held
@@ -243,10 +244,11 @@ def plain_value(name: str, value: Any, path: str) -> Any:
 
     :raises UserError: if the flag does not allow it.
     """
-    flag = FLAGS.get(name)
+    flag, where = FLAGS.get(name), f"the manifest beside {path}, or the description in it"
     if flag is None:
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{where}: {name}={shown(value)} is neither a word nor a number")
         return value
-    where = f"the manifest beside {path}, or the description in it"
     value = convert(type(flag.default), value, f"{where}: {name}")
     check(flag, value, where)
     return value

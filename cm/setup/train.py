@@ -128,9 +128,10 @@ def loop_config(settings: Settings) -> LoopConfig:
     )
     same_names = (
         "microbatch", "lr", "ema_rate", "log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth",
-        "weight_decay", "lr_anneal_steps", "optimizer", "resume", "total_training_steps", "lr_rampup_kimg",
-        "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir", "on_save_error", "ema_device", "shard_ema",
-        "shard_optimizer", "grad_clip", "allow_other_classes", "parallel", "shard_size",
+        "weight_decay", "lr_anneal_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "resume",
+        "total_training_steps", "lr_rampup_kimg", "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir",
+        "on_save_error", "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes", "parallel",
+        "shard_size",
     )
     milestones = train.milestone_interval if train.milestone_interval >= 0 else MILESTONE_SAVES * train.save_interval
     return LoopConfig(

@@ -59,6 +59,9 @@ class LoopConfig:
     global_batch_size: int | None = None
     weight_decay: float = 0.0
     optimizer: str = "radam"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
     lr_anneal_steps: int = 0
     lr_rampup_kimg: float = 0.0
     lr_decay_steps: int = 0

@@ -32,7 +32,7 @@ from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
 from cm.training.engine import make_engine
 from cm.training.meters import LossMeter
-from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve
+from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve, store_as_autocast
 from cm.training.non_finite import NonFiniteError
 from cm.training.optimizer import decay, make_optimizer, rampup
 from cm.training.throughput import Ticks, status_line
@@ -97,11 +97,14 @@ class TrainLoop:
         self.trained = {ONLINE: self._trained(self.model)}
         self.trained |= {name: self._trained(models[name]) for name in roles(declared, "trained")}
         layouts = {name: self.engine.lay_out(model) for name, model in models.items() if name not in self.trained}
-        self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name])
+        stores_casts = self.trainer.precision == "bf16" and not self.objective.full_precision_passes
+        self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name], stores_casts)
                        for name in roles(declared, "by_objective")}
-        if self.trainer.use_fp16:
-            for name in roles(declared, "never"):           # nobody needs the masters of a network that stands still
+        for name in roles(declared, "never"):               # nobody needs the masters of a network that stands still
+            if self.trainer.use_fp16:
                 halve(models[name])
+            elif stores_casts and not layouts[name].is_sharded:
+                store_as_autocast(models[name])
         masters = self.trainer.master_params
         self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
         self.averages = EMA(
@@ -119,7 +122,7 @@ class TrainLoop:
         sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
         make = partial(
             make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding,
-            layout=trainer.layout,
+            layout=trainer.layout, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         )
         return TrainedNetwork(trainer, make, self.engine)
 

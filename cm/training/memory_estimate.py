@@ -35,6 +35,7 @@ class PlannedRun:
     :param companions: the networks besides the online one, by name, and how each changes; see `Companion`.
     :param shards: ranks among which every network is divided, see `cm.distributed.fsdp`; 1 for none.
     :param accumulates: whether a step takes several passes; divided networks then have whole gradients until the last.
+    :param stores_casts: whether companions without gradients are stored as bf16's autocast would cast them.
     :param guide: bytes of the network that guides the teacher.
     :param on_gpu: whether device and host are different memories.
     """
@@ -49,6 +50,7 @@ class PlannedRun:
     shards: int = 1
     accumulates: bool = False
     companions: Mapping[str, str] = field(default_factory=dict)
+    stores_casts: bool = False
     guide: int = 0
     on_gpu: bool = True
 
@@ -83,6 +85,7 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
     :param model: the float32 network, on the meta device; it is not changed.
     :param rank: None for the one with the largest share.
     """
+    still, moving = companion_bytes(model, run)
     trainer = MasterWeights(copy.deepcopy(model), run.precision)
     whole, buffers = trainer.master_params, list(model.buffers())
     params, masters = (own_rows(each, run.shards) for each in (trainer.model_params, whole))
@@ -103,10 +106,9 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
         host = averages | {"copy for the averages": average}
     else:
         device |= averages
-    moving = network + (nbytes(masters) if half else 0)
     own = device["parameters"] + device["gradients"] + device["optimizer"] + (2 * nbytes(masters) if half else 0)
     for name, changes in run.companions.items():
-        device[name.removesuffix("_model")] = {"never": network, "by_objective": moving, "trained": own}[changes]
+        device[name.removesuffix("_model")] = {"never": still, "by_objective": moving, "trained": own}[changes]
     if run.guide:
         device["guide of the teacher"] = run.guide
     if run.shards > 1:
@@ -138,6 +140,19 @@ def gathered_bytes(model: nn.Module) -> int:
 def own_rows(params: Sequence[Tensor], shards: int) -> list[Tensor]:
     """What a rank holds of parameters that are divided among so many ranks; the first has the most rows."""
     return [param[:ceil(len(param) / shards)] if param.ndim and shards > 1 else param for param in params]
+
+
+def companion_bytes(model: nn.Module, run: PlannedRun) -> tuple[int, int]:
+    """What a companion without gradients holds, if it stands still and if the objective moves it.
+
+    :param model: the float32 network, on the meta device; it is not changed.
+    """
+    weights = MasterWeights(
+        copy.deepcopy(model), run.precision, stores_casts=run.stores_casts and run.shards == 1
+    )
+    still = nbytes([*own_rows(weights.model_params, run.shards), *weights.model.buffers()])
+    own = set(map(id, weights.model_params))
+    return still, still + nbytes(master for master in weights.master_params if id(master) not in own)
 
 
 def fullest(sizes: Sequence[int], ranks: int) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from cm.distributed.layout import WHOLE, Layout
 from cm.errors import UserError
+from cm.networks.precision import HalfPrecisionTrunk
 from cm.tensors import copy_tensors, scale_tensors
 
 INITIAL_LOG_LOSS_SCALE = 20.0
@@ -89,25 +90,37 @@ def halve(model: nn.Module) -> None:
         convert()
 
 
+def store_as_autocast(model: nn.Module) -> None:
+    """Let a network that stands still hold the weights that bf16's autocast would make of its own at every pass."""
+    if isinstance(model, HalfPrecisionTrunk):               # others are cast at every pass
+        model.store_as_autocast(th.bfloat16)
+
+
 class MasterWeights:
     """The float32 parameters of a network, which itself may compute in half precision.
 
     Averages are made of `master_params` and files are written from them; `master_params_to_model_params`
-    copies them into the network. For fp32 and bf16 they are the network's own parameters.
+    copies them into the network. For fp32, and for bf16 unless they are stored as it computes, they are the network's
+    own parameters.
 
     :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here. A network that
         was converted to float16 before, as consistency_models' script does, gets float32 masters of its rounded values.
     :param precision: "fp32", "bf16" or "fp16".
     :param layout: how the parameters lie on the ranks; where a rank holds rows of them, its masters are these.
+    :param stores_casts: in bf16, a network without gradients, whole on every rank, shall hold its weights as autocast
+        would cast them.
     :raises ValueError: for an unknown precision, or a half-precision model in another precision than fp16, whose
         master parameters would be rounded.
     """
 
-    def __init__(self, model: nn.Module, precision: str, layout: Layout = WHOLE) -> None:
+    def __init__(
+        self, model: nn.Module, precision: str, layout: Layout = WHOLE, stores_casts: bool = False
+    ) -> None:
         self.precision = _choose_precision(precision, False)
         self.model, self.layout = model, layout
         self.model_params: list[nn.Parameter] = list(model.parameters())
         self.master_params: list[Tensor] = layout.masters(self.model_params)
+        self._copied: list[tuple[Tensor, Tensor]] = []          # parameters that are not their own masters, with these
         rounded = [name for name, p in model.named_parameters() if p.dtype in HALF]
         if rounded and not (self.use_fp16 and all(p.dtype != th.bfloat16 for p in model.parameters())):
             raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
@@ -117,6 +130,16 @@ class MasterWeights:
                 p.detach().to(th.float32, copy=True).requires_grad_(p.requires_grad) for p in self.model_params
             ]
             halve(model)
+        elif stores_casts and precision == "bf16" and not layout.is_sharded:
+            wide = [p.data for p in self.model_params]
+            store_as_autocast(model)
+            self.master_params = [
+                p if p.dtype == kept.dtype else kept.requires_grad_(p.requires_grad)
+                for p, kept in zip(self.model_params, wide)
+            ]
+        if not layout.is_sharded:
+            pairs = zip(self.model_params, self.master_params, strict=True)
+            self._copied = [pair for pair in pairs if pair[0] is not pair[1]]
 
     @property
     def use_fp16(self) -> bool:
@@ -126,8 +149,8 @@ class MasterWeights:
     @th.no_grad()
     def master_params_to_model_params(self) -> None:
         """Give the model the values of the master parameters, after something changed them."""
-        if self.use_fp16:
-            copy_tensors(self.model_params, self.master_params)
+        if self._copied:
+            copy_tensors(*zip(*self._copied))
 
     @th.no_grad()
     def load_master_params(self, params: Iterable[Tensor]) -> None:

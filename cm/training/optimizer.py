@@ -29,7 +29,7 @@ class ZeroOptimizer:
     """
 
     def __init__(
-        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Sharding, **options: float
+        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Sharding, **options: Any
     ):
         self.params, self.shares = list(params), shares
         self.own = shares.mine(self.params)
@@ -132,22 +132,24 @@ class ShardedOptimizer:
 
 def make_optimizer(
     name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None,
-    layout: Layout = WHOLE,
+    layout: Layout = WHOLE, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
 ) -> th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer:
     """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares of whole tensors.
 
     :param layout: of what network the parameters are rows.
-
+    :param betas, eps: decay rates of the two moments, and what is added to the root of the second (Kingma and Ba 2014,
+        arXiv 1412.6980, algorithm 1).
     :raises UserError: for a name that is none.
     """
     kind = lookup(OPTIMIZERS, name, "optimizer")
+    settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
     if name in FUSED and all(param.device.type in FUSED_ON for param in params):
         kind = partial(kind, fused=True)
     if layout.is_sharded:
-        return ShardedOptimizer(kind(params, lr=lr, weight_decay=weight_decay), params, layout)
+        return ShardedOptimizer(kind(params, **settings), params, layout)
     if shares is None or shares.ranks == 1:
-        return kind(params, lr=lr, weight_decay=weight_decay)
-    return ZeroOptimizer(kind, params, shares, lr=lr, weight_decay=weight_decay)
+        return kind(params, **settings)
+    return ZeroOptimizer(kind, params, shares, **settings)
 
 
 def decay(step: int, decay_steps: int) -> float:

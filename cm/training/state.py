@@ -89,7 +89,7 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
         share = averages.initial_weight(checkpoint, name)
         loop.averages.load(rate.name, params(name, loop.trainer), 0.0 if share is None else share)
     for role, network in loop.trained.items():
-        network.opt.load_state_dict(load_part(file_of(role), checkpoint, verify))
+        network.load_optimizer(load_part(file_of(role), checkpoint, verify))
     rest = load_part("trainer", checkpoint, verify)
     loop.trainer.load_state_dict(rest)
     loop.averages_began = rest.get("averages_began", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch as th
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from cm.training.engine import Engine
 from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import ShardedOptimizer, ZeroOptimizer
 
+SETTINGS = ("weight_decay", "betas", "eps")
+"""Those of an optimizer that files hold, too, but that a resumed run may change; each step sets its learning rate."""
 Optimizer = th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer
 
 
@@ -31,6 +34,13 @@ class TrainedNetwork:
         self.opt = make_optimizer(trainer.master_params)
         self.ddp_model: nn.Module = self.model
         self.ddp_warmed_up = True
+
+    def load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Go on from what an optimizer has learnt, with the settings of this run."""
+        settings = [{name: group[name] for name in SETTINGS} for group in self.opt.param_groups]
+        self.opt.load_state_dict(saved)
+        for group, own in zip(self.opt.param_groups, settings, strict=True):
+            group.update(own)
 
     def reset_optimizer(self) -> None:
         """Forget what the optimizer has learnt."""

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 from PIL import Image
 
-from cm.config.flags import parse
+from cm.config.flags import parse, resolve
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.quickstart import measure, stages, workflow
+from cm.quickstart.look import look
+from cm.quickstart.plan import Machine, Speed, Wish, make_plan
+from cm.setup import rules
+from cm.setup.data import open_data
+from cm.setup.model import model_from
 from evaluations.features import save_torchscript
 from evaluations.features.classifier import Classifier
 from support import in_process
 from support.as_module import as_module
-from support.photos import mixed_folder
+from support.photos import cifar_zip, grey_folder, mixed_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = as_module(ROOT / "scripts" / "quickstart.py")
@@ -46,6 +52,7 @@ def started(monkeypatch):
     for module in (stages, workflow):
         monkeypatch.setattr(module, "execute", run)
     monkeypatch.setattr(measure, "STEPS", 1)
+    monkeypatch.setattr(measure, "BATCHES", (32, 32, 64))
     return commands
 
 
@@ -58,7 +65,7 @@ def test_from_photos_to_the_table_the_picture_and_the_report(started, tmp_path, 
     assert len(started) == 1, "nothing but the measuring"
     assert f"60 images in {photos} (all opened)" in text and "classes: 3, from sub-folders: Aunt Mary 20" in text
     assert "network: tiny, " in text and "student: ECT, 4 steps; the teacher has " in text
-    assert "memory of a rank: about " in text and "time: " in text and " of 1 h 00 min: " in text
+    assert "memory of a rank: about " in text and " of 1 h 00 min\n    looking and measuring: " in text
     assert text.count(" --config ") == 2 and "Start the same command again with --inception FILE" in text
     for name in ("teacher", "student"):                     # a file for --config
         assert parse("", *TRAINING_SECTIONS, argv=["--config", str(out / f"{name}.yaml")]).values["image_size"]
@@ -147,6 +154,27 @@ def test_for_digits_the_demos_classifier(tmp_path):
     assert str(tmp_path / "out" / "samples_teacher" / "samples_9x8x8x1.npz") in evaluation
     assert "--class_accuracy" in evaluation and "CD, one step" in planned.methods["samples_onestep"][0]
     assert planned.order.wish.evaluates
+
+
+@pytest.mark.parametrize("name, shape, classes", [
+    ("digits", (1, 8, 8), 10), ("photos", (3, 32, 32), 3), ("zip", (3, 32, 32), 10), ("grey", (1, 28, 28), 0),
+])
+def test_what_is_planned_for_each_set_can_be_trained(tmp_path, name, shape, classes):
+    """From the look over the plan to the first batch and a pass through the network."""
+    make = {"photos": mixed_folder, "zip": lambda path: cifar_zip(path.with_suffix(".zip")),
+            "grey": lambda path: grey_folder(path, True)}
+    place = str(make[name](tmp_path / name)) if name in make else name
+    found = look(place)
+    machine = Machine("cpu", "fp32", 1, 2**33, 1.0, (Speed("tiny", shape[1], 10**6, 10**8, 10**6, ((32, 0.1),), 1e-3),))
+    plan = make_plan(found, machine, Wish(hours=0.2))
+    settings = resolve(plan.teacher | {"training_mode": "edm"}, *TRAINING_SECTIONS)
+    rules.resolve(settings, rules.TRAINING)
+    batch = next(open_data(settings).stream(0))
+    assert batch.images.shape == (plan.batch, *shape)
+    assert settings.values["num_classes"] == classes and ("y" in batch.cond) == (classes > 0)
+    with th.no_grad():
+        out = model_from(settings)(batch.images[:2], th.zeros(2), *(y[:2] for y in batch.cond.values()))
+    assert out.shape == (2, *shape)
 
 
 def plan_with(**fields):

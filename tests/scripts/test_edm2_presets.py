@@ -11,8 +11,8 @@ from cm.setup.model import model_from
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "edm2"
 COMMON = {"arch": "edm2", "global_batch_size": 2048, "use_fp16": True, "lr_decay_steps": 70_000, "channels": 4,
-          "lr_rampup_kimg": 10_000, "objective": "uncertainty", "noise_mean": -0.4, "noise_std": 1.0, "image_size": 64,
-          "class_cond": True, "num_classes": 1000}
+          "adam_beta2": 0.99, "lr_rampup_kimg": 10_000, "objective": "uncertainty", "noise_mean": -0.4,
+          "noise_std": 1.0, "image_size": 64, "class_cond": True, "num_classes": 1000}
 # Width, learning rate, images in units of 2^20 and dropout of train_edm2.py, and the parameters of its networks.
 PUBLISHED = {
     "xs": (128, 0.012, 2048, 0.0, 124_713_253), "s": (192, 0.010, 2048, 0.0, 280_212_837),

@@ -6,6 +6,7 @@ import torch as th
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import safetensor_files
 from cm.errors import UserError
+from cm.setup.inherit import plain_value
 from cm.setup.weights_path import weights_in
 from support.nets import plain_state_dict
 from support.weights import TINY, adopt, tiny
@@ -70,3 +71,9 @@ def test_bare_safetensors(tmp_path):
     flags = ("--image_size", 8, "--num_head_channels", 16, "--training_mode", "edm")
     taken = adopt(tmp_path / "mine.safetensors", *flags)[1].take()
     assert all(th.equal(taken[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("value", [["edm"], {"edm": 1}, None], ids=str)
+def test_a_training_mode_that_is_no_word_is_refused(value):
+    with pytest.raises(UserError, match=r"x\.pt.*: training_mode=.* is neither a word nor a number"):
+        plain_value("training_mode", value, "x.pt")

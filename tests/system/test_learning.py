@@ -99,20 +99,20 @@ def test_distillation_beats_its_start_and_training_alone(tmp_path):
 
 
 def test_the_averages_of_a_short_run_show_beginnings_of_images(tmp_path):
-    """60 steps at 0.999, as the scripts average, against the original's averages, which still hold the noise of the
-    start, and against a network that was never trained.
+    """60 steps with the scripts' default average, against the original's, which still holds the noise of the start, and
+    against a network that was never trained.
     """
     logger.configure(str(tmp_path / "short"), format_strs=["csv"])
     model, diffusion = network(), KarrasDenoiser(loss_norm="l2")
     training = TrainLoop(
-        model=model, diffusion=diffusion, data=digits, batch_size=BATCH, lr=2e-3, ema_rate="0.999", log_interval=50,
-        save_interval=10_000, total_training_steps=60, ema_rampup_ratio=TrainConfig.ema_rampup_ratio,
+        model=model, diffusion=diffusion, data=digits, batch_size=BATCH, lr=2e-3, ema_rate=TrainConfig.ema_rate,
+        ema_rampup_ratio=TrainConfig.ema_rampup_ratio, log_interval=50, save_interval=10_000, total_training_steps=60,
     )
-    original = EMA(training.trainer.master_params, ["0.999"])
+    original = EMA(training.trainer.master_params, [TrainConfig.ema_rate])
     untrained = distance(model, diffusion, sampler="euler", steps=6)
     for _ in range(60):
         training.run_step(as_batch(next(training.data), training.images_seen, 0, 1))
-        original.update([0.999])
+        original.update([float(TrainConfig.ema_rate)])
     found = []
     for average in (training.ema_params[0], original.local[0]):
         training.trainer.load_master_params(average)

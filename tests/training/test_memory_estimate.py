@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cm.networks.layers import GroupNorm32
 from cm.training.memory_estimate import PlannedRun, activations, plan
 from support.mpi import ROOT
-from support.training import network, run
+from support.training import loop, network, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory_table import table
@@ -65,6 +65,20 @@ def test_activations_grow_with_images_and_shrink_with_recomputation():
         if hasattr(module, "use_checkpoint"):
             module.use_checkpoint = True
     assert activations(model, 4, 8, "fp32", True) < four / 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_companions_hold_what_is_planned(images, tmp_path, precision):
+    """A teacher that stands still, and a target: of each every tensor once."""
+    training = loop(images, tmp_path, 1, mode="consistency_distillation", precision=precision)
+    run_ = PlannedRun(precision, "radam", [], companions={"teacher_model": "never", "target_model": "by_objective"},
+                      stores_casts=not training.objective.full_precision_passes)
+    planned = plan(meta_network(), run_).device
+    for name, companion in training.parts.companions.items():
+        masters = training.moving[name].master_params if name in training.moving else ()
+        tensors = [*companion.model.parameters(), *companion.model.buffers(), *masters]
+        kept = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
+        assert planned[name.removesuffix("_model")] == sum(kept.values())
 
 
 def test_averages_on_the_host_leave_the_device():

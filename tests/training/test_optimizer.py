@@ -47,6 +47,32 @@ def test_the_fastest_way_takes_the_same_steps(name):
         assert (own - before).abs().max() > 0.05 and th.allclose(own, other, rtol=1e-5, atol=1e-6)
 
 
+def test_the_first_step_of_adam_follows_its_settings():
+    """Of algorithm 1 of 1412.6980: lr g / (|g| + eps), as both moments are corrected, and then by the two rates."""
+    param, grads = th.zeros(1, requires_grad=True), (2.0, -1.0)
+    opt = make_optimizer("adam", [param], lr=0.1, weight_decay=0.0, betas=(0.5, 0.25), eps=1.0)
+    places = []
+    for grad in grads:
+        param.grad = th.full((1,), grad)
+        opt.step()
+        places.append(param.item())
+    mean = (0.5 * 0.5 * grads[0] + 0.5 * grads[1]) / (1 - 0.5**2)
+    square = (0.25 * 0.75 * grads[0] ** 2 + 0.75 * grads[1] ** 2) / (1 - 0.25**2)
+    first = -0.1 * grads[0] / (abs(grads[0]) + 1.0)
+    assert places == pytest.approx([first, first - 0.1 * mean / (square**0.5 + 1.0)], rel=1e-6)
+
+
+def test_a_resumed_run_keeps_the_moments_and_takes_its_own_settings(images, tmp_path):
+    first = loop(images, tmp_path, 1, optimizer="adam", adam_beta2=0.9, save_interval=1)
+    first.run_loop()
+    again = loop(images, tmp_path, 2, optimizer="adam", adam_beta1=0.7, adam_beta2=0.8, adam_eps=1e-6, weight_decay=0.1)
+    again.resume()
+    group, = again.opt.param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.7, 0.8), 1e-6, 0.1)
+    moments = [[entry["exp_avg"] for entry in each.opt.state.values()] for each in (first, again)]
+    assert len(moments[0]) == len(moments[1]) > 0 and all(map(th.equal, *moments))
+
+
 # --- shares over ranks -----------------------------------------------------------------------------------------------
 
 
