@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import stat
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -163,7 +164,7 @@ def read_header(stream: IO[bytes], size: int) -> Header:
 def read_array(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of an npy file of `size` bytes.
 
-    :raises ValueError: if it is none, holds Python objects, or is cut off.
+    :raises ValueError: if it is none, holds Python objects or characters that do not exist, or is cut off.
     """
     header = read_header(stream, size)
     if header.dtype.hasobject:
@@ -172,7 +173,12 @@ def read_array(stream: IO[bytes], size: int) -> np.ndarray:
         raise ValueError(f"{header.missing:,} of the {size - header.offset + header.missing:,} bytes of "
                          f"{header.dtype} {list(header.shape)} are missing")
     array = np.empty(header.shape, header.dtype, "F" if header.fortran_order else "C")
-    read_into(stream, array.reshape(-1, order="A").view(np.uint8) if array.size else np.empty(0, np.uint8))
+    values = array.reshape(-1, order="A")
+    read_into(stream, values.view(np.uint8) if array.size else np.empty(0, np.uint8))
+    if header.dtype.kind == "U" and array.size:
+        numbers = values.view(np.dtype(np.uint32).newbyteorder(header.dtype.byteorder))
+        if numbers.max() > sys.maxunicode:                  # of which Python would raise a SystemError
+            raise ValueError(f"it holds the number {numbers.max():,} as a character")
     return array
 
 

@@ -21,6 +21,7 @@ DRAWING_SHARE = 0.1                                         # of all time, at mo
 GRIDS_SHARE = 0.05                                          # and for pictures during training
 START_FACTOR = 1.5                                          # a training also opens its data and saves
 EVALUATION_SHARE = 0.1                                      # and for the numbers, where there are to be any
+LONGEST_EVALUATION_S = 1800.0
 CLASSIFIER_S = 15.0                                         # for the digits' classifier
 MEMORY_SHARE = 0.8                                          # of what is free
 BATCHES = (32, 64, 128, 256, 512)
@@ -157,13 +158,13 @@ class Draft:
         sampling = forward * sum(EVALUATIONS.values())
         commands = 6 + 4 * wish.evaluates                   # two trainings, three samplings, the report; the numbers
         grids = forward * GRIDS * GRID_IMAGES * (HEUN_EVALUATIONS + 1)
-        evaluating = EVALUATION_SHARE * seconds + CLASSIFIER_S if wish.evaluates else 0.0
+        evaluating = CLASSIFIER_S + min(EVALUATION_SHARE * seconds, LONGEST_EVALUATION_S)
         return {
             "starting the commands": commands * self.machine.start,
             "pictures during training": min(grids, GRIDS_SHARE * seconds),
             "sampling": max(sampling * min(LEAST_SAMPLES, wish.num_samples),
                             min(sampling * wish.num_samples, DRAWING_SHARE * seconds)),
-            "evaluating": evaluating,
+            "evaluating": evaluating if wish.evaluates else 0.0,
         }
 
     def training(self, seconds: float) -> float:

@@ -161,9 +161,12 @@ def mpiexec(ranks: int) -> list[str]:
 
 
 def run_chain(chain: Callable[[], None]) -> None:
-    """Call a chain; a mistake of the user's ends the process with one line and status 2."""
+    """Call a chain; a mistake of the user's ends the process with one line and status 2, Ctrl-C with status 130."""
     try:
         chain()
     except UserError as error:
         failure.say(f"error: {error}")
         sys.exit(failure.USER_STATUS)
+    except KeyboardInterrupt:
+        failure.say("interrupted; the same command goes on from here")
+        sys.exit(128 + signal.SIGINT)

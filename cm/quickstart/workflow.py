@@ -30,6 +30,7 @@ REAL_IMAGES = 10_000                                        # in the reference o
 DIGITS = "digits"
 PLAN_FILE = "plan.json"
 EVALUATED_FILE = "evaluated.json"
+PARTS = {"found": Findings, "machine": Machine, "plan": Plan}   # of the plan's file, beside the order
 TWO_STEPS = f"0,{HEUN_STEPS // 2 - 1},{HEUN_STEPS - 1}"
 
 
@@ -86,13 +87,17 @@ class Workflow:
             kept = json.loads(path.read_text())
             known = kept["order"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it to plan anew, or choose another --out") from None
+            raise self.damaged() from None
         differing = [f"--{name} {known.get(name)} instead of {value}" for name, value in self.order.remembered().items()
                      if known.get(name) != value]
         if differing:
             raise UserError(f"{self.out} was begun with other flags ({', '.join(differing)}): give the same to go on, "
                             "or another --out to start afresh")
         return kept
+
+    def damaged(self) -> UserError:
+        """About a plan that cannot be read."""
+        return UserError(f"{self.out / PLAN_FILE} is damaged: remove it to plan anew, or choose another --out")
 
     # --- before the work -------------------------------------------------------------------------------------------
 
@@ -106,8 +111,10 @@ class Workflow:
             plan = make_plan(found, machine, self.order.wish, time.monotonic() - self.begun)
             self.write(found, machine, plan)
         else:
-            found = restored(Findings, self.kept["found"])
-            machine, plan = restored(Machine, self.kept["machine"]), restored(Plan, self.kept["plan"])
+            try:
+                found, machine, plan = (restored(kind, self.kept[name]) for name, kind in PARTS.items())
+            except (KeyError, TypeError, ValueError):
+                raise self.damaged() from None
             print(f"The plan of an earlier start: {self.out / PLAN_FILE}")
             print(without_controls("\n".join(indented(describe(found)))))
         self.found, self.plan = found, plan
@@ -137,8 +144,8 @@ class Workflow:
                                      ("student", self.student_flags(plan), "cm-distill")):
             text = f"# Written by cm-quickstart, for {command} --config.\n" + yaml.safe_dump(flags, sort_keys=False)
             storage.write_bytes(self.out / f"{name}.yaml", text.encode())
-        parts = {"found": found, "machine": machine, "plan": plan}
-        content = {"order": self.order.remembered()} | {name: dataclasses.asdict(part) for name, part in parts.items()}
+        parts = dict(zip(PARTS, map(dataclasses.asdict, (found, machine, plan))))
+        content = {"order": self.order.remembered(), **parts}
         storage.write_json(self.out / PLAN_FILE, content)   # the last: a plan that is there is whole
 
     def student_flags(self, plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The notebooks of examples/ run as they stand, one after the other, with fewer steps of training."""
+"""The notebooks of examples/ run as they stand, one after the other, with fewer steps and images of training."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from cm.logging import logger
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-FEWER = {"teacher_steps": 3, "student_steps": 2}
+FEWER = {"teacher_steps": 3, "student_steps": 2, "batch": 16}
 
 
 def cells(path, kind="code"):

@@ -258,6 +258,19 @@ HEADERS = {
 }
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_arrays_of_characters_that_do_not_exist(order):
+    """Python cannot make a text of them, and says so by a SystemError."""
+    def read(*numbers):
+        stream = io.BytesIO()
+        np.save(stream, np.array(numbers, f"{order}u4").view(f"{order}U{len(numbers)}"))
+        return untrusted.read_array(io.BytesIO(stream.getvalue()), len(stream.getvalue()))
+
+    assert read(65, 0x10FFFF).tolist() == ["A\U0010ffff"]
+    with pytest.raises(ValueError, match="the number 1,114,112 as a character"):
+        read(65, 0x110000)
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_arrays_that_claim_more_than_there_is(tmp_path, little_memory, name):
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:

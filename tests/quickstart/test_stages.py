@@ -38,18 +38,19 @@ def test_a_training_that_was_stopped_is_not_finished(tmp_path, monkeypatch, caps
     assert "reusing" in capsys.readouterr().out
 
 
-def test_sigterm_reaches_the_command_which_may_save_first(tmp_path):
-    """The chain waits for it, and is there to say what was stopped."""
-    child = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), print('saved', " \
+@pytest.mark.parametrize("signum, of_all", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_command_that_is_stopped_may_save_first(signum, of_all):
+    """The chain waits for it, and is there to say what was stopped; a terminal sends SIGINT to both."""
+    child = f"import signal, sys, time; signal.signal({int(signum)}, lambda *_: (time.sleep(0.5), print('saved', " \
             "flush=True), sys.exit(0))); print('ready', flush=True); time.sleep(60)"
     chain = textwrap.dedent(f"""
         import sys
         from cm.quickstart.stages import execute
         print("status", execute([sys.executable, "-c", {child!r}]), flush=True)
     """)
-    process = subprocess.Popen([sys.executable, "-c", chain], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", chain], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signum) if of_all else process.send_signal(signum)
     assert process.communicate(timeout=20)[0] == "saved\nstatus 0\n"
 
 
@@ -68,8 +69,15 @@ def test_ranks_need_mpiexec(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         run_chain(lambda: mpiexec(2))
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: 2 ranks")
+    with pytest.raises(SystemExit) as ended:
+        run_chain(interrupted)
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command goes on from here\n"
     monkeypatch.setattr(stages.shutil, "which", lambda name: "/usr/bin/mpiexec")
     assert mpiexec(2) == ["mpiexec", "-n", "2"]
+
+
+def interrupted():
+    raise KeyboardInterrupt
 
 
 def test_only_trainings_and_samplings_have_ranks(tmp_path):

@@ -112,9 +112,10 @@ def test_another_order_in_the_same_folder_is_refused(tmp_path, change, words):
     flags = dict(zip(["--data_dir", "--hours", "--out"], ["digits", "1", out])) | dict([change])
     with pytest.raises(UserError, match=f"was begun with other flags \\({words}\\).*another --out"):
         workflow.Workflow(order_of([word for pair in flags.items() for word in pair]))
-    (out / "plan.json").write_text("{")
-    with pytest.raises(UserError, match="plan.json is damaged: remove it to plan anew"):
-        workflow.Workflow(first)
+    for text in ("{", "[]", json.dumps({"order": first.remembered(), "found": {"images": 3}})):
+        (out / "plan.json").write_text(text)
+        with pytest.raises(UserError, match="plan.json is damaged: remove it to plan anew"):
+            workflow.Workflow(first).prepare()
 
 
 def order_of(words):

@@ -1,12 +1,11 @@
 """The model card says what is known, hubs read its front matter, and no value of a run becomes markup."""
 
-import re
-
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from cm.io.terminal import printable
 from cm.report.model_card import Card, render
 from cm.report.run_facts import Measurement, RunFacts
 
@@ -77,11 +76,11 @@ def test_no_value_becomes_markup(text):
                     licence=words)
 
     front, tokens, _ = parts(with_words(text))
-    plain_front, plain_tokens, _ = parts(with_words("words"))
+    plain_front, plain_tokens, _ = parts(with_words("harmless"))
     assert kinds(tokens) == kinds(plain_tokens)
     assert front.keys() == plain_front.keys() and len(front["tags"]) == len(plain_front["tags"])
     assert isinstance(front["license"], str) and front["license"] not in ("evil", "unknown")
-    assert re.sub(r"[\n\x1b\u202e].*", "", text) in shown(tokens)
+    assert shown(tokens).count(printable(text)) == shown(plain_tokens).count("harmless") > 5
 
 
 def test_long_lists_and_words_are_cut():

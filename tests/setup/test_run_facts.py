@@ -43,6 +43,7 @@ def test_the_command_trains_the_same(words, is_diffusion):
     assert {key: (found[key], values[key]) for key in values if found[key] != values[key]} == {
         "log_dir": ("", "/home/me/runs/x")}
     assert len(again) < 2 * 20                              # not the hundreds that are at their defaults
+    assert training_command(values | {"martingale_sde": "other"}) == training_command(values), "it is of another"
 
 
 def test_the_defaults_are_those_of_the_commands(monkeypatch):

@@ -1,6 +1,7 @@
 """EDM's networks in the scripts, under real mpiexec: train, sample, as a pickle, distil, sample."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cm.networks.edm import SongUNet
 from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from support import edm_pickles
+from support.as_module import as_module
 from support.mpi import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +81,23 @@ def test_a_pickle_is_a_teacher(pickled, tmp_path):
     assert all((value - teacher[name]).abs().max() < 1e-3 for name, value in model.state_dict().items())
     images = sample(checkpoint.path("ema_0.5"), tmp_path / "onestep", sampler="onestep")["arr_0"]
     assert images.shape == (5, 8, 8, 3) and images.std() > 0
+
+
+@pytest.mark.mpi
+def test_ect_starts_from_the_weights_of_a_pickle(pickled, tmp_path, monkeypatch):
+    """In this process: with a learning rate of 0 the student is still the teacher, whose clock needs no warning."""
+    flags = dict(training_mode="ect", teacher_model_path=pickled, data_dir="digits", random_flip=False, lr=0,
+                 global_batch_size=8, total_training_steps=1, stage_steps=1, ema_rate=0.5, log_dir=tmp_path / "ect")
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["cm_train.py", *words])
+    as_module(ROOT / "scripts" / "cm_train.py").main()
+    logger.reset()
+    checkpoint = manifest.newest(str(tmp_path / "ect"))
+    assert (checkpoint.config["arch"], checkpoint.config["training_mode"]) == ("ddpmpp", "ect")
+    teacher = th.load(pickled.parent / "ema_0.5_000003.pt", weights_only=True)
+    student = th.load(checkpoint.path("model"), weights_only=True)
+    assert student.keys() == teacher.keys() and all(th.equal(student[name], teacher[name]) for name in teacher)
+    assert "clock" not in (tmp_path / "ect" / "log.txt").read_text()
 
 
 # --- constants that are no parameters --------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ RUNS = {
     "ict": ["--training_mode", "ict", "--start_scales", "4", "--end_scales", "16", "--stage_steps", "2"],
     "ect": ["--training_mode", "ect", "--stages", "3", "--stage_steps", "2"],
     "scd": ["--training_mode", "scd", "--tangent_warmup", "3", "--bin_weights", "True"],
+    "sct": ["--training_mode", "sct", "--tangent_warmup", "3"],
     "meanflow": ["--training_mode", "meanflow"],
     "alphaflow": ["--training_mode", "alphaflow", "--pair_path", "teacher", "--alpha_steps", "6"],
 }
 STUDENTS = ("ect", "scd", "alphaflow")                                                 # which start from the teacher
 SAMPLERS = {
     "ict": ["--sampler", "onestep"], "scd": ["--sampler", "onestep"],
+    "sct": ["--sampler", "onestep"],
     "meanflow": ["--sampler", "flowmap", "--steps", "1"], "alphaflow": ["--sampler", "flowmap", "--steps", "2"],
     "ect": ["--sampler", "multistep", "--steps", "40", "--ts", "0,24,39"],
 }
