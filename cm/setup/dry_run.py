@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 
 from cm.checkpoints import loading, manifest
+from cm.checkpoints.formats import autoencoder_kl
 from cm.checkpoints.manager import resolve_resume
 from cm.config.flags import Settings
 from cm.config.schema import TrainConfig
@@ -213,6 +214,7 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         companions={each.name: each.changes for each in kind.companions_of(settings.values)},
         stores_casts=not kind.full_precision_passes,
         guide=guide_bytes(settings),
+        decoder=autoencoder_kl.held_bytes(settings.values["vae"]) if settings.values.get("vae") else 0,
         on_gpu=train.dry_run_ranks > 0 or dist.dev().type == "cuda",
     )
     return run, min(images, train.microbatch) if train.microbatch > 0 else images

@@ -37,6 +37,7 @@ class PlannedRun:
     :param accumulates: whether a step takes several passes; divided networks then have whole gradients until the last.
     :param stores_casts: whether companions without gradients are stored as bf16's autocast would cast them.
     :param guide: bytes of the network that guides the teacher.
+    :param decoder: bytes of the VAE that makes pictures of latents.
     :param on_gpu: whether device and host are different memories.
     """
 
@@ -52,6 +53,7 @@ class PlannedRun:
     companions: Mapping[str, str] = field(default_factory=dict)
     stores_casts: bool = False
     guide: int = 0
+    decoder: int = 0
     on_gpu: bool = True
 
 
@@ -111,6 +113,8 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
         device[name.removesuffix("_model")] = {"never": still, "by_objective": moving, "trained": own}[changes]
     if run.guide:
         device["guide of the teacher"] = run.guide
+    if run.decoder:
+        device["VAE that decodes"] = run.decoder
     if run.shards > 1:
         device["gathered for a pass"] = gathered_bytes(trainer.model)
         if run.accumulates:

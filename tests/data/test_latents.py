@@ -95,6 +95,8 @@ def test_training_draws_anew_in_each_epoch_and_the_same_on_any_ranks(tmp_path):
     mean, std = np.split(MOMENTS[first.indices.numpy()], 2, 1)
     noise = (EDM2.raw(first.images.numpy()) - mean) / std
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1, "EDM2's constants, where there is no record"
+    in_order = [next(stream(path, batch_size=6, deterministic=True, seed=seed)).images for seed in (0, 1)]
+    assert not np.allclose(*in_order), "another seed draws others"
     reference = whole.read(first.positions.numpy())
     assert np.array_equal(reference.images, first.images), "reference images are those of their positions"
 

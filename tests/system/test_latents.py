@@ -136,6 +136,21 @@ def test_a_run_that_is_resumed_draws_what_it_would_have_drawn(command, place):
     assert run("halves", 4) == run("whole", 4)
 
 
+def test_a_dry_run_counts_the_vae_and_refuses_a_wrong_one(command, place, capsys):
+    def plan(vae):
+        capsys.readouterr()
+        command("scripts/edm_train.py", "--data_dir", place / "set.zip", *TINY, "--total_training_steps", 1, "--vae",
+                vae, "--sample_interval", 1, "--dry_run", "--log_dir", place / "planned")
+        return json.loads(capsys.readouterr().out)
+
+    held = plan(place / "vae")["memory"]["device"]["VAE that decodes"]
+    numbers = sum(param.numel() for param in tiny_vae().parameters())
+    assert 4 * numbers < held < 4 * numbers + 20_000, "its file, with a header"
+    tiny_vae(place / "wrong", seed=2)
+    with pytest.raises(UserError, match="wrong is not the VAE"):
+        plan(place / "wrong")
+
+
 def test_other_latents_and_vaes_are_refused(command, place):
     tiny_vae(place / "other", seed=1)
     with pytest.raises(UserError, match="other is not the VAE that the latents .* the record is of the VAE 'vae'"):

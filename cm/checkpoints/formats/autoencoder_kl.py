@@ -72,6 +72,14 @@ def read(folder: str, flag: str) -> LoadedVae:
     return LoadedVae(model, name, digest(weights), config.get("latent_channels", 4), factor)
 
 
+def held_bytes(folder: str) -> int:
+    """Bytes of the network of a folder in float32, by the size of its file; 0 without one. For one rank."""
+    for name in WEIGHTS:
+        if os.path.exists(path := os.path.join(folder, name)):
+            return os.path.getsize(path) * (2 if ".fp16." in name else 1)
+    return 0
+
+
 def digest(weights: Mapping[str, Tensor]) -> str:
     """The SHA-256 of the names, the shapes and the float32 values of tensors, in the order of their names."""
     found = hashlib.sha256()
