@@ -5,6 +5,7 @@ Whatever is whole on every rank is written by one of them, so that each has abou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,15 @@ def groups_of(opt: Any) -> list[dict[str, Any]]:
     return [group | {"params": list(range(len(opt.params)))} for group in groups] if _inner(opt) is not opt else groups
 
 
+@th.no_grad()
+def lay_out_as_params(opt: Any) -> None:
+    """Give what an optimizer has read the memory format of its parameters; numbers in a folder lie in their order."""
+    for param, entry in _inner(opt).state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                entry[name] = th.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def _inner(opt: Any) -> th.optim.Optimizer:
     return opt.inner if isinstance(opt, (ZeroOptimizer, ShardedOptimizer)) else opt
 
@@ -83,5 +93,5 @@ def optimizer_state(part: Mapping[str, Stored], groups: list[dict[str, Any]]) ->
     state: dict[int, dict[str, Stored]] = {}
     for key, stored in part.items():
         _, place, name = key.split(".", 2)
-        state.setdefault(int(place), {})[name] = stored
+        state.setdefault(int(place), {})[sys.intern(name)] = stored
     return {"state": dict(sorted(state.items())), "param_groups": groups}

@@ -156,6 +156,8 @@ def load_optimizer(opt: Any, saved: Any, groups: list[dict[str, Any]] | None) ->
         if isinstance(opt, th.optim.Optimizer):             # of whole parameters
             saved["state"] = {place: read(entry) for place, entry in saved["state"].items()}
     opt.load_state_dict(saved)
+    if groups is not None:
+        pieces.lay_out_as_params(opt)
 
 
 def take_class_names(loop: Any, checkpoint: manifest.Checkpoint) -> None:
