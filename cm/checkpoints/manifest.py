@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -169,11 +169,7 @@ def save(
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
                 storage.remove(begun)
     except (UserError, OSError) as error:
-        for file in files:                      # what nobody can use must not fill a full disk
-            with contextlib.suppress(Exception):
-                remove_part(storage.join(directory, file))
-        with contextlib.suppress(Exception):
-            storage.remove(begun)
+        give_up(directory, step, files)
         raise save_failure(directory, step, needed, error) from error
     return checkpoint
 
@@ -196,6 +192,13 @@ def _begin(directory: str, step: int, needed: int) -> None:
         raise UserError(f"there is not enough space in {directory}")
     if not storage.is_remote(directory):        # if this process is killed now, `remove_partial` finds the files
         storage.write_bytes(storage.join(directory, manifest_name(step) + PARTIAL), b"")
+
+
+def give_up(directory: str, step: int, files: Iterable[str]) -> None:
+    """Leave nothing of a save that failed: what nobody can use must not fill a full disk."""
+    for path in (*files, manifest_name(step) + PARTIAL):
+        with contextlib.suppress(Exception):
+            remove_part(storage.join(directory, path))
 
 
 def save_failure(directory: str, step: int, needed: int, error: Exception) -> UserError:

@@ -31,6 +31,7 @@ class Pending:
 
     step: int
     parts: list[str]
+    needed: int                                             # bytes of all ranks together
     write: Callable[[Mapping[str, dict[str, Any]]], None]   # the manifest, and what belongs to it
     shares: Future[dict[str, Share]]
 
@@ -67,7 +68,7 @@ class ShareWriter:
         write = partial(
             self.manager.write, step, copy.deepcopy(dict(plain)), dict(config), images_seen, seconds, initial_weight
         )
-        self.pending = Pending(step, list(parts), write, task)
+        self.pending = Pending(step, list(parts), needed, write, task)
         if not goes_on:
             self.finish(is_last)
 
@@ -104,10 +105,9 @@ class ShareWriter:
             written = {
                 folders[name]: dcp.complete(path, [each[name] for each in shares]) for name, path in paths.items()
             }
-        except UserError:
-            for path in paths.values():
-                dcp.remove(path)
-            raise
+        except UserError as error:
+            manifest.give_up(self.manager.directory, pending.step, folders.values())
+            raise manifest.save_failure(self.manager.directory, pending.step, pending.needed, error) from error
         pending.write(written)
 
 
