@@ -6,6 +6,7 @@ from cm.config.flags import Settings
 from cm.config.schema import TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io import storage
 from cm.setup.guide import DISTILLING
 from cm.setup.run import run_precision
 from cm.training.engine import check_sharded
@@ -23,6 +24,9 @@ def check_parallel(settings: Settings) -> None:
     if train.async_save and train.checkpoint_format != "dcp":
         raise UserError("--async_save True needs --checkpoint_format dcp, where every rank writes its share; rank 0 "
                         "writes files at once")
+    if train.checkpoint_format == "dcp" and storage.is_remote(train.checkpoint_dir):
+        raise UserError(f"--checkpoint_format dcp writes to a disk that all ranks share, and --checkpoint_dir "
+                        f"{train.checkpoint_dir} is an object store; give --checkpoint_format files, or a folder")
     if train.parallel == "ddp":
         return
     ranks = train.dry_run_ranks or dist.get_world_size()
