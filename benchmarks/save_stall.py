@@ -38,7 +38,6 @@ def main() -> None:
     parser.add_argument("--folder", help="on a disk that all ranks share; default: the folder of temporary files")
     options = parser.parse_args()
     dist.setup_dist()
-    logger.set_level(logger.WARN)
     if dist.is_main():
         print(f"{dist.get_world_size()} ranks; median of {options.repeats} saves, seconds\n")
         print("| parameters | way | training waits | complete after |\n|---:|---|---:|---:|")
@@ -110,4 +109,5 @@ WAYS: dict[str, Callable[[Path, int], Save]] = {
 
 
 if __name__ == "__main__":
+    logger.set_level(logger.WARN)
     dist.run(main)

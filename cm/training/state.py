@@ -24,6 +24,7 @@ from cm.objectives.base import ONLINE
 from cm.training import pieces
 from cm.training.mixed_precision import MasterWeights
 from cm.training.optimizer import read
+from cm.training.trained_network import TrainedNetwork
 
 STATUS = "status.json"
 GROUPS = "param_groups"                                     # of optimizers, where their state lies in a folder
@@ -131,7 +132,7 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     rest = load_part("trainer", checkpoint, verify)
     for role, network in loop.trained.items():
         file = file_of(role)
-        load_optimizer(network.opt, load_part(file, checkpoint, verify), rest.get(GROUPS, {}).get(file))
+        load_optimizer(network, load_part(file, checkpoint, verify), rest.get(GROUPS, {}).get(file))
     loop.trainer.load_state_dict(rest)
     loop.averages_began = rest.get("averages_began", 0)
     for name, trainer in others.items():
@@ -145,19 +146,19 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
             callback.load_state_dict(rest["watchers"][callback.name])
 
 
-def load_optimizer(opt: Any, saved: Any, groups: list[dict[str, Any]] | None) -> None:
-    """Take over a saved optimizer.
+def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, Any]] | None) -> None:
+    """Take over the saved optimizer of a network.
 
     :param saved: its state dict, or the tensors of a folder.
     :param groups: its settings, where there is a folder.
     """
     if groups is not None:
         saved = pieces.optimizer_state(saved, groups)
-        if isinstance(opt, th.optim.Optimizer):             # of whole parameters
+        if isinstance(network.opt, th.optim.Optimizer):     # of whole parameters
             saved["state"] = {place: read(entry) for place, entry in saved["state"].items()}
-    opt.load_state_dict(saved)
+    network.load_optimizer(saved)
     if groups is not None:
-        pieces.lay_out_as_params(opt)
+        pieces.lay_out_as_params(network.opt)
 
 
 def take_class_names(loop: Any, checkpoint: manifest.Checkpoint) -> None:
