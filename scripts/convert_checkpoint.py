@@ -3,6 +3,7 @@
 python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
 python scripts/convert_checkpoint.py runs/cd models/cd --to hf --license mit
 python scripts/convert_checkpoint.py runs/cd/ema_0.9999_600000.pt cd_folder --to diffusers
+python scripts/convert_checkpoint.py runs/cd/checkpoint_600000.json runs/cd_files --to files
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main(settings: Settings) -> None:
     check_card_flags(settings)
     kind = "file" if config.format == "safetensors" else "folder"
     dist.on_main(check_outputs, [Output("--dest", config.dest, kind)], {"--source": config.source})
+    if config.format in ("files", "dcp"):
+        return convert_whole(settings, config)
     options = dist.on_main(card_options, config)
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
     if settings.dry_run:
@@ -62,6 +65,16 @@ def main(settings: Settings) -> None:
         dist.on_main(save, config.dest, weights, about)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {source.path} written to {config.dest}")
+
+
+def convert_whole(settings: Settings, config: ConvertConfig) -> None:
+    """Convert a complete checkpoint of a run."""
+    from cm.setup.convert_run import convert_run
+
+    if settings.dry_run:
+        return print(settings.as_text())
+    saved = convert_run(config.source, config.dest, config.format, config.verify_weights)
+    logger.log(f"step {saved.step} of {config.source} written to {config.dest}: {', '.join(saved.names())}")
 
 
 def card_options(config: ConvertConfig) -> CardOptions | None:

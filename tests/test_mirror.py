@@ -70,6 +70,7 @@ ELSEWHERE = {
     "cm/samplers/onestep.py": "samplers/test_samplers.py",
     "cm/samplers/progdist.py": "samplers/test_samplers.py",
     "cm/training/classifier.py": "samplers/test_guidance.py",
+    "cm/training/pieces.py": "training/test_engine.py",
     "cm/training/config.py": "system/test_two_trained_networks.py",
     "cm/training/trained_network.py": "system/test_two_trained_networks.py",
     "evaluations/features/base.py": "evaluations/features/test_torchscript.py",

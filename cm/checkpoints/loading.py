@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import manifest
+from cm.checkpoints import dcp, manifest
 from cm.checkpoints.formats import FORMATS
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
@@ -46,7 +46,7 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 def copy_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy what is part of a network but no parameter, such as the random frequencies of NCSN++."""
     for name, buffer in model.named_buffers():
-        buffer.copy_(weights[name])
+        buffer.copy_(weights[name][...])
 
 
 def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
@@ -76,17 +76,30 @@ class WeightsFile:
     levels: int | None = None                               # of its training, where that is known and they were fixed
     weights: Mapping[str, Tensor] | None = None
     class_names: ClassNames = ()                            # of the classes that it knows, where that is known
-    expected: Mapping[str, int] | None = None               # its size and CRC-32, of which `take` makes sure
+    expected: Mapping[str, Any] | None = None               # its size and CRC-32, of which `take` makes sure
 
     def take(self) -> Mapping[str, Tensor]:
-        """The weights, on every rank; only rank 0 reads the file. To be called once: no copy is kept here.
+        """The weights, on every rank; only rank 0 reads a file, and every rank a folder.
+
+        To be called once: no copy is kept here.
 
         :raises UserError: on every rank, if the file cannot be loaded, or is not the one that its manifest lists.
         """
         if self.weights is None:
+            if self.path.endswith(dcp.SUFFIX):
+                return dist.everywhere(read_folder, self.path, self.expected)
             return dist.load_state_dict(self.path, expected=self.expected)
         weights, self.weights = self.weights, None
         return weights
+
+
+def read_folder(folder: str, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors of a folder into which several ranks have written.
+
+    :param facts: what its manifest lists for it; None to compare nothing.
+    :raises UserError: if it is damaged.
+    """
+    return dict(dcp.whole(dcp.open_part(folder, facts, verify=facts is not None)))
 
 
 def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
@@ -94,7 +107,7 @@ def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
     if not storage.exists(path):
         return "", None
     kind = format_of(path) or "file of weights"
-    return kind, None if os.path.isdir(path) else manifest.beside(path)
+    return kind, None if os.path.isdir(path) and not manifest.parse_name(path) else manifest.beside(path)
 
 
 def format_of(path: str) -> str:

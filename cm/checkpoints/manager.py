@@ -76,21 +76,29 @@ class CheckpointManager:
         try:
             dist.on_main(self.write, step, content, config, images_seen, seconds, initial_weight)
         except UserError as error:
-            if is_last or self.on_save_error == "stop":
-                raise
-            logger.warn(f"training continues without a checkpoint of step {step}: {error}")
+            self.failed(step, error, is_last)
+
+    def failed(self, step: int, error: UserError, is_last: bool) -> None:
+        """What a save means that has failed.
+
+        :raises UserError: if the run must not continue without it.
+        """
+        if is_last or self.on_save_error == "stop":
+            raise error
+        logger.warn(f"training continues without a checkpoint of step {step}: {error}")
 
     def write(
         self, step: int, content: Mapping, config: Mapping, images_seen: int, seconds: float,
-        initial_weight: Mapping[str, float] | None = None,
+        initial_weight: Mapping[str, float] | None = None, written: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         """As `save`, on rank 0 only; old checkpoints are removed afterwards.
 
+        :param written: see `manifest.save`.
         :raises UserError: if it cannot be written.
         """
         saved = manifest.save(
             self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names,
-            initial_weight, self.run,
+            initial_weight, self.run, written,
         )
         self._runs[step] = self.run
         size = terminal.size_text(sum(facts["size"] for facts in saved.files.values()))
@@ -195,7 +203,7 @@ def _thin(directory: str, step: int, milestone_interval: int) -> None:
     for file in checkpoint.files.keys() - kept.keys():
         parsed = manifest.parse_name(file)
         if parsed and parsed[1] == step:            # a manifest that was written by others may list any file
-            storage.remove(storage.join(directory, file))
+            manifest.remove_part(storage.join(directory, file))
     storage.remove(going)
 
 

@@ -14,12 +14,12 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from cm.checkpoints import serialization
+from cm.checkpoints import dcp, serialization
 from cm.data import class_names
 from cm.data.class_names import ClassNames
 from cm.errors import UserError
@@ -30,12 +30,14 @@ from cm.logging import logger
 FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
 CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
 MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_(?:power|posthoc)?[\d.]+(?:kimg)?_)(\d{6,})\.pt")
+WEIGHTS = re.compile(
+    r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_(?:power|posthoc)?[\d.]+(?:kimg)?_)(\d{6,})\.(?:pt|dcp)"
+)
 
 
-def file_name(name: str, step: int) -> str:
+def file_name(name: str, step: int, suffix: str = ".pt") -> str:
     """('model', 10) -> 'model000010.pt'; ('ema_0.9999', 10) -> 'ema_0.9999_000010.pt'."""
-    return f"{name}_{step:06d}.pt" if name.startswith("ema_") else f"{name}{step:06d}.pt"
+    return f"{name}_{step:06d}{suffix}" if name.startswith("ema_") else f"{name}{step:06d}{suffix}"
 
 
 def parse_name(path: str) -> tuple[str, int] | None:
@@ -72,7 +74,7 @@ class Checkpoint:
     step: int
     images_seen: int
     config: dict[str, Any]
-    files: dict[str, dict[str, int]]            # file name -> {"size": bytes, "crc32": checksum}
+    files: dict[str, dict[str, Any]]            # name -> {"size": bytes, "crc32": checksum}; see `dcp.facts_of`
     seconds: float = 0.0                        # that the run has trained so far, over all its starts
     origin: str = ""                            # the --resume PATH that the run began from, if there was one
     class_names: ClassNames = ()                # which class each number is; empty where that is not known
@@ -96,9 +98,9 @@ class Checkpoint:
         storage.write_json(self.manifest, content)
 
     def path(self, name: str) -> str | None:
-        """The path of the file of `name` ('model', 'opt', 'ema_0.9999'); None if the checkpoint has none."""
-        file = file_name(name, self.step)
-        return storage.join(self.directory, file) if file in self.files else None
+        """The path of the file, or folder, of `name` ('model', 'opt', 'ema_0.9999'); None if there is none."""
+        files = [file for suffix in (".pt", dcp.SUFFIX) if (file := file_name(name, self.step, suffix)) in self.files]
+        return storage.join(self.directory, files[0]) if files else None
 
     def names(self) -> list[str]:
         """What it holds: 'model', 'ema_0.9999', 'opt', ..."""
@@ -108,7 +110,7 @@ class Checkpoint:
         """Whether training can resume from it; of an old milestone only the averages are kept."""
         return "model" in self.names()
 
-    def facts(self, path: str) -> dict[str, int] | None:
+    def facts(self, path: str) -> dict[str, Any] | None:
         """Size and CRC-32 of a file of the checkpoint; None for a file that the manifest does not list."""
         return self.files.get(os.path.basename(path))
 
@@ -117,13 +119,22 @@ class Checkpoint:
 
         :param verify: compare checksums, too, for which all files are read.
         """
-        for file, expected in self.files.items():
-            path = storage.join(self.directory, file)
-            if not storage.exists(path):
-                return f"{file} is missing"
-            damaged = storage.checksum(path) != expected if verify else storage.size(path) != expected["size"]
-            if damaged:
-                return f"{file} is truncated or damaged (size or checksum differ from the manifest)"
+        problems = (self.problem_of(file, verify) for file in self.files)
+        return next((problem for problem in problems if problem), None)
+
+    def problem_of(self, file: str, verify: bool = True) -> str | None:
+        """What is wrong with one of the files, or folders, or None.
+
+        :param verify: compare its checksum, too, for which it is read.
+        """
+        path, expected = storage.join(self.directory, file), self.files[file]
+        if "files" in expected:
+            return dcp.problem(path, expected, verify)
+        if not storage.exists(path):
+            return f"{file} is missing"
+        damaged = storage.checksum(path) != expected if verify else storage.size(path) != expected["size"]
+        if damaged:
+            return f"{file} is truncated or damaged (size or checksum differ from the manifest)"
         return None
 
 
@@ -131,23 +142,20 @@ def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
     seconds: float = 0.0, origin: str = "", classes: ClassNames = (),
     initial_weight: Mapping[str, float] | None = None, run: str = "",
+    written: Mapping[str, dict[str, Any]] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; call it on one rank.
 
     :param classes: the names of the classes that the network knows, where it knows any.
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
     :param seconds, origin, initial_weight, run: see `Checkpoint`.
+    :param written: the folders that other ranks have written too, and their facts.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
-    needed, files = serialization.size_of(content), {}
+    needed, files = serialization.size_of(content), dict(written or {})
     begun, is_remote = storage.join(directory, manifest_name(step) + PARTIAL), storage.is_remote(directory)
     try:
-        storage.make_folder(directory)
-        free = storage.free_bytes(directory)
-        if free is not None and free < needed:
-            raise UserError(f"there is not enough space in {directory}")
-        if not is_remote:
-            storage.write_bytes(begun, b"")     # if this process is killed now, `remove_partial` finds the files
+        _begin(directory, step, needed)
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
@@ -161,18 +169,46 @@ def save(
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
                 storage.remove(begun)
     except (UserError, OSError) as error:
-        for file in files:                      # what nobody can use must not fill a full disk
-            with contextlib.suppress(Exception):
-                storage.remove(storage.join(directory, file))
-        with contextlib.suppress(Exception):
-            storage.remove(begun)
-        free = storage.free_bytes(directory)
-        space = "" if free is None else f", and {free:,} bytes are free there"
-        raise UserError(
-            f"{error}. The checkpoint of step {step} needs {needed:,} bytes in {directory}{space}; earlier checkpoints "
-            "are unchanged. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
-        ) from error
+        give_up(directory, step, files)
+        raise save_failure(directory, step, needed, error) from error
     return checkpoint
+
+
+def begin(directory: str, step: int, needed: int) -> None:
+    """Make room for a checkpoint of so many bytes; call it on one rank, before several write.
+
+    :raises UserError: if there is none.
+    """
+    try:
+        _begin(directory, step, needed)
+    except (UserError, OSError) as error:
+        raise save_failure(directory, step, needed, error) from error
+
+
+def _begin(directory: str, step: int, needed: int) -> None:
+    storage.make_folder(directory)
+    free = storage.free_bytes(directory)
+    if free is not None and free < needed:
+        raise UserError(f"there is not enough space in {directory}")
+    if not storage.is_remote(directory):        # if this process is killed now, `remove_partial` finds the files
+        storage.write_bytes(storage.join(directory, manifest_name(step) + PARTIAL), b"")
+
+
+def give_up(directory: str, step: int, files: Iterable[str]) -> None:
+    """Leave nothing of a save that failed: what nobody can use must not fill a full disk."""
+    for path in (*files, manifest_name(step) + PARTIAL):
+        with contextlib.suppress(Exception):
+            remove_part(storage.join(directory, path))
+
+
+def save_failure(directory: str, step: int, needed: int, error: Exception) -> UserError:
+    """The message of a checkpoint that cannot be written."""
+    free = storage.free_bytes(directory)
+    space = "" if free is None else f", and {free:,} bytes are free there"
+    return UserError(
+        f"{error}. The checkpoint of step {step} needs {needed:,} bytes in {directory}{space}; earlier checkpoints "
+        "are unchanged. --keep_checkpoints keeps fewer of them, --checkpoint_dir chooses another folder"
+    )
 
 
 def add(checkpoint: Checkpoint, name: str, tensors: Any) -> Checkpoint:
@@ -242,13 +278,21 @@ def _say_unprotected(path: str) -> None:
     logger.log(f"{path} is of an older version, without a checksum of its own: damage to it would not be noticed")
 
 
-def _check_files(files: dict[str, dict[str, int]]) -> None:
-    """:raises ValueError: unless each is a plain name, of a file in the same folder, with size and checksum."""
+def _check_files(files: dict[str, dict[str, Any]]) -> None:
+    """:raises ValueError: unless each is a plain name, of a file in the same folder, with size and checksum; or of a
+        folder of such files.
+    """
     for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
         if untrusted.escapes(name) or "/" in name or "\\" in name:
             raise ValueError(f"{untrusted.shown(name)} is no name of a file next to it")
         if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("size", "crc32")] != [int, int]:
             raise ValueError(f"{untrusted.shown(name)} has no size and checksum")
+        if "files" in facts:
+            within = facts["files"]
+            _check_files(within)
+            names = all(dcp.FILE.fullmatch(each) and "files" not in within[each] for each in within)
+            if not names or not name.endswith(dcp.SUFFIX):
+                raise ValueError(f"{untrusted.shown(name)} holds files of other names")
 
 
 def steps(directory: str) -> list[int]:
@@ -332,11 +376,20 @@ def remove_partial(directory: str) -> None:
     for name in names:
         parsed, final = parse_name(name), final_name(name)
         path = os.path.join(directory, name)
-        if ((final != name and belongs(final)) or (parsed and parsed[1] in unfinished)) and is_file(path):
+        is_left = (final != name and belongs(final)) or (parsed and parsed[1] in unfinished)
+        if is_left and (is_file(path) or name.endswith(dcp.SUFFIX)):
             try:
-                storage.remove(path)
+                remove_part(path)
             except OSError as error:                        # superfluous files are no reason to end a run
                 logger.warn(f"cannot remove {path}, left by an interrupted save: {error.strerror}")
+
+
+def remove_part(path: str) -> None:
+    """Remove a file, or a folder of shares, of a checkpoint.
+
+    :raises OSError, UserError: if that cannot be done.
+    """
+    dcp.remove(path) if path.endswith(dcp.SUFFIX) else storage.remove(path)
 
 
 def is_file(path: str) -> bool:

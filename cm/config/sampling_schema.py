@@ -130,8 +130,9 @@ class ConvertConfig:
     )
     format: str = option(
         "native", "native: a checkpoint of this toolkit; safetensors: one file with the flags of the network in its "
-        "metadata; hf: a folder as model hubs have them, with a model card; diffusers: a ConsistencyModelPipeline",
-        choices=("native", "safetensors", "hf", "diffusers"), aliases=("to",),
+        "metadata; hf: a folder as model hubs have them, with a model card; diffusers: a ConsistencyModelPipeline; "
+        "files, dcp: the complete checkpoint of a run in that checkpoint_format, to resume from",
+        choices=("native", "safetensors", "hf", "diffusers", "files", "dcp"), aliases=("to",),
     )
     license: str = option("", "hf: licence for the model card, such as mit or cc-by-4.0", aliases=("licence",))
     results: str = option(

@@ -275,6 +275,13 @@ class TrainConfig:
         -1, "always keep the weight averages of steps that are multiples of this number; -1: of every tenth "
         "checkpoint; 0: none", minimum=-1,
     )
+    checkpoint_format: str = option(
+        "files", "files: rank 0 writes each part of a checkpoint to a file; dcp: every rank writes its share into "
+        "folders that torch.distributed.checkpoint reads, too; any run resumes from either", choices=("files", "dcp"),
+    )
+    async_save: bool = option(
+        False, "dcp: train on while a checkpoint is written, with a copy of it in the memory of the CPU"
+    )
     on_save_error: str = option(
         "stop", "if a checkpoint cannot be written: stop the run, or continue without it", choices=("stop", "continue")
     )

@@ -224,6 +224,20 @@ def on_main_arrays(function: Callable[..., Result], *args: Any) -> Result:
     return made[0] if made else pickle.loads(frame, buffers=arrays)
 
 
+def everywhere(function: Callable[..., Result], *args: Any) -> Result:
+    """`function(*args)` on every rank; if it fails on one, all raise: their own exception, or that of the first."""
+    result: Any = None
+    error = None
+    try:
+        result = function(*args)
+    except Exception as caught:
+        error = caught
+    failed = [each for each in all_gather_object(_portable(error)) if each is not None]
+    if failed:
+        raise error or failed[0]
+    return result
+
+
 def _portable(error: Exception | None) -> Exception | None:
     """The exception, or one with the same message if it cannot be pickled."""
     try:

@@ -123,6 +123,9 @@ class ShardedLayout(Layout):
     def masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         return [_local(param.detach()).requires_grad_(param.requires_grad) for param in params]
 
+    def whole_sizes(self, masters: Sequence[Tensor]) -> list[int]:
+        return [param.numel() for param in self.params]
+
     @th.no_grad()
     def hand_over_grads(self, params: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
         """As there; those of parameters without axes are averaged over the ranks, once, here."""
@@ -144,9 +147,17 @@ class ShardedLayout(Layout):
 
     def part(self, index: int, whole: Tensor) -> Tensor:
         if not whole.ndim:
-            return whole
+            return whole[...]
         rows = ceil(len(whole) / self.shards)
         return whole[self.place * rows:(self.place + 1) * rows]
+
+    def place_of(self, index: int, part: Tensor) -> tuple[th.Size, int] | None:
+        if not part.ndim:
+            return (part.shape, 0) if dist.is_main() else None
+        if self.replicas > 1 and self.mesh.get_local_rank("replicate") or not len(part):
+            return None
+        shape = self.params[index].shape
+        return shape, self.place * ceil(shape[0] / self.shards)
 
     @th.no_grad()
     def whole(self, index: int, part: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch as th
 from torch import Tensor, nn
 
 from cm.errors import UserError
@@ -23,6 +24,10 @@ class Layout:
         """What this rank keeps of the parameters: tensors in the same memory."""
         return list(params)
 
+    def whole_sizes(self, masters: Sequence[Tensor]) -> list[int]:
+        """Elements of each parameter."""
+        return [master.numel() for master in masters]
+
     def hand_over_grads(self, params: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
         """Give the masters the gradients that a backward pass has left on the parameters."""
 
@@ -31,8 +36,17 @@ class Layout:
         return norm_of_tensors(tensors)
 
     def part(self, index: int, whole: Tensor) -> Tensor:
-        """What this rank keeps of something that has the shape of a parameter, given by its place."""
-        return whole
+        """What this rank keeps of something that has the shape of a parameter, given by its place.
+
+        :param whole: a tensor, or what reads one when it is asked for rows.
+        """
+        return whole[...]
+
+    def place_of(self, index: int, part: Tensor) -> tuple[th.Size, int] | None:
+        """Of what this rank keeps the shape of the whole and the first row; None where other ranks keep the same, and
+        one of them is to write it, and where it is nothing.
+        """
+        return part.shape, 0
 
     def whole(self, index: int, part: Tensor) -> Tensor:
         """The inverse of `part`, on every rank."""

@@ -28,6 +28,7 @@ from cm.distributed.collectives import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    everywhere,
     gather_tensors,
     gather_to_main,
     load_state_dict,
@@ -39,8 +40,8 @@ from cm.registry import lookup
 
 __all__ = [
     "all_gather_object", "all_reduce_max", "all_reduce_min", "all_reduce_sum", "barrier", "broadcast_object", "dev",
-    "gather_tensors", "gather_to_main", "get_local_rank", "get_rank", "get_world_size", "is_main", "load_state_dict",
-    "on_main", "run", "set_device", "setup_dist", "sync_params",
+    "everywhere", "gather_tensors", "gather_to_main", "get_local_rank", "get_rank", "get_world_size", "is_main",
+    "load_state_dict", "on_main", "run", "set_device", "setup_dist", "sync_params",
 ]
 
 TIMEOUT_S = 600.0

@@ -211,6 +211,7 @@ def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
         shard_optimizer=train.shard_optimizer,
         shards=planned_shards(train.parallel, train.shard_size, ranks),
         accumulates=0 < train.microbatch < images,
+        async_save=train.async_save,
         companions={each.name: each.changes for each in kind.companions_of(settings.values)},
         stores_casts=not kind.full_precision_passes,
         guide=guide_bytes(settings),

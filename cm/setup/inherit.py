@@ -72,12 +72,18 @@ def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] =
     else:
         return _inherit_bare(settings, source, also)
     inherit_flags(settings, known, also, path)
-    held = dist.on_main(storage.size, path) if source.weights is None else size_of(source.weights)
+    held = dist.on_main(size_on_disk, path) if source.weights is None else size_of(source.weights)
     demand_held(settings.values, held, path)
     source.training_mode = known.get("training_mode")
     levels = known.get("start_scales")
     source.levels = levels if known.get("scale_mode") == "fixed" and type(levels) is int and levels > 0 else None
     return source
+
+
+def size_on_disk(path: str) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    within = [storage.join(path, name) for name in storage.files_under(path)] if storage.is_directory(path) else [path]
+    return sum(storage.size(name) for name in within)
 
 
 def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) -> None:

@@ -6,13 +6,14 @@ from cm.config.flags import Settings
 from cm.config.schema import TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.io import storage
 from cm.setup.guide import DISTILLING
 from cm.setup.run import run_precision
 from cm.training.engine import check_sharded
 
 
 def check_parallel(settings: Settings) -> None:
-    """Networks in shards go together with the other flags.
+    """Networks in shards, and how they are saved, go together with the other flags.
 
     :raises UserError: if not, naming the flag.
     """
@@ -20,6 +21,12 @@ def check_parallel(settings: Settings) -> None:
     if train.parallel != "hsdp" and train.shard_size:
         raise UserError(f"--shard_size {train.shard_size} is for --parallel hsdp, and this run has --parallel "
                         f"{train.parallel}; drop one of them")
+    if train.async_save and train.checkpoint_format != "dcp":
+        raise UserError("--async_save True needs --checkpoint_format dcp, where every rank writes its share; rank 0 "
+                        "writes files at once")
+    if train.checkpoint_format == "dcp" and storage.is_remote(train.checkpoint_dir):
+        raise UserError(f"--checkpoint_format dcp writes to a disk that all ranks share, and --checkpoint_dir "
+                        f"{train.checkpoint_dir} is an object store; give --checkpoint_format files, or a folder")
     if train.parallel == "ddp":
         return
     ranks = train.dry_run_ranks or dist.get_world_size()

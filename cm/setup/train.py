@@ -131,7 +131,7 @@ def loop_config(settings: Settings) -> LoopConfig:
         "weight_decay", "lr_anneal_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "resume",
         "total_training_steps", "lr_rampup_kimg", "lr_decay_steps", "ema_rampup_ratio", "checkpoint_dir",
         "on_save_error", "ema_device", "shard_ema", "shard_optimizer", "grad_clip", "allow_other_classes", "parallel",
-        "shard_size",
+        "shard_size", "checkpoint_format", "async_save",
     )
     milestones = train.milestone_interval if train.milestone_interval >= 0 else MILESTONE_SAVES * train.save_interval
     return LoopConfig(

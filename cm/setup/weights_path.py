@@ -6,6 +6,7 @@ import os
 
 from cm.checkpoints.averages import newest_weights
 from cm.checkpoints.loading import format_of
+from cm.checkpoints.manifest import parse_name
 from cm.config.flags import Settings
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -52,9 +53,9 @@ def weights_in(path: str, flag: str, verify: bool = True) -> str:
     :param verify: see `newest_weights`.
     :raises UserError: for a folder without weights.
     """
-    is_file = storage.is_remote(path) and os.path.splitext(path.rstrip("/"))[1]
+    is_file = parse_name(path.rstrip("/")) or storage.is_remote(path) and os.path.splitext(path.rstrip("/"))[1]
     if is_file or format_of(path) or not storage.is_directory(path):
-        return path
+        return path.rstrip("/") if parse_name(path.rstrip("/")) else path
     best = os.path.join(path, "best.json")
     if os.path.exists(best):
         name = _file_of_best(best)

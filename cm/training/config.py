@@ -47,6 +47,8 @@ class LoopConfig:
     :param shard_ema, shard_optimizer: divide averages, and the optimizer's state, among the ranks.
     :param parallel: "ddp", "hsdp" or "fsdp"; see `engine`.
     :param shard_size: hsdp: ranks among which a copy of the networks is divided; 0 for those of a machine.
+    :param checkpoint_format: "files", or "dcp" for folders into which every rank writes; see `share_writer`.
+    :param async_save: dcp: train on while a checkpoint is written.
     :param with_ticks: rows of the log are ticks, with a status line.
     """
 
@@ -86,6 +88,8 @@ class LoopConfig:
     with_ticks: bool = False
     parallel: str = "ddp"
     shard_size: int = 0
+    checkpoint_format: str = "files"
+    async_save: bool = False
 
 
 @dataclass

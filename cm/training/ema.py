@@ -78,20 +78,20 @@ class EMA:
     def restart(self) -> None:
         """Begin anew from the present values."""
         for rate in self.rates:
-            self._take(rate, self.all, 1.0)
+            self._take(rate, self.shares.mine(self.all), 1.0)
 
     def load(self, rate: str, params: Sequence[Tensor], initial_weight: float = 1.0) -> None:
         """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them.
 
         :param initial_weight: the share that they still hold of the weights that they started from.
         """
-        self._take(rate, self.layout.parts(params), initial_weight)
+        self._take(rate, self.layout.parts(self.shares.mine(params)), initial_weight)
 
     @th.no_grad()
     def _take(self, rate: str, params: Sequence[Tensor], initial_weight: float) -> None:
         index = self.rates.index(rate)
         self.initial_weight[index] = initial_weight
-        for average, param in zip(self.local[index], self.shares.mine(params), strict=True):
+        for average, param in zip(self.local[index], params, strict=True):
             average.copy_(param)
 
     def gather(self, rate: str) -> list[Tensor]:

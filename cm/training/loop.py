@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from cm.checkpoints import manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.checkpoints.manager import CheckpointManager
+from cm.checkpoints.share_writer import ShareWriter
 from cm.distributed import setup as dist
 from cm.distributed import signals
-from cm.distributed.sharding import partition
+from cm.distributed.sharding import Sharding, partition
 from cm.io.progress import progress
 from cm.logging import logger
 from cm.objectives.base import ONLINE, roles
@@ -67,6 +68,8 @@ class TrainLoop:
             config.checkpoint_dir or logger.get_dir(), config.keep_checkpoints, config.milestone_interval,
             config.on_save_error, config.verify_weights, class_names=parts.class_names,
         )
+        self.writer = ShareWriter(self.checkpoints, config.async_save) if config.checkpoint_format == "dcp" else None
+        self.is_written = False                             # by all ranks, the checkpoint whose save has begun
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self.engine = make_engine(config, self.device, self.objective.full_precision_passes)
         self.engine.check_passes(ceil(config.batch_size / self.microbatch))
@@ -109,7 +112,7 @@ class TrainLoop:
         self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
         self.averages = EMA(
             masters, [rate.name for rate in self.ema_rate], config.ema_device,
-            self._sharding(masters) if config.shard_ema else None, self.trainer.layout,
+            self.sharding(self.trainer.layout.whole_sizes(masters)) if config.shard_ema else None, self.trainer.layout,
         )
         self._networks: dict[str, Networks] = {}            # by the role that is trained
 
@@ -119,15 +122,17 @@ class TrainLoop:
             model=model, use_fp16=config.use_fp16, fp16_scale_growth=config.fp16_scale_growth,
             precision=config.precision, grad_clip=config.grad_clip, layout=self.engine.lay_out(model),
         )
-        sharding = self._sharding(trainer.master_params) if config.shard_optimizer else None
+        sizes = trainer.layout.whole_sizes(trainer.master_params)
+        sharding = self.sharding(sizes) if config.shard_optimizer else None
         make = partial(
             make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding,
             layout=trainer.layout, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
         )
         return TrainedNetwork(trainer, make, self.engine)
 
-    def _sharding(self, params: list[Tensor]) -> Any:
-        return partition([param.numel() for param in params], self.rank, self.world_size)
+    def sharding(self, sizes: list[int]) -> Sharding:
+        """Which rank keeps, or writes, which of so many tensors."""
+        return partition(sizes, self.rank, self.world_size)
 
     def networks(self, role: str) -> Networks:
         """The networks of a step that trains this role: its gradients are averaged over the ranks."""
@@ -187,6 +192,8 @@ class TrainLoop:
         ends = self.step == self.total_training_steps or bool(self.stop_signal)
         saves = self.step % self.save_interval == 0 or ends
         with self.ticks.maintenance():
+            if self.writer and self.is_written:
+                self.writer.finish()
             found = self.run_callbacks()
         # A resumed run cannot log what came before its start, so each save has a row.
         if self.step % self.config.log_interval == 0 or saves or found:
@@ -287,8 +294,11 @@ class TrainLoop:
         """
         going_on = th.full((1,), 1 - signals.requested(), dtype=th.int32, device=self.device)
         finite = th.stack([non_finite.all_finite(self.microbatches), network.trainer.grads_finite()])
-        going_on, losses, gradients = dist.all_reduce_min(th.cat([going_on, finite.int()])).tolist()
-        self.stop_signal = 1 - going_on
+        known = [going_on, finite.int()]
+        if self.writer:
+            known.append(th.full((1,), int(not self.writer.is_writing()), dtype=th.int32, device=self.device))
+        going_on, losses, gradients, *written = dist.all_reduce_min(th.cat(known)).tolist()
+        self.stop_signal, self.is_written = 1 - going_on, all(written)
         if self.stop_signal:
             signals.agreed()
         return bool(losses and gradients)
@@ -321,6 +331,8 @@ class TrainLoop:
 
     def non_finite_error(self, network: TrainedNetwork) -> NonFiniteError:
         """What to tell about the latest step; one call of all ranks together."""
+        if self.writer:
+            self.writer.finish()                            # a save that has begun
         trainer = network.trainer
         skips = f" after {trainer.skipped_steps} steps skipped in fp16" if trainer.use_fp16 else ""
         return non_finite.explain(
@@ -386,6 +398,8 @@ class TrainLoop:
     def save(self, is_last: bool = True) -> None:
         """Write a checkpoint of this step; see `CheckpointManager.save` for what happens if that fails."""
         with signals.unhurried():
+            if self.writer:
+                return state.save_in_shares(self, is_last)
             self.checkpoints.save(
                 self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last,
                 state.initial_weights(self),

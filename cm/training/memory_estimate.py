@@ -36,6 +36,7 @@ class PlannedRun:
     :param shards: ranks among which every network is divided, see `cm.distributed.fsdp`; 1 for none.
     :param accumulates: whether a step takes several passes; divided networks then have whole gradients until the last.
     :param stores_casts: whether companions without gradients are stored as bf16's autocast would cast them.
+    :param async_save: a rank keeps a copy of its share of a checkpoint while it is written.
     :param guide: bytes of the network that guides the teacher.
     :param decoder: bytes of the VAE that makes pictures of latents.
     :param on_gpu: whether device and host are different memories.
@@ -50,6 +51,7 @@ class PlannedRun:
     shard_optimizer: bool = False
     shards: int = 1
     accumulates: bool = False
+    async_save: bool = False
     companions: Mapping[str, str] = field(default_factory=dict)
     stores_casts: bool = False
     guide: int = 0
@@ -119,7 +121,11 @@ def plan(model: nn.Module, run: PlannedRun, rank: int | None = None) -> MemoryPl
         device["gathered for a pass"] = gathered_bytes(trainer.model)
         if run.accumulates:
             device["gradients of microbatches"] = nbytes(whole)
-    return MemoryPlan(device, host, checkpoint_bytes(run, [*whole, *buffers], sum(state_bytes(run.optimizer, whole))))
+    checkpoint = checkpoint_bytes(run, [*whole, *buffers], sum(state_bytes(run.optimizer, whole)))
+    if run.async_save:
+        writers = run.shards if run.shards > 1 else run.ranks
+        (host if run.on_gpu else device)["copy for a save"] = checkpoint // writers
+    return MemoryPlan(device, host, checkpoint)
 
 
 def checkpoint_bytes(run: PlannedRun, network: Sequence[Tensor], optimizer: int) -> int:

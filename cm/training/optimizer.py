@@ -78,7 +78,7 @@ class ZeroOptimizer:
             raise ValueError(f"the saved optimizer is not one of {len(self.params)} parameters in one group")
         places = self.shares.mine(groups[0]["params"])
         self.inner.load_state_dict({
-            "state": {own: saved["state"][place] for own, place in enumerate(places) if place in saved["state"]},
+            "state": {own: read(saved["state"][place]) for own, place in enumerate(places) if place in saved["state"]},
             "param_groups": [groups[0] | {"params": list(range(len(places)))}],
         })
 
@@ -113,9 +113,9 @@ class ShardedOptimizer:
         return {"state": state, "param_groups": saved["param_groups"]} if dist.is_main() else {}
 
     def _whole(self, index: int, value: Tensor) -> Tensor:
-        return self.layout.whole(index, value) if self._is_divided(index, value) else value
+        return self.layout.whole(index, value) if self.is_divided(index, value) else value
 
-    def _is_divided(self, index: int, value: Tensor) -> bool:
+    def is_divided(self, index: int, value: Tensor) -> bool:
         """Whether it has a number for each of the parameter's, as the count of steps has not."""
         return value.ndim == self.params[index].ndim > 0
 
@@ -123,11 +123,16 @@ class ShardedOptimizer:
         """Take this rank's rows of what an optimizer of whole parameters has saved."""
         state = {
             index: {
-                name: self.layout.part(index, value) if self._is_divided(index, value) else value
+                name: self.layout.part(index, value) if self.is_divided(index, value) else value[...]
                 for name, value in entry.items()
             } for index, entry in saved["state"].items()
         }
         self.inner.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def read(entry: dict[str, Any]) -> dict[str, Any]:
+    """What is saved of one parameter, read where it is not yet."""
+    return {name: value if isinstance(value, (int, float)) else value[...] for name, value in entry.items()}
 
 
 def make_optimizer(

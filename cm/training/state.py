@@ -8,9 +8,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch as th
 from torch import Tensor
 
-from cm.checkpoints import averages, loading, manifest
+from cm.checkpoints import averages, dcp, loading, manifest
+from cm.checkpoints.dcp import Piece
 from cm.data import latents
 from cm.data.class_names import require_same
 from cm.data.latents import RECORD
@@ -19,9 +21,13 @@ from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
 from cm.objectives.base import ONLINE
+from cm.training import pieces
 from cm.training.mixed_precision import MasterWeights
+from cm.training.optimizer import read
+from cm.training.trained_network import TrainedNetwork
 
 STATUS = "status.json"
+GROUPS = "param_groups"                                     # of optimizers, where their state lies in a folder
 
 
 def state_dict(loop: Any) -> dict[str, Any]:
@@ -30,14 +36,45 @@ def state_dict(loop: Any) -> dict[str, Any]:
     The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
     draw is a function of the seed and of the position, or the step, it belongs to.
     """
-    trainer, objective = loop.trainer, loop.objective
+    trainer = loop.trainer
     gathered = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
     optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.trained.items()}
-    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
-    owners = {"model": trainer, **loop.moving, **others}
+    owners = owners_of(loop)
     masters = {name: owner.gather_to_main() for name, owner in owners.items()}
     if not dist.is_main():
         return {}
+    return {
+        **{name: owner.master_params_to_state_dict(masters[name]) for name, owner in owners.items()},
+        **{name: trainer.master_params_to_state_dict(params) for name, params in gathered.items()},
+        **optimizers,
+        "trainer": plain_state(loop),
+    }
+
+
+def pieces_of(loop: Any) -> dict[str, dict[str, Piece]]:
+    """name -> what this rank writes of it, of all but "trainer", where every rank writes; nothing is sent."""
+    shares, parts = {}, {}
+    for name, owner in owners_of(loop).items():
+        shares[name] = loop.sharding(owner.layout.whole_sizes(owner.master_params))
+        parts[name] = pieces.of_network(owner, owner.master_params, shares[name])
+    for rate, tensors in zip(loop.ema_rate, loop.averages.local):
+        parts[f"ema_{rate}"] = pieces.of_network(loop.trainer, tensors, shares["model"])
+    for role, network in loop.trained.items():
+        name = "model" if role == ONLINE else role
+        parts[file_of(role)] = pieces.of_optimizer(network.opt, network.trainer.layout, shares[name])
+    return parts
+
+
+def owners_of(loop: Any) -> dict[str, MasterWeights]:
+    """Name in a checkpoint -> network."""
+    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
+    return {"model": loop.trainer, **loop.moving, **others}
+
+
+def plain_state(loop: Any) -> dict[str, Any]:
+    """What a resumed run needs beside networks, averages and optimizers."""
+    objective = loop.objective
+    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
     began = loop.images_seen if loop.averages_began is None else loop.averages_began
     # The keys "memory" and "watchers" are those of every checkpoint so far.
     rest = {
@@ -47,12 +84,16 @@ def state_dict(loop: Any) -> dict[str, Any]:
         "trainers": {name: other.state_dict() for name, other in others.items()},
         "averages_began": began if any(rate.power_std for rate in loop.ema_rate) else 0,
     }
-    return {
-        **{name: owner.master_params_to_state_dict(masters[name]) for name, owner in owners.items()},
-        **{name: trainer.master_params_to_state_dict(params) for name, params in gathered.items()},
-        **optimizers,
-        "trainer": trainer.state_dict() | {name: value for name, value in rest.items() if value},
-    }
+    return loop.trainer.state_dict() | {name: value for name, value in rest.items() if value}
+
+
+def save_in_shares(loop: Any, is_last: bool) -> None:
+    """Let every rank write what it holds; one call of all ranks together."""
+    groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.trained.items()}
+    loop.writer.save(
+        loop.step, pieces_of(loop), {"trainer": plain_state(loop) | {GROUPS: groups}}, loop.flags, loop.images_seen,
+        loop.elapsed_seconds(), is_last, initial_weights(loop),
+    )
 
 
 def initial_weights(loop: Any) -> dict[str, float]:
@@ -88,9 +129,10 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
         name = f"ema_{rate}"
         share = averages.initial_weight(checkpoint, name)
         loop.averages.load(rate.name, params(name, loop.trainer), 0.0 if share is None else share)
-    for role, network in loop.trained.items():
-        network.load_optimizer(load_part(file_of(role), checkpoint, verify))
     rest = load_part("trainer", checkpoint, verify)
+    for role, network in loop.trained.items():
+        file = file_of(role)
+        load_optimizer(network, load_part(file, checkpoint, verify), rest.get(GROUPS, {}).get(file))
     loop.trainer.load_state_dict(rest)
     loop.averages_began = rest.get("averages_began", 0)
     for name, trainer in others.items():
@@ -102,6 +144,21 @@ def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
     for callback in loop.callbacks:
         if callback.name in rest.get("watchers", {}):
             callback.load_state_dict(rest["watchers"][callback.name])
+
+
+def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, Any]] | None) -> None:
+    """Take over the saved optimizer of a network.
+
+    :param saved: its state dict, or the tensors of a folder.
+    :param groups: its settings, where there is a folder.
+    """
+    if groups is not None:
+        saved = pieces.optimizer_state(saved, groups)
+        if isinstance(network.opt, th.optim.Optimizer):     # of whole parameters
+            saved["state"] = {place: read(entry) for place, entry in saved["state"].items()}
+    network.load_optimizer(saved)
+    if groups is not None:
+        pieces.lay_out_as_params(network.opt)
 
 
 def take_class_names(loop: Any, checkpoint: manifest.Checkpoint) -> None:
@@ -167,6 +224,8 @@ def load_part(name: str, checkpoint: manifest.Checkpoint, verify: bool = True) -
             f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
             "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
         )
+    if path.endswith(dcp.SUFFIX):                           # of which every rank reads what it needs
+        return dist.everywhere(dcp.open_part, path, checkpoint.facts(path), verify)
     return dist.load_state_dict(path, map_location="cpu", expected=checkpoint.facts(path) if verify else None)
 
 

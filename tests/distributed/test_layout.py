@@ -9,8 +9,9 @@ from cm.errors import UserError
 
 def test_what_is_whole_stays_as_it_is():
     tensors = [th.randn(3, 2), th.tensor(4.0)]
-    for same in (WHOLE.masters(tensors), WHOLE.parts(tensors), WHOLE.gather(tensors), WHOLE.gather_to_main(tensors)):
+    for same in (WHOLE.masters(tensors), WHOLE.gather(tensors), WHOLE.gather_to_main(tensors)):
         assert all(one is other for one, other in zip(same, tensors, strict=True))
+    assert all(part.data_ptr() == whole.data_ptr() for part, whole in zip(WHOLE.parts(tensors), tensors, strict=True))
     assert WHOLE.norm([tensor.double() for tensor in tensors]).item() == pytest.approx(
         sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5, rel=1e-12
     )

@@ -23,6 +23,8 @@ def settings_of(*argv):
     (("--parallel", "fsdp", "--dry_run_ranks", "4", "--precision", "fp16"), "--precision fp16 and --parallel fsdp"),
     (("--parallel", "hsdp", "--dry_run_ranks", "4", "--compile", "True"), "--compile True and --parallel hsdp"),
     (("--parallel", "hsdp", "--dry_run_ranks", "4", "--shard_ema", "True"), "drop --shard_ema"),
+    (("--async_save", "True"), "--async_save True needs --checkpoint_format dcp"),
+    (("--checkpoint_format", "dcp", "--checkpoint_dir", "gs://bucket/run"), "gs://bucket/run is an object store"),
 ])
 def test_what_does_not_go_together_is_refused(argv, words):
     with pytest.raises(UserError, match=words):

@@ -70,6 +70,7 @@ def in_pairs(images, root):
         train(images, root / f"edm2 {parallel}", 2, **uncertainty(), **how)
         distilling = train(images, root / f"cd {parallel}", 2, **DISTILLED, **how)
         train(images, root / f"bf16 {parallel}", 1, precision="bf16", optimizer="adamw", **how)
+    in_shares(images, root)
     for before, after in (("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp")):
         resume = str(root / f"edm {before}" / "checkpoint_000002.json")
         train(images, root / f"edm {before} then {after}", 3, resume=resume, parallel=after, **EDM)
@@ -77,6 +78,17 @@ def in_pairs(images, root):
         "target_model": "by_objective", "teacher_model": "never"})}
     say(root / "memory.json", memory)
     say(root / "errors.json", errors(images, root, training))
+
+
+def in_shares(images, root):
+    """Runs that leave folders into which all ranks wrote, and runs that go on from them."""
+    split = {"shard_ema": True, "shard_optimizer": True}
+    dcp = {"checkpoint_format": "dcp", "async_save": True, **EDM}
+    for name, how in (("fsdp", {"parallel": "fsdp"}), ("ddp", split)):
+        train(images, root / f"dcp {name}", 3, **how, **dcp)
+    for before, after, how in (("fsdp", "fsdp", {"parallel": "fsdp"}), ("fsdp", "ddp", split), ("ddp", "ddp", {})):
+        resume = str(root / f"dcp {before}" / "checkpoint_000002.json")
+        train(images, root / f"dcp {before} then {after}", 3, resume=resume, **how, **EDM)
 
 
 def memory_of(training, companions):

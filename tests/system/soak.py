@@ -1,6 +1,7 @@
 """A fault campaign: training is struck at random moments, the same command goes on, and the end is always the same.
 
 python tests/system/soak.py --minutes 10 --seed 3
+python tests/system/soak.py --shares            # networks in shards, checkpoints written by all ranks in the background
 
 Trains a tiny network on 2 ranks, undisturbed; then again and again with faults, until the time is up. Each time the
 final checkpoint must have the bytes of the undisturbed one, and the log its losses. The seed chooses faults and moments
@@ -37,6 +38,8 @@ TRAIN = [
     "--class_cond", "True", "--lr", "1e-3", "--global_batch_size", "16", "--log_interval", "1",
     "--save_interval", str(SAVE_INTERVAL), "--keep_checkpoints", "2", "--total_training_steps", str(STEPS),
 ]
+
+SHARES = ["--parallel", "fsdp", "--checkpoint_format", "dcp", "--async_save", "True"]
 
 
 class Run:
@@ -130,10 +133,14 @@ class Run:
         manifests = sorted(self.log_dir.glob("checkpoint_*.json"))
         if not manifests:
             return []
-        return [*sorted(self.log_dir.glob(f"*{manifests[-1].stem.removeprefix('checkpoint_')}.pt")), manifests[-1]]
+        return [*self.files(manifests[-1].stem.removeprefix("checkpoint_")), manifests[-1]]
 
     def final_files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.log_dir.glob(f"*{STEPS:06d}.pt")}
+        return {str(path.relative_to(self.log_dir)): path.read_bytes() for path in self.files(f"{STEPS:06d}")}
+
+    def files(self, step: str) -> list[Path]:
+        """Of one checkpoint, but its manifest."""
+        return sorted([*self.log_dir.glob(f"*{step}.pt"), *self.log_dir.glob(f"*{step}.dcp/*")])
 
 
 def write_digits(folder: Path) -> None:
@@ -310,7 +317,7 @@ def campaign(folder: Path, seed: int, seconds: float, faults_per_run: int | None
     calm = Run(folder / "undisturbed" / "0", rng)
     calm.complete()
     expected, losses = calm.final_files(), calm.losses()
-    assert len(expected) == 4 and len(losses) == STEPS
+    assert len({name.split('/')[0] for name in expected}) == 4 and len(losses) == STEPS
     with small_disk(folder / "disk") as why_not:
         names = [name for name in FAULTS if name != "full disk" or not why_not]
         if why_not:
@@ -336,7 +343,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="no new run begins after that")
     parser.add_argument("--seed", type=int, default=None, help="of faults and moments; default: a new one")
     parser.add_argument("--faults", type=int, default=8, help="per run; 0 for each kind once")
+    parser.add_argument("--shares", action="store_true", help="networks in shards, checkpoints by all ranks")
     args = parser.parse_args()
+    if args.shares:
+        TRAIN.extend(SHARES)
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         sys.exit(campaign(Path(folder), seed, 60 * args.minutes, args.faults or None) != 0)

@@ -8,6 +8,7 @@ import torch as th
 
 from cm.errors import UserError
 from cm.logging import logger
+from cm.setup.convert_run import convert_run
 from cm.training.config import LoopConfig
 from cm.training.engine import Engine, check_sharded, make_engine
 from support.commands import curve
@@ -35,7 +36,7 @@ def pairs(tmp_path_factory):
     return run(tmp_path_factory.mktemp("pairs"), 2, "in_pairs")
 
 
-def assert_same(one, other, step, atol=2e-6):
+def assert_same(one, other, step, rtol=1e-5, atol=2e-6):
     """Every tensor of two checkpoints.
 
     Sums over ranks and norms are taken in another order, so gradients differ by rounding; an optimizer's first steps
@@ -47,7 +48,7 @@ def assert_same(one, other, step, atol=2e-6):
         expected, found = (tensors_in(th.load(each / name, weights_only=True)) for each in (one, other))
         assert expected.keys() == found.keys()
         for key, value in expected.items():
-            th.testing.assert_close(found[key], value, rtol=1e-5, atol=atol, msg=lambda why: f"{name} {key}: {why}")  # noqa: B023
+            th.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=lambda why: f"{name} {key}: {why}")  # noqa: B023
 
 
 def tensors_in(value, name=""):
@@ -87,6 +88,24 @@ def test_a_resumed_run_in_shards_is_the_same_run_to_the_last_bit(pairs):
 @pytest.mark.parametrize("change", ["ddp then fsdp", "fsdp then ddp"])
 def test_a_run_goes_on_with_the_other_engine(pairs, change):
     assert_same(pairs / "edm ddp", pairs / f"edm {change}", 3)
+
+
+def test_what_all_ranks_wrote_is_what_rank_0_would_have_written(pairs, tmp_path):
+    """Written while the run went on, in shards; read by one process."""
+    assert not list((pairs / "dcp fsdp").glob("model*.pt"))
+    for name in ("fsdp", "ddp"):
+        convert_run(str(pairs / f"dcp {name}"), str(tmp_path / name), "files")
+        assert_same(pairs / f"edm {name}", tmp_path / name, 3, rtol=0, atol=0)
+
+
+def test_a_run_goes_on_from_shares_on_the_same_ranks_to_the_last_bit(pairs):
+    for name in ("fsdp", "ddp"):
+        assert digest(pairs / f"edm {name}", 3) == digest(pairs / f"dcp {name} then {name}", 3)
+
+
+def test_a_run_goes_on_from_shares_of_the_other_engine(pairs):
+    """There the optimizer and the averages are in shares of whole tensors."""
+    assert_same(pairs / "edm ddp", pairs / "dcp fsdp then ddp", 3)
 
 
 @pytest.mark.parametrize("name", ["edm", "cd"])

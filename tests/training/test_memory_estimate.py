@@ -101,6 +101,13 @@ def test_a_plan_of_shards_counts_what_is_gathered():
     assert twice == once | {"gradients of microbatches": whole["gradients"]}
 
 
+def test_a_save_in_the_background_takes_the_share_of_a_rank():
+    run_ = {"precision": "fp32", "optimizer": "adam", "ema_rates": ["0.9"], "ranks": 4, "async_save": True}
+    for shards in (1, 4):
+        planned = plan(meta_network(), PlannedRun(**run_, shards=shards))
+        assert planned.host == {"copy for a save": planned.checkpoint // 4}
+
+
 @pytest.mark.parametrize("name", ["ImageNet-64", pytest.param("LSUN-256", marks=pytest.mark.slow)])
 def test_the_table_of_the_docs_is_what_the_command_prints(name):
     rows = table(name)

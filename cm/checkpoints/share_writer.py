@@ -1,0 +1,137 @@
+"""Checkpoints of which every rank writes its share, at once or while the run goes on: --checkpoint_format dcp.
+
+A save begins with a copy of what a rank holds, if the run is to go on. The manifest is written by rank 0 after the last
+rank has written; until then, and if the job is killed meanwhile, the checkpoint does not exist, and the earlier ones
+are as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from cm.checkpoints import dcp, manifest
+from cm.checkpoints.dcp import Piece, Share
+from cm.checkpoints.manager import CheckpointManager
+from cm.distributed import setup as dist
+from cm.errors import UserError
+from cm.io import storage
+
+Parts = Mapping[str, Mapping[str, Piece]]
+"""Part of a checkpoint ("model") -> name of a tensor -> what this rank writes of it."""
+
+
+@dataclass
+class Pending:
+    """A save that has begun."""
+
+    step: int
+    parts: list[str]
+    needed: int                                             # bytes of all ranks together
+    write: Callable[[Mapping[str, dict[str, Any]]], None]   # the manifest, and what belongs to it
+    shares: Future[dict[str, Share]]
+
+
+class ShareWriter:
+    """Writes the checkpoints of a run in shares; every method but `is_writing` is one call of all ranks together.
+
+    :param in_background: the run goes on while a checkpoint is written, but for its last one.
+    """
+
+    def __init__(self, manager: CheckpointManager, in_background: bool):
+        self.manager, self.in_background = manager, in_background
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.pending: Pending | None = None
+
+    def save(
+        self, step: int, parts: Parts, plain: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
+        seconds: float, is_last: bool, initial_weight: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to write a checkpoint, after the one before is complete; where the run shall not go on, write it.
+
+        :param plain: what rank 0 writes to files of its own; see `CheckpointManager.save` for the rest, and for errors.
+        """
+        self.finish()
+        needed = sum(dist.all_gather_object(sum(p.rows.nbytes for each in parts.values() for p in each.values())))
+        try:
+            dist.on_main(prepare, self.manager.directory, step, list(parts), needed)
+        except UserError as error:
+            return self.manager.failed(step, error, is_last)
+        goes_on = self.in_background and not is_last
+        if goes_on:
+            parts = {name: {key: kept(piece) for key, piece in each.items()} for name, each in parts.items()}
+        task = self.thread.submit(write_shares, self.manager.directory, step, parts, dist.get_rank())
+        write = partial(
+            self.manager.write, step, copy.deepcopy(dict(plain)), dict(config), images_seen, seconds, initial_weight
+        )
+        self.pending = Pending(step, list(parts), needed, write, task)
+        if not goes_on:
+            self.finish(is_last)
+
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        return self.pending is not None and not self.pending.shares.done()
+
+    def finish(self, is_last: bool = False) -> None:
+        """Wait until all ranks have written, and write the manifest; nothing where no save has begun.
+
+        :raises UserError: as `CheckpointManager.save`.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        error = pending.shares.exception()
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        outcomes = dist.all_gather_object(str(error) if error else pending.shares.result())
+        try:
+            dist.on_main(self._complete, pending, outcomes)
+        except UserError as error:
+            self.manager.failed(pending.step, error, is_last)
+
+    def _complete(self, pending: Pending, outcomes: list[dict[str, Share] | str]) -> None:
+        """Make the checkpoint exist, or leave nothing of it; on rank 0."""
+        folders = {name: manifest.file_name(name, pending.step, dcp.SUFFIX) for name in pending.parts}
+        paths = {name: storage.join(self.manager.directory, folder) for name, folder in folders.items()}
+        try:
+            for outcome in outcomes:
+                if isinstance(outcome, str):
+                    raise UserError(outcome)
+            shares = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+            written = {
+                folders[name]: dcp.complete(path, [each[name] for each in shares]) for name, path in paths.items()
+            }
+        except UserError as error:
+            manifest.give_up(self.manager.directory, pending.step, folders.values())
+            raise manifest.save_failure(self.manager.directory, pending.step, pending.needed, error) from error
+        pending.write(written)
+
+
+def prepare(directory: str, step: int, parts: list[str], needed: int) -> None:
+    """Make the folders of a checkpoint of so many bytes; on one rank.
+
+    :raises UserError: if there is not enough space.
+    """
+    manifest.begin(directory, step, needed)
+    for name in parts:
+        folder = storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX))
+        dcp.remove(folder)                                  # of an earlier attempt, on more ranks
+        storage.make_folder(folder)
+
+
+def kept(piece: Piece) -> Piece:
+    """A copy on the CPU, while the run changes the piece."""
+    return replace(piece, rows=piece.rows.detach().to("cpu", copy=True))
+
+
+def write_shares(directory: str, step: int, parts: Parts, rank: int) -> dict[str, Share]:
+    """Write a rank's share of every part.
+
+    :raises UserError: if it cannot be written.
+    """
+    names = {name: storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX)) for name in parts}
+    return {name: dcp.write_share(names[name], rank, pieces) for name, pieces in parts.items()}
