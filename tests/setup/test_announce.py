@@ -76,6 +76,13 @@ def test_the_command_of_the_last_line_works_when_it_is_pasted(run):
     assert np.load(folder / "samples_drawn" / "samples_64x8x8x3.npz")["class_names"].tolist() == list("0123456789")
 
 
+@pytest.mark.parametrize("kind, suffix", [("files", "pt"), ("dcp", "dcp")])
+def test_the_newest_is_named_by_its_format(kind, suffix):
+    loop = SimpleNamespace(callbacks=[], ema_rate=["0.9"], step=7, checkpoints=SimpleNamespace(directory="run"),
+                           config=SimpleNamespace(checkpoint_format=kind))
+    assert best_weights(loop) == ("nothing was evaluated, the newest is ", f"run/ema_0.9_000007.{suffix}")
+
+
 def test_the_best_is_named_where_samples_were_measured(monkeypatch):
     monkeypatch.setattr("cm.training.callbacks.logger.get_dir", lambda: "run")
     sampler, metric = SimpleNamespace(rate="0.9999"), SimpleNamespace(label="FID")
