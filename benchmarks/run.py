@@ -12,6 +12,7 @@ from pathlib import Path
 import torch as th
 from bench.ceiling import Ceiling, measure_ceiling
 from bench.evaluation import eval_suite
+from bench.launches import launches_suite
 from bench.lines import table
 from bench.loading import data_suite
 from bench.memory import memory_suite
@@ -30,6 +31,7 @@ SUITES = {
     "sample": lambda job: sample_suite(job.spec, job.device, job.ceiling, job.repeats),
     "eval": lambda job: eval_suite(job.device, job.repeats),
     "data": lambda job: data_suite(job.spec.image_size),
+    "launches": lambda job: launches_suite(job.spec),
     "memory": lambda job: memory_suite(job.device),
     "scale": lambda job: scale_suite(job.device, job.repeats, job.out and job.out / "scale"),
 }

@@ -67,6 +67,19 @@ def test_speed_beside_the_ceilings():
     assert f"at {min(conv):.0f} to {max(conv):.0f} % of the speed of its 3x3 convolutions" in text
 
 
+def test_operations_of_steps():
+    lines = {name: line for name, line in SUITES["launches"].items() if line["launches_over_plain"]}
+    fp32, bf16 = ([line["launches_over_plain"] for name, line in lines.items()
+                   if name.endswith(f"toolkit {precision}") and "heun" not in name] for precision in ("fp32", "bf16"))
+    edm, heun = lines["edm, toolkit fp32"], lines["heun (9 NFE), toolkit fp32"]
+    text = page("docs/performance.md")
+    assert f"fewer operations: {span(fp32)} of the plain way's in fp32 and {span(bf16)} in bf16" in text
+    passes, rest = edm["note"].split()[0], edm["note"].split()[-4]
+    parts = f"of which {passes} are passes of the network and {rest} all the rest"
+    assert f"EDM's step is {edm['launches']:,} operations, {parts}" in text
+    assert f"Sampling by Heun's method takes {heun['launches_over_plain']:.2f} of the plain way's operations" in text
+
+
 def test_cost_of_the_objectives():
     # The median of ratios of neighbouring runs, which the benchmark writes as "1.02 of edm's time, ...".
     stf, sadpm, cdm, two = (SUITES["objectives"][name]["note"].split()[0] for name in (

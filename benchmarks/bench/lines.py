@@ -22,6 +22,8 @@ class Line:
     share_of_conv: float | None = None
     time_over_baseline: float | None = None                 # median of the ratios of neighbouring runs
     peak_mib: float | None = None                           # above what the process holds before
+    launches: int | None = None                             # operations that the device is given
+    launches_over_plain: float | None = None
     note: str = ""
 
 
@@ -33,7 +35,7 @@ def speed_line(
     speed = flops / times.median
     return Line(
         suite, name, times.median, images / times.median, speed / 1e9, speed / ceiling.gemm[dtype],
-        speed / ceiling.conv[dtype], None if baseline is None else times.ratio(baseline), peak_mib, note,
+        speed / ceiling.conv[dtype], None if baseline is None else times.ratio(baseline), peak_mib, note=note,
     )
 
 
@@ -46,6 +48,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "share_of_conv": ("of 3x3 conv", "{:.0%}"),
     "time_over_baseline": ("time / plain", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
+    "launches": ("operations", "{:,}"),
+    "launches_over_plain": ("operations / plain", "{:.2f}"),
     "note": ("", "{}"),
 }
 

@@ -65,7 +65,17 @@ def toolkit_job(
     ema_rates: Sequence[float] = EMA_RATES, scales: int = SCALES,
     build: Callable[[th.device], nn.Module] | None = None,
 ) -> Callable[[], None]:
-    """One step of the toolkit's training loop.
+    """One step of the toolkit's training loop; arguments of `toolkit_loop`."""
+    loop = toolkit_loop(mode, spec, device, images, precision, ema_rates=ema_rates, scales=scales, build=build)
+    return lambda: loop.run_step(next(loop.data))
+
+
+def toolkit_loop(
+    mode: str, spec: NetworkSpec, device: th.device, images: Tensor, precision: str, *,
+    ema_rates: Sequence[float] = EMA_RATES, scales: int = SCALES,
+    build: Callable[[th.device], nn.Module] | None = None,
+) -> TrainLoop:
+    """The toolkit's training loop, before its first step.
 
     :param build: makes the networks; None for the toolkit's own.
     """
@@ -78,22 +88,20 @@ def toolkit_job(
         precision=precision,
     )
     if mode == "edm":
-        loop = TrainLoop(**common)
-    else:
-        distils = mode == "consistency_distillation"
-        loop = CMTrainLoop(
-            target_model=build(device), teacher_model=build(device).eval() if distils else None,
-            teacher_diffusion=teacher_diffusion if distils else None, training_mode=mode,
-            ema_scale_fn=ema_and_scales("fixed", 0.95, "fixed", scales, scales, 10**6, 10**6), **common,
-        )
-    return lambda: loop.run_step(next(loop.data))
+        return TrainLoop(**common)
+    distils = mode == "consistency_distillation"
+    return CMTrainLoop(
+        target_model=build(device), teacher_model=build(device).eval() if distils else None,
+        teacher_diffusion=teacher_diffusion if distils else None, training_mode=mode,
+        ema_scale_fn=ema_and_scales("fixed", 0.95, "fixed", scales, scales, 10**6, 10**6), **common,
+    )
 
 
 def stream(images: Tensor) -> Iterator[Batch]:
     return (batch_of(images, step) for step in itertools.count())
 
 
-def plain_job(mode: str, spec: NetworkSpec, device: th.device, images: Tensor) -> Callable[[], None]:
+def plain_job(mode: str, spec: NetworkSpec, device: th.device, images: Tensor) -> partial[None]:
     """One step of plain loops over the same loss."""
     model = plain_copy(spec.build(device))
     diffusion, teacher_diffusion = diffusions(mode)

@@ -1,6 +1,7 @@
 """The suites of benchmarks/run.py at sizes of a test: what they say they compare is what they run."""
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from bench import children, loading, objectives, peer, results, sample, scale, train
+from bench import children, launches, loading, objectives, peer, results, sample, scale, train
 from bench.ceiling import Ceiling
 from bench.evaluation import Sizes, eval_suite
 from bench.lines import Line, table
@@ -116,3 +117,31 @@ def test_a_suite_that_is_measured_again_leaves_the_others(tmp_path):
     assert "| new | 2 | 50% |" in page and "| other | 3 |" in page and "old" not in page
     assert page.count("## On ") == 1, "one machine"
     assert "fp32: GEMM 100, 3x3 convolution 100" in page
+
+
+def test_launches_are_operations_that_compute():
+    """Views and empty memory are free, a list of tensors is one, what lies on the CPU is none."""
+    x = th.empty(4, 4, device="meta")
+    with launches.LaunchCounter() as counter:
+        (x.t().reshape(2, 8) + 1).mul_(2)
+        th._foreach_mul_([x, x.clone()], 2)
+        x.sum().item()
+        th.ones(3) + 1
+    # Two copies, one of them for reshape; a sum, two products, and a number that is waited for.
+    assert counter.names.total() == 7 and counter.names["_foreach_mul_"] == 1
+
+
+def test_a_step_is_given_to_the_device_in_few_operations():
+    plain, own = launches.training_lines("consistency_training", "fp32", SPEC)
+    assert own.launches_over_plain == own.launches / plain.launches <= 0.6
+    rest = int(own.note.split()[-4])
+    assert 0 < rest < 100, "optimizer, averages and norms, whatever the number of parameters"
+
+
+def test_launches_have_a_line_for_every_way(monkeypatch):
+    monkeypatch.setattr(launches, "launches_of", lambda step, *args, **options: Counter(x=10))
+    lines = launches.launches_suite(SPEC)
+    assert len(lines) == 3 * 2 * 2 + 2 + len(objectives.JOBS)
+    assert all(line.launches == 10 for line in lines)
+    assert [line.launches_over_plain for line in lines[:14]] == [None, 1] * 7
+    assert "operations / plain" in table(lines)
