@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import dcp, manifest
 from cm.config.flags import Settings
 from cm.data.class_names import worth_keeping
 from cm.data.image_source import ImageSource
@@ -93,7 +93,8 @@ def best_weights(loop: TrainLoop) -> tuple[str, str]:
             path = os.path.join(callback.folder(), manifest.file_name(f"ema_{callback.sampler.rate}", best["step"]))
             return f"the best, {callback.metric.label} {best['value']:.6g} of step {best['step']}, is ", path
     names = [f"ema_{rate}" for rate in loop.ema_rate] or ["model"]
-    path = os.path.join(loop.checkpoints.directory, manifest.file_name(names[0], loop.step))
+    suffix = dcp.SUFFIX if loop.writer else ".pt"
+    path = os.path.join(loop.checkpoints.directory, manifest.file_name(names[0], loop.step, suffix))
     return "nothing was evaluated, the newest is ", path
 
 
