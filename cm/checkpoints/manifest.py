@@ -333,7 +333,7 @@ def find(path: str, verify: bool = True) -> Checkpoint:
     :param verify: see `Checkpoint.problem`.
     :raises UserError: if there is none, or it is damaged.
     """
-    if storage.is_directory(path):
+    if storage.is_directory(path) and not parse_name(path):
         checkpoint = newest(path, verify)
         if checkpoint is None:
             raise UserError(f"--resume {path}: this folder holds no complete checkpoint (checkpoint_*.json)")

@@ -11,6 +11,7 @@ from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter, prepare, write_shares
 from cm.errors import UserError
+from cm.setup.announce import best_weights
 from cm.setup.convert_run import convert_run
 from cm.setup.weights_path import weights_in
 from support.damage import flip_a_bit
@@ -149,6 +150,8 @@ def test_weights_are_taken_from_shares(images, tmp_path):
     path = weights_in(str(tmp_path / "ema_0.5_000001.dcp") + "/", "model_path")
     kind, checkpoint = look_at(path)
     assert path.endswith("ema_0.5_000001.dcp") and kind and checkpoint.step == 1
+    assert best_weights(training)[1] == path                # which the last line of a run names
+    assert manifest.find(path).step == 1
     weights = WeightsFile(path, expected=checkpoint.facts(path)).take()
     whole = training.trainer.master_params_to_state_dict(training.averages.gather("0.5"))
     assert weights.keys() == whole.keys() and all(th.equal(weights[name], whole[name]) for name in whole)
