@@ -44,8 +44,9 @@ def sections(name: str) -> list[tuple[str, str]]:
     """Heading and text of what follows each heading of the second level; of the whole page where it has none."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = re.sub(r"^```.*?^```", lambda block: block[0].replace("\n## ", "\n "), text, flags=re.DOTALL | re.MULTILINE)
-    if name == "CHANGELOG.md":                              # what is released is history
-        text = re.sub(r"\n## (?!Unreleased).*?(?=\n## |\Z)", "", text, flags=re.DOTALL).replace("\n### ", "\n## ")
+    if name == "CHANGELOG.md":                              # older versions are history
+        newest = re.split(r"^## ", text, flags=re.MULTILINE)[1]
+        text = newest.replace("\n### ", "\n## ")
     _, *found = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
     pairs = [(head, one_line(body)) for head, body in zip(found[::2], found[1::2]) if body.strip()]
     return pairs or [("", one_line(text))]
