@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
+
+LARGEST = 1e300                                                     # more than is ever counted or measured
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ class RunFacts:
 def _of_kinds(content: Any, example: RunFacts | Measurement) -> dict[str, Any]:
     """The values of an object that an example has, too.
 
-    :raises ValueError: if one is of another kind than that of the example.
+    :raises ValueError: if one is of another kind than that of the example, or one without a default is missing.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    required = {each.name for each in fields(example) if each.default is MISSING}
     found: dict[str, Any] = {}
     for name, value in vars(example).items():
         if name not in content:
+            if name in required:
+                raise ValueError(f"{name} is missing")
             continue
         kinds = {tuple: (list, tuple), float: (int, float)}.get(type(value), type(value))
         given = content[name]
         if not isinstance(given, kinds) or isinstance(given, bool):
             raise ValueError(f"{name} is a {type(given).__name__}")
-        if isinstance(value, (int, float)) and not (math.isfinite(given) and given >= 0):
-            raise ValueError(f"{name} is {given:g}")
+        if isinstance(value, (int, float)) and not 0 <= given <= LARGEST:
+            raise ValueError(f"{name} is not a number from 0 to {LARGEST:g}")
         found[name] = given
     return found
 
@@ -85,4 +89,4 @@ def measurements_of(content: Mapping[str, Any]) -> Iterator[Measurement]:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST

@@ -16,7 +16,8 @@ def test_there_and_back():
 
 @pytest.mark.parametrize("content", [
     [], {"data": 3}, {"step": True}, {"step": -1}, {"step": 1.5}, {"seconds": float("inf")}, {"measured": {}},
-    {"measured": [3]}, {"measured": [{"label": None}]},
+    {"measured": [3]}, {"measured": [{"label": None}]}, {"measured": [{}]}, {"measured": [{"label": "FID"}]},
+    {"step": 10**400}, {"seconds": float("nan")},
 ])
 def test_other_kinds_are_refused(content):
     with pytest.raises(ValueError):
