@@ -1,4 +1,4 @@
-"""Every command of README.md in tiny form: as it stands there, but small, without mpiexec, and in one process."""
+"""Every command of README.md and of the tutorial in tiny form: small, without mpiexec, and all in one process."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from support.mpi import ROOT, start
 from support.nets import plain_state_dict
 from support.weights import tiny as small
 
-README = (ROOT / "README.md").read_text()
+PAGES = [(ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md")]
 ELSEWHERE = {                                               # first words -> the test that runs the command
     "make demo": "tests/scripts/test_demo.py", "make test": "all of them",
     "python scripts/quickstart.py": "tests/quickstart/test_workflow.py",
@@ -24,33 +24,39 @@ ELSEWHERE = {                                               # first words -> the
 }
 SMALLER = {
     "--image_size": "8", "--global_batch_size": "8", "--total_training_steps": "2", "--batch_size": "4",
-    "--images": "20", "--num_samples": "12", "--seeds": "0-3", "--num_ts": "1",
+    "--images": "20", "--num_samples": "12", "--seeds": "0-3", "--num_ts": "1", "--resolution": "8x8",
+    "--total_kimg": "0.016", "--config": "size/tiny", "--epochs": "1",
 }
-EXTRA = {
-    "edm_train.py": "--num_channels 32 --num_res_blocks 1 --channel_mult 1 --attention_resolutions 8",
-    "cm_train.py": "--start_scales 4 --end_scales 4",
-    "fid.py": "--inception classifier.ts", "evaluator.py": "--inception classifier.ts",
-    "ternary_search.py": "--inception classifier.ts --num_samples 12 --batch_size 4",
-    "cd_imagenet64_lpips.pt": "--image_size 8 --num_head_channels 16",      # what is known of the published file itself
+MORE = {                                                    # what a small run needs besides, unless the command says so
+    "edm_train.py": {"--num_channels": "32", "--num_res_blocks": "1", "--channel_mult": "1",
+                     "--attention_resolutions": "8", "--global_batch_size": "8"},
+    "fid.py": {"--inception": "classifier.ts"}, "evaluator.py": {"--inception": "classifier.ts"},
+    "ternary_search.py": {"--inception": "classifier.ts", "--num_samples": "12", "--batch_size": "4"},
+    "classifier_train.py": {"--epochs": "1"},
+    "cd_imagenet64_lpips.pt": {"--image_size": "8", "--num_head_channels": "16"},   # known of the published file itself
+    "--start_ema": {"--start_scales": "4", "--end_scales": "4"},
 }
 
 
 def commands():
-    """The commands of all blocks: one line each, without comments, mpiexec and the folder's interpreter."""
-    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if not kind:
-                yield re.sub(r"\s+# .*| +$|^mpiexec -n 8 ", "", line)
+    """The commands of all blocks: one line each, without comments and mpiexec."""
+    for page in PAGES:
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if not kind:
+                    yield re.sub(r"\s+# .*| +$|^mpiexec -n 8 ", "", line)
 
 
 def tiny(command):
-    """The command with small numbers, and what a small run needs besides."""
-    words = shlex.split(command.replace("50000x64x64", f"{SMALLER['--num_samples']}x8x8"))
+    """The command with small numbers."""
+    words = shlex.split(re.sub(r"samples_\d+x\d+x\d+x3", f"samples_{SMALLER['--num_samples']}x8x8x3", command))
     for place, word in enumerate(words[:-1]):
         if word in SMALLER and words[place + 1] != "IMAGES":
             words[place + 1] = SMALLER[word]
-    extra = [EXTRA[name] for name in (word.rpartition("/")[2] for word in words) if name in EXTRA]
-    return " ".join([shlex.join(words), *extra])
+    for name in [word if word in MORE else word.rpartition("/")[2] for word in words]:
+        for flag, value in MORE.get(name, {}).items():
+            words += [] if flag in words else [flag, value]
+    return shlex.join(words)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +81,9 @@ def folder(tmp_path_factory):
     th.save(plain_state_dict(small()), folder / "cd_imagenet64_lpips.pt")
     (folder / "commands.json").write_text(json.dumps(lines))
     command = [sys.executable, str(ROOT / "tests/support/page_commands.py"), "commands.json"]
-    done = start(command, cwd=folder, timeout=150, env={"OPENAI_LOG_FORMAT": "log,csv", "PYTHON": sys.executable})
-    assert done.rc == 0, done.stderr
+    done = start(command, cwd=folder, timeout=300, env={"OPENAI_LOG_FORMAT": "log,csv", "PYTHON": sys.executable})
+    assert done.rc == 0 and [line for line in done.stdout.splitlines() if line.startswith("$ ")] == [
+        f"$ {line}" for line in lines], done.stderr
     return folder
 
 
@@ -84,7 +91,8 @@ def test_every_command_ran(folder):
     assert (folder / "report.html").stat().st_size > 10_000
     assert np.load(folder / "runs/cd_samples/samples_12x8x8x3.npz")["arr_0"].shape == (12, 8, 8, 3)
     assert len(list((folder / "out").rglob("*.png"))) == 4 and (folder / "runs/inpaint").is_dir()
-    assert (folder / "runs/search").is_dir()
+    assert (folder / "runs/search").is_dir() and (folder / "runs/teacher/samples").is_dir()
+    assert Image.open(folder / "sample.png").size == (8, 8) and (folder / "student/README.md").is_file()
 
 
 def test_what_runs_elsewhere_is_in_readme():

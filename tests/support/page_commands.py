@@ -55,7 +55,11 @@ def run(command):
         exec(words[2], {"__name__": "__main__"})
     else:
         sys.argv = words[1:]
-        runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        try:
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        except SystemExit as end:
+            if end.code:                                    # otherwise the next command is to run
+                raise
     for word in variables:
         del os.environ[word.split("=", 1)[0]]
 
