@@ -1,4 +1,4 @@
-"""Every command of README.md and of the tutorial in tiny form: small, without mpiexec, and all in one process."""
+"""Every command of README, features and tutorial in tiny form: small, without mpiexec, and all in one process."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from support.mpi import ROOT, start
 from support.nets import plain_state_dict
 from support.weights import tiny as small
 
-PAGES = [(ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md")]
+PAGES = [(ROOT / name).read_text() for name in ("README.md", "docs/features.md", "docs/tutorial.md")]
 ELSEWHERE = {                                               # first words -> the test that runs the command
     "make demo": "tests/scripts/test_demo.py", "make test": "all of them",
     "python scripts/quickstart.py": "tests/quickstart/test_workflow.py",

@@ -162,7 +162,7 @@ def test_every_published_model_can_be_trained_and_sampled():
 
 
 def test_the_page_counts_the_recipes():
-    assert f"lists {len(NAMES)} recipes" in (ROOT / "README.md").read_text()
+    assert f"lists {len(NAMES)} recipes" in (ROOT / "docs/features.md").read_text()
 
 
 def test_l2_and_lpips_differ_in_the_distance_alone(dry_run):
