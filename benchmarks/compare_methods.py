@@ -14,10 +14,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -169,9 +171,10 @@ class Contest:
         rows: dict[tuple[str, str], list[Score]] = {}
         for score in scores:
             rows.setdefault((score.training, score.sampler), []).append(score)
-        text = self.table(rows)
+        raw = self.raw_results(scores, seeds)
+        text = "\n".join(table(raw))
         write_bytes(self.out / "table.md", (text + "\n").encode())
-        write_json(self.out / "results.json", self.raw_results(scores, seeds))
+        write_json(self.out / "results.json", raw)
         ordered = sorted(rows.items(), key=lambda row: np.mean([score.distance for score in row[1]]))
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
         picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
@@ -191,19 +194,6 @@ class Contest:
             "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in TRAININGS},
         }
 
-    def table(self, rows: dict[tuple[str, str], list[Score]]) -> str:
-        """Rows sorted by mean; one is better than another only if their seeds do not overlap."""
-        batch = self.stage.training["global_batch_size"]
-        lines = [f"{self.steps} steps of {batch} images, {self.args.seeds} seeds, {self.args.num_samples} samples.", "",
-                 "| training | sampler | NFE | distance, mean | lowest to highest | training, CPU s |",
-                 "|---|---|---|---|---|---|"]
-        for (name, way), row in sorted(rows.items(), key=lambda item: np.mean([s.distance for s in item[1]])):
-            found = [score.distance for score in row]
-            seconds = np.median([self.seconds(name, score.seed) for score in row])
-            lines.append(f"| {name} | {way} | {row[0].evaluations} | {np.mean(found):.3g} | "
-                         f"{min(found):.3g} to {max(found):.3g} | {seconds:.0f} |")
-        return "\n".join(lines)
-
     # --- parts -----------------------------------------------------------------------------------------------------
 
     def folder(self, name: str, seed: int) -> Path:
@@ -214,6 +204,22 @@ class Contest:
 
     def seconds(self, name: str, seed: int) -> float:
         return json.loads((self.folder(name, seed) / "seconds.json").read_text())
+
+
+def table(raw: Mapping[str, Any]) -> list[str]:
+    """The rows of a Markdown table of raw results, by the mean of the seeds; the seconds are medians of these."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for score in raw["scores"]:
+        found.setdefault((score["training"], score["sampler"]), []).append(score)
+    distances = {key: [score["distance"] for score in scores] for key, scores in found.items()}
+    lines = ["| training | sampler | NFE | distance, mean | lowest to highest | training, CPU s |",
+             "|---|---|---|---|---|---|"]
+    for key in sorted(distances, key=lambda key: np.mean(distances[key])):
+        name, way = key
+        seeds, seconds = distances[key], np.median(raw["seconds"][name])
+        lines.append(f"| {name} | {way} | {found[key][0]['evaluations']} | {np.mean(seeds):.3g} | "
+                     f"{min(seeds):.3g} to {max(seeds):.3g} | {seconds:.0f} |")
+    return lines
 
 
 def chains() -> list[str]:
