@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch as th
@@ -104,6 +105,7 @@ def test_cm_train_measures_with_the_loss_norm_it_is_given(monkeypatch, tmp_path,
 
     class Loop:
         step, total_training_steps, stop_signal = 0, 1, 15
+        checkpoints = SimpleNamespace(keep=3)
 
         def __init__(self, config, parts):
             loops.append(parts)
