@@ -51,11 +51,15 @@ class PngFolder:
         """Make the folder, or check that what it contains was made in the same way; for one process.
 
         :param recipe: all that the images depend on, as JSON can hold it.
-        :raises UserError: naming what differs, or if there are images without a recipe, or it cannot be written.
+        :raises UserError: naming what differs, or if there are images without a recipe, a folder of seeds is a link, or
+            it cannot be written.
         """
         wanted, path = json.loads(json.dumps(dict(recipe))), self.outdir / RECIPE
         try:
             self.outdir.mkdir(parents=True, exist_ok=True)
+            if self.subdirs and (link := next(filter(Path.is_symlink, self.outdir.glob("[0-9]*")), None)):
+                raise UserError(f"{link} is a symbolic link, and images would be written where it leads: remove it, or "
+                                "choose another --outdir")
             inside = [entry for entry in self.outdir.iterdir() if entry.is_dir() and not entry.is_symlink()]
             for folder in (self.outdir, *inside):
                 atomic.remove_old_temporaries(folder)

@@ -133,6 +133,16 @@ def test_a_folder_of_unknown_images_is_refused(tmp_path):
         PngFolder(str(tmp_path / "cat.png"), False).claim(MADE)
 
 
+def test_a_folder_of_seeds_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "001000").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="001000 is a symbolic link"):
+        PngFolder(str(tmp_path / "out"), subdirs=True).claim({"seed": 0})
+    PngFolder(str(tmp_path / "out"), subdirs=False).claim({"seed": 0})      # which writes nothing there
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_failure_to_write_is_heard_of(tmp_path):
     (tmp_path / "000000.png").mkdir()
     with pytest.raises(UserError, match="cannot write .*000000.png"), PngWriter(PngFolder(str(tmp_path), False)) as out:
