@@ -20,20 +20,11 @@ FUSED = ("adam", "adamw")                                   # whose step torch h
 FUSED_ON = ("cpu", "cuda")
 
 
-class ZeroOptimizer:
-    """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
+class OfThisRank:
+    """What a rank steps with: an optimizer of the part of the parameters that is its own."""
 
-    This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
-    and files are the same, bit for bit, as without it. Every method but `load_state_dict` is one step of all ranks
-    together. All ranks must hold the same gradients.
-    """
-
-    def __init__(
-        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Sharding, **options: Any
-    ):
-        self.params, self.shares = list(params), shares
-        self.own = shares.mine(self.params)
-        self.inner = kind([{"params": self.own}], **options)
+    def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor]):
+        self.inner, self.params = inner, list(params)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -46,6 +37,24 @@ class ZeroOptimizer:
 
     def step(self) -> None:
         self.inner.step()
+
+
+class ZeroOptimizer(OfThisRank):
+    """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
+
+    This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
+    and files are the same, bit for bit, as without it. Every method but `load_state_dict` is one step of all ranks
+    together. All ranks must hold the same gradients.
+    """
+
+    def __init__(
+        self, kind: Callable[..., th.optim.Optimizer], params: Sequence[Tensor], shares: Sharding, **options: Any
+    ):
+        self.shares, self.own = shares, shares.mine(list(params))
+        super().__init__(kind([{"params": self.own}], **options), params)
+
+    def step(self) -> None:
+        super().step()
         for rank in range(self.shares.ranks):
             dist.sync_params(self.shares.of(rank, self.params), rank)
 
@@ -83,25 +92,15 @@ class ZeroOptimizer:
         })
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(OfThisRank):
     """An optimizer of this rank's rows of all parameters, whose state has the same layout.
 
     `state_dict` is one step of all ranks together; files are those of an optimizer of whole parameters.
     """
 
     def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor], layout: Layout):
-        self.inner, self.params, self.layout = inner, list(params), layout
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        return self.inner.state
-
-    def step(self) -> None:
-        self.inner.step()
+        super().__init__(inner, params)
+        self.layout = layout
 
     def state_dict(self) -> dict[str, Any]:
         """That of an optimizer of whole parameters, on rank 0, on the CPU; empty on the others."""
