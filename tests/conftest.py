@@ -33,6 +33,13 @@ def stdout_is_for_people():
     terminal.keep_stdout_for_data(False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_log_is_left_open():
+    """Which tests run in a process before others is chance."""
+    yield
+    logger.reset()
+
+
 @pytest.fixture
 def images(tmp_path):
     """The path of twenty small images with labels of three classes; the log that a run opens is closed after it."""

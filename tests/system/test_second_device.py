@@ -44,6 +44,14 @@ OBJECTIVE_FLAGS = DENOISERS | OTHERS
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
+@pytest.fixture(autouse=True)
+def quiet_log():
+    """No test opens a log of its own, and none of another file finds this one."""
+    logger.configure(None, format_strs=[])
+    yield
+    logger.reset()
+
+
 def network(device, second_time=False, arch="unet"):
     th.manual_seed(0)
     return create_model(
@@ -54,7 +62,6 @@ def network(device, second_time=False, arch="unet"):
 
 def loop_of(device, *argv, **options):
     """The training loop of flags, and a batch for it, which lies on the CPU as the loader gives it."""
-    logger.configure(None, format_strs=[])
     settings = parse("", *TRAINING_SECTIONS, argv=argv, total_training_steps=100, loss_norm="l2")
     apply_objective_defaults(settings)
     apply_precond_defaults(settings)
