@@ -48,9 +48,9 @@ endif
 demo-clean:
 	rm -rf $(DEMO)
 
-# Three processes for two cores: many tests wait, for ranks that start and for time that passes.
+# Four processes for two cores: many tests wait, for ranks that start and for time that passes.
 test: install lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -n 4 --dist loadfile --durations 10
 
 # Tests of the mark `slow`: they take long, or need what a machine of continuous integration lacks, and say what.
 test-slow: install

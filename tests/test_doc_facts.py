@@ -55,7 +55,7 @@ def test_what_make_runs():
     assert words in plan("demo", "DATA=my photos") and "--hours 0.5 " in plan("demo", "DATA=digits", "HOURS=0.5")
     assert "--require-hashes --requirement requirements.lock" in plan("-B", "install", "LOCKED=1")
     suite = plan("test")
-    assert "ruff check ." in suite and re.search(r"-m pytest -n 3 --dist loadfile --durations 10$", suite, re.MULTILINE)
+    assert "ruff check ." in suite and re.search(r"-m pytest -n 4 --dist loadfile --durations 10$", suite, re.MULTILINE)
     assert "pytest -m slow -rs tests/system/test_slurm.py" in plan("slurm")
     assert "soak.py --minutes 10" in plan("soak") and "pytest -m slow" in plan("test-slow")
     assert (ROOT / ".ci/run").read_text().endswith("make browser\nmake test\n")

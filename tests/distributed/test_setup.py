@@ -64,6 +64,7 @@ def test_a_process_group_of_one_costs_little(tmp_path):
     assert float(finished.stdout) < 2, finished              # a host name without an address used to take five seconds
 
 
+@pytest.mark.slow                                           # the original's scripts on two ranks run in any case
 @pytest.mark.mpi
 def test_the_original_setup_dist_with_several_ranks(tmp_path):
     # It ends by itself, without dist_util.run: more than half of such programs used to be aborted at their end.
@@ -182,9 +183,9 @@ def test_ranks_that_were_given_a_loopback_address_listen_there(tmp_path):
 @pytest.mark.mpi
 def test_jobs_that_start_at_the_same_time_do_not_mix(tmp_path):
     path = program(tmp_path, HELLO)
-    with ThreadPoolExecutor(6) as pool:
-        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(6)))
-    assert [hellos(job) for job in jobs] == [TWO] * 6
+    with ThreadPoolExecutor(3) as pool:
+        jobs = list(pool.map(lambda _: mpiexec(2, [path], timeout=120), range(3)))
+    assert [hellos(job) for job in jobs] == [TWO] * 3
 
 
 @pytest.mark.mpi

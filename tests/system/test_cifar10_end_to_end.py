@@ -30,6 +30,7 @@ def succeeds(done):
     return done
 
 
+@pytest.mark.slow                                           # each of its commands has tests of its own
 def test_from_the_archive_to_a_distance(tmp_path):
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (10, 1, 1, 3))                           # each class has one
