@@ -55,7 +55,7 @@ def rows(measured: dict[str, Any]) -> list[str]:
         if n == "1":
             out.append(f"| 1 | step of {measured['batch']} images, one thread | {found['step']:.2f} s | |")
             continue
-        for size, seconds in found["messages_predicted"].items():
+        for size, seconds in ((int(size), seconds) for size, seconds in found["messages_predicted"].items()):
             name = f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
             out.append(f"| {n} | all-reduce of {name} | {1e3 * found['messages'][str(size)]:.2f} ms "
                        f"| {1e3 * seconds:.2f} ms |")

@@ -1,5 +1,6 @@
 """The model of training on many GPUs: its parts against closed forms and an exact simulation, and the page's tables."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,14 @@ def test_what_cannot_be_is_refused():
 def test_the_fit_finds_rate_and_latency():
     seconds = {size: scaling.all_reduce(size, 4, 2e9, 3e-5) for size in calibration.SIZES}
     assert calibration.fit(seconds, 4) == pytest.approx((3e-5, 2e9))
+
+
+def test_the_page_shows_what_was_measured_here():
+    measured = json.loads((ROOT / "benchmarks" / "scaling_cpu.json").read_text())
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert all(row in page.splitlines() for row in calibration.rows(measured))
+    longer = [measured["ranks"][n]["step"] / measured["ranks"][n]["step_predicted"] - 1 for n in ("2", "4")]
+    assert f"a step takes {100 * longer[0]:.0f} %" in page and f"a step {100 * longer[1]:.0f} % longer" in page
 
 
 def test_the_page_shows_the_tables_of_the_model():
