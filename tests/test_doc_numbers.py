@@ -133,6 +133,17 @@ def test_cost_of_opening_large_sets():
         assert f"{words} {own} (plain: {plain})" in text
 
 
+# --- docs/runs.md -----------------------------------------------------------------------------------------------------
+
+
+def test_how_long_training_waits_for_a_save():
+    sizes = results("benchmarks/save_stall.json")["millions of parameters"]
+    small, large = ([f"{way['waits']:.2g}" for way in sizes[size].values()] for size in ("8", "300"))
+    assert (f"training waits {small[0]} s for files, {small[1]} s for shares and {small[2]} s for shares in the "
+            f"background with 8 million parameters, and {large[0]}, {large[1]} and {large[2]} s with 300 million"
+            ) in page("docs/runs.md")
+
+
 # --- README.md --------------------------------------------------------------------------------------------------------
 
 
