@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage
+from bench.contest import STAGES, TRAININGS, WAYS, Flags, Stage, Training
 from tqdm import tqdm
 
 from cm.config.flags import parse
@@ -60,6 +60,7 @@ class Contest:
         self.args, self.out = args, args.out.resolve()
         self.stage: Stage = STAGES["digits" if args.data == "digits" else "images"]
         self.steps = args.steps or self.stage.steps
+        self.trainings = {name: TRAININGS[name] for name in args.trainings or TRAININGS}
         self.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -67,7 +68,8 @@ class Contest:
         self.classifier()
         seeds = range(self.args.seeds)
         with ThreadPoolExecutor(self.args.jobs) as pool:    # a chain is a teacher and its students
-            list(pool.map(self.train_chain, *zip(*[(seed, first) for seed in seeds for first in chains()])))
+            ordered = [(seed, first) for seed in seeds for first in chains(self.trainings)]
+            list(pool.map(self.train_chain, *zip(*ordered)))
         scores = self.measure(list(seeds))
         self.write(scores, list(seeds))
 
@@ -90,7 +92,7 @@ class Contest:
 
     def train_chain(self, seed: int, first: str) -> None:
         self.train(first, seed)
-        for name, training in TRAININGS.items():
+        for name, training in self.trainings.items():
             if training.teacher == first:
                 self.train(name, seed)
 
@@ -130,7 +132,7 @@ class Contest:
 
     def measure(self, seeds: list[int]) -> list[Score]:
         """Samples of every training by each of its samplers, and their distance, on one thread a training."""
-        runs = [(name, seed) for seed in seeds for name in TRAININGS]
+        runs = [(name, seed) for seed in seeds for name in self.trainings]
         with ProcessPoolExecutor(self.args.jobs, get_context("spawn"), th.set_num_threads, (1,)) as pool:
             found = list(tqdm(pool.map(self.measure_run, *zip(*runs)), "measuring", len(runs)))
         return [score for scores in found for score in scores]
@@ -180,7 +182,7 @@ class Contest:
         picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
         write_bytes(self.out / "distances.png", picture)
         pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
-                    for name, training in TRAININGS.items()]
+                    for name, training in self.trainings.items()]
         scale = max(1, 48 // self.stage.network["image_size"])
         save_picture(self.out / "samples.png", labelled_rows(pictures, scale))
         print(text)
@@ -191,7 +193,7 @@ class Contest:
             "command": " ".join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
             "steps": self.steps, "images_per_step": self.stage.training["global_batch_size"],
             "samples": self.args.num_samples, "scores": [asdict(score) for score in scores],
-            "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in TRAININGS},
+            "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in self.trainings},
         }
 
     # --- parts -----------------------------------------------------------------------------------------------------
@@ -222,9 +224,9 @@ def table(raw: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def chains() -> list[str]:
+def chains(trainings: Mapping[str, Training]) -> list[str]:
     """Trainings without a teacher, the longest first."""
-    free = [name for name, training in TRAININGS.items() if training.teacher is None]
+    free = [name for name, training in trainings.items() if training.teacher is None]
     return sorted(free, key=lambda name: name != "CDM")
 
 
@@ -239,6 +241,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of everything that is made")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
+    parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="with their teachers; none: all")
     parser.add_argument("--steps", type=int, default=0, help="of every training; 0: as the data set's stage says")
     parser.add_argument("--num_samples", type=int, default=2000, help="images of each training and sampler")
     parser.add_argument("--num_reference", type=int, default=10000, help="reference images at most")
