@@ -93,7 +93,7 @@ def choose_sampler(settings: Settings) -> None:
 
 def fits(kind: type[Objective], sampler: str) -> bool:
     """Whether a sampler is meant for networks that an objective has trained."""
-    if kind.distillation:
+    if kind.distillation or kind.sampler in OF_CONSISTENCY_MODELS:
         return sampler in OF_CONSISTENCY_MODELS
     if kind.sampler == "progdist":
         return sampler in ("progdist", "euler")             # the same steps

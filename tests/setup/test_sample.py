@@ -7,6 +7,7 @@ from cm.checkpoints import manifest
 from cm.config.flags import parse
 from cm.config.sampling_schema import EditConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.objectives import OBJECTIVES
 from cm.samplers.sample import SampleOptions
 from cm.setup.objective import kind_of_result
 from cm.setup.sample import fits, inherit_model, level_of_images, sampler_of
@@ -69,6 +70,13 @@ def test_a_sampler_that_does_not_fit_is_a_warning_that_names_the_fit_one(mode, a
     told = capsys.readouterr()
     assert f"--sampler {asked} does not fit this model" in told.out + told.err
     assert f"take --sampler {fit}" in told.out + told.err
+
+
+@pytest.mark.parametrize("mode", OBJECTIVES)
+def test_its_own_sampler_fits_every_objective(mode):
+    kind = OBJECTIVES[mode]
+    assert fits(kind, kind.sampler)
+    assert fits(kind, "multistep") == (kind.sampler == "onestep")
 
 
 def test_indices_choose_multistep_for_a_consistency_model(trained):
