@@ -4,6 +4,7 @@ A number that is rounded on a page is rounded here in the same way. A page chang
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,42 @@ def test_cost_of_opening_large_sets():
         own, plain = (f"{each['cpu_seconds']:.2f} s and {each['peak_mib']:.0f} MiB"
                       for each in (row["rank_0"], row["plain"]))
         assert f"{words} {own} (plain: {plain})" in text
+
+
+# --- docs/choosing.md -------------------------------------------------------------------------------------------------
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+CONTEST = results("benchmarks/compare_digits.json")
+ECT, MEAN_FLOW, TEACHER = "ECT of EDM", "MeanFlow", "EDM, slow clock"
+
+
+def distances(training: str, sampler: str) -> list[float]:
+    return [row["distance"] for row in CONTEST["scores"] if (row["training"], row["sampler"]) == (training, sampler)]
+
+
+def test_the_table_of_methods_is_made_of_the_raw_results():
+    from compare_methods import table
+
+    assert set(table(CONTEST)) <= rows("docs/choosing.md")
+
+
+@pytest.mark.parametrize("better, worse", [
+    ((ECT, "two steps"), (TEACHER, "Heun 18")), ((TEACHER, "Heun 18"), ("EDM", "Heun 18")),
+    *[((MEAN_FLOW, "flow map, one step"), (other, "one step"))
+      for other in (ECT, "CD of EDM", "sCD of EDM", "sCT", "CT", "iCT")],
+    (("sCT", "one step"), ("CT", "one step")), ((ECT, "one step"), ("CD of EDM", "one step")),
+    (("CD of EDM", "one step"), ("alpha-Flow of EDM", "flow map, one step")),
+    (("EDM", "ancestral 35"), ("EDM", "Heun 18, churn 10")), (("EDM", "Heun 18, churn 10"), ("EDM", "Heun 18")),
+])
+def test_a_method_is_called_better_where_the_seeds_do_not_overlap(better, worse):
+    assert max(distances(*better)) < min(distances(*worse))
+    text = page("docs/choosing.md")
+    low, high = min(distances(*better)), max(distances(*better))
+    assert f"{low:.3g} to {high:.3g}" in text
+
+
+def test_what_cannot_be_told_apart_overlaps():
+    assert max(distances(ECT, "two steps")) > min(distances(TEACHER, "ancestral 35"))
 
 
 # --- docs/runs.md -----------------------------------------------------------------------------------------------------
