@@ -15,9 +15,7 @@ COMPATIBLE = {f"cm/{name}.py" for name in (
 )} | {"evaluations/compat.py"}
 """Modules under the names of openai/consistency_models, whose functions have its arguments."""
 
-PUBLISHED = {
-    "cm/data/loader.py:load_data": "openai/consistency_models' arguments, all of them keywords, and ours after them",
-}
+PUBLISHED: dict[str, str] = {}
 """Functions that keep a published list of arguments, and whose it is. They may have many arguments, not many lines."""
 
 KNOWN: dict[str, tuple[int, int]] = {}

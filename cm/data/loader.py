@@ -14,6 +14,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,39 +37,10 @@ Order = Callable[[np.ndarray], np.ndarray]                          # positions 
 CROP_FRACTION = 0.8                                                 # least part of the shorter side in a random crop
 
 
-def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    random_crop: bool = False,
-    random_flip: bool = True,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    global_batch: int | None = None,
-    start: int = 0,
-    num_workers: int | None = None,
-    pin_memory: bool = False,
-    cache_bytes: int | None = None,
-    labels: str = "auto",
-    channels: int = 3,
-    shuffle_window: int = WINDOW,
-    num_classes: int | None = None,
-    source: ImageSource | None = None,
-) -> BatchStream:
-    """An endless iterator of this rank's batches, which unpack as `images, cond`.
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What `load_data` takes besides the original's arguments.
 
-    `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
-    `class_cond`, else empty.
-
-    :param data_dir: what `open_source` or `open_stream` of `cm.data.sources` reads.
-    :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
-    :param deterministic: images in the order of the set instead of a new permutation in each epoch.
-    :param random_crop: a random square of random size instead of the central one.
-    :param random_flip: mirror half of the samples.
     :param seed: of order and augmentation; the same on all ranks.
     :param global_batch: images per step over all ranks; None for batch_size on each. A step's position j goes to rank
         j mod world_size.
@@ -81,21 +53,62 @@ def load_data(
     :param shuffle_window: of a stream, how many images are shuffled among each other, see `cm.data.streams`.
     :param num_classes: of a stream, an image with a class that is not less is an error.
     :param source: the set, if it is open already; `data_dir` then only names it.
+    """
+
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    global_batch: int | None = None
+    start: int = 0
+    num_workers: int | None = None
+    pin_memory: bool = False
+    cache_bytes: int | None = None
+    labels: str = "auto"
+    channels: int = 3
+    shuffle_window: int = WINDOW
+    num_classes: int | None = None
+    source: ImageSource | None = None
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    **more: Any,
+) -> BatchStream:
+    """An endless iterator of this rank's batches, which unpack as `images, cond`.
+
+    `images` is float32 [B,C,S,S], in [-1, 1] unless the set holds latents as floats; `cond` is {"y": int64 [B]} with
+    `class_cond`, else empty.
+
+    :param data_dir: what `open_source` or `open_stream` of `cm.data.sources` reads.
+    :param batch_size: images per step on this rank. It may exceed the set, which is then repeated within a step.
+    :param deterministic: images in the order of the set instead of a new permutation in each epoch.
+    :param random_crop: a random square of random size instead of the central one.
+    :param random_flip: mirror half of the samples.
+    :param more: fields of `LoaderOptions`.
     :raises UserError: if there are no images, classes are asked for and missing, or the batch does not fit the ranks.
     """
-    options: dict[str, Any] = {"image_size": image_size, "channels": channels}
-    if source is None and (stream := open_stream(data_dir)):
-        options |= {"window": shuffle_window, "num_classes": num_classes, "shuffle": not deterministic}
-        images = StreamedSource(stream, seed=seed, **options)
+    own = LoaderOptions(**more)
+    options: dict[str, Any] = {"image_size": image_size, "channels": own.channels}
+    if own.source is None and (stream := open_stream(data_dir)):
+        options |= {"window": own.shuffle_window, "num_classes": own.num_classes, "shuffle": not deterministic}
+        images = StreamedSource(stream, seed=own.seed, **options)
         order = images.order
     else:
-        images = source or open_source(data_dir, labels=labels, latents=True, **options)
-        _prepare(images, class_cond, cache_bytes, **options)
-        order = EpochOrder(len(images), seed, shuffle=not deterministic)
-    offsets = offsets_of_rank(batch_size, rank, world_size, global_batch)
-    requests = Requests(order, offsets, global_batch or world_size * batch_size, start)
-    workers = (0 if images.in_memory and not random_crop else 1) if num_workers is None else num_workers
-    return BatchStream(Samples(images, class_cond, seed, random_crop, random_flip), requests, workers, pin_memory)
+        images = own.source or open_source(data_dir, labels=own.labels, latents=True, **options)
+        _prepare(images, class_cond, own.cache_bytes, **options)
+        order = EpochOrder(len(images), own.seed, shuffle=not deterministic)
+    offsets = offsets_of_rank(batch_size, own.rank, own.world_size, own.global_batch)
+    requests = Requests(order, offsets, own.global_batch or own.world_size * batch_size, own.start)
+    workers = (0 if images.in_memory and not random_crop else 1) if own.num_workers is None else own.num_workers
+    samples = Samples(images, class_cond, own.seed, random_crop, random_flip)
+    return BatchStream(samples, requests, workers, own.pin_memory)
 
 
 def _prepare(
