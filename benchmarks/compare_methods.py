@@ -1,7 +1,7 @@
 """Every objective with every sampler: same network, same number of images seen, several seeds; a table and a picture.
 
 python benchmarks/compare_methods.py --data digits --out runs/compare
-python benchmarks/compare_methods.py --data cifar10-train.zip --reference cifar10-test.zip --out runs/compare_cifar10
+python benchmarks/compare_methods.py --data cifar10-train.zip --reference cifar10-test.zip --stage images32 --points 6
 
 A stage that is complete is reused, a training that was interrupted goes on. The distances are in the features of a
 small classifier of the same data, not in Inception's.
@@ -14,9 +14,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from cm.generate.engine import draw, labels_of
 from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
 from cm.io.storage import write_bytes, write_json
-from cm.report.plots import dot_plot
+from cm.report.plots import dot_plot, line_plot
 from cm.setup.sample import inherit_model, load_model, sampler_options, sampling_diffusion, sampling_plan
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
@@ -55,10 +56,20 @@ class Score:
     evaluations: int                                        # of the network, per image
 
 
+@dataclass(frozen=True)
+class Point:
+    """The distance by a training's first sampler after `images` images, one point of its curve."""
+
+    training: str
+    seed: int
+    images: int
+    distance: float
+
+
 class Contest:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, args.out.resolve()
-        self.stage: Stage = STAGES["digits" if args.data == "digits" else "images"]
+        self.stage: Stage = STAGES[args.stage or ("digits" if args.data == "digits" else "images")]
         self.steps = args.steps or self.stage.steps
         self.trainings = {name: TRAININGS[name] for name in args.trainings or TRAININGS}
         self.out.mkdir(parents=True, exist_ok=True)
@@ -67,11 +78,11 @@ class Contest:
         self.reference()
         self.classifier()
         seeds = range(self.args.seeds)
-        with ThreadPoolExecutor(self.args.jobs) as pool:    # a chain is a teacher and its students
-            ordered = [(seed, first) for seed in seeds for first in chains(self.trainings)]
-            list(pool.map(self.train_chain, *zip(*ordered)))
-        scores = self.measure(list(seeds))
-        self.write(scores, list(seeds))
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            for generation in generations(self.trainings):  # students start when all teachers are there
+                list(pool.map(self.train, *zip(*[(name, seed) for seed in seeds for name in generation])))
+        scores, curves = self.measure(list(seeds))
+        self.write(scores, curves, list(seeds))
 
     # --- stages ----------------------------------------------------------------------------------------------------
 
@@ -90,21 +101,16 @@ class Contest:
             "--epochs", str(self.args.classifier_epochs), "--out", str(self.out / "classifier.ts"),
         ])
 
-    def train_chain(self, seed: int, first: str) -> None:
-        self.train(first, seed)
-        for name, training in self.trainings.items():
-            if training.teacher == first:
-                self.train(name, seed)
-
     def train(self, name: str, seed: int) -> None:
         training, folder = TRAININGS[name], self.folder(name, seed)
         flags: dict[str, str | int | float] = {
-            "data_dir": self.args.data, "seed": seed, "total_training_steps": self.steps, "save_interval": self.steps,
+            "data_dir": self.args.data, "seed": seed, "total_training_steps": self.steps,
+            "save_interval": max(1, self.steps // self.args.points), "keep_checkpoints": 0,
             "log_interval": max(1, self.steps // 20), "precision": "auto", "log_dir": str(folder),
             **self.stage.training, **training.flags,
         }
         if training.teacher:
-            flags |= {"teacher_model_path": str(self.checkpoint(training.teacher, seed)), "lr": flags["lr"] / 2}
+            flags |= {"teacher_model_path": str(self.checkpoints(training.teacher, seed)[-1]), "lr": flags["lr"] / 2}
         else:
             flags |= self.stage.network
         if seconds := self.command(folder / "seconds.json", [f"scripts/{training.script}", *words(flags)]):
@@ -130,31 +136,50 @@ class Contest:
 
     # --- measuring -------------------------------------------------------------------------------------------------
 
-    def measure(self, seeds: list[int]) -> list[Score]:
-        """Samples of every training by each of its samplers, and their distance, on one thread a training."""
+    def measure(self, seeds: list[int]) -> tuple[list[Score], list[Point]]:
+        """The distance of samples of every training by each of its samplers, and its curve, on a thread each."""
         runs = [(name, seed) for seed in seeds for name in self.trainings]
         with ProcessPoolExecutor(self.args.jobs, get_context("spawn"), th.set_num_threads, (1,)) as pool:
-            found = list(tqdm(pool.map(self.measure_run, *zip(*runs)), "measuring", len(runs)))
-        return [score for scores in found for score in scores]
+            scores = list(tqdm(pool.map(self.measure_run, *zip(*runs)), "measuring", len(runs)))
+            curves = pool.map(self.measure_curve, *zip(*runs)) if self.args.points > 1 else []
+            return list(chain(*scores)), list(chain(*curves))
 
     def measure_run(self, name: str, seed: int) -> list[Score]:
         """The scores of one training; they are kept in its folder."""
         path = self.folder(name, seed) / "scores.json"
         if path.exists():
             return [Score(**row) for row in json.loads(path.read_text())]
-        extractor = load_extractor(str(self.out / "classifier.ts"))
-        evaluator = ThEvaluator(str(self.out / "real.npz"), extractor, self.stage.network["image_size"])
+        distance = self.distance()
         scores = []
         for way in TRAININGS[name].samplers:
-            images, evaluations = self.sample(name, way, seed, self.args.num_samples)
-            distance = evaluator.evaluate([(0, images)])["frechet_distance"].value
-            scores.append(Score(name, way, seed, distance, evaluations))
+            images, evaluations = self.sample(self.checkpoints(name, seed)[-1], way, self.args.num_samples)
+            scores.append(Score(name, way, seed, distance(images), evaluations))
         write_json(path, [asdict(score) for score in scores])
         return scores
 
-    def sample(self, name: str, way: str, seed: int, count: int) -> tuple[np.ndarray, int]:
+    def measure_curve(self, name: str, seed: int) -> list[Point]:
+        """The distance at every checkpoint of one training; it is kept in its folder."""
+        path = self.folder(name, seed) / "curve.json"
+        if path.exists():
+            return [Point(**row) for row in json.loads(path.read_text())]
+        distance, way, batch = self.distance(), TRAININGS[name].samplers[0], self.stage.training["global_batch_size"]
+        points = [
+            Point(name, seed, step_of(checkpoint) * batch,
+                  distance(self.sample(checkpoint, way, self.args.num_samples)[0]))
+            for checkpoint in self.checkpoints(name, seed)
+        ]
+        write_json(path, [asdict(point) for point in points])
+        return points
+
+    def distance(self) -> Callable[[np.ndarray], float]:
+        """The Fréchet distance of images [N,S,S,3] uint8 to the reference images."""
+        extractor = load_extractor(str(self.out / "classifier.ts"))
+        evaluator = ThEvaluator(str(self.out / "real.npz"), extractor, self.stage.network["image_size"])
+        return lambda images: evaluator.evaluate([(0, images)])["frechet_distance"].value
+
+    def sample(self, checkpoint: Path, way: str, count: int) -> tuple[np.ndarray, int]:
         """[count,S,S,3] uint8, of the same noises for every training, and the evaluations of the network."""
-        flags = {"model_path": str(self.checkpoint(name, seed)), "num_samples": count, "precision": "fp32",
+        flags = {"model_path": str(checkpoint), "num_samples": count, "precision": "fp32",
                  "sampler": WAYS[way].name, **WAYS[way].flags}
         sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
         settings = parse("", *sections, argv=words(flags), seed=42)
@@ -169,11 +194,11 @@ class Contest:
 
     # --- results ---------------------------------------------------------------------------------------------------
 
-    def write(self, scores: list[Score], seeds: list[int]) -> None:
+    def write(self, scores: list[Score], curves: list[Point], seeds: list[int]) -> None:
         rows: dict[tuple[str, str], list[Score]] = {}
         for score in scores:
             rows.setdefault((score.training, score.sampler), []).append(score)
-        raw = self.raw_results(scores, seeds)
+        raw = self.raw_results(scores, curves, seeds)
         text = "\n".join(table(raw))
         write_bytes(self.out / "table.md", (text + "\n").encode())
         write_json(self.out / "results.json", raw)
@@ -181,18 +206,22 @@ class Contest:
         dots = {f"{name}, {way}": [score.distance for score in row] for (name, way), row in ordered}
         picture = dot_plot(dots, "Frechet distance in classifier features; a dot is a seed")
         write_bytes(self.out / "distances.png", picture)
-        pictures = [(name, self.sample(name, training.samplers[0], seeds[0], SHOWN)[0])
+        if curves:
+            lines = {f"{name}, {TRAININGS[name].samplers[0]}": curve_of(name, curves) for name in self.trainings}
+            write_bytes(self.out / "curves.png", line_plot(lines, "training images", "Frechet distance", log=True))
+        pictures = [(name, self.sample(self.checkpoints(name, seeds[0])[-1], training.samplers[0], SHOWN)[0])
                     for name, training in self.trainings.items()]
         scale = max(1, 48 // self.stage.network["image_size"])
         save_picture(self.out / "samples.png", labelled_rows(pictures, scale))
         print(text)
 
-    def raw_results(self, scores: list[Score], seeds: list[int]) -> dict:
+    def raw_results(self, scores: list[Score], curves: list[Point], seeds: list[int]) -> dict:
         """Everything that the table and the picture are made of."""
         return {
             "command": " ".join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
             "steps": self.steps, "images_per_step": self.stage.training["global_batch_size"],
             "samples": self.args.num_samples, "scores": [asdict(score) for score in scores],
+            "curves": [asdict(point) for point in curves],
             "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in self.trainings},
         }
 
@@ -201,8 +230,9 @@ class Contest:
     def folder(self, name: str, seed: int) -> Path:
         return self.out / f"{name.lower().replace(' ', '_')}_{seed}"
 
-    def checkpoint(self, name: str, seed: int) -> Path:
-        return sorted(self.folder(name, seed).glob("ema_*.pt"))[-1]
+    def checkpoints(self, name: str, seed: int) -> list[Path]:
+        """The averaged weights of a training, the last at the end."""
+        return sorted(self.folder(name, seed).glob("ema_*.pt"), key=step_of)
 
     def seconds(self, name: str, seed: int) -> float:
         return json.loads((self.folder(name, seed) / "seconds.json").read_text())
@@ -224,10 +254,23 @@ def table(raw: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def chains(trainings: Mapping[str, Training]) -> list[str]:
-    """Trainings without a teacher, the longest first."""
+def generations(trainings: Mapping[str, Training]) -> list[list[str]]:
+    """Trainings without a teacher, the longest first, and then those that start from one of them."""
     free = [name for name, training in trainings.items() if training.teacher is None]
-    return sorted(free, key=lambda name: name != "CDM")
+    students = [name for name in trainings if name not in free]
+    return [part for part in (sorted(free, key=lambda name: name != "CDM"), students) if part]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint, as in ema_0.98_000200.pt."""
+    return int(checkpoint.stem.rpartition("_")[2])
+
+
+def curve_of(name: str, points: list[Point]) -> list[tuple[float, float]]:
+    """Images seen and the mean distance of the seeds, in order."""
+    own = [point for point in points if point.training == name]
+    return [(images, float(np.mean([point.distance for point in own if point.images == images])))
+            for images in sorted({point.images for point in own})]
 
 
 def words(flags: Flags) -> list[str]:
@@ -238,6 +281,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", help="digits, or labelled images: a folder, zip or npz")
     parser.add_argument("--reference", default="", help="held-out images to compare with; empty: the training images")
+    parser.add_argument("--stage", choices=STAGES, help="network and length; empty: digits, or images at 16x16")
+    parser.add_argument("--points", type=int, default=1, help="checkpoints of each training, for a curve of distances")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of everything that is made")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")

@@ -50,6 +50,11 @@ STAGES = {
          "attention_resolutions": "8", "num_head_channels": 32},
         {"global_batch_size": 32, "random_flip": "True", "ema_rate": "0.98", "lr": 1e-3, "class_cond": "True"}, 200,
     ),
+    "images32": Stage(
+        {"image_size": 32, "num_channels": 32, "channel_mult": "1,2,2", "num_res_blocks": 1,
+         "attention_resolutions": "8", "num_head_channels": 32},
+        {"global_batch_size": 64, "random_flip": "True", "ema_rate": "0.995", "lr": 1e-3, "class_cond": "True"}, 1500,
+    ),
 }
 
 WAYS = {
@@ -90,6 +95,7 @@ TRAININGS = {
     "SA-DPM": Training("edm_train.py", {"objective": "sadpm"}, DIFFUSION),
     "CD of EDM": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="EDM"),
     "CD of STF": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="STF"),
+    "CD of slow clock": Training("cm_train.py", DISTIL, CONSISTENCY, teacher="EDM, slow clock"),
     "CT": Training("cm_train.py", ALONE, CONSISTENCY),
     "EDM, slow clock": Training("edm_train.py", SLOW, ("Heun 18", "ancestral 35")),
     "ECT of EDM": Training(

@@ -23,6 +23,12 @@ def test_every_training_has_samplers_that_exist_and_a_teacher_that_takes_part():
         assert training.teacher is None or contest.TRAININGS[training.teacher].teacher is None
 
 
+def test_teachers_are_trained_before_their_students():
+    trainings = {name: contest.TRAININGS[name] for name in ("ECT of EDM", "EDM, slow clock", "CDM", "iCT")}
+    assert compare_methods.generations(trainings) == [["CDM", "EDM, slow clock", "iCT"], ["ECT of EDM"]]
+    assert compare_methods.generations({"CT": contest.TRAININGS["CT"]}) == [["CT"]]
+
+
 @pytest.mark.slow
 def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, monkeypatch):
     few = {"EDM": ("Euler 35",), "CD of EDM": ("one step",)}
@@ -30,13 +36,15 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
               for name, each in contest.TRAININGS.items() if name in few}
     monkeypatch.setattr(compare_methods, "TRAININGS", chosen)
     args = argparse.Namespace(data="digits", reference="", out=tmp_path, trainings=None, seeds=1, jobs=1, steps=2,
-                              num_samples=12, num_reference=40, batch_size=8, classifier_epochs=1)
+                              stage=None, points=2, num_samples=12, num_reference=40, batch_size=8, classifier_epochs=1)
     match = compare_methods.Contest(args)
     match.reference()
     match.classifier()
-    match.train_chain(0, "EDM")
+    for name in ("EDM", "CD of EDM"):
+        match.train(name, 0)
     scores = match.measure_run("EDM", 0) + match.measure_run("CD of EDM", 0)
-    match.write(scores, [0])
+    points = match.measure_curve("EDM", 0) + match.measure_curve("CD of EDM", 0)
+    match.write(scores, points, [0])
     assert [score.evaluations for score in scores] == [35, 1]
     assert all(np.isfinite(score.distance) and score.distance > 0 for score in scores)
     assert "| CD of EDM | one step | 1 |" in (tmp_path / "table.md").read_text()
@@ -44,5 +52,8 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
     raw = json.loads((tmp_path / "results.json").read_text())
     assert [row["distance"] for row in raw["scores"]] == [score.distance for score in scores]
     assert set(raw["seconds"]) == set(few) and all(len(each) == 1 for each in raw["seconds"].values())
+    assert [point.images for point in points] == [64, 128] * 2, "after one and two steps of 64 images"
+    assert points[1].distance == scores[0].distance != points[0].distance, "a curve ends where the table stands"
+    assert raw["curves"][0]["distance"] == points[0].distance and (tmp_path / "curves.png").exists()
     kept = json.loads((tmp_path / "edm_0" / "scores.json").read_text())
     assert kept[0]["distance"] == scores[0].distance, "a second call takes them from here"
