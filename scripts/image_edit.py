@@ -6,6 +6,7 @@ python scripts/image_edit.py --task inpaint --images photos --mask_box 16,16,32,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.sampling_schema import EditConfig, GuidanceConfig, SolverConfig
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.generate.grids import grid_scale, labelled_rows, save_picture
 from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
@@ -33,8 +34,8 @@ FIRST = ("model_path", "log_dir", "task", "images", "mask", "mask_box", "superre
 def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
     return parse(
-        __doc__ or "", EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig, first=FIRST,
-        seed=42,
+        __doc__ or "", EditConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig,
+        first=FIRST, seed=42,
     )
 
 
@@ -45,17 +46,19 @@ def main(settings: Settings) -> None:
     from cm.generate.engine import at_precision, collect_to_npz
     from cm.setup.dry_run import dry_run
     from cm.setup.guide import SAMPLING, choose_guide
+    from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision
     from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
 
     dist.setup_dist()
-    read = ("model_path", "images", "mask", "classifier_path", "guide_path")
+    read = ("model_path", "images", "mask", "classifier_path", "guide_path", "vae")
     inputs = {f"--{name}": settings.values[name] for name in read}
     dist.on_main(check_outputs, [Output("--log_dir", settings.values["log_dir"], "folder")], inputs)
     inherit_model(settings)
     guide = choose_guide(settings, SAMPLING)
     classifier = load_classifier(settings)
-    job = make_job(settings, sampling_plan(settings, classifier), *sampler_of(settings))
+    plan = replace(sampling_plan(settings, classifier), decoder=load_decoder(settings))
+    job = make_job(settings, plan, *sampler_of(settings))
     if settings.dry_run:
         if job.source is not None:
             job.source.images(np.arange(1))
@@ -83,9 +86,10 @@ def report(settings: Settings, job: EditJob, result: SamplingResult, guide: Guid
         "network_evaluations": result.evaluations,
         "seconds": round(result.seconds, 3),
         **(guide.record() if guide else {}),
+        **({"vae": job.plan.decoder.vae.loaded.name} if job.plan.decoder else {}),
     }
     write_json(f"{stem}.json", summary)
-    save_picture(f"{stem}.png", labelled_rows(comparison(job, result), grid_scale(job.plan.image_size)))
+    save_picture(f"{stem}.png", labelled_rows(comparison(job, result), grid_scale(job.plan.side)))
     logger.log(f"{job.plan.num_samples} results, {result.evaluations} network evaluations each")
     for kind, path in result.paths.items():
         logger.log(f"{kind}: {path}")

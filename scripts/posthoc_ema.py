@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse, with_names
 from cm.config.sampling_schema import PosthocConfig, SampleConfig, SolverConfig
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.storage import write_bytes, write_json
@@ -25,6 +26,7 @@ from cm.logging import logger
 
 if TYPE_CHECKING:
     from cm.checkpoints.manifest import Checkpoint
+    from cm.generate.vae import Decoder
     from cm.setup.posthoc import Average
 
 STATE, RESULT, PLOT = "posthoc_ema_state.json", "posthoc_ema.json", "posthoc_ema.png"
@@ -32,7 +34,7 @@ STATE, RESULT, PLOT = "posthoc_ema_state.json", "posthoc_ema.json", "posthoc_ema
 
 def read_flags() -> Settings:
     """The flags of the command line, with the defaults of this command."""
-    sections = (PosthocConfig, SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
+    sections = (PosthocConfig, SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
     return parse(__doc__ or "", *sections, argv=with_names(sys.argv[1:], ("--run",)), seed=42)
 
 
@@ -51,6 +53,7 @@ def main(settings: Settings) -> None:
     snapshots, step, images = snapshots_until(dist.on_main(find_snapshots, config.run), config.step)
     averages = plan_averages(widths, snapshots, images, config.extrapolate)
     inherit(settings, snapshots[-1].path)
+    decoder = decoder_for(settings)
     if settings.dry_run:
         return dry_run(settings)
     open_log(settings)
@@ -58,7 +61,7 @@ def main(settings: Settings) -> None:
     for average in averages:
         checkpoint = write_average(settings, average, snapshots, checkpoint)
         logger.log(f"width {average.std:g}: {checkpoint.path(average.name)}, profile error {average.mix.error:.2g}")
-    distances, label = measure(settings, checkpoint, averages) if config.ref else ({}, "")
+    distances, label = measure(settings, checkpoint, averages, decoder) if config.ref else ({}, "")
     dist.on_main(report, config.run, checkpoint, averages, distances, label)
 
 
@@ -72,6 +75,9 @@ def check_flags(settings: Settings) -> None:
         raise UserError("--run is missing: posthoc_ema.py RUN, the folder of a training run")
     if values["model_path"]:
         raise UserError(f"--model_path {values['model_path']}: this command makes its networks from --run; drop it")
+    if values["vae"] and not values["ref"]:
+        raise UserError(f"--vae {values['vae']} has no effect without --ref, for which samples are decoded: give both, "
+                        "or neither")
     if not values["log_dir"] and storage.is_remote(values["run"]):
         raise UserError(f"--log_dir is missing: averages of {values['run']} go to a local folder")
     if not values["log_dir"]:
@@ -91,26 +97,41 @@ def inherit(settings: Settings, path: str) -> None:
         sampler_of(settings)                                # raises before the work for flags that do not fit
 
 
-def measure(settings: Settings, checkpoint: Checkpoint, averages: list[Average]) -> tuple[dict[str, float], str]:
+def decoder_for(settings: Settings) -> Decoder | None:
+    """What makes pictures of the samples that are compared with --ref; None if the network draws pictures, or there is
+    no --ref.
+
+    :raises UserError: if --vae is missing, or does not fit the network.
+    """
+    from cm.setup.channels import demand_pictures
+    from cm.setup.latents import load_decoder
+
+    decoder = load_decoder(settings)
+    if settings.values["ref"] and decoder is None:
+        demand_pictures(settings, "--ref")
+    return decoder
+
+
+def measure(
+    settings: Settings, checkpoint: Checkpoint, averages: list[Average], decoder: Decoder | None
+) -> tuple[dict[str, float], str]:
     """The distance of each average by its name, and what the distance is called."""
     from cm.distributed import setup as dist
     from cm.generate.score_store import open_score_store
-    from cm.setup.channels import demand_pictures
     from cm.setup.posthoc import distance_of
     from cm.setup.run import run_precision, trusts_extractor
     from cm.setup.sample import sampler_options, sampling_plan
     from evaluations.in_training import open_metric
 
-    demand_pictures(settings, "--ref")
     config, values, options = settings.section(PosthocConfig), settings.values, sampler_options(settings)
-    plan = sampling_plan(settings)
+    plan = replace(sampling_plan(settings), decoder=decoder)
     metric = open_metric(
-        config.ref, config.inception, plan.image_size, plan.batch_size, plan.num_samples, trusts_extractor(settings)
+        config.ref, config.inception, plan.side, plan.batch_size, plan.num_samples, trusts_extractor(settings)
     )
     names = ("sampler", "steps", "ts", "seed", "num_samples", "class_label", "clip_denoised", "sigma_min", "sigma_max")
     conditions = {name: values[name] for name in names} | {
         "ref": dist.on_main(storage.checksum, config.ref), "inception": metric.id,
-        "precision": run_precision(settings),
+        "precision": run_precision(settings), **(decoder.identity() if decoder else {}),
     }
     store = dist.on_main(open_score_store, os.path.join(logger.get_dir(), STATE), conditions)
 

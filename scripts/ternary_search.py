@@ -14,13 +14,14 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
 from cm.config.flags import Origin, Provenance, Settings, parse
 from cm.config.sampling_schema import SampleConfig, TernarySearchConfig
-from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError
 from cm.generate.schedule_search import (
     Round,
@@ -36,10 +37,11 @@ from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 
 if TYPE_CHECKING:
+    from cm.generate.engine import SamplingPlan
     from cm.generate.score_store import ScoreStore
 
 STATE, RESULT, PLOT = "ternary_search_state.json", "ternary_search.json", "ternary_search.png"
-SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, RunConfig)
+SAMPLING = (SampleConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 FIRST = ("model_path", "log_dir", "ref_batch", "inception", "num_ts", "begin", "end", "steps", "num_samples",
          "batch_size", "seed", "precision")                 # what --help shows
 
@@ -59,6 +61,7 @@ def main(settings: Settings) -> None:
     from cm.samplers.sample import SampleOptions
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
+    from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision, trusts_extractor
     from cm.setup.sample import inherit_model, level_of_images, load_model, sampling_diffusion, sampling_plan
     from cm.setup.weights_path import fetch_inputs
@@ -72,9 +75,11 @@ def main(settings: Settings) -> None:
     settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)
     config, values = settings.section(TernarySearchConfig), settings.values
-    demand_pictures(settings, "a search by the Frechet distance")
+    decoder = load_decoder(settings)
+    if decoder is None:
+        demand_pictures(settings, "a search by the Frechet distance")
     space = read_range(config.begin, config.end, values["steps"], config.num_ts)
-    plan = sampling_plan(settings)
+    plan = replace(sampling_plan(settings), decoder=decoder)
     if settings.dry_run:
         return dry_run(settings)
 
@@ -83,8 +88,8 @@ def main(settings: Settings) -> None:
     precision = run_precision(settings)
     trusted = trusts_extractor(settings)
     extractor = load_extractor(config.inception or None, dist.dev(), trusted=trusted)
-    store = dist.on_main(start_score_store, settings, precision, extractor.id, plan.classes)
-    evaluator = ThEvaluator(config.ref_batch, extractor, plan.image_size, batch_size=plan.batch_size)
+    store = dist.on_main(start_score_store, settings, precision, extractor.id, plan)
+    evaluator = ThEvaluator(config.ref_batch, extractor, plan.side, batch_size=plan.batch_size)
     evaluator.warn_of_few(plan.num_samples)
     prefixes = PrefixCache(sampling_diffusion(settings), config.cache_gib * 2**30)
     options = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max")}
@@ -139,7 +144,7 @@ def check_flags(settings: Settings) -> None:
         settings.replace(end=str(values["steps"] - 1))
 
 
-def conditions_of(settings: Settings, precision: str, extractor_id: str, classes: tuple[int, ...]) -> dict[str, Any]:
+def conditions_of(settings: Settings, precision: str, extractor_id: str, plan: SamplingPlan) -> dict[str, Any]:
     """All that a score depends on; on rank 0, which reads the files."""
     from cm.setup.sample import recorded_classes
 
@@ -152,18 +157,17 @@ def conditions_of(settings: Settings, precision: str, extractor_id: str, classes
         "ref_batch": {"path": values["ref_batch"], **storage.checksum(values["ref_batch"])},
         "inception": extractor_id,
         "precision": precision,
-        "class_label": recorded_classes(classes),
+        "class_label": recorded_classes(plan.classes),
+        **(plan.decoder.identity() if plan.decoder else {}),
         **{name: values[name] for name in (*sampling, *network)},
     }
 
 
-def start_score_store(
-    settings: Settings, precision: str, extractor_id: str, classes: tuple[int, ...]
-) -> ScoreStore:
+def start_score_store(settings: Settings, precision: str, extractor_id: str, plan: SamplingPlan) -> ScoreStore:
     """The scores of this search so far; call it on rank 0."""
     from cm.generate.score_store import open_score_store
 
-    conditions = conditions_of(settings, precision, extractor_id, classes)
+    conditions = conditions_of(settings, precision, extractor_id, plan)
     return open_score_store(os.path.join(logger.get_dir(), STATE), conditions)
 
 

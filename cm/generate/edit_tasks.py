@@ -34,10 +34,10 @@ from cm.generate.editing import (
     Stroke,
     SuperRes,
     check_factor,
-    run_edit,
 )
 from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, no_images, noise_of
 from cm.generate.finite import finite_images
+from cm.generate.latent_edits import check_latent_task, known_latents, run_picture_edit
 from cm.generate.npz import to_array
 from cm.io import budget, untrusted
 from cm.io.storage import open_file
@@ -82,14 +82,14 @@ class EditJob:
         """The images of these results, [n,S,S,C]; images are used again if there are fewer than results."""
         assert self.source is not None, "interpolation has no images"
         images = self.source.images(indices % len(self.source))
-        repeats = self.plan.image_size // self.source.image_size
+        repeats = self.plan.side // self.source.image_size
         return images.repeat(repeats, axis=1).repeat(repeats, axis=2)
 
     def images(self, indices: np.ndarray) -> Tensor:
         """[n,C,S,S] in [-1, 1] (latents: as they are) on this rank's device."""
-        size, device = self.plan.image_size, dist.dev()
+        size, device = self.plan.side, dist.dev()
         if self.source is None:
-            return th.zeros(len(indices), self.plan.channels, size, size, device=device)
+            return th.zeros(len(indices), self.plan.result_channels, size, size, device=device)
         pixels = th.from_numpy(self.originals(indices)).to(device).permute(0, 3, 1, 2)
         return pixels.float() if pixels.is_floating_point() else pixels.float().div_(127.5).sub_(1)
 
@@ -121,8 +121,11 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     config, values = settings.section(EditConfig), settings.values
     task = lookup(TASKS, config.task, "task")
     _refuse_options_of_others(config)
+    if plan.decoder is not None:
+        check_latent_task(config.task, TASKS, "--task")
     space = ImageSpace(
-        plan.image_size, *(values[name] for name in ("sigma_min", "sigma_max", "rho")), channels=plan.channels
+        plan.side, *(values[name] for name in ("sigma_min", "sigma_max", "rho")), channels=plan.result_channels,
+        patch=plan.side // plan.image_size,
     )
     make_edit = task.prepare(config, space)
     churn = Churn(*(values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")))
@@ -146,8 +149,8 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
         return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0, np.ones(0, bool))
     rng, D = job.noise(indices), CountingDenoiser(diffusion.bind(model))
     edit = job.make_edit(job.images(indices), rng)
-    images = run_edit(
-        partial(D, **condition(labels)), edit, job.sampler, job.sigmas, rng, churn=job.churn,
+    images = run_picture_edit(
+        partial(D, **condition(labels)), edit, job.plan.decoder, job.sampler, job.sigmas, rng, churn=job.churn,
         clip_denoised=job.clip_denoised,
     )
     pictures = {"samples": images, "inputs": edit.known}
@@ -159,13 +162,14 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
 
 
 class ImageSpace(NamedTuple):
-    """What the network makes: the side and channels of its images, and the noise levels of its grid."""
+    """What is edited: the side and channels of the images, and the noise levels of the network's grid."""
 
     size: int
     sigma_min: float
     sigma_max: float
     rho: float
     channels: int = 3
+    patch: int = 1                                          # side of what a latent stands for; 1: no latents
 
 
 class Task(NamedTuple):
@@ -186,6 +190,8 @@ def _prepare_inpainting(config: EditConfig, space: ImageSpace) -> EditMaker:
             f"{'--mask ' + config.mask if config.mask else '--mask_box ' + config.mask_box}: no pixel is known, so "
             "there is nothing to keep; white (in npy: 1) is known"
         )
+    if space.patch > 1:
+        known_latents(th.from_numpy(mask), space.patch)     # raises here rather than after loading the model
     return lambda images, rng: Inpaint(images, th.from_numpy(mask))
 
 
@@ -256,7 +262,7 @@ def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
     if not config.images:
         raise UserError(f"--images is missing: --task {config.task} needs a folder, an EDM zip or an npz of images")
     shrink = config.superres_factor if config.low_resolution else 1
-    source = open_source(config.images, plan.image_size // shrink, "--images", channels=plan.channels)
+    source = open_source(config.images, plan.side // shrink, "--images", channels=plan.result_channels)
     if plan.num_classes is None or plan.classes or source.labels is None:
         return source
     source.labels = numbered_as(source.labels, source.class_names, plan.class_names, config.images)

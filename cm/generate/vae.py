@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cm.checkpoints.formats import autoencoder_kl
 from cm.checkpoints.formats.autoencoder_kl import LoadedVae
-from cm.data.latents import LatentRecord
+from cm.data.latents import RECORD, LatentRecord
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.networks.layers import without_autocast
@@ -40,12 +40,13 @@ class Vae:
     def encode(self, images: Tensor) -> Tensor:
         """Images [N,3,fH,fW] in [-1, 1] -> means and standard deviations [N,2C,H,W] on the device."""
         parts = []
-        for part in images.split(self.batch_size):
-            pixels = part.to(self.device, th.float32)
-            if self.pixels == "unit":
-                pixels = (pixels + 1) / 2
-            found = self._model.encode(pixels).latent_dist
-            parts.append(th.cat([found.mean, found.std], dim=1))
+        with without_autocast(self.device):
+            for part in images.split(self.batch_size):
+                pixels = part.to(self.device, th.float32)
+                if self.pixels == "unit":
+                    pixels = (pixels + 1) / 2
+                found = self._model.encode(pixels).latent_dist
+                parts.append(th.cat([found.mean, found.std], dim=1))
         return th.cat(parts)
 
     @th.inference_mode()
@@ -65,7 +66,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes pictures of what a network of latents samples.
+    """Makes pictures of what a network of latents samples, and such latents of pictures.
 
     :param record: how the latents of the network are scaled.
     """
@@ -75,9 +76,22 @@ class Decoder:
 
     channels = 3
 
+    @property
+    def factor(self) -> int:
+        """Pixels for each latent, on a side."""
+        return self.vae.loaded.factor
+
     def side(self, latent_side: int) -> int:
         """The side of a picture, in pixels."""
-        return self.vae.loaded.factor * latent_side
+        return self.factor * latent_side
+
+    def identity(self) -> dict[str, str]:
+        """What a picture depends on, for a record of how it was made."""
+        return {"vae": self.vae.loaded.sha256, RECORD: self.record.text()}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures [N,3,fH,fW] in [-1, 1] -> latents [N,C,H,W] scaled as the network's: their means, no noise."""
+        return self.record.normalised(self.vae.encode(images)[:, : self.record.channels])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Samples [N,C,H,W] of a network -> pictures [N,3,fH,fW], in [-1, 1] but for some overshoot."""

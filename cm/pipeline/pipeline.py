@@ -24,9 +24,10 @@ from cm.config.flags import Settings, defaults_of, give
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError
-from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke, run_edit
+from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
+from cm.generate.latent_edits import check_latent_task, run_picture_edit
 from cm.generate.vae import Decoder
 from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
@@ -153,17 +154,21 @@ class Pipeline:
             the patches whose mean is kept), stroke (`sigma`: noise to start from), denoise (`sigma`: that of the
             images' own noise).
         :param steps: of the sampler; by default a consistency model visits all levels of its grid, as the paper does.
+        :param options: as of `sample`; with vae="FOLDER" a network of latents edits pictures, by inpaint or stroke.
         :raises UserError: for images, a mask or an option that does not fit.
         """
         _check_output(output)
         lookup(EDITS, task, "task")
-        known = to_tensor(images, self.image_size, self.channels)
-        if options.get("vae"):
-            raise UserError(f"vae={options['vae']!r}: edits are of what the network makes; give vae to sample alone")
         all_levels = LEVELS - 1 if self._kind.sampler == "onestep" else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
+        decoder = self._decoder(settings)
+        if decoder is not None:
+            check_latent_task(task, EDITS, "task")
+        plan = replace(sampling_plan(settings), decoder=decoder)
+        known = to_tensor(images, plan.side, plan.result_channels)
         give(settings, {"num_samples": len(known), "seed": seed}, *SECTIONS)
-        plan, classes = sampling_plan(settings), self._classes(labels, sampling_plan(settings))
+        plan = replace(sampling_plan(settings), decoder=decoder)
+        classes = self._classes(labels, plan)
         make = partial(make_edit, task, mask=mask, factor=factor, sigma=sigma)
         parts = []
         for rows in batches(len(known), batch_size):
@@ -179,8 +184,8 @@ class Pipeline:
         how = sampler_options(settings)
         D = partial(self._guided(settings).bind(self.model), **self._condition(rows, classes))
         with self._computes:
-            images = run_edit(D, edit, sampler, sigmas, noise_of(rows, plan), churn=how.churn,
-                              clip_denoised=how.clip_denoised)
+            images = run_picture_edit(D, edit, plan.decoder, sampler, sigmas, noise_of(rows, plan), churn=how.churn,
+                                      clip_denoised=how.clip_denoised)
         return images.float().cpu()
 
     # --- saving --------------------------------------------------------------------------------------------------

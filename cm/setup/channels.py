@@ -33,4 +33,4 @@ def demand_pictures(settings: Settings, what: str) -> None:
     channels = settings.values["channels"]
     if not are_pictures(channels):
         raise UserError(f"{what} is for pictures, of 1 or 3 channels, but this run has latents of "
-                        f"{channels} channels, whose samples go to an npz")
+                        f"{channels} channels, whose samples go to an npz; --vae FOLDER decodes them to pictures")

@@ -11,7 +11,6 @@ from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.sampling_schema import AblationConfig, GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import LARGEST_SEED, DiffusionConfig, ModelConfig
 from cm.data.class_names import ANY, ClassNames, numbers_of, shortened
-from cm.data.latents import RECORD
 from cm.diffusion.preconditioning import PRECONDS
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -363,5 +362,5 @@ def png_recipe(
         recipe |= guide.record()
         recipe["guide_path"] = dist.on_main(storage.checksum, recipe["guide_path"]) if recipe["guide_path"] else ""
     if decoder is not None:
-        recipe |= {"vae": decoder.vae.loaded.sha256, RECORD: decoder.record.text()}
+        recipe |= decoder.identity()
     return recipe

@@ -1,6 +1,7 @@
 """The whole path of latents through the real commands: images, encode, train, sample, decode, evaluate."""
 
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -9,11 +10,14 @@ import torch as th
 from PIL import Image
 
 import cm
+from cm.checkpoints import manifest
+from cm.checkpoints.formats import autoencoder_kl
 from cm.data.latents import parse
 from cm.errors import UserError
 from cm.generate.npz import to_uint8
 from cm.logging import logger
-from evaluations.features import save_torchscript
+from evaluations.evaluator import evaluate
+from evaluations.features import load_extractor, save_torchscript
 from support.as_module import as_module
 from support.mpi import ROOT
 from support.tiny_vae import pictures, tiny_vae
@@ -119,11 +123,75 @@ def test_from_python(place):
     assert tensor.shape == (3, 3, 16, 16) and raw.shape == (3, 4, 8, 8)
     images = pipeline.sample(3, steps=2, seed=42, vae=str(place / "vae"), sampler="heun", batch_size=2)
     assert abs(np.stack(images).astype(int) - to_uint8(tensor, nearest=True)).max() <= 1
-    with pytest.raises(UserError, match="give vae to sample alone"):
-        pipeline.edit(raw, "denoise", vae="x")
+    with pytest.raises(UserError, match="task denoise is defined on pixels.* choose one of: inpaint, stroke; or"):
+        pipeline.edit(images, "denoise", vae=str(place / "vae"))
     pipeline.save(str(place / "saved"))
     again = cm.load(place / "saved", precision="fp32")
     assert again.config["latents"] == pipeline.config["latents"] != "", "what is saved knows how its latents are scaled"
+
+
+def test_a_picture_is_edited_through_the_vae(command, place):
+    """The command and Python; what is known stays as it is to the last pixel."""
+    options = ("--model_path", model_of(place), "--vae", place / "vae", "--steps", 2)
+    command("scripts/image_edit.py", "--task", "inpaint", "--images", place / "images", "--mask_box", "3,2,8,9",
+            "--num_samples", 3, "--log_dir", place / "edited", *options)
+    known = np.ones((16, 16), bool)
+    known[3:11, 2:11] = False
+    originals = np.load(place / "ref.npz")["arr_0"][:3]
+    edited, shown = (np.load(place / f"edited/{kind}_3x16x16x3.npz") for kind in ("samples", "inputs"))
+    assert np.array_equal(edited["arr_0"][:, known], originals[:, known]) and edited["arr_1"].tolist() == [0, 0, 0]
+    assert (edited["arr_0"][:, ~known] != originals[:, ~known]).mean() > 0.9
+    assert np.array_equal(shown["arr_0"], originals * known[..., None])
+    assert json.loads((place / "edited/samples_3x16x16x3.json").read_text())["vae"] == "vae"
+    pipeline = cm.load(model_of(place), precision="fp32")
+    same = pipeline.edit(originals, "inpaint", mask=known, labels=0, seed=42, steps=2, vae=str(place / "vae"),
+                         output="array")
+    assert abs(same.astype(int) - edited["arr_0"]).max() <= 1
+
+    command("scripts/image_edit.py", "--task", "interpolate", "--interpolate_pairs", "0:1", "--interpolate_weights", 0,
+            "--log_dir", place / "between", *options)
+    between = np.load(place / "between/samples_1x16x16x3.npz")["arr_0"]
+    command("scripts/image_sample.py", "--num_samples", 1, "--log_dir", place / "drawn", *options)
+    drawn = np.load(place / "drawn/samples_1x16x16x3.npz")["arr_0"]
+    assert abs(between.astype(int) - drawn).max() <= 1, "the ends of an arc are the samples themselves"
+    with pytest.raises(UserError, match="--task colorize is defined on pixels.*or take a model of pictures"):
+        command("scripts/image_edit.py", "--task", "colorize", "--images", place / "images", *options)
+    with pytest.raises(UserError, match="leaves no square of 2x2 pixels known"):
+        command("scripts/image_edit.py", "--images", place / "images", "--mask_box", "0,0,16,15", *options)
+
+
+def remade(place, folder, **config):
+    """The weights of the run as a checkpoint whose config has other values, under the name of an average."""
+    checkpoint = manifest.read(str(place / "run/checkpoint_000003.json"))
+    weights = th.load(model_of(place))
+    manifest.save(str(folder), 3, {"ema_power0.05": weights}, checkpoint.config | config, 12)
+    return folder / "ema_power0.05_000003.pt"
+
+
+def test_schedules_and_averages_are_measured_by_pictures(command, place, tmp_path):
+    model = remade(place, tmp_path / "model", training_mode="consistency_training")
+    measured = ("--inception", place / "extractor.pt", "--trust_extractor", "--num_samples", 6, "--steps", 3)
+    with pytest.raises(UserError, match="this run has latents of 4 channels.*--vae FOLDER decodes them"):
+        command("scripts/ternary_search.py", "--model_path", model, "--ref_batch", place / "ref.npz", *measured)
+    measured += ("--vae", place / "vae")
+    command("scripts/ternary_search.py", "--model_path", model, "--ref_batch", place / "ref.npz", *measured,
+            "--log_dir", tmp_path / "search")
+    result = json.loads((tmp_path / "search/ternary_search.json").read_text())
+    assert result["ts"] == "0,1,2" and f"--vae {place / 'vae'}" in result["command"]
+    assert result["settings"]["vae"] == autoencoder_kl.read(str(place / "vae"), "vae").sha256
+
+    command("scripts/image_sample.py", *shlex.split(result["command"])[2:], "--log_dir", tmp_path / "samples")
+    extractor = load_extractor(str(place / "extractor.pt"), trusted=True)
+    samples = str(tmp_path / "samples/samples_6x16x16x3.npz")
+    theirs = evaluate(str(place / "ref.npz"), samples, extractor, metrics=["fid"])["metrics"]["frechet_distance"]
+    assert result["frechet_distance"] == pytest.approx(theirs["value"], rel=1e-4)   # batches round otherwise
+
+    command("scripts/posthoc_ema.py", tmp_path / "model", "--ref", place / "ref.npz", *measured, "--sampler",
+            "multistep", "--ts", "0,1,2", "--log_dir", tmp_path / "made")
+    row, = json.loads((tmp_path / "made/posthoc_ema.json").read_text())["averages"]
+    assert row["distance"] == pytest.approx(theirs["value"], rel=1e-3), "of the same weights"
+    with pytest.raises(UserError, match="--vae .* has no effect without --ref"):
+        command("scripts/posthoc_ema.py", tmp_path / "model", "--vae", place / "vae")
 
 
 def test_a_run_that_is_resumed_draws_what_it_would_have_drawn(command, place):

@@ -1,0 +1,79 @@
+"""Edits of pictures by a network of latents: a VAE encodes them, the sampler edits latents, and the VAE decodes.
+
+Shapes: N batch, C channels, H and W height and width of latents, f pixels for each of them on a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch as th
+import torch.nn.functional as F
+from torch import Tensor
+
+from cm.errors import UserError
+from cm.generate.editing import Edit, Inpaint, Interpolate, Stroke, run_edit
+from cm.generate.vae import Decoder
+from cm.samplers import Churn
+from cm.types import Denoiser, NoiseSource, Sampler
+
+LATENT_TASKS = {"inpaint": Inpaint, "stroke": Stroke, "interpolate": Interpolate}
+"""The tasks that mean the same for latents as for pictures. Brightness, patch means and the noise of pixels do not:
+a VAE is not linear."""
+
+
+def check_latent_task(task: str, tasks: Collection[str], flag: str) -> None:
+    """:raises UserError: if a network of latents cannot do this one of the tasks; `flag` begins the message."""
+    if task not in LATENT_TASKS:
+        fitting = ", ".join(name for name in LATENT_TASKS if name in tasks)
+        raise UserError(f"{flag} {task} is defined on pixels, and this network edits the latents of a VAE: choose one "
+                        f"of: {fitting}; or take a model of pictures")
+
+
+def known_latents(mask: Tensor, factor: int) -> Tensor:
+    """Which latents are known, [...,H,W], 1 or 0: those all of whose pixels the mask [...,fH,fW] has as known.
+
+    :raises UserError: if there is none.
+    """
+    flat = mask.float().reshape(-1, 1, *mask.shape[-2:])
+    known = -F.max_pool2d(-flat, factor)
+    if not known.any():
+        raise UserError(f"the mask leaves no square of {factor}x{factor} pixels known, and each latent stands for one: "
+                        "mask less")
+    return known.reshape(*mask.shape[:-2], *known.shape[-2:])
+
+
+def on_latents(edit: Edit, decoder: Decoder) -> Edit:
+    """The edit of latents [N,C,H,W] that stands for an edit of pictures [N,3,fH,fW].
+
+    Unknown pixels are encoded as mid-grey, so that the result does not depend on what was there.
+
+    :raises UserError: if there is none, or no latent is known.
+    """
+    if isinstance(edit, Inpaint):
+        mask = edit.mask.expand_as(edit.known).amin(1, keepdim=True)        # [N,1,fH,fW]
+        inpaint = Inpaint(decoder.encode(edit.kept), known_latents(mask, decoder.factor))
+        inpaint.known = inpaint.kept                                        # the others start from their mean, 0
+        return inpaint
+    if isinstance(edit, Stroke):
+        return Stroke(decoder.encode(edit.known), edit.sigma)
+    if isinstance(edit, Interpolate):
+        count, _, height, width = edit.known.shape
+        shape = (count, decoder.record.channels, height // decoder.factor, width // decoder.factor)
+        return Interpolate(edit.known.new_zeros(shape))
+    raise UserError(f"{type(edit).__name__} is defined on pixels; latents take one of: {', '.join(LATENT_TASKS)}")
+
+
+@th.no_grad()
+def run_picture_edit(
+    D: Denoiser, edit: Edit, decoder: Decoder | None, sampler: Sampler, sigmas: Tensor, rng: NoiseSource, *,
+    churn: Churn | None = None, clip_denoised: bool = True,
+) -> Tensor:
+    """The edited pictures, as `cm.generate.editing.run_edit`; what is known of them is kept exactly, pixel by pixel.
+
+    :param decoder: of the latents that D denoises; None if D denoises the pictures themselves.
+    """
+    if decoder is None:
+        return run_edit(D, edit, sampler, sigmas, rng, churn=churn, clip_denoised=clip_denoised)
+    x = run_edit(D, on_latents(edit, decoder), sampler, sigmas, rng, churn=churn, clip_denoised=clip_denoised)
+    return edit.project(decoder(x))
