@@ -72,6 +72,9 @@ class Contest:
         self.stage: Stage = STAGES[args.stage or ("digits" if args.data == "digits" else "images")]
         self.steps = args.steps or self.stage.steps
         self.trainings = {name: TRAININGS[name] for name in args.trainings or TRAININGS}
+        self.steps_of = dict.fromkeys(self.trainings, self.steps)
+        if args.equal_seconds:
+            self.steps_of |= equal_seconds(json.loads(args.equal_seconds.read_text()), self.trainings)
         self.out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
@@ -102,11 +105,11 @@ class Contest:
         ])
 
     def train(self, name: str, seed: int) -> None:
-        training, folder = TRAININGS[name], self.folder(name, seed)
+        training, folder, steps = TRAININGS[name], self.folder(name, seed), self.steps_of[name]
         flags: dict[str, str | int | float] = {
-            "data_dir": self.args.data, "seed": seed, "total_training_steps": self.steps,
-            "save_interval": max(1, self.steps // self.args.points), "keep_checkpoints": 0,
-            "log_interval": max(1, self.steps // 20), "precision": "auto", "log_dir": str(folder),
+            "data_dir": self.args.data, "seed": seed, "total_training_steps": steps,
+            "save_interval": max(1, steps // self.args.points), "keep_checkpoints": 0,
+            "log_interval": max(1, steps // 20), "precision": "auto", "log_dir": str(folder),
             **self.stage.training, **training.flags,
         }
         if training.teacher:
@@ -219,7 +222,7 @@ class Contest:
         """Everything that the table and the picture are made of."""
         return {
             "command": " ".join(["python", "benchmarks/compare_methods.py", *sys.argv[1:]]),
-            "steps": self.steps, "images_per_step": self.stage.training["global_batch_size"],
+            "steps": self.steps_of, "images_per_step": self.stage.training["global_batch_size"],
             "samples": self.args.num_samples, "scores": [asdict(score) for score in scores],
             "curves": [asdict(point) for point in curves],
             "seconds": {name: [self.seconds(name, seed) for seed in seeds] for name in self.trainings},
@@ -261,6 +264,17 @@ def generations(trainings: Mapping[str, Training]) -> list[list[str]]:
     return [part for part in (sorted(free, key=lambda name: name != "CDM"), students) if part]
 
 
+def equal_seconds(earlier: Mapping[str, Any], trainings: Mapping[str, Training]) -> dict[str, int]:
+    """Steps in which every training takes as long as the slowest did; those of teachers are not changed.
+
+    :param earlier: the raw results of a comparison at equal steps.
+    """
+    teachers = {training.teacher for training in trainings.values()}
+    seconds = {name: float(np.median(earlier["seconds"][name])) for name in trainings if name not in teachers}
+    longest = max(seconds.values())
+    return {name: round(earlier["steps"][name] * longest / own) for name, own in seconds.items()}
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint, as in ema_0.98_000200.pt."""
     return int(checkpoint.stem.rpartition("_")[2])
@@ -282,6 +296,8 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="digits, or labelled images: a folder, zip or npz")
     parser.add_argument("--reference", default="", help="held-out images to compare with; empty: the training images")
     parser.add_argument("--stage", choices=STAGES, help="network and length; empty: digits, or images at 16x16")
+    parser.add_argument("--equal_seconds", type=Path, help="results.json of an earlier comparison: each training "
+                        "takes as many steps as fit in the seconds of the slowest")
     parser.add_argument("--points", type=int, default=1, help="checkpoints of each training, for a curve of distances")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of everything that is made")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each method")

@@ -29,6 +29,13 @@ def test_teachers_are_trained_before_their_students():
     assert compare_methods.generations({"CT": contest.TRAININGS["CT"]}) == [["CT"]]
 
 
+def test_at_equal_seconds_a_fast_training_takes_more_steps_and_its_teacher_as_many():
+    trainings = {name: contest.TRAININGS[name] for name in ("EDM, slow clock", "ECT of EDM", "CT", "MeanFlow")}
+    earlier = {"steps": dict.fromkeys(trainings, 200),
+               "seconds": {"EDM, slow clock": [9], "ECT of EDM": [20, 21, 90], "CT": [25], "MeanFlow": [42]}}
+    assert compare_methods.equal_seconds(earlier, trainings) == {"ECT of EDM": 400, "CT": 336, "MeanFlow": 200}
+
+
 @pytest.mark.slow
 def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, monkeypatch):
     few = {"EDM": ("Euler 35",), "CD of EDM": ("one step",)}
@@ -36,7 +43,8 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
               for name, each in contest.TRAININGS.items() if name in few}
     monkeypatch.setattr(compare_methods, "TRAININGS", chosen)
     args = argparse.Namespace(data="digits", reference="", out=tmp_path, trainings=None, seeds=1, jobs=1, steps=2,
-                              stage=None, points=2, num_samples=12, num_reference=40, batch_size=8, classifier_epochs=1)
+                              stage=None, points=2, equal_seconds=None,
+                              num_samples=12, num_reference=40, batch_size=8, classifier_epochs=1)
     match = compare_methods.Contest(args)
     match.reference()
     match.classifier()
