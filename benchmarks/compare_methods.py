@@ -72,7 +72,8 @@ class Contest:
         self.stage: Stage = STAGES[args.stage or ("digits" if args.data == "digits" else "images")]
         self.steps = args.steps or self.stage.steps
         self.trainings = {name: TRAININGS[name] for name in args.trainings or TRAININGS}
-        self.steps_of = dict.fromkeys(self.trainings, self.steps)
+        self.steps_of = {name: self.steps if training.teacher is None else args.student_steps or self.steps
+                         for name, training in self.trainings.items()}
         if args.equal_seconds:
             self.steps_of |= equal_seconds(json.loads(args.equal_seconds.read_text()), self.trainings)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
     parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="with their teachers; none: all")
     parser.add_argument("--steps", type=int, default=0, help="of every training; 0: as the data set's stage says")
+    parser.add_argument("--student_steps", type=int, default=0, help="of trainings with a teacher; 0: as the others")
     parser.add_argument("--num_samples", type=int, default=2000, help="images of each training and sampler")
     parser.add_argument("--num_reference", type=int, default=10000, help="reference images at most")
     parser.add_argument("--batch_size", type=int, default=250, help="samples at a time")

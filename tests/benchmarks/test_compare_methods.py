@@ -43,7 +43,7 @@ def test_a_teacher_and_its_student_are_trained_sampled_and_compared(tmp_path, mo
               for name, each in contest.TRAININGS.items() if name in few}
     monkeypatch.setattr(compare_methods, "TRAININGS", chosen)
     args = argparse.Namespace(data="digits", reference="", out=tmp_path, trainings=None, seeds=1, jobs=1, steps=2,
-                              stage=None, points=2, equal_seconds=None,
+                              student_steps=0, stage=None, points=2, equal_seconds=None,
                               num_samples=12, num_reference=40, batch_size=8, classifier_epochs=1)
     match = compare_methods.Contest(args)
     match.reference()
