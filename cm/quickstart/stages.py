@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cm.distributed import failure
+from cm.distributed.parent import stop_with_parent
 from cm.errors import UserError
 from cm.io.storage import write_bytes
 from cm.io.terminal import without_controls
@@ -129,11 +130,12 @@ def execute(command: Sequence[str], **variables: str) -> int:
     """Run a command to its end; its status.
 
     A training that is asked to stop saves first, so this process waits for it: it passes SIGTERM and SIGHUP on, and
-    leaves to it the SIGINT that a terminal sends to both.
+    leaves to it the SIGINT that a terminal sends to both. If this process is killed, the kernel sends the command
+    SIGTERM.
 
     :param variables: of the environment, beside those of this process.
     """
-    process = subprocess.Popen(command, env=os.environ | variables)
+    process = subprocess.Popen(command, env=os.environ | variables, preexec_fn=stop_with_parent())
 
     def pass_on(signum: int, frame: Any) -> None:
         if signum != signal.SIGINT:
