@@ -8,8 +8,8 @@ Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1]; no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch as th
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from cm.config.arguments import shared_fields, takes_fields
 from cm.diffusion.schedules import get_sigmas_karras
 from cm.diffusion.weightings import get_weightings
 from cm.generate import editing
@@ -49,33 +50,42 @@ LETTER = "S"                                                # what the original 
 LETTER_SHARE = 0.9                                          # of the side of an image
 
 
-def karras_sample(
-    diffusion: BindsNetworks,
-    model: nn.Module,
-    shape: Sequence[int],
-    steps: int,
-    clip_denoised: bool = True,
-    progress: bool = False,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    device: Any = None,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    sampler: str | Sampler = "heun",
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    generator: NoiseSource | None = None,
-    ts: Sequence[int] | None = None,
-) -> Tensor:
-    """Images from noise, [N,C,H,W] in [-1, 1]; the arguments, and what they raise, are those of `sample`."""
-    churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
-    options = SampleOptions(steps, sampler, ts, sigma_min, sigma_max, rho, churn, clip_denoised)
+@dataclass(frozen=True)
+class KarrasSampleArguments:
+    """openai/consistency_models' argument list of `karras_sample`; `sample`, `SampleOptions` and `Churn` explain it."""
+
+    diffusion: BindsNetworks
+    model: nn.Module
+    shape: Sequence[int]
+    steps: int
+    clip_denoised: bool = SampleOptions.clip_denoised
+    progress: bool = False
+    callback: Callable[[dict[str, Any]], None] | None = None
+    model_kwargs: Mapping[str, Any] | None = None
+    device: Any = None
+    sigma_min: float = SampleOptions.sigma_min
+    sigma_max: float = SampleOptions.sigma_max
+    rho: float = SampleOptions.rho
+    sampler: str | Sampler = SampleOptions.sampler
+    s_churn: float = Churn.s_churn
+    s_tmin: float = Churn.s_tmin
+    s_tmax: float = Churn.s_tmax
+    s_noise: float = Churn.s_noise
+    generator: NoiseSource | None = None
+    ts: Sequence[int] | None = None
+
+
+@takes_fields(KarrasSampleArguments)
+def karras_sample(arguments: KarrasSampleArguments) -> Tensor:
+    """Images from noise, [N,C,H,W] in [-1, 1], called with `KarrasSampleArguments`.
+
+    :raises UserError: as `sample`.
+    """
+    options = SampleOptions(churn=Churn(**shared_fields(Churn, arguments)), **shared_fields(SampleOptions, arguments))
+    a = arguments
     return sample(
-        diffusion, model, shape, options, model_kwargs=model_kwargs, generator=generator, device=device,
-        progress=progress, callback=callback,
+        a.diffusion, a.model, a.shape, options, model_kwargs=a.model_kwargs, generator=a.generator, device=a.device,
+        progress=a.progress, callback=a.callback,
     ).images
 
 

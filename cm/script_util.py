@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from cm.config import flags
+from cm.config.arguments import shared_fields, takes_fields
 from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig
 from cm.networks.build import PUBLISHED_CLASSES, Network, NetworkConfig, build_network
 from cm.objectives.curricula import ema_and_scales
@@ -38,84 +40,71 @@ def cm_train_defaults() -> dict[str, Any]:
     return {**flags.defaults_of(ConsistencyConfig), "total_training_steps": TOTAL_TRAINING_STEPS}
 
 
-def create_model(
-    image_size: int,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str = "",
-    learn_sigma: bool = False,
-    class_cond: bool = False,
-    use_checkpoint: bool = False,
-    attention_resolutions: str = "16",
-    num_heads: int = 1,
-    num_head_channels: int = -1,
-    num_heads_upsample: int = -1,
-    use_scale_shift_norm: bool = False,
-    dropout: float = 0.0,
-    resblock_updown: bool = False,
-    use_fp16: bool = False,
-    use_new_attention_order: bool = False,
-    **own: Any,
-) -> Network:
-    """`build_network` with the arguments of openai/consistency_models; for --arch unet, its `UNetModel`.
+@takes_fields(NetworkConfig)
+def create_model(config: NetworkConfig) -> Network:
+    """`build_network`, called with the fields of `NetworkConfig`; for --arch unet, the original's class `UNetModel`.
 
-    :param own: the fields of `NetworkConfig` that the original has not, such as num_classes and arch.
-    :raises TypeError: for an argument that is none of these.
+    The first sixteen fields are openai/consistency_models' argument list, in its order.
+
     :raises UserError: as `build_network`.
     """
-    config = NetworkConfig(
-        image_size, num_channels, num_res_blocks, channel_mult, learn_sigma, class_cond, use_checkpoint,
-        attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
-        resblock_updown, use_fp16, use_new_attention_order, **own,
-    )
     model = build_network(config, UNetModel.of)
     if isinstance(model, UNetModel):
-        model.use_fp16 = use_fp16
+        model.use_fp16 = config.use_fp16
     return model
 
 
-def create_model_and_diffusion(
-    image_size: int,
-    class_cond: bool,
-    learn_sigma: bool,
-    num_channels: int,
-    num_res_blocks: int,
-    channel_mult: str,
-    num_heads: int,
-    num_head_channels: int,
-    num_heads_upsample: int,
-    attention_resolutions: str,
-    dropout: float,
-    use_checkpoint: bool,
-    use_scale_shift_norm: bool,
-    resblock_updown: bool,
-    use_fp16: bool,
-    use_new_attention_order: bool,
-    weight_schedule: str,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    distillation: bool = False,
-    **own: Any,
-) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags, by guided-diffusion's names.
+@dataclass(frozen=True)
+class ModelAndDiffusionArguments:
+    """openai/consistency_models' argument list of `create_model_and_diffusion`, and below it what the original has not.
 
-    :param distillation: scale the network as a consistency function.
-    :param own: what the original has not: loss_norm, precond, time_scale, and those of `create_model`.
-    :raises TypeError: for an argument that is none of these.
+    `cm.config.schema` explains them.
+    """
+
+    image_size: int
+    class_cond: bool
+    learn_sigma: bool
+    num_channels: int
+    num_res_blocks: int
+    channel_mult: str
+    num_heads: int
+    num_head_channels: int
+    num_heads_upsample: int
+    attention_resolutions: str
+    dropout: float
+    use_checkpoint: bool
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_fp16: bool
+    use_new_attention_order: bool
+    weight_schedule: str
+    sigma_min: float = DiffusionConfig.sigma_min
+    sigma_max: float = DiffusionConfig.sigma_max
+    distillation: bool = False
+    _: KW_ONLY
+    num_classes: int = NetworkConfig.num_classes
+    arch: str = NetworkConfig.arch
+    augment_dim: int = NetworkConfig.augment_dim
+    channels: int = NetworkConfig.channels
+    null_class: bool = NetworkConfig.null_class
+    second_time: bool = NetworkConfig.second_time
+    loss_norm: str = ConsistencyConfig.loss_norm
+    precond: str = DiffusionConfig.precond
+    time_scale: float = DiffusionConfig.time_scale
+
+
+@takes_fields(ModelAndDiffusionArguments)
+def create_model_and_diffusion(arguments: ModelAndDiffusionArguments) -> tuple[Network, KarrasDenoiser]:
+    """Network and denoiser from flags by guided-diffusion's names, called with `ModelAndDiffusionArguments`.
+
+    With `distillation` the network is scaled as a consistency function.
+
     :raises UserError: if the flags describe no network, naming the flag.
     """
-    of_denoiser = {name: own.pop(name) for name in ("loss_norm", "precond", "time_scale") if name in own}
-    model = create_model(
-        image_size=image_size, num_channels=num_channels, num_res_blocks=num_res_blocks, channel_mult=channel_mult,
-        learn_sigma=learn_sigma, class_cond=class_cond, use_checkpoint=use_checkpoint,
-        attention_resolutions=attention_resolutions, num_heads=num_heads, num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm, dropout=dropout,
-        resblock_updown=resblock_updown, use_fp16=use_fp16, use_new_attention_order=use_new_attention_order,
-        **own,
-    )
+    model = create_model(**shared_fields(NetworkConfig, arguments))
     diffusion = create_diffusion(
-        weight_schedule=weight_schedule, sigma_min=sigma_min, sigma_max=sigma_max, distillation=distillation,
-        arch=own.get("arch", "unet"), **of_denoiser,
+        **shared_fields(DiffusionConfig, arguments), distillation=arguments.distillation,
+        loss_norm=arguments.loss_norm, arch=arguments.arch,
     )
     return model, diffusion
 

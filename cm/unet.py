@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm.config.arguments import method_takes_fields, shared_fields
 from cm.networks.attention import AttentionBlock, qkv_attention
 from cm.networks.layers import conv_nd
 from cm.networks.unet import UNet, UNetConfig
@@ -26,45 +28,49 @@ __all__ = [
 ]
 
 
-class UNetModel(UNet):
-    """`cm.networks.unet.UNet` with the arguments of openai/consistency_models, which `UNetConfig` explains.
+@dataclass(frozen=True)
+class UNetModelArguments:
+    """openai/consistency_models' argument list of `UNetModel`; `UNetConfig` explains it.
 
     :param use_fp16: only recorded; the trainer calls `convert_to_fp16` after it has copied the float32 master weights.
     :param use_new_attention_order: has no effect, as in the original: the published networks always have all of q, then
         all of k, then all of v (cm.networks.attention.qkv_attention).
+    """
+
+    image_size: int
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: Iterable[int]
+    dropout: float = UNetConfig.dropout
+    channel_mult: Sequence[float] = UNetConfig.channel_mult
+    conv_resample: bool = UNetConfig.conv_resample
+    dims: int = UNetConfig.dims
+    num_classes: int | None = UNetConfig.num_classes
+    use_checkpoint: bool = UNetConfig.use_checkpoint
+    use_fp16: bool = False
+    num_heads: int = UNetConfig.num_heads
+    num_head_channels: int = UNetConfig.num_head_channels
+    num_heads_upsample: int = UNetConfig.num_heads_upsample
+    use_scale_shift_norm: bool = UNetConfig.use_scale_shift_norm
+    resblock_updown: bool = UNetConfig.resblock_updown
+    use_new_attention_order: bool = False
+
+
+class UNetModel(UNet):
+    """`cm.networks.unet.UNet`, called with `UNetModelArguments`.
+
     :raises UserError: as `UNetConfig` and `UNet`.
     """
 
     use_fp16 = False
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Iterable[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ) -> None:
-        super().__init__(UNetConfig(
-            image_size, in_channels, model_channels, out_channels, num_res_blocks, tuple(attention_resolutions),
-            dropout, channel_mult, conv_resample, dims, num_classes, use_checkpoint, num_heads, num_head_channels,
-            num_heads_upsample, use_scale_shift_norm, resblock_updown,
-        ))
-        self.use_fp16 = use_fp16
+    @method_takes_fields(UNetModelArguments)
+    def __init__(self, arguments: UNetModelArguments) -> None:
+        factors = tuple(arguments.attention_resolutions)
+        super().__init__(UNetConfig(**shared_fields(UNetConfig, replace(arguments, attention_resolutions=factors))))
+        self.use_fp16 = arguments.use_fp16
 
     @classmethod
     def of(cls, config: UNetConfig) -> UNetModel:
