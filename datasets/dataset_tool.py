@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -25,13 +24,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cm.data.class_names import CLASS_NAMES
 from cm.data.decode import MODES, why_unreadable
-from cm.data.destinations import Destination, writing
-from cm.data.labels import LABEL_FILE
+from cm.data.destinations import Destination, output_of, write_labels, writing
 from cm.data.raw import RawImages, open_raw
 from cm.errors import UserError
-from cm.io.outputs import Output, check_outputs
+from cm.io.outputs import check_outputs
 from cm.io.progress import progress, say
 from cm.io.terminal import without_controls
 
@@ -209,12 +206,11 @@ def convert(
                 uniform.check(made)
                 dest.write(member_name(made.i), made.png)
                 if source.labels:
-                    labels.append([member_name(made.i), source.labels[made.i]])
+                    labels.append((member_name(made.i), source.labels[made.i]))
                 outcomes["written"] += 1
     if not outcomes["written"]:
         raise UserError(f"none of {count} images could be used: {summary(outcomes)}")
-    names = {CLASS_NAMES: list(source.class_names)} if labels and source.class_names else {}
-    dest.write(LABEL_FILE, json.dumps({"labels": labels or None} | names).encode())
+    write_labels(dest, labels, source.class_names)
     return outcomes
 
 
@@ -228,8 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as the flags say; returns the exit status."""
     args = parse(argv)
     check_flags(args)
-    kind = "file" if args.dest.lower().endswith(".zip") else "folder"
-    check_outputs([Output("--dest", args.dest, kind)], {"--source": args.source})
+    check_outputs([output_of(args.dest)], {"--source": args.source})
     source = open_raw(args.source, args.max_images)
     count = min(len(source), args.max_images or len(source))
     with writing(args.dest) as dest:

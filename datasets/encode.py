@@ -24,15 +24,13 @@ import numpy as np
 from PIL import Image
 
 from cm.config.flags import Parser, positive
-from cm.data.class_names import CLASS_NAMES
 from cm.data.decode import centre_crop
-from cm.data.destinations import writing
+from cm.data.destinations import output_of, write_labels, writing
 from cm.data.labelled import LabelledImages, open_labelled
-from cm.data.labels import LABEL_FILE
 from cm.data.latents import EDM2, PIXELS, RECORD, LatentRecord
 from cm.errors import UserError
 from cm.io import atomic, storage
-from cm.io.outputs import Output, check_outputs
+from cm.io.outputs import check_outputs
 from cm.io.progress import progress
 from cm.io.terminal import without_controls
 
@@ -218,14 +216,12 @@ def finish(parts: Parts, dest: str, class_names: tuple[str, ...], base: LatentRe
             for i, data, label in parts.read(part):
                 sums.add(np.load(io.BytesIO(data)))
                 target.write(member_name(i), data)
-                labels.append([member_name(i), label])
+                labels.append((member_name(i), label))
             bar.update(len(part))
         found = sums.record()
         record = base if scaling == "edm2" else replace(base, mean=found.mean, std=found.std)
         known = all(label is not None for _, label in labels)
-        names = {CLASS_NAMES: list(class_names)} if known and class_names else {}
-        content = {"labels": labels if known else None, **names, RECORD: asdict(record)}
-        target.write(LABEL_FILE, json.dumps(content).encode())
+        write_labels(target, labels if known else None, class_names, {RECORD: asdict(record)})
     parts.remove()
     return record
 
@@ -270,11 +266,9 @@ def encode(args: argparse.Namespace) -> None:
 
 def check_places(args: argparse.Namespace) -> None:
     """:raises UserError: if the destination is there already, cannot be written, or is an input."""
-    is_file = args.dest.lower().endswith(".zip")
-    outputs = [Output("--dest", args.dest, "file" if is_file else "folder")]
-    check_outputs(outputs, {"--source": args.source, "--vae": args.vae})
-    path = Path(args.dest)
-    if path.exists() and (is_file or any(path.iterdir())):
+    output, path = output_of(args.dest), Path(args.dest)
+    check_outputs([output], {"--source": args.source, "--vae": args.vae})
+    if path.exists() and (output.kind == "file" or any(path.iterdir())):
         raise UserError(f"--dest {args.dest} is there already: remove it, or choose another --dest")
 
 

@@ -305,7 +305,7 @@ def make_parser(
     plugins.add_flag(parser)
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])
-        for field in dataclasses.fields(section):
+        for field in own_first(section):
             default = defaults.get(field.name, field.default)
             choices = choices_of(field)
             shown = f" (choices: {', '.join(choices)})" if choices else ""
@@ -323,6 +323,11 @@ def make_parser(
                     help=help if name == field.name else argparse.SUPPRESS,
                 )
     return parser
+
+
+def own_first(section: type) -> list[dataclasses.Field]:
+    """The flags of a section as --help lists them: what it shares with other sections comes last."""
+    return sorted(dataclasses.fields(section), key=lambda field: field.name not in section.__annotations__)
 
 
 def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:

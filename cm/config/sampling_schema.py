@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cm.config.flags import option
-from cm.config.schema import EDIT_NAMES, SAMPLER_NAMES, TRAINING_MODES
+from cm.config.schema import EDIT_NAMES, SAMPLER_NAMES, TRAINING_MODES, ExtractorConfig, WeightsConfig
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(WeightsConfig):
     """conversion"""
 
     source: str = option(
@@ -146,10 +146,6 @@ class ConvertConfig:
     num_train_timesteps: int = option(
         0, "diffusers: number of noise levels the consistency model was trained with; 0: from its checkpoint, or 40 "
         "for a distilled model", minimum=0,
-    )
-    verify_weights: bool = option(
-        True, "compare size and CRC-32 of weights with the manifest next to them while they are read; a damaged file "
-        "is refused; False: load it anyway"
     )
 
 
@@ -224,7 +220,7 @@ class PngConfig:
 
 
 @dataclass(frozen=True)
-class TernarySearchConfig:
+class TernarySearchConfig(ExtractorConfig):
     """search for multistep schedules"""
 
     begin: str = option("0", "indices at the start of the schedule, such as 0 or 0,10; points are searched above them")
@@ -234,19 +230,13 @@ class TernarySearchConfig:
     )
     num_ts: int = option(1, "number of points to add, one at a time", minimum=1)
     ref_batch: str = option("", "npz of reference images or statistics")
-    inception: str = option(
-        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
-    )
-    trust_extractor: bool = option(
-        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
-    )
     cache_gib: float = option(
         4.0, "memory per rank for shared network evaluations, in GiB; what does not fit is recomputed", minimum=0
     )
 
 
 @dataclass(frozen=True)
-class PosthocConfig:
+class PosthocConfig(ExtractorConfig):
     """weight averages of any width, afterwards"""
 
     run: str = option("", "folder of a training run; may be given as the first argument without the flag")
@@ -260,9 +250,3 @@ class PosthocConfig:
         "tracked one, or with a profile error above 5 %"
     )
     ref: str = option("", "npz of reference images or statistics: measure the Frechet distance of each average")
-    inception: str = option(
-        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
-    )
-    trust_extractor: bool = option(
-        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
-    )

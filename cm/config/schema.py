@@ -109,7 +109,29 @@ class VaeConfig(LatentConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class WeightsConfig:
+    """reading of weights"""
+
+    verify_weights: bool = option(
+        True, "compare size and CRC-32 of weights with the manifest next to them while they are read; a damaged file "
+        "is refused; False: load it anyway"
+    )
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """feature extractor"""
+
+    inception: str = option(
+        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
+    )
+    trust_extractor: bool = option(
+        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(WeightsConfig):
     """run"""
 
     log_dir: str = option("", "folder for logs and results; empty: OPENAI_LOGDIR, or a new temporary folder")
@@ -129,10 +151,6 @@ class RunConfig:
     compile: bool = option(
         False, "compile the networks before their first step: this takes seconds to minutes, later steps are faster; "
         "needs a C++ compiler (CPU) or Triton (GPU); results are the same up to rounding"
-    )
-    verify_weights: bool = option(
-        True, "compare size and CRC-32 of weights with the manifest next to them while they are read; a damaged file "
-        "is refused; False: load it anyway"
     )
 
 
@@ -310,7 +328,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ExtractorConfig):
     """sampling and evaluation during training"""
 
     eval_interval: int = option(
@@ -318,12 +336,6 @@ class EvalConfig:
     )
     eval_ref: str = option("", "npz of reference images or statistics")
     eval_samples: int = option(10000, "number of images per evaluation", minimum=2)
-    inception: str = option(
-        "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
-    )
-    trust_extractor: bool = option(
-        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
-    )
     sample_interval: int = option(
         0, "steps between image grids of samples in log_dir/samples; -1: at each save; 0: none", minimum=-1
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from cm.data.class_names import CLASS_NAMES, ClassNames
+from cm.data.labels import LABEL_FILE
 from cm.errors import UserError
 from cm.io import atomic, storage
+from cm.io.outputs import Output
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)                # the first that a zip can hold: a member has no date
 
@@ -93,11 +97,34 @@ def open_destination(dest: str) -> Destination:
     """
     path = Path(dest)
     try:
-        return ZipDestination(path) if path.suffix.lower() == ".zip" else FolderDestination(path)
+        return ZipDestination(path) if _is_zip(path) else FolderDestination(path)
     except OSError as error:
         raise UserError(f"--dest {dest}: {atomic.write_failure(path, error)}") from None
     except UserError as error:
         raise UserError(f"--dest {dest}: {error}") from None
+
+
+def _is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip"
+
+
+def output_of(dest: str) -> Output:
+    """What --dest stands for, to check it before the work."""
+    return Output("--dest", dest, "file" if _is_zip(Path(dest)) else "folder")
+
+
+def write_labels(
+    target: Destination, labels: Sequence[tuple[str, Any]] | None, class_names: ClassNames,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write dataset.json, from which training reads the classes.
+
+    :param labels: the name of each file and its label; None where there are none.
+    :param class_names: of the classes, where these are numbers; left out without labels.
+    :param more: what else it holds.
+    """
+    names = {CLASS_NAMES: list(class_names)} if labels and class_names else {}
+    target.write(LABEL_FILE, json.dumps({"labels": labels or None} | names | dict(more or {})).encode())
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ Besides what `cm.data.raw` opens these are npz files, shards of a WebDataset and
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from PIL import Image
 
@@ -17,6 +18,8 @@ from cm.data.raw import MNIST_SUFFIX, RawImages, open_raw
 from cm.data.sources import find_format, open_source
 from cm.data.streams import ImageStream, Sequence
 from cm.errors import UserError
+
+Images = TypeVar("Images", RawImages, ImageSource)
 
 PACKED = (".tar.gz", MNIST_SUFFIX)                                  # endings that `open_raw` knows
 
@@ -43,14 +46,27 @@ class LabelledImages(Protocol):
         ...
 
 
-class Raw:
-    """Images of a published format."""
+@dataclass(frozen=True)
+class _Indexed(Generic[Images]):
+    """Images that any index opens."""
 
-    def __init__(self, images: RawImages):
-        self.images, self.class_names, self.name = images, images.class_names, images.name
+    images: Images
+
+    @property
+    def class_names(self) -> ClassNames:
+        """See `LabelledImages`."""
+        return self.images.class_names
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name(self, i: int) -> str:
+        """See `LabelledImages`."""
+        return self.images.name(i)
+
+
+class Raw(_Indexed[RawImages]):
+    """Images of a published format."""
 
     def read(self, i: int) -> tuple[Image.Image, Any]:
         """See `LabelledImages`."""
@@ -62,14 +78,8 @@ class Raw:
             raise _unreadable(self.name(i), error) from error
 
 
-class Loaded:
+class Loaded(_Indexed[ImageSource]):
     """Images of a source that training reads."""
-
-    def __init__(self, images: ImageSource):
-        self.images, self.class_names, self.name = images, images.class_names, images.name
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def read(self, i: int) -> tuple[Image.Image, Any]:
         """See `LabelledImages`."""
