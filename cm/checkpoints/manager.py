@@ -62,21 +62,28 @@ class CheckpointManager:
             self.keep = KEEP if found is None else _kept_before(found)
         return found
 
-    def save(
-        self, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int, seconds: float,
-        is_last: bool, initial_weight: Mapping[str, float] | None = None,
-    ) -> None:
+    def checkpoint(
+        self, step: int, images_seen: int, config: Mapping[str, Any], seconds: float = 0.0,
+        initial_weight: Mapping[str, float] | None = None,
+    ) -> manifest.Checkpoint:
+        """A checkpoint of this run that is still to be written; see `manifest.Checkpoint`."""
+        return manifest.Checkpoint(
+            self.directory, step, images_seen, dict(config), seconds=seconds, origin=self.origin,
+            class_names=self.class_names, initial_weight=dict(initial_weight or {}), run=self.run,
+        )
+
+    def save(self, checkpoint: manifest.Checkpoint, content: Mapping[str, Any], is_last: bool) -> None:
         """Write a checkpoint on rank 0; a failure is raised on every rank. To be called on all ranks.
 
-        :param seconds: that the run has trained so far.
-        :param initial_weight: see `manifest.Checkpoint`.
+        :param checkpoint: from the method of that name.
+        :param content: see `manifest.write`.
         :param is_last: whether it is the last save of the run: then a failure is an error whatever `on_save_error` is.
         :raises UserError: if it cannot be written and the run must not continue without it.
         """
         try:
-            dist.on_main(self.write, step, content, config, images_seen, seconds, initial_weight)
+            dist.on_main(self.write, checkpoint, content)
         except UserError as error:
-            self.failed(step, error, is_last)
+            self.failed(checkpoint.step, error, is_last)
 
     def failed(self, step: int, error: UserError, is_last: bool) -> None:
         """What a save means that has failed.
@@ -88,18 +95,15 @@ class CheckpointManager:
         logger.warn(f"training continues without a checkpoint of step {step}: {error}")
 
     def write(
-        self, step: int, content: Mapping, config: Mapping, images_seen: int, seconds: float,
-        initial_weight: Mapping[str, float] | None = None, written: Mapping[str, dict[str, Any]] | None = None,
+        self, checkpoint: manifest.Checkpoint, content: Mapping[str, Any],
+        written: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         """As `save`, on rank 0 only; old checkpoints are removed afterwards.
 
-        :param written: see `manifest.save`.
+        :param written: see `manifest.write`.
         :raises UserError: if it cannot be written.
         """
-        saved = manifest.save(
-            self.directory, step, content, config, images_seen, seconds, self.origin, self.class_names,
-            initial_weight, self.run, written,
-        )
+        saved, step = manifest.write(checkpoint, content, written), checkpoint.step
         self._runs[step] = self.run
         size = terminal.size_text(sum(facts["size"] for facts in saved.files.values()))
         names = ", ".join(saved.names())

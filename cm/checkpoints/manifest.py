@@ -74,7 +74,8 @@ class Checkpoint:
     step: int
     images_seen: int
     config: dict[str, Any]
-    files: dict[str, dict[str, Any]]            # name -> {"size": bytes, "crc32": checksum}; see `dcp.facts_of`
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> {"size": bytes, "crc32": checksum}; see `dcp.facts_of`. None before they are written."""
     seconds: float = 0.0                        # that the run has trained so far, over all its starts
     origin: str = ""                            # the --resume PATH that the run began from, if there was one
     class_names: ClassNames = ()                # which class each number is; empty where that is not known
@@ -140,38 +141,49 @@ class Checkpoint:
 
 def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
-    seconds: float = 0.0, origin: str = "", classes: ClassNames = (),
-    initial_weight: Mapping[str, float] | None = None, run: str = "",
-    written: Mapping[str, dict[str, Any]] | None = None,
+    seconds: float = 0.0, classes: ClassNames = (), initial_weight: Mapping[str, float] | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint; call it on one rank.
+    """`write` for what belongs to no run that goes on; call it on one rank.
 
     :param classes: the names of the classes that the network knows, where it knows any.
+    :param seconds, initial_weight: see `Checkpoint`.
+    """
+    checkpoint = Checkpoint(
+        directory, step, images_seen, dict(config), seconds=seconds, class_names=classes,
+        initial_weight=dict(initial_weight or {}),
+    )
+    return write(checkpoint, content)
+
+
+def write(
+    checkpoint: Checkpoint, content: Mapping[str, Any], written: Mapping[str, dict[str, Any]] | None = None
+) -> Checkpoint:
+    """Write the files of a checkpoint, then its manifest; call it on one rank.
+
+    :param checkpoint: without files.
     :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
-    :param seconds, origin, initial_weight, run: see `Checkpoint`.
     :param written: the folders that other ranks have written too, and their facts.
+    :returns: the checkpoint with its files.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
+    directory, step = checkpoint.directory, checkpoint.step
     needed, files = serialization.size_of(content), dict(written or {})
-    begun, is_remote = storage.join(directory, manifest_name(step) + PARTIAL), storage.is_remote(directory)
     try:
         _begin(directory, step, needed)
         for name, tensors in content.items():
             file = file_name(name, step)
             files[file] = {}
             files[file] = serialization.save_tensors(storage.join(directory, file), tensors)
-        names = class_names.worth_keeping(classes)
-        checkpoint = Checkpoint(
-            directory, step, images_seen, dict(config), files, seconds, origin, names, dict(initial_weight or {}), run,
-        )
-        checkpoint.write_manifest()
-        if not is_remote:
+        names = class_names.worth_keeping(checkpoint.class_names)
+        saved = replace(checkpoint, files=files, class_names=names)
+        saved.write_manifest()
+        if not storage.is_remote(directory):
             with contextlib.suppress(OSError):              # the checkpoint is complete without that
-                storage.remove(begun)
+                storage.remove(storage.join(directory, manifest_name(step) + PARTIAL))
     except (UserError, OSError) as error:
         give_up(directory, step, files)
         raise save_failure(directory, step, needed, error) from error
-    return checkpoint
+    return saved
 
 
 def begin(directory: str, step: int, needed: int) -> None:

@@ -8,15 +8,15 @@ are as they were.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from cm.checkpoints import dcp, manifest
 from cm.checkpoints.dcp import Piece, Share
 from cm.checkpoints.manager import CheckpointManager
+from cm.checkpoints.manifest import Checkpoint
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -29,10 +29,10 @@ Parts = Mapping[str, Mapping[str, Piece]]
 class Pending:
     """A save that has begun."""
 
-    step: int
+    checkpoint: Checkpoint
     parts: list[str]
+    plain: Mapping[str, Any]                                # what rank 0 writes to files of its own
     needed: int                                             # bytes of all ranks together
-    write: Callable[[Mapping[str, dict[str, Any]]], None]   # the manifest, and what belongs to it
     shares: Future[dict[str, Share]]
 
 
@@ -47,14 +47,12 @@ class ShareWriter:
         self.thread = ThreadPoolExecutor(1, "checkpoints")
         self.pending: Pending | None = None
 
-    def save(
-        self, step: int, parts: Parts, plain: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
-        seconds: float, is_last: bool, initial_weight: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, checkpoint: Checkpoint, parts: Parts, plain: Mapping[str, Any], is_last: bool) -> None:
         """Begin to write a checkpoint, after the one before is complete; where the run shall not go on, write it.
 
         :param plain: what rank 0 writes to files of its own; see `CheckpointManager.save` for the rest, and for errors.
         """
+        step = checkpoint.step
         self.finish()
         needed = sum(dist.all_gather_object(sum(p.rows.nbytes for each in parts.values() for p in each.values())))
         try:
@@ -65,10 +63,7 @@ class ShareWriter:
         if goes_on:
             parts = {name: {key: kept(piece) for key, piece in each.items()} for name, each in parts.items()}
         task = self.thread.submit(write_shares, self.manager.directory, step, parts, dist.get_rank())
-        write = partial(
-            self.manager.write, step, copy.deepcopy(dict(plain)), dict(config), images_seen, seconds, initial_weight
-        )
-        self.pending = Pending(step, list(parts), needed, write, task)
+        self.pending = Pending(checkpoint, list(parts), copy.deepcopy(dict(plain)), needed, task)
         if not goes_on:
             self.finish(is_last)
 
@@ -91,11 +86,12 @@ class ShareWriter:
         try:
             dist.on_main(self._complete, pending, outcomes)
         except UserError as error:
-            self.manager.failed(pending.step, error, is_last)
+            self.manager.failed(pending.checkpoint.step, error, is_last)
 
     def _complete(self, pending: Pending, outcomes: list[dict[str, Share] | str]) -> None:
         """Make the checkpoint exist, or leave nothing of it; on rank 0."""
-        folders = {name: manifest.file_name(name, pending.step, dcp.SUFFIX) for name in pending.parts}
+        step = pending.checkpoint.step
+        folders = {name: manifest.file_name(name, step, dcp.SUFFIX) for name in pending.parts}
         paths = {name: storage.join(self.manager.directory, folder) for name, folder in folders.items()}
         try:
             for outcome in outcomes:
@@ -106,9 +102,9 @@ class ShareWriter:
                 folders[name]: dcp.complete(path, [each[name] for each in shares]) for name, path in paths.items()
             }
         except UserError as error:
-            manifest.give_up(self.manager.directory, pending.step, folders.values())
-            raise manifest.save_failure(self.manager.directory, pending.step, pending.needed, error) from error
-        pending.write(written)
+            manifest.give_up(self.manager.directory, step, folders.values())
+            raise manifest.save_failure(self.manager.directory, step, pending.needed, error) from error
+        self.manager.write(pending.checkpoint, pending.plain, written)
 
 
 def prepare(directory: str, step: int, parts: list[str], needed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from cm.checkpoints import dcp, manifest
@@ -66,7 +67,4 @@ def pieces_of(part: dict[str, Any]) -> dict[str, Piece]:
 
 
 def _save(found: manifest.Checkpoint, dest: str, content: dict[str, Any], written: dict) -> manifest.Checkpoint:
-    return manifest.save(
-        dest, found.step, content, found.config, found.images_seen, found.seconds, "", found.class_names,
-        found.initial_weight, found.run, written,
-    )
+    return manifest.write(replace(found, directory=dest, files={}, origin=""), content, written)

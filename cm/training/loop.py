@@ -400,10 +400,7 @@ class TrainLoop:
         with signals.unhurried():
             if self.writer:
                 return state.save_in_shares(self, is_last)
-            self.checkpoints.save(
-                self.step, state.state_dict(self), self.flags, self.images_seen, self.elapsed_seconds(), is_last,
-                state.initial_weights(self),
-            )
+            self.checkpoints.save(state.checkpoint_of(self), state.state_dict(self), is_last)
 
     def resume(self) -> None:
         """Take over the newest checkpoint of the run or the one asked for, else the weights of `resume_checkpoint`;

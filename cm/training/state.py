@@ -90,9 +90,14 @@ def plain_state(loop: Any) -> dict[str, Any]:
 def save_in_shares(loop: Any, is_last: bool) -> None:
     """Let every rank write what it holds; one call of all ranks together."""
     groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.trained.items()}
-    loop.writer.save(
-        loop.step, pieces_of(loop), {"trainer": plain_state(loop) | {GROUPS: groups}}, loop.flags, loop.images_seen,
-        loop.elapsed_seconds(), is_last, initial_weights(loop),
+    plain = {"trainer": plain_state(loop) | {GROUPS: groups}}
+    loop.writer.save(checkpoint_of(loop), pieces_of(loop), plain, is_last)
+
+
+def checkpoint_of(loop: Any) -> manifest.Checkpoint:
+    """A checkpoint of the present step, still to be written."""
+    return loop.checkpoints.checkpoint(
+        loop.step, loop.images_seen, loop.flags, loop.elapsed_seconds(), initial_weights(loop)
     )
 
 

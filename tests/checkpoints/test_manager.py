@@ -37,7 +37,7 @@ def save_all(directory, steps, **options):
     keeper = manager.CheckpointManager(str(directory), **options)
     with logger.scoped_configure(str(directory), format_strs=["log"]):
         for step in steps:
-            keeper.save(step, CONTENT, {}, step, 0.0, is_last=False)
+            keeper.save(keeper.checkpoint(step, step, {}), CONTENT, is_last=False)
     return keeper
 
 
@@ -95,7 +95,7 @@ def found_and_saved(directory, steps, resume="auto", **options):
     keeper.find(resume)
     with logger.scoped_configure(str(directory), format_strs=["log"]):
         for step in steps:
-            keeper.save(step, CONTENT, {"keep_checkpoints": keeper.keep}, step, 0.0, is_last=False)
+            keeper.save(keeper.checkpoint(step, step, {"keep_checkpoints": keeper.keep}), CONTENT, is_last=False)
     return keeper
 
 

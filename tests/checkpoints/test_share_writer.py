@@ -34,7 +34,7 @@ def saves(folder, **options):
 def save(writer, step, is_last=False, value=0.0):
     tensor = th.full((3, 2), value)
     parts = {"model": {"w": dcp.Piece(tensor, tensor.shape)}, "ema_0.9": {"w": dcp.Piece(tensor, tensor.shape)}}
-    writer.save(step, parts, {"trainer": {"step": step}}, {}, step, 0.0, is_last)
+    writer.save(writer.manager.checkpoint(step, step, {}), parts, {"trainer": {"step": step}}, is_last)
     return tensor
 
 
