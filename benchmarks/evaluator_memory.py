@@ -16,7 +16,7 @@ import numpy as np
 from bench import process_memory
 from numpy.typing import NDArray
 
-from cm.config.flags import Parser
+from cm.config.parser import Parser
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from evaluations.engine.npz_writer import write_npz

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cm.config.flags import Parser, positive
+from cm.config.parser import Parser, positive
 from cm.data.decode import centre_crop
 from cm.data.destinations import output_of, write_labels, writing
 from cm.data.labelled import LabelledImages, open_labelled

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from cm.config import early_exit
-from cm.config.flags import Parser
+from cm.config.parser import Parser
 
 
 def start(make_parser: Callable[[], Parser], run: Callable[[argparse.Namespace], None]) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cm.config.flags import Parser
+from cm.config.parser import Parser
 from evaluations import command
 from evaluations.defaults import BATCH_SIZE, EXTRACTOR_VARIABLE, NEIGHBOURS, PR_DTYPES, SPLIT_SIZE
 from evaluations.flags import asked_metrics, evaluator_parser

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cm.config.flags import Parser
+from cm.config.parser import Parser
 from evaluations import command
 from evaluations.defaults import BATCH_SIZE, NUM_IMAGES
 from evaluations.flags import fid_parser

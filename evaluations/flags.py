@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cm.config import plugins
-from cm.config.flags import Parser, positive
+from cm.config.parser import Parser, positive
 from cm.errors import UserError
 from cm.registry import lookup
 from evaluations.defaults import (

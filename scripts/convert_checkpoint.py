@@ -12,7 +12,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from cm.config import early_exit
-from cm.config.flags import Settings, parse, with_names, words_of
+from cm.config.flags import Settings, parse, words_of
+from cm.config.parser import with_names
 from cm.config.sampling_schema import ConvertConfig
 from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.errors import UserError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cm.config import early_exit
-from cm.config.flags import Parser
+from cm.config.parser import Parser
 from cm.data.sources import open_source
 from cm.quickstart.results import picture, row, samples_in, table, write_real
 from cm.quickstart.stages import Commands, Stage, run_chain

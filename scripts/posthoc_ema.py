@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cm.config import early_exit
-from cm.config.flags import Settings, parse, with_names
+from cm.config.flags import Settings, parse
+from cm.config.parser import with_names
 from cm.config.sampling_schema import PosthocConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError

@@ -13,7 +13,8 @@ import shlex
 from pathlib import Path
 
 from cm.config import early_exit
-from cm.config.flags import Parser, positive, str2bool
+from cm.config.flags import str2bool
+from cm.config.parser import Parser, positive
 from cm.io import storage
 from cm.quickstart.stages import run_chain
 

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cm.config import early_exit
-from cm.config.flags import Parser, positive
+from cm.config.parser import Parser, positive
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.outputs import Output, check_outputs

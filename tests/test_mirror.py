@@ -49,6 +49,9 @@ ELSEWHERE = {
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
     "cm/config/sampling_schema.py": "config/test_flags.py",
+    "cm/training/master_weights.py": "training/test_mixed_precision.py",
+    "cm/config/parser.py": "config/test_flags.py",
+    "cm/config/config_file.py": "config/test_flags.py",
     "cm/config/console.py": "system/test_wheel.py",
     "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",

@@ -11,20 +11,17 @@ import dataclasses
 import enum
 import json
 import math
-import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from cm.config import plugins, presets
+from cm.config import plugins
+from cm.config.config_file import by_own_name, read_config
 from cm.config.help import Help
-from cm.distributed.launchers import launcher_rank
+from cm.config.parser import Parser, expand_home
 from cm.errors import UserError
 from cm.io import terminal
-from cm.io.budget import SETTINGS, read_bytes
 from cm.io.untrusted import shown
 from cm.registry import added
 
@@ -137,96 +134,6 @@ def same(a: Any, b: Any) -> bool:
     return plain(a) == plain(b)
 
 
-FOREIGN_FLAGS = {
-    "--network": "--model_path", "--batch": "--global_batch_size", "--batch-gpu": "--microbatch",
-    "--duration": "--total_kimg (EDM's --duration counts thousands of them)", "--cbase": "--num_channels",
-    "--cres": "--channel_mult", "--cond": "--class_cond", "--xflip": "--random_flip", "--class": "--class_label",
-    "--stf": "--objective stf", "--transfer": "--resume_checkpoint", "--ls": "--fp16_scale_growth",
-    "--fp16": "--use_fp16", "--ema": "--ema_halflife_kimg", "--data": "--data_dir", "--workers": "--num_workers",
-    "--batch-size": "--batch_size", "--num-steps": "--steps", "--num_steps": "--steps",
-}
-"""Flags of other tools -> ours, for a command that has ours and not theirs."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports each mistake once for all ranks, and suggests the flag that was meant.
-
-    A path may begin with ~, also where no shell expands it. A flag given twice is a mistake, and a negative number may
-    have an exponent.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-inf$|^-nan$", re.IGNORECASE)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
-        self._refuse_repeated(words)
-        if plugins.FLAG in self._option_string_actions:     # before choices are checked and --help lists them
-            for path in plugins.named(words):
-                plugins.load(path)
-        return super().parse_known_args(words, namespace)
-
-    def _refuse_repeated(self, words: Sequence[str]) -> None:
-        repeatable = {
-            name for action in self._actions if isinstance(action, argparse._AppendAction)
-            for name in action.option_strings
-        }
-        named = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
-        known = set(self.all_flags()) - repeatable
-        for name in dict.fromkeys(named):
-            if name in known and named.count(name) > 1:
-                self.error(f"{name} is given {named.count(name)} times; give it once")
-
-    def error(self, message: str) -> NoReturn:
-        if launcher_rank() == 0:
-            text = f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help."
-            print(terminal.without_controls(text), file=sys.stderr)
-        sys.exit(2)
-
-    def suggestion(self, message: str) -> str:
-        if "unrecognized arguments" not in message:
-            return ""
-        known = self.all_flags()
-        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        near = []
-        for word in unknown:
-            foreign = FOREIGN_FLAGS.get(word, "")
-            near += [foreign] if foreign.split(" ")[0] in known else get_close_matches(word, known, n=1)
-        return f". Did you mean {' '.join(near)}?" if near else ""
-
-    def all_flags(self) -> list[str]:
-        """Its own, and those of its commands: argparse leaves what these do not know to the whole."""
-        own = [name for action in self._actions for name in action.option_strings]
-        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return own + [name for each in commands for command in each.values() for name in command.all_flags()]
-
-    def print_help(self, file: Any = None) -> None:
-        if launcher_rank() == 0:
-            super().print_help(file)
-
-
-def expand_home(word: str) -> str:
-    """'~/x' and '--flag=~/x' with the home folder spelled out."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + os.path.expanduser(value) if value.startswith("~") else word
-
-
-def with_names(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The first words of a command line, as far as they are no flags, become the values of these flags, in order."""
-    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    named = [part for pair in zip(flags, arguments[:count]) for part in pair]
-    return [*named, *arguments[min(count, len(flags)):]]
-
-
-def positive(word: str) -> int:
-    """The type of a flag that is a whole number of at least 1."""
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
 def parse(
     description: str | None, *sections: type, argv: Sequence[str] | None = None, first: Sequence[str] = (),
     **defaults: Any,
@@ -328,93 +235,6 @@ def make_parser(
 def own_first(section: type) -> list[dataclasses.Field]:
     """The flags of a section as --help lists them: what it shares with other sections comes last."""
     return sorted(dataclasses.fields(section), key=lambda field: field.name not in section.__annotations__)
-
-
-def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values by the flags' own names, where `given` may use their aliases.
-
-    :raises UserError: if two names of one flag are given with different values.
-    """
-    own = {alias: name for name, field in fields.items() for alias in field.metadata["aliases"]}
-    found: dict[str, Any] = {}
-    spelt: dict[str, str] = {}
-    for word, value in given.items():
-        name = own.get(word, word)
-        if name in found and found[name] != value:
-            raise UserError(f"{where}--{spelt[name]} and --{word} are one flag under two names, but {found[name]!r} "
-                            f"and {value!r} two values; drop one of them")
-        found[name], spelt[name] = value, word
-    return found
-
-
-def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
-
-    The key `base` names another file, relative to this one, for what is not set here.
-
-    :param path: a file, or the name of a preset such as digits/edm.
-    """
-    path = presets.find(path)
-    try:
-        content = parse_flat(read_bytes(path, SETTINGS))
-    except UserError as error:
-        raise UserError(f"--config {error}") from None
-    except FileNotFoundError as error:
-        raise UserError(f"--config {path}: {error.strerror}{presets.suggestion(path)}") from None
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
-    base = content.pop("base", "")
-    content = by_own_name(content, fields, f"--config {path}: ")
-    for name in content:
-        if name not in fields:
-            near = get_close_matches(str(name), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--config {path}: {shown(name)} is no flag of this script{hint}")
-    if not base:
-        return content
-    base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
-    if base in above:
-        raise UserError(f"--config {path}: its base {base} builds on this file in turn")
-    return read_config(base, fields, (*above, base)) | content
-
-
-def parse_flat(text: bytes) -> Any:
-    """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
-
-    :raises ValueError: if it is neither, nested deeper, gives a key twice or none a value, or has aliases, by which a
-        short text unfolds to a huge one.
-    """
-    import yaml
-
-    try:
-        depth, scalars, lines = 0, 0, {}
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            line = f"line {event.start_mark.line + 1}"
-            if depth > 2:
-                raise ValueError(f"{line}: a value is a word, a number or a list of those")
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{line}: aliases (*{event.anchor}) are not read")
-            if depth == 1 and isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
-                scalars += 1                                # at this depth keys and values take turns
-                if scalars % 2 and isinstance(event, yaml.ScalarEvent):
-                    if event.value in lines:
-                        raise ValueError(f"{line}: {event.value} is given twice, first in {lines[event.value]}")
-                    lines[event.value] = line
-        content = yaml.safe_load(text) or {}
-        for name, value in content.items() if isinstance(content, dict) else ():
-            if value is None:
-                line = lines.get(str(name), "some line")
-                raise ValueError(f"{line}: {name} has no value; write \"\" for an empty one")
-        return content
-    except MemoryError:
-        raise
-    except Exception as error:                              # such as of a date that the calendar does not have
-        raise ValueError(str(error) or repr(error)) from None
 
 
 def convert(kind: type, value: Any, where: str) -> Any:

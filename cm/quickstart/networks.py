@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from cm.config.flags import read_config
+from cm.config.config_file import read_config
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.quickstart.look import Findings

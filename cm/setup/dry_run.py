@@ -33,8 +33,8 @@ from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import check_log_dirs, run_precision
 from cm.training.ema_rates import parse_rates
+from cm.training.master_weights import halve
 from cm.training.memory_estimate import GIB, MemoryPlan, PlannedRun, activations, line, nbytes, plan
-from cm.training.mixed_precision import halve
 from cm.training.state import load_part
 from evaluations.engine.readers import BatchFile
 

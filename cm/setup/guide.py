@@ -29,7 +29,7 @@ from cm.setup.network import load_network
 from cm.setup.objective import choice_of, objective_kind
 from cm.setup.run import run_precision
 from cm.setup.weights_path import find_weights
-from cm.training.mixed_precision import halve
+from cm.training.master_weights import halve
 from cm.types import Denoiser
 
 

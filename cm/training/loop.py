@@ -32,8 +32,9 @@ from cm.training.config import LoopConfig, RunParts
 from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
 from cm.training.engine import make_engine
+from cm.training.master_weights import MasterWeights, halve, store_as_autocast
 from cm.training.meters import LossMeter
-from cm.training.mixed_precision import MasterWeights, MixedPrecisionTrainer, StepReport, halve, store_as_autocast
+from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
 from cm.training.optimizer import decay, make_optimizer, rampup
 from cm.training.throughput import Ticks, status_line

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from cm.distributed.sharding import partition
 from cm.networks.units import residual_blocks
-from cm.training.mixed_precision import MasterWeights
+from cm.training.master_weights import MasterWeights
 from cm.training.optimizer import make_optimizer
 
 GIB = 2**30

@@ -22,7 +22,7 @@ the gradients already: then all ranks hold the same ones and decide alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -32,13 +32,11 @@ from torch import Tensor, nn
 
 from cm.distributed.layout import WHOLE, Layout
 from cm.errors import UserError
-from cm.networks.precision import HalfPrecisionTrunk
-from cm.tensors import copy_tensors, scale_tensors
+from cm.tensors import scale_tensors
+from cm.training.master_weights import MasterWeights, check_precision
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 LOWEST_LOG_LOSS_SCALE = -16.0       # gradients that overflow even here exceed 2^32
-PRECISIONS = ("fp32", "bf16", "fp16")
-HALF = (th.float16, th.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -78,136 +76,6 @@ class Constrained(Protocol):
         ...
 
 
-def halve(model: nn.Module) -> None:
-    """Convert the trunk of a network to float16, unless that has been done.
-
-    :raises UserError: if it is no network that can be converted.
-    """
-    convert = getattr(model, "convert_to_fp16", None)
-    if convert is None:
-        raise UserError(f"{type(model).__name__} cannot be trained in fp16; choose bf16 or fp32")
-    if all(param.dtype not in HALF for param in model.parameters()):
-        convert()
-
-
-def store_as_autocast(model: nn.Module) -> None:
-    """Let a network that stands still hold the weights that bf16's autocast would make of its own at every pass."""
-    if isinstance(model, HalfPrecisionTrunk):               # others are cast at every pass
-        model.store_as_autocast(th.bfloat16)
-
-
-class MasterWeights:
-    """The float32 parameters of a network, which itself may compute in half precision.
-
-    Averages are made of `master_params` and files are written from them; `master_params_to_model_params`
-    copies them into the network. For fp32, and for bf16 unless they are stored as it computes, they are the network's
-    own parameters.
-
-    :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here. A network that
-        was converted to float16 before, as consistency_models' script does, gets float32 masters of its rounded values.
-    :param precision: "fp32", "bf16" or "fp16".
-    :param layout: how the parameters lie on the ranks; where a rank holds rows of them, its masters are these.
-    :param stores_casts: in bf16, a network without gradients, whole on every rank, shall hold its weights as autocast
-        would cast them.
-    :raises ValueError: for an unknown precision, or a half-precision model in another precision than fp16, whose
-        master parameters would be rounded.
-    """
-
-    def __init__(
-        self, model: nn.Module, precision: str, layout: Layout = WHOLE, stores_casts: bool = False
-    ) -> None:
-        self.precision = _choose_precision(precision, False)
-        self.model, self.layout = model, layout
-        self.model_params: list[nn.Parameter] = list(model.parameters())
-        self.master_params: list[Tensor] = layout.masters(self.model_params)
-        self._copied: list[tuple[Tensor, Tensor]] = []          # parameters that are not their own masters, with these
-        rounded = [name for name, p in model.named_parameters() if p.dtype in HALF]
-        if rounded and not (self.use_fp16 and all(p.dtype != th.bfloat16 for p in model.parameters())):
-            raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
-                             "master parameters would be rounded: pass the float32 model, it is converted here")
-        if self.use_fp16:
-            self.master_params = [
-                p.detach().to(th.float32, copy=True).requires_grad_(p.requires_grad) for p in self.model_params
-            ]
-            halve(model)
-        elif stores_casts and precision == "bf16" and not layout.is_sharded:
-            wide = [p.data for p in self.model_params]
-            store_as_autocast(model)
-            self.master_params = [
-                p if p.dtype == kept.dtype else kept.requires_grad_(p.requires_grad)
-                for p, kept in zip(self.model_params, wide)
-            ]
-        if not layout.is_sharded:
-            pairs = zip(self.model_params, self.master_params, strict=True)
-            self._copied = [pair for pair in pairs if pair[0] is not pair[1]]
-
-    @property
-    def use_fp16(self) -> bool:
-        """Whether the model itself is half precision."""
-        return self.precision == "fp16"
-
-    @th.no_grad()
-    def master_params_to_model_params(self) -> None:
-        """Give the model the values of the master parameters, after something changed them."""
-        if self._copied:
-            copy_tensors(*zip(*self._copied))
-
-    @th.no_grad()
-    def load_master_params(self, params: Iterable[Tensor]) -> None:
-        """Set masters and model, say to `params_in(state_dict)`: whole parameters, of which a rank takes its rows.
-
-        Loading a file into the model itself would round it to half precision on its way to the masters.
-        """
-        for master, param in zip(self.master_params, self.layout.parts(params), strict=True):   # from any device
-            master.copy_(param)
-        self.master_params_to_model_params()
-
-    @th.no_grad()
-    def copy_masters(self, other: MasterWeights) -> None:
-        """Set masters and model to those of a network of the same architecture and layout."""
-        for master, param in zip(self.master_params, other.master_params, strict=True):
-            master.copy_(param)
-        self.master_params_to_model_params()
-
-    def gather_to_main(self) -> list[Tensor]:
-        """The whole masters on rank 0; one step of all ranks together."""
-        return self.layout.gather_to_main(self.master_params)
-
-    def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
-        """A state dict of the model with these whole parameters (the masters, or an average of them).
-
-        Plain contiguous float32 tensors that ask for no gradient, on the CPU, where a file of them is written or a
-        network is made for them. They may share memory with `master_params`.
-        """
-        by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
-        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        return {key: by_param.get(id(value), value).detach().cpu().contiguous() for key, value in state.items()}
-
-    def params_in(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """The parameters in a state dict, in the order of `master_params`: its own tensors, no copies.
-
-        :raises ValueError: if a parameter is missing or has another shape.
-        """
-        params = []
-        for (name, _), param in zip(self.model.named_parameters(), self.model_params):
-            if name not in state_dict:
-                raise ValueError(f"the state dict has no {name!r}: it belongs to another architecture")
-            value = state_dict[name]
-            if value.shape != param.shape:
-                raise ValueError(f"{name!r} has shape {tuple(value.shape)} in the state dict and "
-                                 f"{tuple(param.shape)} in the model: it belongs to another architecture")
-            params.append(value.detach())
-        return params
-
-    def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """As `params_in`, but new tensors of the masters' dtype, on their device."""
-        values = self.layout.parts(self.params_in(state_dict))
-        return [
-            th.empty_like(master, requires_grad=False).copy_(value)
-            for master, value in zip(self.master_params, values)
-        ]
-
-
 class MixedPrecisionTrainer(MasterWeights):
     """Trains a network: make the optimiser and the EMAs from `master_params`.
 
@@ -218,8 +86,8 @@ class MixedPrecisionTrainer(MasterWeights):
     :param layout: see `MasterWeights`.
     :param grad_clip: the largest L2 norm of all gradients together, unscaled and averaged over microbatches and ranks,
         with which a step is taken; larger ones are scaled down to it (Pascanu et al. 2013, arXiv 1211.5063); 0: none.
-    :raises ValueError: for an unknown precision, one that contradicts `use_fp16`, or a model that already is half
-        precision, whose master parameters would be rounded.
+    :raises UserError: for an unknown precision, or one that contradicts `use_fp16`.
+    :raises ValueError: for a model that already is half precision, whose master parameters would be rounded.
     """
 
     def __init__(
@@ -345,10 +213,9 @@ class MixedPrecisionTrainer(MasterWeights):
 
 
 def _choose_precision(precision: str | None, use_fp16: bool) -> str:
+    """:raises UserError: for a name that is none, or one that contradicts `use_fp16`."""
     if precision is None:
         return "fp16" if use_fp16 else "fp32"
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}; choose one of: {', '.join(PRECISIONS)}")
-    if use_fp16 and precision != "fp16":
+    if use_fp16 and check_precision(precision) != "fp16":
         raise UserError(f"use_fp16=True contradicts precision={precision!r}: give one of them")
     return precision

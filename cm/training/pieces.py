@@ -16,7 +16,7 @@ from cm.checkpoints.dcp import Piece, Stored
 from cm.distributed import setup as dist
 from cm.distributed.layout import Layout
 from cm.distributed.sharding import Sharding
-from cm.training.mixed_precision import MasterWeights
+from cm.training.master_weights import MasterWeights
 from cm.training.optimizer import ShardedOptimizer, ZeroOptimizer
 
 STATE = "state"                                             # the beginning of the names in an optimizer's part

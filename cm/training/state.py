@@ -22,7 +22,7 @@ from cm.io import storage
 from cm.logging import logger
 from cm.objectives.base import ONLINE
 from cm.training import pieces
-from cm.training.mixed_precision import MasterWeights
+from cm.training.master_weights import MasterWeights
 from cm.training.optimizer import read
 from cm.training.trained_network import TrainedNetwork
 

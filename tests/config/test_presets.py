@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from cm.config import presets
-from cm.config.flags import parse, read_config
+from cm.config.config_file import read_config
+from cm.config.flags import parse
 from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, SeedsConfig, SolverConfig
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError

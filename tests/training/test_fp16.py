@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from cm.training.loop import as_batch
-from cm.training.mixed_precision import HALF
+from cm.training.master_weights import HALF
 from support.training import MODES, digest, loop, network, run
 
 KINDS = ("edm", "consistency_distillation", "consistency_training", "progdist")

@@ -8,7 +8,8 @@ from torch import nn
 
 from cm.networks.precision import convert_module_to_f16
 from cm.tensors import append_dims, update_ema
-from cm.training.mixed_precision import LOWEST_LOG_LOSS_SCALE, PRECISIONS, MixedPrecisionTrainer
+from cm.training.master_weights import PRECISIONS
+from cm.training.mixed_precision import LOWEST_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from support import golden
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch as th
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cm.training.mixed_precision import MasterWeights, store_as_autocast
+from cm.training.master_weights import MasterWeights, store_as_autocast
 from support import training
 from support.edm_networks import inputs, tiny
 

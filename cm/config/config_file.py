@@ -1,0 +1,100 @@
+"""The files of --config: flat mappings of flags in YAML or JSON, of which nothing is ever executed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from cm.config import presets
+from cm.errors import UserError
+from cm.io.budget import SETTINGS, read_bytes
+from cm.io.untrusted import shown
+
+
+def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values by the flags' own names, where `given` may use their aliases.
+
+    :raises UserError: if two names of one flag are given with different values.
+    """
+    own = {alias: name for name, field in fields.items() for alias in field.metadata["aliases"]}
+    found: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for word, value in given.items():
+        name = own.get(word, word)
+        if name in found and found[name] != value:
+            raise UserError(f"{where}--{spelt[name]} and --{word} are one flag under two names, but {found[name]!r} "
+                            f"and {value!r} two values; drop one of them")
+        found[name], spelt[name] = value, word
+    return found
+
+
+def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a flat mapping of flags from YAML or JSON; nothing in it is ever executed.
+
+    The key `base` names another file, relative to this one, for what is not set here.
+
+    :param path: a file, or the name of a preset such as digits/edm.
+    """
+    path = presets.find(path)
+    try:
+        content = parse_flat(read_bytes(path, SETTINGS))
+    except UserError as error:
+        raise UserError(f"--config {error}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"--config {path}: {error.strerror}{presets.suggestion(path)}") from None
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--config {path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold `flag: value` lines, not a {type(content).__name__}")
+    base = content.pop("base", "")
+    content = by_own_name(content, fields, f"--config {path}: ")
+    for name in content:
+        if name not in fields:
+            near = get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"--config {path}: {shown(name)} is no flag of this script{hint}")
+    if not base:
+        return content
+    base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
+    if base in above:
+        raise UserError(f"--config {path}: its base {base} builds on this file in turn")
+    return read_config(base, fields, (*above, base)) | content
+
+
+def parse_flat(text: bytes) -> Any:
+    """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
+
+    :raises ValueError: if it is neither, nested deeper, gives a key twice or none a value, or has aliases, by which a
+        short text unfolds to a huge one.
+    """
+    import yaml
+
+    try:
+        depth, scalars, lines = 0, 0, {}
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            line = f"line {event.start_mark.line + 1}"
+            if depth > 2:
+                raise ValueError(f"{line}: a value is a word, a number or a list of those")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{line}: aliases (*{event.anchor}) are not read")
+            if depth == 1 and isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
+                scalars += 1                                # at this depth keys and values take turns
+                if scalars % 2 and isinstance(event, yaml.ScalarEvent):
+                    if event.value in lines:
+                        raise ValueError(f"{line}: {event.value} is given twice, first in {lines[event.value]}")
+                    lines[event.value] = line
+        content = yaml.safe_load(text) or {}
+        for name, value in content.items() if isinstance(content, dict) else ():
+            if value is None:
+                line = lines.get(str(name), "some line")
+                raise ValueError(f"{line}: {name} has no value; write \"\" for an empty one")
+        return content
+    except MemoryError:
+        raise
+    except Exception as error:                              # such as of a date that the calendar does not have
+        raise ValueError(str(error) or repr(error)) from None

@@ -1,0 +1,104 @@
+"""The command-line parser of every command: one message for all ranks, and the flag that was meant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from cm.config import plugins
+from cm.distributed.launchers import launcher_rank
+from cm.io import terminal
+
+FOREIGN_FLAGS = {
+    "--network": "--model_path", "--batch": "--global_batch_size", "--batch-gpu": "--microbatch",
+    "--duration": "--total_kimg (EDM's --duration counts thousands of them)", "--cbase": "--num_channels",
+    "--cres": "--channel_mult", "--cond": "--class_cond", "--xflip": "--random_flip", "--class": "--class_label",
+    "--stf": "--objective stf", "--transfer": "--resume_checkpoint", "--ls": "--fp16_scale_growth",
+    "--fp16": "--use_fp16", "--ema": "--ema_halflife_kimg", "--data": "--data_dir", "--workers": "--num_workers",
+    "--batch-size": "--batch_size", "--num-steps": "--steps", "--num_steps": "--steps",
+}
+"""Flags of other tools -> ours, for a command that has ours and not theirs."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports each mistake once for all ranks, and suggests the flag that was meant.
+
+    A path may begin with ~, also where no shell expands it. A flag given twice is a mistake, and a negative number may
+    have an exponent.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|^-inf$|^-nan$", re.IGNORECASE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
+        self._refuse_repeated(words)
+        if plugins.FLAG in self._option_string_actions:     # before choices are checked and --help lists them
+            for path in plugins.named(words):
+                plugins.load(path)
+        return super().parse_known_args(words, namespace)
+
+    def _refuse_repeated(self, words: Sequence[str]) -> None:
+        repeatable = {
+            name for action in self._actions if isinstance(action, argparse._AppendAction)
+            for name in action.option_strings
+        }
+        named = [word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
+        known = set(self.all_flags()) - repeatable
+        for name in dict.fromkeys(named):
+            if name in known and named.count(name) > 1:
+                self.error(f"{name} is given {named.count(name)} times; give it once")
+
+    def error(self, message: str) -> NoReturn:
+        if launcher_rank() == 0:
+            text = f"{self.prog}: error: {message}{self.suggestion(message)}\nSee {self.prog} --help."
+            print(terminal.without_controls(text), file=sys.stderr)
+        sys.exit(2)
+
+    def suggestion(self, message: str) -> str:
+        if "unrecognized arguments" not in message:
+            return ""
+        known = self.all_flags()
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        near = []
+        for word in unknown:
+            foreign = FOREIGN_FLAGS.get(word, "")
+            near += [foreign] if foreign.split(" ")[0] in known else get_close_matches(word, known, n=1)
+        return f". Did you mean {' '.join(near)}?" if near else ""
+
+    def all_flags(self) -> list[str]:
+        """Its own, and those of its commands: argparse leaves what these do not know to the whole."""
+        own = [name for action in self._actions for name in action.option_strings]
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return own + [name for each in commands for command in each.values() for name in command.all_flags()]
+
+    def print_help(self, file: Any = None) -> None:
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def expand_home(word: str) -> str:
+    """'~/x' and '--flag=~/x' with the home folder spelled out."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value) if value.startswith("~") else word
+
+
+def with_names(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The first words of a command line, as far as they are no flags, become the values of these flags, in order."""
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    named = [part for pair in zip(flags, arguments[:count]) for part in pair]
+    return [*named, *arguments[min(count, len(flags)):]]
+
+
+def positive(word: str) -> int:
+    """The type of a flag that is a whole number of at least 1."""
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
