@@ -37,7 +37,8 @@ from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
 from cm.io.storage import write_bytes, write_json
 from cm.report.plots import dot_plot, line_plot
-from cm.setup.sample import inherit_model, load_model, sampler_options, sampling_diffusion, sampling_plan
+from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
+from cm.setup.sampler import sampler_options
 from evaluations.features import load_extractor
 from evaluations.th_evaluator import ThEvaluator
 

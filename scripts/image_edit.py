@@ -48,7 +48,8 @@ def main(settings: Settings) -> None:
     from cm.setup.guide import SAMPLING, choose_guide
     from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision
-    from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampler_of, sampling_plan
+    from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampling_plan
+    from cm.setup.sampler import sampler_of
 
     dist.setup_dist()
     read = ("model_path", "images", "mask", "classifier_path", "guide_path", "vae")

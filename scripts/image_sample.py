@@ -57,9 +57,9 @@ def main(settings: Settings) -> None:
         inherit_model,
         load_classifier,
         load_model,
-        sampler_options,
         sampling_plan,
     )
+    from cm.setup.sampler import sampler_options
 
     dist.setup_dist()
     inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path", "guide_path", "vae")}

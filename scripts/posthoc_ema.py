@@ -88,7 +88,8 @@ def check_flags(settings: Settings) -> None:
 def inherit(settings: Settings, path: str) -> None:
     """Take network and training from the manifest of a snapshot, and its usual sampler where no flag names one."""
     from cm.setup.objective import kind_of_result
-    from cm.setup.sample import inherit_model, sampler_of
+    from cm.setup.sample import inherit_model
+    from cm.setup.sampler import sampler_of
 
     settings.replace(model_path=path)
     inherit_model(settings)
@@ -121,7 +122,8 @@ def measure(
     from cm.generate.score_store import open_score_store
     from cm.setup.posthoc import distance_of
     from cm.setup.run import run_precision, trusts_extractor
-    from cm.setup.sample import sampler_options, sampling_plan
+    from cm.setup.sample import sampling_plan
+    from cm.setup.sampler import sampler_options
     from evaluations.in_training import open_metric
 
     config, values, options = settings.section(PosthocConfig), settings.values, sampler_options(settings)

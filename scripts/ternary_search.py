@@ -63,7 +63,8 @@ def main(settings: Settings) -> None:
     from cm.setup.dry_run import dry_run
     from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision, trusts_extractor
-    from cm.setup.sample import inherit_model, level_of_images, load_model, sampling_diffusion, sampling_plan
+    from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
+    from cm.setup.sampler import level_of_images
     from cm.setup.weights_path import fetch_inputs
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator

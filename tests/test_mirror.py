@@ -37,6 +37,7 @@ ELSEWHERE = {
     "cm/setup/network.py": "setup/test_guide.py",
     "cm/setup/rules.py": "system/test_methods.py",
     "cm/setup/run.py": "networks/test_compile.py",
+    "cm/setup/sampler.py": "setup/test_sample.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",
     "evaluations/defaults.py": "system/test_start_up.py",
     "evaluations/flags.py": "system/test_start_up.py",

@@ -38,7 +38,8 @@ from cm.setup import export
 from cm.setup.guide import SAMPLING, choose_guide
 from cm.setup.latents import load_decoder
 from cm.setup.objective import kind_of_result
-from cm.setup.sample import guided_diffusion, load_classifier, sampler_of, sampler_options, sampling_plan
+from cm.setup.sample import guided_diffusion, load_classifier, sampling_plan
+from cm.setup.sampler import sampler_of, sampler_options
 
 SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 LEVELS = 40

@@ -18,7 +18,8 @@ from cm.setup.latents import load_decoder
 from cm.setup.model import model_from
 from cm.setup.objective import kind_of_result
 from cm.setup.run import run_precision, trusts_extractor
-from cm.setup.sample import fits, reach_all_levels, sampler_of, sampler_options, sampling_diffusion, sampling_plan
+from cm.setup.sample import sampling_diffusion, sampling_plan
+from cm.setup.sampler import fits, reach_all_levels, sampler_of, sampler_options
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
 from cm.training.ema_snapshots import EmaSnapshots
 from cm.training.loop import parse_rates

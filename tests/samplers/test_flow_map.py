@@ -9,7 +9,7 @@ from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.errors import UserError
 from cm.samplers import CountingDenoiser, integrate
 from cm.samplers.flow_map import FlowMapSampler
-from cm.setup.sample import sampler_of
+from cm.setup.sampler import sampler_of
 from support.gaussian import Gaussian
 
 BED = Gaussian(0.3, 0.7)

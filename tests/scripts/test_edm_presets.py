@@ -12,7 +12,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers import Churn
 from cm.samplers.sample import SampleOptions, sample
 from cm.setup.model import model_from
-from cm.setup.sample import sampler_of
+from cm.setup.sampler import sampler_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "edm"
 SONG = {"total_kimg": 200_000, "lr_rampup_kimg": 10_000, "ema_halflife_kimg": 500, "optimizer": "adam"}

@@ -10,7 +10,8 @@ from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.objectives import OBJECTIVES
 from cm.samplers.sample import SampleOptions
 from cm.setup.objective import kind_of_result
-from cm.setup.sample import fits, inherit_model, level_of_images, sampler_of
+from cm.setup.sample import inherit_model
+from cm.setup.sampler import fits, level_of_images, sampler_of
 from support.nets import plain_state_dict
 from support.weights import TINY, sampling, tiny
 

@@ -1,0 +1,170 @@
+"""The sampler that the flags and the checkpoint choose, with its options and its grid of noise levels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from torch import Tensor
+
+from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.sampling_schema import AblationConfig, SampleConfig, SolverConfig
+from cm.diffusion.preconditioning import PRECONDS
+from cm.errors import UserError
+from cm.logging import logger
+from cm.objectives.base import Objective
+from cm.samplers import SAMPLERS, Churn, make_sampler
+from cm.samplers.ablation import DISCRETIZATIONS
+from cm.samplers.sample import SampleOptions
+from cm.setup.channels import are_pictures
+from cm.setup.model import parse_ts
+from cm.setup.objective import kind_of_result
+from cm.types import Sampler
+
+OF_CONSISTENCY_MODELS = ("onestep", "multistep")
+OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
+
+
+def choose_ablation(settings: Settings) -> None:
+    """Any flag of the ablation sampler chooses it, as in EDM's generate.py, unless another is asked for."""
+    asked = any(field.name in settings.given for field in fields(AblationConfig))
+    if asked and "sampler" not in settings.given:
+        settings.replace(sampler="ablation")
+
+
+def choose_sampler(settings: Settings) -> None:
+    """The sampler that fits how the network was trained, unless a flag names one; a warning if that one does not fit.
+
+    Edits with a consistency model visit all levels of its grid unless --ts says which: the parts that are kept are put
+    back at each of them (Song et al. 2023, algorithm 4). Interpolation and denoising take one evaluation there.
+    """
+    values, kind = settings.values, kind_of_result(settings.values["training_mode"])
+    edits = "task" in values
+    usual = "multistep" if kind.distillation and (edits or values["ts"]) else kind.sampler
+    if not values["sampler"]:
+        settings.replace(sampler=usual)
+    elif not fits(kind, values["sampler"]):
+        logger.warn(f"--sampler {values['sampler']} does not fit this model, which was trained by "
+                    f"{values['training_mode']}: take --sampler {usual}")
+    if edits and values["sampler"] == "multistep" and not values["ts"]:
+        levels = settings.sources["model_path"].levels
+        if levels and not settings.is_given("steps"):
+            settings.replace(steps=levels)
+        last = values["steps"] - 1
+        ts = (0, last) if values["task"] in ("interpolate", "denoise") else range(last + 1)
+        settings.replace(ts=",".join(map(str, ts)))
+
+
+def fits(kind: type[Objective], sampler: str) -> bool:
+    """Whether a sampler is meant for networks that an objective has trained."""
+    if kind.distillation or kind.sampler in OF_CONSISTENCY_MODELS:
+        return sampler in OF_CONSISTENCY_MODELS
+    if kind.sampler == "progdist":
+        return sampler in ("progdist", "euler")             # the same steps
+    return sampler not in (*OF_CONSISTENCY_MODELS, "progdist")
+
+
+def reach_all_levels(settings: Settings) -> None:
+    """Samplers go through all noise levels that a diffusion network on DDPM's timesteps knows, unless a flag asks for
+    less.
+
+    Its checkpoint only says which levels its training was reported at; a consistency model keeps those of its training.
+    The grids of the ablation sampler have ends of their own.
+    """
+    values, levels = settings.values, None
+    if values["precond"] == "ddpm" and values["training_mode"] == "edm":
+        levels = PRECONDS["ddpm"].levels
+    if values["sampler"] == "ablation":
+        levels = DISCRETIZATIONS[values.get("disc", AblationConfig.disc)][1:]
+    if levels is not None:
+        for name, level in zip(("sigma_min", "sigma_max"), levels):
+            if settings.provenance(name) <= Provenance.CHECKPOINT:
+                settings.replace(**{name: level})
+
+
+def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
+    """The sampler that the flags describe, and its grid of noise levels.
+
+    :raises UserError: if it cannot have such a grid, or a flag belongs to other samplers.
+    """
+    config, solver, values = settings.section(SampleConfig), settings.section(SolverConfig), settings.values
+    refuse_flags_of_other_samplers(config.sampler, solver)
+    _refuse_unused_flags(settings, SAMPLERS[config.sampler])
+    options = {
+        **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
+        "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
+    }
+    _check_second_time(config.sampler, values["second_time"])
+    if config.sampler == "multistep":
+        options["sigma_min"] = level_of_images(settings)
+    if solver.eta == OWN_ETA:
+        del options["eta"]
+    sampler = make_sampler(config.sampler, options)
+    if values["compile"] and sampler.uses_jvp:
+        raise UserError(f"--compile True: --sampler {config.sampler} differentiates the network in forward mode, which "
+                        "compiled networks do not allow; drop --compile, or choose another sampler")
+    return sampler, sampler.grid(config.steps, values["sigma_min"], values["sigma_max"], solver.rho)
+
+
+def _check_second_time(sampler: str, second_time: bool) -> None:
+    """A flow map in one step is the sampler flowmap's; told no end, it is but a denoiser.
+
+    :raises UserError: for a sampler that does not go with the network.
+    """
+    if sampler == "flowmap" and not second_time:
+        raise UserError("--sampler flowmap is for flow maps (cm_train.py --training_mode meanflow or alphaflow), and "
+                        "this model is none; choose onestep for a consistency model, heun for a diffusion model")
+    if sampler in ("onestep", "multistep") and second_time:
+        raise UserError(f"--sampler {sampler} is for consistency models, and this is a flow map: choose --sampler "
+                        "flowmap with --steps 1 or more")
+
+
+def level_of_images(settings: Settings) -> float:
+    """The noise level at which the network of --model_path gives images: 0 for a consistency function with
+    D(x, 0) = x, else sigma_min.
+    """
+    kind = kind_of_result(settings.values["training_mode"])
+    return 0.0 if kind.few_step and not kind.distillation else settings.values["sigma_min"]
+
+
+def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
+    for field in fields(solver):
+        owners = [
+            other for other, kind in SAMPLERS.items()
+            if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
+        ]
+        value = getattr(solver, field.name)
+        if value != field.default and name not in owners:
+            raise UserError(f"--{field.name} {value} belongs to --sampler {', '.join(owners)}, not to {name}; "
+                            "drop one of them")
+
+
+def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
+    """A flag on the command line that the sampler would ignore is a mistake.
+
+    :raises UserError: naming it and what it is for.
+    """
+    options, defaults = kind.__dataclass_fields__, defaults_of(SampleConfig)
+    unused = {
+        "ts": "" if "ts" in options else "--sampler multistep",
+        "s_churn": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
+        "s_noise": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
+        "s_tmin": "" if kind.accepts_churn or "s_tmin" in options else "samplers that add noise (heun, dpm, sde, ito)",
+        "s_tmax": "" if kind.accepts_churn or "s_tmax" in options else "samplers that add noise (heun, dpm, sde, ito)",
+        "steps": "" if kind.uses_steps else "samplers of several steps",
+    }
+    for name, owner in unused.items():
+        typed = settings.provenance(name) == Provenance.COMMAND_LINE
+        if owner and typed and (name == "steps" or settings.values[name] != defaults[name]):
+            raise UserError(f"--{name} {settings.values[name]} is for {owner}; --sampler {settings.values['sampler']} "
+                            "does not use it; drop it")
+
+
+def sampler_options(settings: Settings) -> SampleOptions:
+    """How the flags of `SampleConfig` and `SolverConfig` ask for the images to be sampled."""
+    values = settings.values
+    churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
+    own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}
+    return SampleOptions(
+        sampler=sampler_of(settings)[0], churn=churn, clip_result=are_pictures(values["channels"]), **own
+    )
