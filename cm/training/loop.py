@@ -36,7 +36,7 @@ from cm.training.master_weights import MasterWeights, halve, store_as_autocast
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
-from cm.training.optimizer import decay, make_optimizer, rampup
+from cm.training.optimizer import Optimizer, decay, make_optimizer, rampup
 from cm.training.throughput import Ticks, status_line
 from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, BoundNetwork, LossTerms, Networks
@@ -156,7 +156,7 @@ class TrainLoop:
         return self.trained[ONLINE].trainer
 
     @property
-    def opt(self) -> Any:
+    def opt(self) -> Optimizer:
         """The optimizer of the online network."""
         return self.trained[ONLINE].opt
 

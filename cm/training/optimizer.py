@@ -20,7 +20,7 @@ FUSED = ("adam", "adamw")                                   # whose step torch h
 FUSED_ON = ("cpu", "cuda")
 
 
-class OfThisRank:
+class RankOptimizer:
     """What a rank steps with: an optimizer of the part of the parameters that is its own."""
 
     def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor]):
@@ -39,7 +39,7 @@ class OfThisRank:
         self.inner.step()
 
 
-class ZeroOptimizer(OfThisRank):
+class ZeroOptimizer(RankOptimizer):
     """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
 
     This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
@@ -92,7 +92,7 @@ class ZeroOptimizer(OfThisRank):
         })
 
 
-class ShardedOptimizer(OfThisRank):
+class ShardedOptimizer(RankOptimizer):
     """An optimizer of this rank's rows of all parameters, whose state has the same layout.
 
     `state_dict` is one step of all ranks together; files are those of an optimizer of whole parameters.
@@ -129,6 +129,9 @@ class ShardedOptimizer(OfThisRank):
         self.inner.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
+Optimizer = th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer
+
+
 def read(entry: dict[str, Any]) -> dict[str, Any]:
     """What is saved of one parameter, read where it is not yet."""
     return {name: value if isinstance(value, (int, float)) else value[...] for name, value in entry.items()}
@@ -137,7 +140,7 @@ def read(entry: dict[str, Any]) -> dict[str, Any]:
 def make_optimizer(
     name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None,
     layout: Layout = WHOLE, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-) -> th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer:
+) -> Optimizer:
     """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares of whole tensors.
 
     :param layout: of what network the parameters are rows.

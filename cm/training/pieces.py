@@ -17,7 +17,7 @@ from cm.distributed import setup as dist
 from cm.distributed.layout import Layout
 from cm.distributed.sharding import Sharding
 from cm.training.master_weights import MasterWeights
-from cm.training.optimizer import ShardedOptimizer, ZeroOptimizer
+from cm.training.optimizer import Optimizer, RankOptimizer, ShardedOptimizer, ZeroOptimizer
 
 STATE = "state"                                             # the beginning of the names in an optimizer's part
 
@@ -46,7 +46,7 @@ def _of_params(layout: Layout, tensors: Sequence[Tensor], shares: Sharding) -> I
             yield place, Piece(tensor, *found)
 
 
-def of_optimizer(opt: Any, layout: Layout, shares: Sharding) -> dict[str, Piece]:
+def of_optimizer(opt: Optimizer, layout: Layout, shares: Sharding) -> dict[str, Piece]:
     """This rank's pieces of the state of an optimizer; their names are "state.12.exp_avg" and such."""
     pieces = {}
     for place, entry in local_state(opt).items():
@@ -60,7 +60,7 @@ def of_optimizer(opt: Any, layout: Layout, shares: Sharding) -> dict[str, Piece]
     return pieces
 
 
-def local_state(opt: Any) -> dict[int, dict[str, Tensor]]:
+def local_state(opt: Optimizer) -> dict[int, dict[str, Tensor]]:
     """Place of a parameter -> what this rank's optimizer remembers of it."""
     state = _inner(opt).state_dict()["state"]
     if isinstance(opt, ZeroOptimizer):
@@ -69,14 +69,16 @@ def local_state(opt: Any) -> dict[int, dict[str, Tensor]]:
     return state
 
 
-def groups_of(opt: Any) -> list[dict[str, Any]]:
+def groups_of(opt: Optimizer) -> list[dict[str, Any]]:
     """The settings of an optimizer of all parameters."""
     groups = _inner(opt).state_dict()["param_groups"]
-    return [group | {"params": list(range(len(opt.params)))} for group in groups] if _inner(opt) is not opt else groups
+    if isinstance(opt, RankOptimizer):                      # which numbers its own parameters
+        return [group | {"params": list(range(len(opt.params)))} for group in groups]
+    return groups
 
 
 @th.no_grad()
-def lay_out_as_params(opt: Any) -> None:
+def lay_out_as_params(opt: Optimizer) -> None:
     """Give what an optimizer has read the memory format of its parameters; numbers in a folder lie in their order."""
     for param, entry in _inner(opt).state.items():
         for name, value in entry.items():
@@ -84,8 +86,8 @@ def lay_out_as_params(opt: Any) -> None:
                 entry[name] = th.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def _inner(opt: Any) -> th.optim.Optimizer:
-    return opt.inner if isinstance(opt, (ZeroOptimizer, ShardedOptimizer)) else opt
+def _inner(opt: Optimizer) -> th.optim.Optimizer:
+    return opt.inner if isinstance(opt, RankOptimizer) else opt
 
 
 def optimizer_state(part: Mapping[str, Stored], groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,32 +5,80 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch as th
 from torch import Tensor
 
 from cm.checkpoints import averages, dcp, loading, manifest
 from cm.checkpoints.dcp import Piece
+from cm.checkpoints.manager import CheckpointManager
+from cm.checkpoints.share_writer import ShareWriter
 from cm.data import latents
 from cm.data.class_names import require_same
 from cm.data.latents import RECORD
 from cm.distributed import setup as dist
+from cm.distributed.sharding import Sharding
 from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
-from cm.objectives.base import ONLINE
+from cm.objectives.base import ONLINE, Objective
 from cm.training import pieces
+from cm.training.config import LoopConfig
+from cm.training.ema import EMA
+from cm.training.ema_rates import EmaRate
 from cm.training.master_weights import MasterWeights
+from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import read
 from cm.training.trained_network import TrainedNetwork
+from cm.types import Callback
 
 STATUS = "status.json"
 GROUPS = "param_groups"                                     # of optimizers, where their state lies in a folder
 
 
-def state_dict(loop: Any) -> dict[str, Any]:
+class TrainingRun(Protocol):
+    """What a checkpoint is made of, and what resuming changes; `cm.training.loop.TrainLoop` has it.
+
+    :ivar trained: the networks with an optimizer by their role, the online one among them.
+    :ivar moving: the companions that the objective changes, by name.
+    :ivar ema_rate: of each average.
+    :ivar averages_began: the images seen when the averages last began; None before the next step.
+    :ivar seconds_before: that the run has trained before this start.
+    """
+
+    config: LoopConfig
+    objective: Objective
+    callbacks: Sequence[Callback]
+    checkpoints: CheckpointManager
+    writer: ShareWriter | None
+    flags: dict[str, Any]
+    trained: dict[str, TrainedNetwork]
+    moving: dict[str, MasterWeights]
+    averages: EMA
+    ema_rate: list[EmaRate]
+    averages_began: int | None
+    step: int
+    images_seen: int
+    seconds_before: float
+    total_training_steps: int
+
+    @property
+    def trainer(self) -> MixedPrecisionTrainer:
+        """Of the online network."""
+        ...
+
+    def sharding(self, sizes: list[int]) -> Sharding:
+        """Which rank writes which of so many tensors."""
+        ...
+
+    def elapsed_seconds(self) -> float:
+        """That the run has trained, over all its starts."""
+        ...
+
+
+def state_dict(loop: TrainingRun) -> dict[str, Any]:
     """name -> state dict, on rank 0; empty on the others, which give their shards. All ranks call it together.
 
     The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
@@ -51,7 +99,7 @@ def state_dict(loop: Any) -> dict[str, Any]:
     }
 
 
-def pieces_of(loop: Any) -> dict[str, dict[str, Piece]]:
+def pieces_of(loop: TrainingRun) -> dict[str, dict[str, Piece]]:
     """name -> what this rank writes of it, of all but "trainer", where every rank writes; nothing is sent."""
     shares, parts = {}, {}
     for name, owner in owners_of(loop).items():
@@ -65,13 +113,13 @@ def pieces_of(loop: Any) -> dict[str, dict[str, Piece]]:
     return parts
 
 
-def owners_of(loop: Any) -> dict[str, MasterWeights]:
+def owners_of(loop: TrainingRun) -> dict[str, MasterWeights]:
     """Name in a checkpoint -> network."""
     others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
     return {"model": loop.trainer, **loop.moving, **others}
 
 
-def plain_state(loop: Any) -> dict[str, Any]:
+def plain_state(loop: TrainingRun) -> dict[str, Any]:
     """What a resumed run needs beside networks, averages and optimizers."""
     objective = loop.objective
     others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
@@ -87,21 +135,22 @@ def plain_state(loop: Any) -> dict[str, Any]:
     return loop.trainer.state_dict() | {name: value for name, value in rest.items() if value}
 
 
-def save_in_shares(loop: Any, is_last: bool) -> None:
-    """Let every rank write what it holds; one call of all ranks together."""
+def save_in_shares(loop: TrainingRun, is_last: bool) -> None:
+    """Let every rank write what it holds; one call of all ranks together, in a run with such a writer."""
+    assert loop.writer is not None, "--checkpoint_format dcp"
     groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.trained.items()}
     plain = {"trainer": plain_state(loop) | {GROUPS: groups}}
     loop.writer.save(checkpoint_of(loop), pieces_of(loop), plain, is_last)
 
 
-def checkpoint_of(loop: Any) -> manifest.Checkpoint:
+def checkpoint_of(loop: TrainingRun) -> manifest.Checkpoint:
     """A checkpoint of the present step, still to be written."""
     return loop.checkpoints.checkpoint(
         loop.step, loop.images_seen, loop.flags, loop.elapsed_seconds(), initial_weights(loop)
     )
 
 
-def initial_weights(loop: Any) -> dict[str, float]:
+def initial_weights(loop: TrainingRun) -> dict[str, float]:
     """Average -> the share that it still holds of the weights that it started from."""
     return {f"ema_{rate}": share for rate, share in zip(loop.ema_rate, loop.averages.initial_weight)}
 
@@ -111,7 +160,7 @@ def file_of(role: str) -> str:
     return "opt" if role == ONLINE else f"opt_{role}"
 
 
-def load_state_dict(loop: Any, checkpoint: manifest.Checkpoint) -> None:
+def load_state_dict(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
     """Take over the state of a checkpoint, on every rank.
 
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
@@ -166,7 +215,7 @@ def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, A
         pieces.lay_out_as_params(network.opt)
 
 
-def take_class_names(loop: Any, checkpoint: manifest.Checkpoint) -> None:
+def take_class_names(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
     """Make sure that class numbers mean to the data what they mean to the checkpoint; names that the data does not have
     are kept from it.
 
@@ -189,10 +238,10 @@ def _interned(value: Any) -> Any:
     return {sys.intern(key) if isinstance(key, str) else key: _interned(each) for key, each in value.items()}
 
 
-def write_status(loop: Any) -> None:
-    """Leave word beside the log whether the run is finished: a stopped one has status 0 too.
+def write_status(loop: TrainingRun) -> None:
+    """Write next to the log whether the run is finished: a stopped one ends with status 0, too.
 
-    Where a run was killed, it says what was so at its start.
+    Where a run was killed, the file says what was so at its start.
     """
     status = {"finished": loop.step >= loop.total_training_steps, "step": loop.step, "of": loop.total_training_steps}
     text = json.dumps(status).encode()

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch as th
 from torch import Tensor, nn
 
 from cm.training.engine import Engine
 from cm.training.mixed_precision import MixedPrecisionTrainer
-from cm.training.optimizer import ShardedOptimizer, ZeroOptimizer
+from cm.training.optimizer import Optimizer
 
 SETTINGS = ("weight_decay", "betas", "eps")
 """Those of an optimizer that files hold, too, but that a resumed run may change; each step sets its learning rate."""
-Optimizer = th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer
 
 
 class TrainedNetwork:
