@@ -16,6 +16,7 @@ import numpy as np
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.types import Device
 
 from cm.config.arguments import shared_fields, takes_fields
 from cm.diffusion.schedules import get_sigmas_karras
@@ -62,7 +63,7 @@ class KarrasSampleArguments:
     progress: bool = False
     callback: Callable[[dict[str, Any]], None] | None = None
     model_kwargs: Mapping[str, Any] | None = None
-    device: Any = None
+    device: Device = None
     sigma_min: float = SampleOptions.sigma_min
     sigma_max: float = SampleOptions.sigma_max
     rho: float = SampleOptions.rho

@@ -17,6 +17,7 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 from torch import Tensor
+from torch.types import Device
 
 from cm.registry import lookup
 from cm.types import NoiseSource
@@ -82,7 +83,7 @@ class SampleStreams:
     :param device: of the results when a draw does not name one; the CPU by default.
     """
 
-    def __init__(self, seed: int, keys: Any, stream: str = "train", device: Any = None):
+    def __init__(self, seed: int, keys: Any, stream: str = "train", device: Device = None):
         self._seeds = stream_seeds(seed, stream, keys)
         self._device = th.device(device or "cpu")
         self._rows: list[th.Generator] | None = None                # made by the first draw
@@ -90,7 +91,7 @@ class SampleStreams:
     def __len__(self) -> int:
         return len(self._seeds)
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of a shape [N, ...]."""
         dtype = dtype or th.get_default_dtype()
         return self._draw(shape, _drawn_as(dtype), device, lambda row, own: row.normal_(generator=own)).to(dtype)
@@ -99,19 +100,19 @@ class SampleStreams:
         """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
         return self.randn(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
         dtype = dtype or th.get_default_dtype()
         return self._draw(shape, _drawn_as(dtype), device, lambda row, own: row.uniform_(generator=own)).to(dtype)
 
     def randint(
-        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Device = None
     ) -> Tensor:
         """Integers in low..high-1 of a shape [N, ...]."""
         return self._draw(size, th.long, device, lambda row, own: row.random_(low, high, generator=own)).to(dtype)
 
     def _draw(
-        self, shape: tuple, dtype: th.dtype, device: Any, fill: Callable[[Tensor, th.Generator], Any]
+        self, shape: tuple, dtype: th.dtype, device: Device, fill: Callable[[Tensor, th.Generator], Any]
     ) -> Tensor:
         shape = _flat_shape(shape)
         if not shape or shape[0] != len(self):
@@ -155,7 +156,7 @@ class DummyGenerator:
         """The global stream itself, which does not depend on the samples."""
         return self
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of any shape."""
         return th.randn(*shape, dtype=dtype, device=device)
 
@@ -163,12 +164,12 @@ class DummyGenerator:
         """Standard normal numbers with the shape, dtype and device of `tensor`."""
         return th.randn_like(tensor)
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Uniform numbers in [0, 1) of any shape."""
         return th.rand(*shape, dtype=dtype, device=device)
 
     def randint(
-        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Device = None
     ) -> Tensor:
         """Integers in low..high-1 of any shape."""
         return th.randint(low, high, size, dtype=dtype, device=device)
@@ -213,7 +214,7 @@ class DeterministicGenerator:
         """New streams of the samples with these indices, integers [N]."""
         return SampleStreams(self.seed, indices, stream="sample")
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of a shape [N, ...], N being the size of the batch."""
         return self._streams(_flat_shape(shape)).randn(*shape, dtype=dtype, device=device)
 
@@ -221,12 +222,12 @@ class DeterministicGenerator:
         """Standard normal numbers with the shape, dtype and device of `tensor` [N, ...]."""
         return self._streams(tensor.shape).randn_like(tensor)
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
         return self._streams(_flat_shape(shape)).rand(*shape, dtype=dtype, device=device)
 
     def randint(
-        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Device = None
     ) -> Tensor:
         """Integers in low..high-1 of a shape [N, ...]."""
         return self._streams(size).randint(low, high, size, dtype=dtype, device=device)
@@ -282,13 +283,13 @@ def labels_for(indices: Any, seed: int, num_classes: int) -> Tensor:
     return th.from_numpy((stream_seeds(seed, "label", indices) % np.uint64(num_classes)).astype(np.int64))
 
 
-def rng_state(device: Any) -> Tensor:
+def rng_state(device: th.device | str) -> Tensor:
     """The state of torch's random stream on a device, the CPU or one GPU: uint8."""
     device = th.device(device)
     return th.cuda.get_rng_state(device) if device.type == "cuda" else th.get_rng_state()
 
 
-def set_rng_state(device: Any, state: Tensor) -> None:
+def set_rng_state(device: th.device | str, state: Tensor) -> None:
     """Restore a state from `rng_state`."""
     device = th.device(device)
     if device.type == "cuda":
@@ -310,7 +311,7 @@ class SharedDropout:
     networks drew nothing.
     """
 
-    def __init__(self, device: Any):
+    def __init__(self, device: th.device | str):
         self._device = th.device(device)
         self._start: Tensor | None = None                           # where the first block began
         self._resume: Tensor | None = None                          # where to resume after a later block

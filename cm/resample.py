@@ -17,6 +17,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.types import Device
 
 from cm.diffusion import noise_sampling
 from cm.diffusion.noise_sampling import Draw
@@ -36,7 +37,7 @@ class ScheduleSampler(noise_sampling.ScheduleSampler):
     def weights(self) -> NDArray[np.floating]:
         """How likely each level is: [K], positive, of any sum."""
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels by their indices; laws on a grid return its noise levels instead."""
         weights = th.as_tensor(self.weights(), dtype=th.float64, device=device)
         p = weights / weights.sum()
@@ -112,7 +113,7 @@ class LogNormalSampler(noise_sampling.LogNormalSampler):
         super().__init__(p_mean, p_std)
         self.even = even
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n noise levels."""
         if not self.even:
             return super().draw(rng, n, device)
@@ -121,7 +122,7 @@ class LogNormalSampler(noise_sampling.LogNormalSampler):
         sigma = (th.special.ndtri(u) * self.p_std + self.p_mean).exp().float()
         return Draw(sigma, th.ones_like(sigma), None)
 
-    def sample(self, bs: int, device: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def sample(self, bs: int, device: Device) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Noise levels and weights, [bs] each, from torch's global generator."""
         return super().sample(bs, device)
 

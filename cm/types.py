@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch as th
 from torch import Tensor, nn
+from torch.types import Device
 
 
 class Scalings(NamedTuple):
@@ -35,7 +36,7 @@ class Denoiser(Protocol):
 class NoiseSource(Protocol):
     """Random numbers whose first axis is the batch; row i is used for sample i only. The calls are those of torch."""
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of a shape [N, ...]."""
         ...
 
@@ -43,12 +44,12 @@ class NoiseSource(Protocol):
         """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
         ...
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...]."""
         ...
 
     def randint(
-        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Device = None
     ) -> Tensor:
         """Integers in low..high-1 of a shape [N, ...]."""
         ...
@@ -84,7 +85,7 @@ class Batch:
             self.references,
         )
 
-    def to(self, device: Any) -> Batch:
+    def to(self, device: Device) -> Batch:
         """The batch with images, conditioning and references on a device; positions and indices stay where they are."""
         return Batch(
             self.images.to(device, non_blocking=True),

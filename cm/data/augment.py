@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Device
 
 from cm.data.mapped import mapped
 from cm.random_util import SampleStreams
@@ -169,7 +169,7 @@ def _warp(images: Tensor, inverse: Tensor) -> Tensor:
     return F.conv2d(fine, taps.mT, stride=(2, 1), groups=channels)
 
 
-def _half_steps(side: int, device: Any) -> Tensor:
+def _half_steps(side: int, device: Device) -> Tensor:
     """The positions from the centre, half a pixel apart, that a decimation to `side` pixels reads: [2 side + 10]."""
     return (th.arange(-LEAD, 2 * side + len(SYM6) - LEAD - 2, device=device) - (side - 1)) / 2
 

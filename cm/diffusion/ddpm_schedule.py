@@ -11,24 +11,24 @@ Shapes: N batch, T timesteps.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch as th
 from torch import Tensor
+from torch.types import Device
 
 TIMESTEPS, BETA_FIRST, BETA_LAST = 1000, 1e-4, 0.02
 SNAP = 1e-4                                                         # float32 moves a level by at most 1e-5 timesteps
 
 
 @cache
-def alpha_bars(device: Any = "cpu") -> Tensor:
+def alpha_bars(device: Device = "cpu") -> Tensor:
     """abar_t, the share of the image's variance that is left at each timestep: [T], falling. Equation 4."""
     betas = th.linspace(BETA_FIRST, BETA_LAST, TIMESTEPS, dtype=th.float64)
     return (1 - betas).cumprod(0).to(device, non_blocking=True)
 
 
 @cache
-def sigmas(device: Any = "cpu") -> Tensor:
+def sigmas(device: Device = "cpu") -> Tensor:
     """The noise level of each timestep: [T], rising from 0.01 to 157."""
     abar = alpha_bars(device)
     return ((1 - abar) / abar).sqrt()

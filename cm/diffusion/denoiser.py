@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch as th
 from torch import Tensor, nn
+from torch.types import Device
 
 from cm.diffusion.preconditioning import PRECONDS, BoundaryPrecond, ConsistencyPrecond, Precond
 from cm.diffusion.schedules import karras_grid
@@ -91,7 +92,7 @@ class Diffusion:
         """A consistency function's c_skip, c_out, c_in."""
         return self.boundary.scalings(sigma)
 
-    def noise_levels(self, n: int, device: Any = "cpu", dtype: th.dtype = th.float32) -> Tensor:
+    def noise_levels(self, n: int, device: Device = "cpu", dtype: th.dtype = th.float32) -> Tensor:
         """The Karras grid of n levels from sigma_max to sigma_min: [n]."""
         return karras_grid(n, self.sigma_min, self.sigma_max, self.rho, device, dtype)
 

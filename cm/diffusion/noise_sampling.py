@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch as th
 from torch import Tensor
+from torch.types import Device
 
 from cm.diffusion import ddpm_schedule
 from cm.diffusion.schedules import VE_LEVELS, VP, VPProcess, iddpm_levels
@@ -35,10 +36,10 @@ class ScheduleSampler(ABC):
     """A noise distribution."""
 
     @abstractmethod
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n noise levels; row i belongs to sample i of the batch."""
 
-    def sample(self, batch_size: int, device: Any) -> tuple[Tensor, Tensor]:
+    def sample(self, batch_size: int, device: Device) -> tuple[Tensor, Tensor]:
         """Noise levels and weights, [N] each, from torch's global generator; the call of guided-diffusion."""
         sigma, weight, _ = self.draw(DummyGenerator(), batch_size, device)
         return sigma, weight
@@ -53,7 +54,7 @@ class LogNormalSampler(ScheduleSampler):
         self.p_mean = p_mean
         self.p_std = p_std
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels exp(p_mean + p_std z), of weight 1."""
         sigma = (rng.randn(n, device=device) * self.p_std + self.p_mean).exp()
         return Draw(sigma, th.ones_like(sigma), None)
@@ -65,7 +66,7 @@ class VPSampler(ScheduleSampler):
 
     process: VPProcess = VP
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels sigma(t), t uniform between the ends of the process, of weight 1."""
         first, last = self.process.ends
         sigma = self.process.sigma(first + (last - first) * rng.rand(n, device=device))
@@ -78,7 +79,7 @@ class VESampler(ScheduleSampler):
 
     levels: tuple[float, float] = VE_LEVELS
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels, uniform in the logarithm, of weight 1."""
         lowest, highest = self.levels
         sigma = lowest * (highest / lowest) ** rng.rand(n, device=device)
@@ -94,7 +95,7 @@ class UniformSampler(ScheduleSampler):
     def __init__(self, sigmas: Tensor | Sequence[float]):
         self.sigmas = _as_grid(sigmas)
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels of the grid, of weight 1."""
         index = rng.randint(0, len(self.sigmas), (n,), device=device)
         sigma = self.sigmas.to(device, non_blocking=True)[index]
@@ -146,7 +147,7 @@ class LossSecondMomentResampler(ScheduleSampler):
             return uniform
         return (1 - self.uniform_prob) * rms / rms.sum() + self.uniform_prob * uniform
 
-    def draw(self, rng: NoiseSource, n: int, device: Any) -> Draw:
+    def draw(self, rng: NoiseSource, n: int, device: Device) -> Draw:
         """n levels of the grid with the probabilities p, of weight 1 / (K p)."""
         p = self.probabilities().to(device, non_blocking=True)
         u = rng.rand(n, device=device).double()

@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch as th
 from torch import Tensor
+from torch.types import Device
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 VE_LEVELS = (0.02, 100.0)                                           # of the published VE networks
@@ -59,7 +60,7 @@ def karras_grid(
     sigma_min: float = SIGMA_MIN,
     sigma_max: float = SIGMA_MAX,
     rho: float = RHO,
-    device: Any = "cpu",
+    device: Device = "cpu",
     dtype: th.dtype = th.float64,
 ) -> Tensor:
     """n noise levels, falling from exactly sigma_max to exactly sigma_min: [n]. A grid of one is [sigma_max].
@@ -103,7 +104,7 @@ def karras_earlier(
 
 
 def get_sigmas_karras(
-    n: int, sigma_min: float, sigma_max: float, rho: float = RHO, device: Any = "cpu"
+    n: int, sigma_min: float, sigma_max: float, rho: float = RHO, device: Device = "cpu"
 ) -> Tensor:
     """The n levels of `karras_grid` in float32, and then 0: [n+1]."""
     return append_zero(karras_grid(n, sigma_min, sigma_max, rho, device, th.float32))

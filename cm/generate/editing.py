@@ -15,6 +15,7 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor
+from torch.types import Device
 
 from cm.errors import UserError
 from cm.random_util import DummyGenerator
@@ -198,7 +199,7 @@ class Between:
     end: NoiseSource
     weight: Tensor
 
-    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of a shape [N, ...]."""
         start, end = (source.randn(*shape, dtype=dtype, device=device) for source in (self.start, self.end))
         return slerp(start, end, self.weight)
@@ -207,12 +208,12 @@ class Between:
         """Standard normal numbers with the shape, dtype and device of x [N, ...]."""
         return self.randn(*x.shape, dtype=x.dtype, device=x.device)
 
-    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Any = None) -> Tensor:
+    def rand(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Uniform numbers in [0, 1) of a shape [N, ...], those of `start`."""
         return self.start.rand(*shape, dtype=dtype, device=device)
 
     def randint(
-        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Any = None
+        self, low: int, high: int, size: tuple[int, ...], dtype: th.dtype = th.long, device: Device = None
     ) -> Tensor:
         """Integers in low..high-1 of a shape [N, ...], those of `start`."""
         return self.start.randint(low, high, size, dtype=dtype, device=device)

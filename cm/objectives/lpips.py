@@ -8,6 +8,7 @@ from typing import Any
 
 import torch as th
 from torch import Tensor, nn
+from torch.types import Device
 
 from cm.errors import UserError
 from cm.io import torch_files
@@ -33,7 +34,7 @@ OTHERWISE = "choose another --loss_norm (l1, l2, l2-32, pseudo-huber)"
 
 
 @cache
-def lpips_network(device: Any, dtype: th.dtype = th.float32) -> nn.Module:
+def lpips_network(device: Device, dtype: th.dtype = th.float32) -> nn.Module:
     """LPIPS on VGG-16 with average pooling, frozen: (a, b) [N,3,H,W] in [0,1] -> [N]. Built once per device and dtype.
 
     :raises UserError: if the package `piq` is missing, or a file of weights is missing, cannot be had, or is broken.

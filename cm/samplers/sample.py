@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch as th
 from torch import Tensor, nn
+from torch.types import Device
 
 from cm.diffusion.preconditioning import Precond
 from cm.random_util import DummyGenerator
@@ -87,7 +88,7 @@ def sample(
     *,
     model_kwargs: Mapping[str, Any] | None = None,
     generator: NoiseSource | None = None,
-    device: Any = None,
+    device: Device = None,
     progress: bool = False,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> SampleResult:
