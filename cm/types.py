@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch as th
 from torch import Tensor, nn
 from torch.types import Device
+
+Result = Literal["denoiser", "consistency_function", "progressive_student", "flow_map"]
+"""What training makes of a network: D(x, sigma) at all levels; the image from any level; a denoiser for the steps of
+progressive distillation; D(x, sigma, gap), which is told how far a step goes."""
 
 
 class Scalings(NamedTuple):

@@ -18,7 +18,7 @@ from cm.distributed import setup as dist
 from cm.objectives.curricula import Curriculum, doublings, ema_and_scales
 from cm.objectives.distances import Distance, get_distance
 from cm.objectives.lpips import check_lpips_channels, prepare_lpips
-from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource
+from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource, Result
 
 ONLINE = "online"
 """The role of the network that the run is about: its averages are what is sampled from."""
@@ -69,8 +69,10 @@ class Objective(ABC):
     full_precision_passes: ClassVar[bool] = False
     """Whether parts of the loss run networks in float32, whatever the precision of the run. Where none does, a bf16 run
     stores companions without gradients as its autocast would cast them at every pass."""
+    result: ClassVar[Result] = "denoiser"
+    """What the trained network is; a sampler says for which of them it is made."""
     sampler: ClassVar[str] = "heun"
-    """The sampler that fits the result."""
+    """The usual sampler of the result."""
 
     @classmethod
     @abstractmethod

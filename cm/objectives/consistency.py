@@ -102,6 +102,7 @@ class Consistency(GridObjective):
     """
 
     words: ClassVar[Words]
+    result = "consistency_function"
     few_step = True
     distillation = True
     sampler = "onestep"

@@ -24,10 +24,8 @@ from cm.diffusion.denoiser import Diffusion
 from cm.errors import UserError
 from cm.networks.layers import without_autocast
 from cm.objectives import tangents
-from cm.objectives.base import Companion, Objective
-from cm.objectives.paths import PATHS
+from cm.objectives.paths import PathObjective
 from cm.random_util import SharedDropout
-from cm.registry import lookup
 from cm.tensors import append_dims
 from cm.types import Batch, LossTerms, Networks, NoiseSource
 
@@ -44,11 +42,9 @@ class Point(NamedTuple):
 
 
 @dataclass
-class FlowMap(Objective):
+class FlowMap(PathObjective):
     """|residual|^2 / sg(|residual|^2 + adapt_e)^adapt_p with the residual of `residual`, norms over a sample.
 
-    :param diffusion: the scalings around the network.
-    :param path: a name in PATHS.
     :param p_mean, p_std: of ln sigma at s.
     :param r_mean, r_std: of ln sigma at r, which is s where it would be later.
     :param equal_share: share of the samples with r = s, which keep the flow map's velocity that of the path.
@@ -58,13 +54,11 @@ class FlowMap(Objective):
     options: ClassVar[tuple[str, ...]] = (
         "pair_path", "p_mean", "p_std", "r_mean", "r_std", "equal_share", "adapt_p", "adapt_e",
     )
-    few_step = True
+    usual_path = "noise"
     second_time = True
-    needs_slow_clock = True
-    full_precision_passes = True
+    result = "flow_map"
     sampler = "flowmap"
 
-    diffusion: Diffusion
     path: str = "noise"
     p_mean: float = -0.6
     p_std: float = 1.6
@@ -74,24 +68,16 @@ class FlowMap(Objective):
     adapt_p: float = 0.75
     adapt_e: float = 1e-3
 
-    def __post_init__(self) -> None:
-        self.way = lookup(PATHS, self.path, "pair_path")
-        self.companions = self.way.companions
-
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> FlowMap:
         if diffusion.precond != "edm":
             raise UserError(f"--precond {diffusion.precond}: flow maps need EDM's scalings, --precond edm")
-        return cls(diffusion, values["pair_path"] or "noise", **cls.settings_of(values))
+        return cls(diffusion, cls.path_of(values), **cls.settings_of(values))
 
     @classmethod
     def settings_of(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The other fields."""
         return {name: values[name] for name in cls.options if name != "pair_path"}
-
-    @classmethod
-    def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
-        return lookup(PATHS, values.get("pair_path") or "noise", "pair_path").companions
 
     @abstractmethod
     def residual(self, nets: Networks, batch: Batch, at: Point, step: int, masks: SharedDropout) -> Tensor:
@@ -120,7 +106,7 @@ class FlowMap(Objective):
         wide = append_dims(s, noise.ndim)
         y = (1 - wide) * batch.images + wide * noise
         with without_autocast(y.device):
-            data, direction = self.way.ends(nets, batch, noise, y / (1 - wide), linear_clock.level(s))
+            data, direction = self.velocity_path.ends(nets, batch, noise, y / (1 - wide), linear_clock.level(s))
         return Point(y, s, r, direction - data)
 
     @staticmethod

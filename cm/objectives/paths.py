@@ -1,4 +1,4 @@
-"""Which way an image moves when its noise level changes: along a teacher's ODE, or along the line of its own noise.
+"""How an image moves when its noise level changes: along a teacher's ODE, or along the line of its own noise.
 
 Either is a pair of end points of the line x = data + sigma noise, whose slope dx/dsigma is the noise: the teacher's
 denoised image and the noise that it sees in x, or the sample's own image and the noise that was added to it. The second
@@ -10,15 +10,17 @@ Shapes: N batch, C channels, H and W height and width. Times are noise levels: t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch as th
 from torch import Tensor
 
+from cm.diffusion.denoiser import Diffusion
 from cm.errors import UserError
-from cm.objectives.base import TEACHER, Companion
+from cm.objectives.base import TEACHER, Companion, Objective
 from cm.registry import lookup
 from cm.samplers.euler import Euler
 from cm.samplers.heun import Heun
@@ -27,14 +29,14 @@ from cm.types import Batch, Denoiser, Networks
 
 
 class Path(ABC):
-    """A way through the noise levels of a batch."""
+    """How the images of a batch move through the noise levels."""
 
     companions: ClassVar[tuple[Companion, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
     """The flags that it uses."""
 
     def solved_by(self, solver: str) -> Path:
-        """The same way, in the steps of a solver, where it is solved at all."""
+        """The same path, in the steps of a solver, where it is solved at all."""
         return self
 
     @abstractmethod
@@ -116,3 +118,34 @@ def land(
     data = path.data(nets, batch, noise, x_t, t)
     above = path.follow(nets, batch, noise, x_t, t, th.where(r > 0, r, t))
     return th.where(append_dims(r > 0, x_t.ndim), above, data)
+
+
+@dataclass
+class PathObjective(Objective):
+    """A few-step objective whose target is made of the velocity of a path, which `velocity_path` gives.
+
+    :param diffusion: the scalings around the network.
+    :param path: a name in PATHS.
+    """
+
+    usual_path: ClassVar[str]
+    """Where --pair_path names none."""
+    few_step = True
+    needs_slow_clock = True
+    full_precision_passes = True
+
+    diffusion: Diffusion
+    path: str
+
+    def __post_init__(self) -> None:
+        self.velocity_path = lookup(PATHS, self.path, "pair_path")
+        self.companions = self.velocity_path.companions
+
+    @classmethod
+    def path_of(cls, values: Mapping[str, Any]) -> str:
+        """The name of the path that flags choose."""
+        return values.get("pair_path") or cls.usual_path
+
+    @classmethod
+    def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
+        return lookup(PATHS, cls.path_of(values), "pair_path").companions

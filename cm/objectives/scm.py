@@ -21,24 +21,20 @@ from cm.diffusion import trigflow
 from cm.diffusion.denoiser import Diffusion
 from cm.networks.layers import without_autocast
 from cm.objectives import tangents
-from cm.objectives.base import Companion, Objective
 from cm.objectives.noise_bins import NoiseBinWeights
-from cm.objectives.paths import PATHS
+from cm.objectives.paths import PathObjective
 from cm.random_util import SharedDropout
-from cm.registry import lookup
 from cm.tensors import append_dims, mean_flat
 from cm.types import Batch, LossTerms, Networks, NoiseSource
 
 
 @dataclass
-class SCM(Objective):
+class SCM(PathObjective):
     """|F(x_t) - sg F(x_t) - g / (|g| + c)|^2 / (CHW) with the tangent g of `tangent`; ln sigma ~ N(p_mean, p_std^2).
 
     The published prior weight and weight network are left out. The network's optimum divides both away, and the tangent
     has about the same size at all levels already; `weights` does the same from the losses.
 
-    :param diffusion: the scalings around the network.
-    :param path: a name in PATHS.
     :param c: what is added to the size of the tangent.
     :param norm: that size: "rms" over the numbers of a sample, or "norm", the root of their sum of squares.
     :param warmup: steps over which the part of the tangent that the network makes grows from 0.
@@ -48,14 +44,9 @@ class SCM(Objective):
     options: ClassVar[tuple[str, ...]] = (
         "pair_path", "p_mean", "p_std", "tangent_c", "tangent_norm", "tangent_warmup", "bin_weights",
     )
-    usual_path: ClassVar[str]
-    few_step = True
-    needs_slow_clock = True
-    full_precision_passes = True
+    result = "consistency_function"
     sampler = "onestep"
 
-    diffusion: Diffusion
-    path: str
     p_mean: float = -1.0
     p_std: float = 1.4
     c: float = 0.1
@@ -63,22 +54,14 @@ class SCM(Objective):
     warmup: int = 10_000
     weights: NoiseBinWeights | None = None
 
-    def __post_init__(self) -> None:
-        self.way = lookup(PATHS, self.path, "pair_path")
-        self.companions = self.way.companions
-
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> SCM:
         tangents.check_flags(diffusion, values)
         weights = NoiseBinWeights(diffusion.sigma_min, diffusion.sigma_max) if values["bin_weights"] else None
         return cls(
-            diffusion, values["pair_path"] or cls.usual_path, values["p_mean"], values["p_std"], values["tangent_c"],
+            diffusion, cls.path_of(values), values["p_mean"], values["p_std"], values["tangent_c"],
             values["tangent_norm"], values["tangent_warmup"], weights,
         )
-
-    @classmethod
-    def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
-        return lookup(PATHS, values.get("pair_path") or cls.usual_path, "pair_path").companions
 
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         x0 = batch.images
@@ -113,7 +96,7 @@ class SCM(Objective):
         sd, t = self.diffusion.sigma_data, append_dims(trigflow.angle(sigma, self.diffusion.sigma_data), x.ndim)
         cos, sin = t.cos(), t.sin()
         with without_autocast(x.device):
-            data, direction = self.way.ends(nets, batch, noise, x, sigma)
+            data, direction = self.velocity_path.ends(nets, batch, noise, x, sigma)
             v = cos * sd * direction - sin * data
         x_t = cos * x
         # d/dt times sin t cos t is the derivative by ln sigma.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cm.diffusion.schedules import append_zero, karras_grid
 from cm.tensors import append_dims
-from cm.types import Denoiser, NoiseSource
+from cm.types import Denoiser, NoiseSource, Result
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Sampler(ABC):
     uses_rho: ClassVar[bool] = True                                 # whether the grid is a Karras grid
     uses_jvp: ClassVar[bool] = False                                # whether the denoiser is differentiated, forward
     uses_steps: ClassVar[bool] = True                               # whether the number of steps changes anything
+    networks: ClassVar[tuple[Result, ...]] = ("denoiser", "flow_map")       # of what kinds it makes images
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The noise levels of `steps` steps, float64 [steps+1]: a Karras grid, then 0.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cm.diffusion import linear_clock
 from cm.samplers.base import Sampler, lerp_to
-from cm.types import Denoiser, NoiseSource
+from cm.types import Denoiser, NoiseSource, Result
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class FlowMapSampler(Sampler):
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
+    networks: ClassVar[tuple[Result, ...]] = ("flow_map",)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """Levels whose times fall evenly to 0: float64 [steps+1]."""

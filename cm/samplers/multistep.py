@@ -12,7 +12,7 @@ from cm.diffusion.schedules import append_zero, karras_grid
 from cm.errors import UserError
 from cm.samplers.base import Sampler
 from cm.tensors import append_dims
-from cm.types import Denoiser, NoiseSource
+from cm.types import Denoiser, NoiseSource, Result
 
 EXAMPLE = "such as --ts 0,22,39 with --steps 40"
 
@@ -30,6 +30,7 @@ class Multistep(Sampler):
     sigma_min: float = 0.002
 
     accepts_churn: ClassVar[bool] = False
+    networks: ClassVar[tuple[Result, ...]] = ("consistency_function",)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The levels at which the network is evaluated, then 0: float64 [len(ts)].

@@ -9,7 +9,7 @@ import torch as th
 from torch import Tensor
 
 from cm.samplers.base import Sampler, lerp_to
-from cm.types import Denoiser, NoiseSource
+from cm.types import Denoiser, NoiseSource, Result
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class OneStep(Sampler):
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
     uses_steps: ClassVar[bool] = False
+    networks: ClassVar[tuple[Result, ...]] = ("consistency_function",)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """sigma_max, then 0: float64 [2]."""

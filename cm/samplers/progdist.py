@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cm.diffusion.schedules import karras_grid
 from cm.samplers.base import Sampler, lerp_to
-from cm.types import Denoiser, NoiseSource
+from cm.types import Denoiser, NoiseSource, Result
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class ProgDist(Sampler):
     """Euler steps on the grid that the student was trained on: `steps` of them, down to sigma_min, not to 0."""
 
     accepts_churn: ClassVar[bool] = False
+    networks: ClassVar[tuple[Result, ...]] = ("progressive_student",)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """A Karras grid of float64 [steps+1] that ends at sigma_min."""

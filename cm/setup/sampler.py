@@ -21,7 +21,6 @@ from cm.setup.model import parse_ts
 from cm.setup.objective import kind_of_result
 from cm.types import Sampler
 
-OF_CONSISTENCY_MODELS = ("onestep", "multistep")
 OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
 
 
@@ -57,11 +56,7 @@ def choose_sampler(settings: Settings) -> None:
 
 def fits(kind: type[Objective], sampler: str) -> bool:
     """Whether a sampler is meant for networks that an objective has trained."""
-    if kind.distillation or kind.sampler in OF_CONSISTENCY_MODELS:
-        return sampler in OF_CONSISTENCY_MODELS
-    if kind.sampler == "progdist":
-        return sampler in ("progdist", "euler")             # the same steps
-    return sampler not in (*OF_CONSISTENCY_MODELS, "progdist")
+    return sampler == kind.sampler or kind.result in SAMPLERS[sampler].networks
 
 
 def reach_all_levels(settings: Settings) -> None:
@@ -95,7 +90,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
     }
     _check_second_time(config.sampler, values["second_time"])
-    if config.sampler == "multistep":
+    if "consistency_function" in SAMPLERS[config.sampler].networks:
         options["sigma_min"] = level_of_images(settings)
     if solver.eta == OWN_ETA:
         del options["eta"]
@@ -107,14 +102,15 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
 
 
 def _check_second_time(sampler: str, second_time: bool) -> None:
-    """A flow map in one step is the sampler flowmap's; told no end, it is but a denoiser.
+    """A flow map in one step is the sampler flowmap's; without the end of a step, it is but a denoiser.
 
     :raises UserError: for a sampler that does not go with the network.
     """
-    if sampler == "flowmap" and not second_time:
-        raise UserError("--sampler flowmap is for flow maps (cm_train.py --training_mode meanflow or alphaflow), and "
-                        "this model is none; choose onestep for a consistency model, heun for a diffusion model")
-    if sampler in ("onestep", "multistep") and second_time:
+    networks = SAMPLERS[sampler].networks
+    if networks == ("flow_map",) and not second_time:
+        raise UserError(f"--sampler {sampler} is for flow maps (cm_train.py --training_mode meanflow or alphaflow), "
+                        "and this model is none; choose onestep for a consistency model, heun for a diffusion model")
+    if "consistency_function" in networks and second_time:
         raise UserError(f"--sampler {sampler} is for consistency models, and this is a flow map: choose --sampler "
                         "flowmap with --steps 1 or more")
 

@@ -8,6 +8,8 @@ from cm.config.flags import parse
 from cm.config.sampling_schema import EditConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.objectives import OBJECTIVES
+from cm.samplers import SAMPLERS
+from cm.samplers.heun import Heun
 from cm.samplers.sample import SampleOptions
 from cm.setup.objective import kind_of_result
 from cm.setup.sample import inherit_model
@@ -88,6 +90,18 @@ def test_indices_choose_multistep_for_a_consistency_model(trained):
 def test_every_sampler_fits_something():
     assert fits(kind_of_result("edm"), "ito") and fits(kind_of_result("progdist"), "euler")
     assert fits(kind_of_result("consistency_distillation"), "multistep")
+
+
+def test_a_new_sampler_or_method_says_itself_what_goes_with_it(monkeypatch):
+    class Restart(Heun):
+        networks = ("consistency_function",)
+
+    class Straightened(OBJECTIVES["edm"]):
+        result = "flow_map"
+
+    monkeypatch.setitem(SAMPLERS, "restart", Restart)
+    assert fits(kind_of_result("ect"), "restart") and not fits(kind_of_result("edm"), "restart")
+    assert fits(Straightened, "flowmap") and fits(Straightened, "heun") and not fits(Straightened, "onestep")
 
 
 def editing(*argv):
