@@ -1,7 +1,7 @@
 """openai/consistency_models' `cm.losses`: two Gaussian likelihood terms.
 
 Nothing of the toolkit uses them: its networks predict no variance. Shapes are free; all functions work elementwise.
-Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), section 3.3; Page 1977 for the approximation of the normal law.
+Source: Ho et al. 2020 (DDPM, arXiv 2006.11239), section 3.3; Page 1977 for the approximation of the normal cdf.
 """
 
 from __future__ import annotations

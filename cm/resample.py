@@ -1,7 +1,7 @@
-"""openai/consistency_models' `cm.resample`: the laws from which training draws its noise levels.
+"""openai/consistency_models' `cm.resample`: the noise distributions of training.
 
-A compatibility module: the laws are those of `cm.diffusion.noise_sampling`, here with `weights()`, with a diffusion in
-the place of a grid, and with losses that are gathered from all ranks. `sample` returns noise levels where a law has a
+A compatibility module: they are those of `cm.diffusion.noise_sampling`, here with `weights()`, with a diffusion in
+the place of a grid, and with losses that are gathered from all ranks. `sample` returns noise levels where there is a
 grid; the original returns their indices, which its losses then take for noise levels.
 
 Shapes: N batch, K noise levels of a grid (`diffusion.num_timesteps`, 40).
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class ScheduleSampler(noise_sampling.ScheduleSampler):
-    """A law on K levels, in proportion to `weights`; the loss weights 1 / (K p) make up for what it prefers."""
+    """A distribution on K levels, in proportion to `weights`; the loss weights are 1 / (K p)."""
 
     @abstractmethod
     def weights(self) -> NDArray[np.floating]:
@@ -61,7 +61,7 @@ class UniformSampler(noise_sampling.UniformSampler, ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A law that follows the losses of the levels."""
+    """A distribution that follows the losses of the levels."""
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Take in the losses of all ranks; one step of all ranks together, whose batches may differ in size.
@@ -135,7 +135,7 @@ NAMED = {
 
 
 def create_named_schedule_sampler(name: str, diffusion: Any) -> noise_sampling.ScheduleSampler:
-    """The law `name`: uniform, loss-second-moment or lognormal, or another of `noise_sampling.SCHEDULE_SAMPLERS`.
+    """The distribution `name`: uniform, loss-second-moment, lognormal, or another of `SCHEDULE_SAMPLERS`.
 
     :raises UserError: for an unknown name; the message lists the choices.
     """

@@ -17,7 +17,7 @@ from torch.types import Device
 
 Result = Literal["denoiser", "consistency_function", "progressive_student", "flow_map"]
 """What training makes of a network: D(x, sigma) at all levels; the image from any level; a denoiser for the steps of
-progressive distillation; D(x, sigma, gap), which is told how far a step goes."""
+progressive distillation; D(x, sigma, gap), which is conditioned on the length of a step."""
 
 
 class Scalings(NamedTuple):

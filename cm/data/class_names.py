@@ -79,7 +79,7 @@ def require_same(known: ClassNames, found: ClassNames, checkpoint: str, data: st
     :param known: the names in the checkpoint.
     :param found: the names in the data.
     :param checkpoint, data: how messages name the two.
-    :param allowed: whether a difference is only told.
+    :param allowed: whether a difference is only a warning.
     :returns: a warning for the log, empty where all is as it was.
     :raises UserError: if the lists differ and that is not allowed.
     """

@@ -92,6 +92,13 @@ class Diffusion:
         """A consistency function's c_skip, c_out, c_in."""
         return self.boundary.scalings(sigma)
 
+    def noise_labels(self, sigmas: Tensor, dtype: th.dtype = th.float32) -> Tensor:
+        """What the network is conditioned on at these levels, time_scale c_noise: [N].
+
+        :param dtype: of the images; the labels have it too, but are float32 at least.
+        """
+        return (self.time_scale * self.scaling.c_noise(sigmas)).to(th.promote_types(dtype, th.float32))
+
     def noise_levels(self, n: int, device: Device = "cpu", dtype: th.dtype = th.float32) -> Tensor:
         """The Karras grid of n levels from sigma_max to sigma_min: [n]."""
         return karras_grid(n, self.sigma_min, self.sigma_max, self.rho, device, dtype)
@@ -105,8 +112,7 @@ class Diffusion:
         :param model_kwargs: the conditioning of the network, such as class labels y [N].
         """
         c_skip, c_out, c_in = (append_dims(c, x_t.ndim) for c in self.scaling.scalings(sigmas))
-        time = (self.time_scale * self.scaling.c_noise(sigmas)).to(th.promote_types(x_t.dtype, th.float32))
-        model_output = model(c_in * x_t, time, **model_kwargs).to(x_t.dtype)
+        model_output = model(c_in * x_t, self.noise_labels(sigmas, x_t.dtype), **model_kwargs).to(x_t.dtype)
         return model_output, th.addcmul(c_skip * x_t, c_out, model_output)
 
     def bind(self, model: nn.Module) -> Denoiser:

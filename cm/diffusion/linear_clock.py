@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch as th
 from torch import Tensor
 
 from cm.diffusion.denoiser import Diffusion
@@ -50,9 +49,7 @@ def mean_velocity_of(
     def u(y: Tensor, s: Tensor, r: Tensor) -> Tensor:
         wide = append_dims(s, y.ndim)
         V = ((1 - wide) * sd) ** 2 + wide**2
-        told = diffusion.time_scale * diffusion.scaling.c_noise(level(s))
-        told = told.to(th.promote_types(y.dtype, th.float32))
-        output = model(y * V.rsqrt(), told, gap=s - r, **cond)
+        output = model(y * V.rsqrt(), diffusion.noise_labels(level(s), y.dtype), gap=s - r, **cond)
         return (wide - (1 - wide) * sd**2) / V * y - sd * V.rsqrt() * output
 
     return u

@@ -35,7 +35,6 @@ def network_of(
     :param diffusion: of EDM's scalings.
     """
     def F(x: Tensor, log_sigma: Tensor) -> Tensor:
-        time = diffusion.time_scale * diffusion.scaling.c_noise(log_sigma.exp())
-        return -model(x, time.to(th.promote_types(x.dtype, th.float32)), **cond)
+        return -model(x, diffusion.noise_labels(log_sigma.exp(), x.dtype), **cond)
 
     return F

@@ -31,7 +31,7 @@ class Companion:
     :param name: its role, and the name of its files in a checkpoint; it ends in "_model".
     :param origin: where its first weights come from: "online", a copy of the online network at the start; "teacher",
         the file that --teacher_model_path names; "new", weights drawn for it.
-    :param changes: "never": it stands still, and no checkpoint holds it. "by_objective": `after_step` changes its
+    :param changes: "never": it is frozen, and no checkpoint holds it. "by_objective": `after_step` changes its
         parameters. "trained": it has an optimizer, and takes the steps that `updates` gives it.
     :param distillation: whether it is scaled as a consistency function, with D(x, sigma_min) = x.
     """
@@ -45,7 +45,7 @@ class Companion:
 TARGET = Companion("target_model", "online", "by_objective", distillation=True)
 """A slowly moving average of the online network, which online outputs are compared with."""
 TEACHER = Companion("teacher_model", "teacher", "never")
-"""A diffusion model that stands still."""
+"""A frozen diffusion model."""
 
 
 class Objective(ABC):
@@ -63,9 +63,9 @@ class Objective(ABC):
     few_step: ClassVar[bool] = False
     """Whether the result leads from any noise level to an image in one evaluation; a denoiser does not."""
     second_time: ClassVar[bool] = False
-    """Whether the network is also told where its step ends: a flow map."""
+    """Whether the network is also conditioned on where its step ends: a flow map."""
     needs_slow_clock: ClassVar[bool] = False
-    """Whether the loss depends on the slope of the network in the time that it is told; see `cm.setup.clock`."""
+    """Whether the loss depends on the slope of the network in its noise label; see `cm.setup.clock`."""
     full_precision_passes: ClassVar[bool] = False
     """Whether parts of the loss run networks in float32, whatever the precision of the run. Where none does, a bf16 run
     stores companions without gradients as its autocast would cast them at every pass."""

@@ -126,7 +126,7 @@ SCALE_MODES = {
 
 
 def fixed_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callable[[int], float]:
-    """`start_ema` for ever; 1, a target that stands still, for progressive distillation, which has none."""
+    """`start_ema` for ever; 1, a target that never moves, for progressive distillation, which has none."""
     rate = 1.0 if scale_mode == "progdist" else start_ema
     return lambda n: rate
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
-import torch as th
 from torch import Tensor, nn
 
 from cm.diffusion.denoiser import Diffusion
@@ -39,7 +37,7 @@ class Uncertainty(EDM):
     u is a second output of the network. Where it is best, it is the logarithm of the expected weighted loss at sigma,
     so that all noise levels count alike in the gradient.
 
-    :param noise_labels: what the network is told at noise levels, [N] -> [N].
+    :param noise_labels: what the network is conditioned on at noise levels, [N] -> [N].
     """
 
     options: ClassVar[tuple[str, ...]] = ("noise_mean", "noise_std")
@@ -48,32 +46,26 @@ class Uncertainty(EDM):
 
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Uncertainty:
-        """:raises UserError: for a network without an estimate of its uncertainty, or another law of noise levels."""
+        """:raises UserError: for a network without an estimate of its uncertainty, or another noise distribution."""
         if values["arch"] in WITHOUT:
             raise UserError(f"--objective uncertainty needs a network that estimates its uncertainty, and --arch "
                             f"{values['arch']} does not: choose --arch edm2, or --objective edm")
-        law = values["schedule_sampler"]
-        if law != "lognormal":
-            raise UserError(f"--schedule_sampler {law}: --objective uncertainty draws ln sigma from a normal "
+        name = values["schedule_sampler"]
+        if name != "lognormal":
+            raise UserError(f"--schedule_sampler {name}: --objective uncertainty draws ln sigma from a normal "
                             "distribution, see --noise_mean and --noise_std; drop the flag")
         return cls.of(diffusion, LogNormalSampler(), {name: values[name] for name in cls.options})
 
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> Uncertainty:
         """With the weights and the clock of a diffusion; the distribution is that of the options."""
-        law = LogNormalSampler(options["noise_mean"], options["noise_std"])
-        return cls(diffusion.weight, law, partial(told, diffusion))
+        own = LogNormalSampler(options["noise_mean"], options["noise_std"])
+        return cls(diffusion.weight, own, lambda sigma: diffusion.noise_labels(sigma, sigma.dtype))
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
         terms = edm_terms(nets.online, batch.images, noise, sigma, self.weight, batch.cond)
         u = log_variance(nets.online_model, self.noise_labels(sigma))
         return LossTerms(terms.loss * (-u).exp() + u, sigma, {**terms.logs, "log_variance": u})
-
-
-def told(diffusion: Diffusion, sigma: Tensor) -> Tensor:
-    """The noise labels that a diffusion tells its network: [N] -> [N], float32 at least."""
-    wide = th.promote_types(sigma.dtype, th.float32)
-    return (diffusion.time_scale * diffusion.scaling.c_noise(sigma)).to(wide)
 
 
 def log_variance(model: nn.Module, noise_labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cm.types import Denoiser, NoiseSource, Result
 
 @dataclass(frozen=True)
 class FlowMapSampler(Sampler):
-    """Euler's steps with a denoiser that is told how far they go; exact for the exact flow map, however few there are.
+    """Euler's steps with a denoiser that knows their length; exact for the exact flow map, however few there are.
 
     The levels are evenly spaced on the linear clock, from sigma_max to 0.
     """

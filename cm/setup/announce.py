@@ -35,7 +35,7 @@ SAMPLES_SHOWN = 64                                          # images of the comm
 def data_line(source: ImageSource | ImageStream, class_cond: bool, channels: int = 3) -> str:
     """'8 images of D, classes from sub-folders: cat 3, dog 5', with at most `CLASSES_SHOWN` of the classes.
 
-    :param class_cond: whether the network is told of them.
+    :param class_cond: whether the network is conditioned on them.
     :param channels: of the images that it sees.
     """
     if not isinstance(source, ImageSource):

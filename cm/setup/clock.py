@@ -1,8 +1,8 @@
-"""How fast the time that a network is told runs: warn of a clock that few-step objectives cannot follow.
+"""How fast the noise label of a network runs: warn of a clock that few-step objectives cannot follow.
 
 Objectives that compare close noise levels, or differentiate by them, train the slope of the network in ln sigma.
-guided-diffusion's U-Net is told 250 ln(sigma), whose fastest wave turns by 250 radians per unit; most of the slope is
-then a ripple of the embedding.
+guided-diffusion's U-Net is conditioned on 250 ln(sigma), whose fastest wave turns by 250 radians per unit; most of the
+slope is then a ripple of the embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FREQUENCY = {"ncsnpp": 2 * math.pi * 16, "edm2": 2 * math.pi}
 def clock_speed(diffusion: Diffusion, arch: str) -> float:
     """Radians that the fastest wave of the embedding turns per unit of ln sigma, at the level where it is fastest."""
     levels = geometric_grid(400, diffusion.sigma_min, diffusion.sigma_max)
-    time = diffusion.time_scale * diffusion.scaling.c_noise(levels)
+    time = diffusion.noise_labels(levels, levels.dtype)
     return FREQUENCY.get(arch, 1.0) * (time.diff() / levels.log().diff()).abs().max().item()
 
 

@@ -45,7 +45,7 @@ class OpenedData(NamedTuple):
     """The images of a run.
 
     :param stream: from the samples already consumed to the endless iterator of this rank's batches.
-    :param class_names: of the classes that the network is told of, where they are known.
+    :param class_names: of the classes that the network is conditioned on, where they are known.
     """
 
     stream: Any
@@ -72,7 +72,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         _check_stream(settings, shards)
     else:
         source, class_names = _open_images(settings, data)
-    if data.augment and "random_flip" not in settings.given:        # the network would not be told of these flips
+    if data.augment and "random_flip" not in settings.given:        # the labels would not show these flips
         settings.replace(random_flip=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
@@ -176,7 +176,7 @@ def open_stream(
 def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
     """The data of `open_data` with --augment's transforms.
 
-    :raises UserError: if the network cannot be told of them.
+    :raises UserError: if the network cannot be conditioned on them.
     """
     p = settings.section(DataConfig).augment
     if not p:

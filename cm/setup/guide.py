@@ -246,7 +246,7 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings) -> Any:
     interval = _within(guide.interval, known)
     if interval != guide.interval:
         logger.log(f"the guide knows noise levels from {known[0]:g} to {known[1]:g}, and acts at no other")
-    denoise = told(own.bind(model), guide.settings.values)
+    denoise = with_known_conditioning(own.bind(model), guide.settings.values)
     return NetworkGuidedDiffusion(diffusion, Guidance(lambda D: denoise, guide.scale, *interval))
 
 
@@ -256,7 +256,7 @@ def _within(interval: tuple[float, float], levels: tuple[float, float]) -> tuple
     return max(interval[0], levels[0] * (1 - rounding)), min(interval[1], levels[1] * (1 + rounding))
 
 
-def told(D: Denoiser, values: dict[str, Any]) -> Denoiser:
+def with_known_conditioning(D: Denoiser, values: dict[str, Any]) -> Denoiser:
     """A denoiser that is given any conditioning, and passes on what its network takes."""
     takes = {
         "y": values["class_cond"], "augment_labels": values["augment_dim"] > 0, "gap": values.get("second_time", False),

@@ -208,7 +208,7 @@ def _same_attention(settings: Settings, taken: Taken, known: Mapping[str, Any]) 
 
 
 def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """A diffusion model that starts from the weights of another may be told the time in its own way."""
+    """A diffusion model that starts from the weights of another may have noise labels of its own."""
     values = settings.values
     fine_tunes = values.get("resume_checkpoint") and values.get("training_mode") == "edm"
     if fine_tunes and settings.is_given("time_scale") and values["time_scale"] != taken.get("time_scale"):

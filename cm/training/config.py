@@ -114,7 +114,7 @@ class RunParts:
     :param start: the file `resume_checkpoint`, where it has been read already.
     :param flags: resolved flags, saved with every checkpoint.
     :param class_names: the names of the classes in the data, saved with every checkpoint; empty where they are not
-        known, or the network is not told of them.
+        known, or the network is not conditioned on them.
     """
 
     model: nn.Module

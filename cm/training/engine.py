@@ -60,8 +60,8 @@ class Engine:
 class ShardedEngine(Engine):
     """fsdp, hsdp: networks, gradients, optimizers and averages lie in shards; a pass gathers one block at a time.
 
-    Networks that stand still are divided like the trained ones: they are as large, and would soon be most of what a
-    rank holds.
+    Frozen networks are divided like the trained ones: they are as large, and would soon be most of what a rank
+    holds.
 
     :param half: parameters of blocks are gathered in bfloat16.
     """

@@ -104,7 +104,7 @@ class TrainLoop:
         stores_casts = self.trainer.precision == "bf16" and not self.objective.full_precision_passes
         self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name], stores_casts)
                        for name in roles(declared, "by_objective")}
-        for name in roles(declared, "never"):               # nobody needs the masters of a network that stands still
+        for name in roles(declared, "never"):               # nobody needs the masters of a frozen network
             if self.trainer.use_fp16:
                 halve(models[name])
             elif stores_casts and not layouts[name].is_sharded:

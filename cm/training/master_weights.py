@@ -39,7 +39,7 @@ def halve(model: nn.Module) -> None:
 
 
 def store_as_autocast(model: nn.Module) -> None:
-    """Let a network that stands still hold the weights that bf16's autocast would make of its own at every pass."""
+    """Let a frozen network hold the weights that bf16's autocast would make of its own at every pass."""
     if isinstance(model, HalfPrecisionTrunk):               # others are cast at every pass
         model.store_as_autocast(th.bfloat16)
 

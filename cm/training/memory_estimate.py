@@ -153,7 +153,7 @@ def own_rows(params: Sequence[Tensor], shards: int) -> list[Tensor]:
 
 
 def companion_bytes(model: nn.Module, run: PlannedRun) -> tuple[int, int]:
-    """What a companion without gradients holds, if it stands still and if the objective moves it.
+    """What a companion without gradients holds, if it is frozen and if the objective moves it.
 
     :param model: the float32 network, on the meta device; it is not changed.
     """
