@@ -21,10 +21,10 @@ from torch.types import Device
 from cm.config.arguments import shared_fields, takes_fields
 from cm.diffusion.schedules import get_sigmas_karras
 from cm.diffusion.weightings import get_weightings
-from cm.generate import editing
-from cm.generate.editing import iterative_colorization, iterative_superres
+from cm.generate.editing import Colorize, Edit, Inpaint, SuperRes, constrained
 from cm.objectives.karras_denoiser import KarrasDenoiser
-from cm.samplers import Churn
+from cm.random_util import DummyGenerator
+from cm.samplers import Churn, integrate, make_sampler
 from cm.samplers.functions import (
     get_ancestral_step,
     sample_dpm,
@@ -90,16 +90,48 @@ def karras_sample(arguments: KarrasSampleArguments) -> Tensor:
     ).images
 
 
+# --- edits: they start from x [N,C,H,W], noise of level t_max, visit the levels ts of a Karras grid, and return the
+# edited images and the kept part; distiller(x, sigma [N]) is the consistency function ---------------------------------
+
+
+@th.no_grad()
+def _replace_and_denoise(
+    distiller: Denoiser, edit: Edit, x: Tensor, ts: Sequence[int], t_min: float, t_max: float, rho: float, steps: int,
+    generator: NoiseSource | None,
+) -> Tensor:
+    sampler = make_sampler("multistep", {"ts": ts, "sigma_min": t_min})
+    sigmas = sampler.grid(steps, t_min, t_max, rho)
+    return integrate(sampler, constrained(distiller, edit), x, sigmas, generator or DummyGenerator())
+
+
 def iterative_inpainting(
     distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
     rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill in a part of images, see `cm.generate.editing.iterative_inpainting`.
+    """Fill in where the mask is 0, see `Inpaint`; the second value shows the known pixels on black.
 
-    :param mask: 1 where a pixel is known, 0 where it is to be filled in; by default a large letter S is filled in.
+    :param mask: 1 where a pixel is known; by default a large letter S is filled in.
     """
-    mask = letter_mask(*x.shape[-2:]) if mask is None else mask
-    return editing.iterative_inpainting(distiller, images, x, ts, t_min, t_max, rho, steps, generator, mask=mask)
+    edit = Inpaint(images.to(x), letter_mask(*x.shape[-2:]) if mask is None else mask)
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.known
+
+
+def iterative_colorization(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Color images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
+    edit = Colorize(images.to(x))
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
+
+
+def iterative_superres(
+    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
+    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, factor: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Sharpen images of known patch means, see `SuperRes`; the second value holds the means."""
+    edit = SuperRes(images.to(x), factor)
+    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
 
 
 def letter_mask(height: int, width: int) -> Tensor:

@@ -11,8 +11,12 @@ import torch as th
 
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.errors import UserError
-from cm.generate.editing import iterative_colorization, iterative_inpainting, iterative_superres
-from cm.karras_diffusion import karras_sample
+from cm.karras_diffusion import (
+    iterative_colorization,
+    iterative_inpainting,
+    iterative_superres,
+    karras_sample,
+)
 from cm.logging import logger
 from cm.networks.build import CHANNEL_MULT
 from cm.objectives import distances

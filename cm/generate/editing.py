@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.types import Device
 
 from cm.errors import UserError
-from cm.random_util import DummyGenerator
-from cm.samplers import Churn, integrate, make_sampler
+from cm.samplers import Churn, integrate
 from cm.tensors import append_dims, clip_to_pixels
 from cm.types import Denoiser, NoiseSource, Sampler
 
@@ -265,45 +264,3 @@ def run_edit(
     levels = edit.levels(sigmas)
     x = edit.begin(levels[0].item(), rng)
     return edit.project(integrate(sampler, constrained(D, edit, clip_denoised), x, levels, rng, churn=churn))
-
-
-# --- the names of openai/consistency_models --------------------------------------------------------------------------
-# These functions start from x [N,C,H,W], noise of level t_max, visit the levels ts of a Karras grid, and return the
-# edited images and the kept part; distiller(x, sigma [N]) is the consistency function.
-
-
-@th.no_grad()
-def _replace_and_denoise(
-    distiller: Denoiser, edit: Edit, x: Tensor, ts: Sequence[int], t_min: float, t_max: float, rho: float, steps: int,
-    generator: NoiseSource | None,
-) -> Tensor:
-    sampler = make_sampler("multistep", {"ts": ts, "sigma_min": t_min})
-    sigmas = sampler.grid(steps, t_min, t_max, rho)
-    return integrate(sampler, constrained(distiller, edit), x, sigmas, generator or DummyGenerator())
-
-
-def iterative_inpainting(
-    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
-    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, mask: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Fill in where the mask is 0, see `Inpaint`; the second value shows the known pixels on black."""
-    edit = Inpaint(images.to(x), mask)
-    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.known
-
-
-def iterative_colorization(
-    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
-    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Color images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
-    edit = Colorize(images.to(x))
-    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
-
-
-def iterative_superres(
-    distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
-    rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, factor: int = 8,
-) -> tuple[Tensor, Tensor]:
-    """Sharpen images of known patch means, see `SuperRes`; the second value holds the means."""
-    edit = SuperRes(images.to(x), factor)
-    return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept

@@ -18,13 +18,10 @@ from cm.generate.editing import (
     Stroke,
     SuperRes,
     constrained,
-    iterative_colorization,
-    iterative_inpainting,
-    iterative_superres,
     run_edit,
     slerp,
 )
-from cm.karras_diffusion import KarrasDenoiser
+from cm.karras_diffusion import KarrasDenoiser, iterative_colorization, iterative_inpainting, iterative_superres
 from cm.random_util import SampleStreams
 from cm.samplers import SAMPLERS, make_sampler
 from support import golden
@@ -73,11 +70,11 @@ def golden_distiller(y: th.Tensor):
 
 
 @pytest.mark.parametrize(
-    "name, door", [("colorization", iterative_colorization), ("superres", iterative_superres)]
+    "name, function", [("colorization", iterative_colorization), ("superres", iterative_superres)]
 )
-def test_golden_edits(name, door):
+def test_golden_edits(name, function):
     draws = Scripted(*golden.tensor("edit/noise"))
-    x, images = door(
+    x, images = function(
         golden_distiller(golden.tensor("edit/y")), golden.tensor("edit/images"), golden.tensor("edit/x_T"), (0, 5, 9),
         steps=10, generator=draws,
     )
@@ -97,10 +94,10 @@ def test_golden_inpainting():
     assert th.equal(x[mask.bool()], given[mask.bool()])
 
 
-@pytest.mark.parametrize("door", [iterative_colorization, iterative_superres])
-def test_doors_draw_from_the_global_generator_by_default_and_take_float64(door):
+@pytest.mark.parametrize("function", [iterative_colorization, iterative_superres])
+def test_edits_draw_from_the_global_generator_by_default_and_take_float64(function):
     images, x = th.rand(2, 3, 16, 8), 80 * th.randn(2, 3, 16, 8, dtype=th.float64)
-    x, kept = door(Gaussian(0.1, 0.5).f, images, x, (0, 2, 5), steps=6)
+    x, kept = function(Gaussian(0.1, 0.5).f, images, x, (0, 2, 5), steps=6)
     assert x.dtype == kept.dtype == th.float64 and x.isfinite().all()
 
 
