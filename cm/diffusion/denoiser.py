@@ -21,7 +21,7 @@ from cm.diffusion.weightings import WEIGHTINGS, get_weightings
 from cm.errors import UserError
 from cm.registry import lookup
 from cm.tensors import append_dims
-from cm.types import Denoiser, Scalings
+from cm.types import Denoiser
 
 Self = TypeVar("Self", bound="Diffusion")
 
@@ -76,21 +76,9 @@ class Diffusion:
         """The signal-to-noise ratio, 1 / sigma^2."""
         return sigmas**-2
 
-    def get_sigmas(self, sigmas: Tensor) -> Tensor:
-        """The noise levels themselves: in EDM's process the time is the noise level."""
-        return sigmas
-
     def weight(self, sigmas: Tensor) -> Tensor:
         """The weight of the loss."""
         return get_weightings(self.weight_schedule, self.get_snr(sigmas), self.sigma_data)
-
-    def get_scalings(self, sigma: Tensor) -> Scalings:
-        """c_skip, c_out, c_in of a diffusion model, EDM's unless `precond` says otherwise."""
-        return self.plain.scalings(sigma)
-
-    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> Scalings:
-        """A consistency function's c_skip, c_out, c_in."""
-        return self.boundary.scalings(sigma)
 
     def noise_labels(self, sigmas: Tensor, dtype: th.dtype = th.float32) -> Tensor:
         """What the network is conditioned on at these levels, time_scale c_noise: [N].

@@ -23,7 +23,7 @@ from cm.objectives.distances import Distance, get_distance
 from cm.objectives.edm import EDM, edm_terms
 from cm.objectives.progdist import ProgressiveDistillation
 from cm.registry import lookup
-from cm.types import Batch, LossTerms, Networks
+from cm.types import Batch, LossTerms, Networks, Scalings
 
 __all__ = ["KarrasDenoiser"]
 
@@ -49,6 +49,20 @@ class KarrasDenoiser(Diffusion):
     def distance(self) -> Distance:
         """The distance that `loss_norm` names, which may be set at any time."""
         return get_distance(self.loss_norm)
+
+    # --- noise levels and scalings: [N] -> [N] ---------------------------------------------------------------------
+
+    def get_sigmas(self, sigmas: Tensor) -> Tensor:
+        """The noise levels themselves: in EDM's process the time is the noise level."""
+        return sigmas
+
+    def get_scalings(self, sigma: Tensor) -> Scalings:
+        """c_skip, c_out, c_in of a diffusion model, EDM's unless `precond` says otherwise."""
+        return self.plain.scalings(sigma)
+
+    def get_scalings_for_boundary_condition(self, sigma: Tensor) -> Scalings:
+        """A consistency function's c_skip, c_out, c_in."""
+        return self.boundary.scalings(sigma)
 
     # --- objectives ------------------------------------------------------------------------------------------------
 

@@ -45,11 +45,6 @@ def gamma_of(std: float) -> float:
     return float(roots.real.max())
 
 
-def std_of(gamma: float) -> float:
-    """The relative width of an exponent: equation 123."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def decay(images: float, batch: float, std: float) -> float:
     """What a step leaves of the average: equation 127. The first step copies the weights.
 

@@ -54,15 +54,6 @@ class Moments:
         if self._count >= WAITING:
             self._take_in()
 
-    def merge(self, other: Moments) -> None:
-        """Take in what another part of the set has gathered.
-
-        :raises ValueError: if its dimension differs.
-        """
-        if len(other.s) != len(self.s):
-            raise ValueError(f"cannot merge moments of {len(other.s)} and {len(self.s)} dimensions")
-        self.add_sums(other.n, other.s, other.Q)
-
     def add_sums(self, n: int, s: Array, Q: Array) -> None:
         """Take in the sums of another part of the set."""
         self.n += n

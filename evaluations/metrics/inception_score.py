@@ -17,7 +17,7 @@ class InceptionScore:
     """exp of the mean divergence of p(y|x) from p(y), per chunk of `split_size` images in file order, then averaged.
 
     Salimans et al. 2016, "Improved Techniques for Training GANs". A chunk is kept as its count, its sum of p ln p and
-    its sum of p, which add up, so parts of a set may be scored apart and merged.
+    its sum of p, which add up, so parts of a set may be scored apart, see `sums`.
     """
 
     def __init__(self, split_size: int = SPLIT_SIZE):
@@ -51,16 +51,6 @@ class InceptionScore:
                 raise ValueError(f"logits of {len(p)} classes after logits of {len(p_old)}")
             n, p_log_p, p = n + n_old, p_log_p + p_log_p_old, p + p_old
         self.chunks[number] = (n, p_log_p, p)
-
-    def merge(self, other: InceptionScore) -> None:
-        """Take in the chunks of another part of the set.
-
-        :raises ValueError: if it was cut into chunks of another size.
-        """
-        if other.split_size != self.split_size:
-            raise ValueError(f"cannot merge scores of split_size {other.split_size} and {self.split_size}")
-        for number, sums in other.chunks.items():
-            self.add(number, *sums)
 
     def sums(self) -> list[NDArray[Any]]:
         """One array [chunks,2+K]: n, sum p ln p and sum p of every chunk up to the last one seen."""

@@ -32,13 +32,12 @@ def test_moments_are_golden_in_any_batches(features, suffix, side):
     np.testing.assert_allclose(sigma, GOLDEN[f"sigma{suffix}_{side}"], rtol=0, atol=1e-13)
 
 
-def test_merged_moments_are_those_of_the_whole():
+def test_moments_of_added_sums_are_those_of_the_whole():
     x = np.random.default_rng(0).normal(2, 3, (90, 5))
     parts = [moments(part) for part in np.array_split(x, 4)]
-    for part in parts[1:]:
-        parts[0].merge(part)
-    assert parts[0].n == 90
-    mu, sigma = parts[0].finalize()
+    total = parts[0].with_sums([sum(column) for column in zip(*(part.sums() for part in parts))])
+    assert total.n == 90
+    mu, sigma = total.finalize()
     np.testing.assert_allclose(mu, x.mean(0), rtol=1e-13)
     np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-12)
 
@@ -58,8 +57,6 @@ def test_moments_refuse_what_they_cannot_use():
         m.update(np.ones((2, 4)))
     with pytest.raises(ValueError, match="not all finite"):
         m.update(np.array([[1, np.nan, 2]]))
-    with pytest.raises(ValueError, match="cannot merge moments of 2 and 3"):
-        m.merge(Moments(2))
     with pytest.raises(ValueError, match="of shape"):
         m.update(np.ones(3))
     assert m.n == 1
