@@ -31,6 +31,7 @@ ELSEWHERE = {
     "cm/data/labelled.py": "datasets/test_encode.py",
     "cm/data/raw.py": "datasets/test_dataset_tool.py",
     "cm/generate/edit_tasks.py": "scripts/test_image_edit.py",
+    "cm/generate/edit_inputs.py": "scripts/test_image_edit.py",
     "cm/pipeline/loading.py": "pipeline/test_pipeline.py",
     "cm/pipeline/pictures.py": "pipeline/test_pipeline.py",
     "cm/setup/export.py": "scripts/test_convert_checkpoint.py",

@@ -5,11 +5,10 @@ Shapes: N batch, S image_size, n results of one rank in one round.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from cm.config.flags import Settings
 from cm.config.sampling_schema import EditConfig
 from cm.data.class_names import numbered_as
-from cm.data.decode import IMAGE_BYTES, decode
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
 from cm.diffusion.schedules import karras_grid
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from cm.generate.edit_inputs import Arcs, box_mask, find_arcs, read_mask
 from cm.generate.editing import (
     Between,
     Colorize,
@@ -39,8 +38,6 @@ from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, 
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, known_latents, run_picture_edit
 from cm.generate.npz import to_array
-from cm.io import budget, untrusted
-from cm.io.storage import open_file
 from cm.registry import lookup
 from cm.samplers import Churn, CountingDenoiser
 from cm.samplers.sample import BindsNetworks
@@ -49,15 +46,6 @@ from cm.types import NoiseSource, Sampler
 STROKE_START = 16 / 39                                      # of the levels, where a stroke painting gets its noise
 EditMaker = Callable[[Tensor, NoiseSource], Edit]
 """Makes an edit of images [N,C,S,S] and the noise source of their samples."""
-
-
-@dataclass(frozen=True)
-class Arcs:
-    """Which results lie between which samples; one row per result."""
-
-    ends: np.ndarray                                        # [R,2], sample indices
-    weights: np.ndarray                                     # [R], 0 for the first of the two
-    per_pair: int                                           # how many results a pair has
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,7 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     churn = Churn(*(values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")))
     source = arcs = None
     if config.task == "interpolate":
-        arcs = _find_arcs(config)
+        arcs = find_arcs(config)
         count = len(arcs.weights)
     else:
         source = _find_images(config, plan)
@@ -182,7 +170,7 @@ class Task(NamedTuple):
 def _prepare_inpainting(config: EditConfig, space: ImageSpace) -> EditMaker:
     if bool(config.mask) == bool(config.mask_box):
         raise UserError("--task inpaint needs either --mask FILE (white is known) or --mask_box top,left,height,width")
-    mask = read_mask(config.mask, space.size) if config.mask else _box_mask(config.mask_box, space.size)
+    mask = read_mask(config.mask, space.size) if config.mask else box_mask(config.mask_box, space.size)
     if mask.all():
         raise UserError(f"--mask {config.mask}: every pixel is known, so there is nothing to fill in; 0 is unknown")
     if not mask.any():
@@ -272,68 +260,3 @@ def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:
             "choose one of them with --class_label"
         )
     return source
-
-
-def read_mask(path: str, size: int) -> np.ndarray:
-    """[S,S] boolean, True where known."""
-    try:
-        with open_file(path) as file:
-            data = budget.read_file(file, IMAGE_BYTES)
-        if path.lower().endswith(".npy"):
-            mask = untrusted.read_array(io.BytesIO(data), len(data))
-        else:
-            mask = np.asarray(decode(data).convert("L")) >= 128
-    except MemoryError:
-        raise
-    except Exception as error:                              # decoders raise many kinds
-        raise UserError(f"--mask {path} cannot be read as a picture or npy: {error}") from None
-    if mask.shape != (size, size):
-        raise UserError(f"--mask {path} is {list(mask.shape)}; the network's images need a mask of [{size}, {size}]")
-    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
-        raise UserError(f"--mask {path} must hold 1 where a pixel is known and 0 where it is not, nothing else")
-    return mask.astype(bool)
-
-
-def _box_mask(box: str, size: int) -> np.ndarray:
-    """[S,S] boolean, False inside top,left,height,width."""
-    numbers = _parse_numbers("mask_box", box, int, "8,8,16,16 for top,left,height,width")
-    if len(numbers) != 4 or min(numbers) < 0 or min(numbers[2:]) == 0:
-        raise UserError(f"--mask_box {box} is not top,left,height,width in pixels, such as 8,8,16,16")
-    top, left, height, width = numbers
-    if top + height > size or left + width > size:
-        raise UserError(f"--mask_box {box} reaches outside of images of {size}x{size} pixels")
-    mask = np.ones((size, size), bool)
-    mask[top : top + height, left : left + width] = False
-    return mask
-
-
-def _find_arcs(config: EditConfig) -> Arcs:
-    weights = _parse_numbers("interpolate_weights", config.interpolate_weights, float, "0,0.5,1")
-    if not weights or min(weights) < 0 or max(weights) > 1:
-        raise UserError(f"--interpolate_weights {config.interpolate_weights!r} must lie between 0 and 1")
-    pairs = np.array(_find_pairs(config), np.int64)          # [P,2]
-    return Arcs(pairs.repeat(len(weights), axis=0), np.tile(np.array(weights), len(pairs)), len(weights))
-
-
-def _find_pairs(config: EditConfig) -> list[tuple[int, int]]:
-    if not config.interpolate_pairs:
-        count = config.num_samples or 2
-        if count < 2:
-            raise UserError(f"--num_samples {count}: interpolation needs two at least")
-        return [(i, i + 1) for i in range(count - 1)]
-    if config.num_samples:
-        raise UserError("--num_samples and --interpolate_pairs both say what to interpolate; drop one of them")
-    pairs = []
-    for pair in config.interpolate_pairs.split(","):
-        ends = _parse_numbers("interpolate_pairs", pair, int, "0:1,4:7", separator=":")
-        if len(ends) != 2 or min(ends) < 0 or ends[0] == ends[1]:
-            raise UserError(f"--interpolate_pairs: {pair!r} is not a pair of two sample indices such as 0:1")
-        pairs.append((ends[0], ends[1]))
-    return pairs
-
-
-def _parse_numbers(flag: str, text: str, kind: type, example: str, separator: str = ",") -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(separator)]
-    except ValueError:
-        raise UserError(f"--{flag} {text!r} is no list of numbers such as {example}") from None

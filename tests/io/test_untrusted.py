@@ -25,7 +25,7 @@ from cm.data.formats import folder
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate import edit_tasks
+from cm.generate import edit_inputs
 from cm.generate.score_store import open_score_store
 from cm.io import untrusted
 from cm.logging.csv_rows import CSVWriter
@@ -120,8 +120,8 @@ READERS = {
     "npz of images": ("x.npz", lambda path: open_source(path, 8)),
     "npz of a batch": ("x.npz", statistics),
     "zip of images": ("x.zip", lambda path: open_source(path, 8).images(np.arange(1))),
-    "mask npy": ("x.npy", lambda path: edit_tasks.read_mask(path, 8)),
-    "mask picture": ("x.png", lambda path: edit_tasks.read_mask(path, 8)),
+    "mask npy": ("x.npy", lambda path: edit_inputs.read_mask(path, 8)),
+    "mask picture": ("x.png", lambda path: edit_inputs.read_mask(path, 8)),
     "config": ("x.yaml", config),
     "manifest": ("checkpoint_000010.json", manifest.read),
     "search state": ("x.json", lambda path: open_score_store(path, {})),
@@ -160,7 +160,7 @@ def test_postscript_in_a_png_does_not_start_ghostscript(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a_0.png").write_bytes(script)
     refused(lambda path: open_source(path, 8).image(0), tmp_path / "set", "a_0.png.*it is not an image")
-    refused(lambda path: edit_tasks.read_mask(path, 8), tmp_path / "set" / "a_0.png", "cannot be read")
+    refused(lambda path: edit_inputs.read_mask(path, 8), tmp_path / "set" / "a_0.png", "cannot be read")
     assert not (tmp_path / "executed").exists()
     with Image.open(io.BytesIO(script)) as picture, pytest.raises(OSError):
         picture.load()                                              # what would have happened
@@ -279,7 +279,7 @@ def test_arrays_that_claim_more_than_there_is(tmp_path, little_memory, name):
     (tmp_path / "x.npy").write_bytes(HEADERS[name] + bytes(200))
     refused(lambda path: open_source(path, 8), tmp_path / "x.npz", "is not an npz of plain arrays")
     refused(statistics, tmp_path / "x.npz", "arr_0")
-    refused(lambda path: edit_tasks.read_mask(path, 8), tmp_path / "x.npy", "cannot be read")
+    refused(lambda path: edit_inputs.read_mask(path, 8), tmp_path / "x.npy", "cannot be read")
 
 
 def test_an_honest_bomb_is_refused_before_it_swells(tmp_path, little_memory):
@@ -385,7 +385,7 @@ def test_pictures_are_refused_by_their_header(tmp_path, little_memory, name):
     data, message = BOMBS[name]
     (tmp_path / "a_0.png").write_bytes(data)
     refused(lambda path: open_source(path, 64).image(0), tmp_path, message)
-    refused(lambda path: edit_tasks.read_mask(path, 8), tmp_path / "a_0.png")
+    refused(lambda path: edit_inputs.read_mask(path, 8), tmp_path / "a_0.png")
 
 
 def test_an_npz_of_strips_is_refused(tmp_path, little_memory):

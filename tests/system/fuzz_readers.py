@@ -27,7 +27,7 @@ from cm.config.flags import parse
 from cm.config.schema import DataConfig, ModelConfig
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
-from cm.generate import edit_tasks
+from cm.generate import edit_inputs
 from cm.generate.score_store import open_score_store
 from cm.logging.csv_rows import CSVWriter
 from cm.logging.json_lines import JSONWriter
@@ -273,9 +273,9 @@ READERS = {
         lambda text: zipped({**IMAGES, "dataset.json": text})), zipped(IMAGES)),
     "npz of pictures": Reader("x.npz", read_images, both(zipped(ARRAYS), damaged_inside(ARRAYS)), zipped(ARRAYS)),
     "npz of a batch": Reader("x.npz", read_batch, both(zipped(ARRAYS), damaged_inside(ARRAYS)), zipped(ARRAYS)),
-    "mask picture": Reader("x.png", lambda path: edit_tasks.read_mask(path, SIDE),
+    "mask picture": Reader("x.png", lambda path: edit_inputs.read_mask(path, SIDE),
                            damaged(PICTURES) | damaged([PNG]).map(with_checksums), PNG),
-    "mask array": Reader("x.npy", lambda path: edit_tasks.read_mask(path, SIDE), damaged([npy(np.eye(SIDE))]),
+    "mask array": Reader("x.npy", lambda path: edit_inputs.read_mask(path, SIDE), damaged([npy(np.eye(SIDE))]),
                          npy(np.eye(SIDE))),
     "weights": Reader("x.pt", read_weights, TORCH, STORED_STATE),
     "weights without manifest": Reader("x.pt", read_bare_weights, TORCH, LEGACY_STATE),

@@ -25,7 +25,7 @@ from cm.data.sources import open_source
 from cm.distributed import setup as dist
 from cm.distributed.collectives import read_everywhere
 from cm.errors import UserError
-from cm.generate import edit_tasks
+from cm.generate import edit_inputs
 from cm.generate.png import PngFolder
 from cm.generate.score_store import open_score_store
 from cm.logging.csv_rows import CSVWriter
@@ -246,7 +246,7 @@ PIPES = {
     "zip of pictures": ("x.zip", lambda path: open_source(path, 8)),
     "npz of pictures": ("x.npz", lambda path: open_source(path, 8)),
     "npz of a batch": ("x.npz", BatchFile),
-    "mask": ("x.npy", lambda path: edit_tasks.read_mask(path, 8)),
+    "mask": ("x.npy", lambda path: edit_inputs.read_mask(path, 8)),
     "search state": ("x.json", lambda path: open_score_store(path, {})),
     "log": ("progress.csv", lambda path: CSVWriter(Path(path)).drop_after(1)),
     "JSON log": ("progress.json", lambda path: JSONWriter(Path(path))),
