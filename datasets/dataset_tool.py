@@ -26,7 +26,8 @@ from PIL import Image
 
 from cm.data.decode import MODES, why_unreadable
 from cm.data.destinations import Destination, output_of, write_labels, writing
-from cm.data.raw import RawImages, open_raw
+from cm.data.raw import open_raw
+from cm.data.raw_images import RawImages
 from cm.errors import UserError
 from cm.io.outputs import check_outputs
 from cm.io.progress import progress, say

@@ -29,7 +29,7 @@ ELSEWHERE = {
     "cm/checkpoints/formats/pickled_numbers.py": "checkpoints/formats/test_edm_pickle.py",
     "cm/data/destinations.py": "datasets/test_dataset_tool.py",
     "cm/data/labelled.py": "datasets/test_encode.py",
-    "cm/data/raw.py": "datasets/test_dataset_tool.py",
+    **{f"cm/data/{name}.py": "datasets/test_dataset_tool.py" for name in ("cifar10", "mnist", "raw", "raw_images")},
     "cm/generate/edit_tasks.py": "scripts/test_image_edit.py",
     "cm/generate/edit_inputs.py": "scripts/test_image_edit.py",
     "cm/pipeline/loading.py": "pipeline/test_pipeline.py",
@@ -57,6 +57,7 @@ ELSEWHERE = {
     "cm/config/console.py": "system/test_wheel.py",
     "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",
+    "cm/data/order.py": "data/test_loader.py",
     "cm/errors.py": "distributed/test_failure.py",
     **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (
         "csv_rows", "files", "json_lines", "tables", "writers",

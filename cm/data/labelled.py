@@ -14,7 +14,9 @@ from cm.data.class_names import ClassNames
 from cm.data.decode import decode, why_unreadable
 from cm.data.formats import folder, zip_archive
 from cm.data.image_source import ImageSource
-from cm.data.raw import MNIST_SUFFIX, RawImages, open_raw
+from cm.data.mnist import MNIST_SUFFIX
+from cm.data.raw import open_raw
+from cm.data.raw_images import RawImages
 from cm.data.sources import find_format, open_source
 from cm.data.streams import ImageStream, Sequence
 from cm.errors import UserError

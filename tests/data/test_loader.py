@@ -14,7 +14,8 @@ from PIL import Image
 
 from cm.data import image_source
 from cm.data.decode import resize_shorter_side
-from cm.data.loader import EpochOrder, load_data, offsets_of_rank, random_crop
+from cm.data.loader import load_data, random_crop
+from cm.data.order import EpochOrder, offsets_of_rank
 from cm.errors import UserError
 from cm.types import Batch
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cm.data.raw import _PlainUnpickler, open_raw
+from cm.data.cifar10 import _PlainUnpickler
+from cm.data.raw import open_raw
 from cm.data.sources import open_source
 from cm.errors import UserError
 from support.as_module import as_module
