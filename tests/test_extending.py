@@ -62,6 +62,7 @@ def test_the_names_reach_config_weights_and_log(folder):
 
 def test_samples_and_their_evaluation(folder):
     drawn = [np.load(folder / "runs" / run / "samples_4x8x8x3.npz")["arr_0"] for run in ("npz", "midpoint")]
+    assert (folder / "runs/mixed/samples_4x8x8x3.npz").exists(), "a network of one's own is sampled, too"
     about = json.loads((folder / "runs/midpoint/samples_4x8x8x3.json").read_text())
     assert (about["sampler"], about["network_evaluations"]) == ("midpoint", 5), "two a step, one for the last"
     means = [images.astype(np.float32).reshape(4, -1, 3) / 255 for images in drawn]

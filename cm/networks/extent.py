@@ -15,6 +15,8 @@ from cm.networks.build import parse_channel_mult
 BYTES_EACH = 2                                              # of a parameter in a file, at least
 LARGEST_SIDE = 2**14                                        # pixels; of images that any of these networks makes
 KERNEL = 9                                                  # weights of a 3x3 convolution for each pair of channels
+BOUNDED = ("unet", "ddpmpp", "ncsnpp", "adm", "edm2")
+"""--arch of the networks that have the blocks which `least_parameters` counts."""
 
 
 def least_parameters(flags: Mapping[str, Any]) -> int:
@@ -23,8 +25,10 @@ def least_parameters(flags: Mapping[str, Any]) -> int:
     Level l, w_l channels wide, has R residual blocks on the way down and R + 1 on the way up, and in each of them a 3x3
     convolution of w_l to w_l channels. The embedding is 4 C wide, and has two layers and a row for each class; that of
     edm2 is as wide as the widest level, and has one layer, of w_0 channels. The first and the last convolution are
-    those of the images.
+    those of the images. Of a network of another kind, such as a plugin's, nothing is known: 0.
     """
+    if flags["arch"] not in BOUNDED:
+        return 0
     channels = flags["num_channels"]
     mults = parse_channel_mult(flags["channel_mult"], flags["image_size"])
     widths = [max(1, int(mult * channels)) for mult in mults]

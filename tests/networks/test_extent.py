@@ -50,3 +50,10 @@ def test_what_a_file_cannot_hold_is_refused():
                    {"channel_mult": ",".join(["0.00001"] * 10**5)}, {"image_size": 10**6}, {"channels": 10**12}):
         with pytest.raises(UserError, match="x.pt describes a network"):
             demand_held({**flags, **change}, 4_000_000, "x.pt")
+
+
+def test_nothing_is_known_of_a_network_of_another_kind():
+    flags = {**COMMON, **TINY, "arch": "mixer"}
+    demand_held(flags, 100, "x.pt")
+    with pytest.raises(UserError, match="for images of side 1,000,000"):
+        demand_held({**flags, "image_size": 10**6}, 100, "x.pt")
