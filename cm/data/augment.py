@@ -10,7 +10,6 @@ centre, to the right and down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch as th
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.types import Device
 
-from cm.data.mapped import mapped
+from cm.data.mapped import Batches, mapped
 from cm.random_util import SampleStreams
 from cm.types import Batch, NoiseSource
 
@@ -191,14 +190,10 @@ class AugmentBatch:
         return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
 
 
-def augmented(
-    data: Callable[[int], Iterator[Batch]], p: float, seed: int, device: th.device
-) -> Callable[[int], Iterator[Batch]]:
+def augmented(data: Batches, p: float, seed: int, device: th.device) -> Batches:
     """A version of `data` with images augmented, on the device, and `augment_labels` [N,9] for the network.
 
     The transform of a sample depends on (seed, position), so it is the same on any number of ranks. Reference images
     are not transformed.
-
-    :param data: from the number of samples already consumed to a stream.
     """
     return mapped(data, AugmentBatch(AugmentPipe(p), seed, device))

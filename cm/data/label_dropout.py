@@ -5,14 +5,13 @@ Source: Ho and Salimans 2022 (Classifier-free diffusion guidance, arXiv 2207.125
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch as th
 
-from cm.data.mapped import mapped
+from cm.data.mapped import Batches, mapped
 from cm.random_util import stream_seeds
 from cm.types import Batch
 
@@ -33,11 +32,6 @@ def drop_labels(batch: Batch, p: float, seed: int, null_class: int) -> Batch:
     return replace(batch, cond={**batch.cond, "y": y.masked_fill(dropped, null_class)})
 
 
-def with_label_dropout(
-    data: Callable[[int], Iterator[Batch]], p: float, seed: int, null_class: int
-) -> Callable[[int], Iterator[Batch]]:
-    """A version of `data` whose batches have lost some labels, see `drop_labels`.
-
-    :param data: from the number of samples already consumed to a stream.
-    """
+def with_label_dropout(data: Batches, p: float, seed: int, null_class: int) -> Batches:
+    """A version of `data` whose batches have lost some labels, see `drop_labels`."""
     return mapped(data, partial(drop_labels, p=p, seed=seed, null_class=null_class))

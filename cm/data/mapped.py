@@ -7,6 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from cm.types import Batch
 
+Batches = Callable[[int], Iterator[Batch]]
+"""From the number of samples already consumed by the run to the endless stream of this rank's batches."""
+
 
 @runtime_checkable
 class _Closable(Protocol):
@@ -34,11 +37,6 @@ class MappedStream:
             self.batches.close()
 
 
-def mapped(
-    data: Callable[[int], Iterator[Batch]], change: Callable[[Batch], Batch]
-) -> Callable[[int], Iterator[Batch]]:
-    """A version of `data` whose batches are changed.
-
-    :param data: from the number of samples already consumed to a stream.
-    """
+def mapped(data: Batches, change: Callable[[Batch], Batch]) -> Batches:
+    """A version of `data` whose batches are changed."""
     return lambda start: MappedStream(data(start), change)

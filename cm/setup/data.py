@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from cm.data.class_names import ClassNames, require_same
 from cm.data.image_source import ImageSource
 from cm.data.label_dropout import with_label_dropout
 from cm.data.loader import load_data
+from cm.data.mapped import Batches
 from cm.data.reference_batches import with_references
 from cm.data.sources import choices, open_everywhere
 from cm.data.sources import open_stream as open_shards
@@ -23,6 +25,7 @@ from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.logging import logger
+from cm.types import Batch
 
 
 def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -41,14 +44,38 @@ def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_siz
     return len(range(rank, global_batch_size, world_size)), global_batch_size
 
 
+@dataclass(frozen=True)
+class RunBatches:
+    """The `Batches` of a run, read and looked up as its flags say.
+
+    :param options: of `load_data`, but for the rank and the start.
+    :param references: how many reference images every batch carries; 0 for none.
+    :param augment: transforms a batch and its references alike; None where nothing does, or `augmented` does it later.
+    """
+
+    rank: int
+    world_size: int
+    options: Mapping[str, Any]
+    references: int = 0
+    augment: AugmentBatch | None = None
+
+    def __call__(self, start: int) -> Iterator[Batch]:
+        rank, world_size = self.rank, self.world_size
+        stream = load_data(start=start, rank=rank, world_size=world_size, **self.options)
+        if not self.references:
+            return stream
+        return with_references(
+            stream, self.references, start, rank, world_size, dist.all_gather_object, self.augment
+        )
+
+
 class OpenedData(NamedTuple):
     """The images of a run.
 
-    :param stream: from the samples already consumed to the endless iterator of this rank's batches.
     :param class_names: of the classes that the network is conditioned on, where they are known.
     """
 
-    stream: Any
+    stream: RunBatches
     class_names: ClassNames
     source: ImageSource | ImageStream
 
@@ -62,7 +89,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
     :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
         references than images of a step, or its classes are not those of the checkpoint that the run starts from.
     """
-    data, train, values = settings.section(DataConfig), settings.section(TrainConfig), settings.values
+    data, train = settings.section(DataConfig), settings.section(TrainConfig)
     if not data.data_dir:
         raise UserError(f"--data_dir is missing: give {choices()}")
     source: ImageSource | ImageStream
@@ -81,29 +108,27 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
             f"--num_references {references} is less than the {global_batch} images of a step, which are among the "
             f"reference images: give --num_references {global_batch} or more"
         )
-    stream = partial(
-        open_stream,
-        references=references,
-        data_dir=data.data_dir,
-        batch_size=batch_size,
-        global_batch=global_batch,
-        image_size=values["image_size"],
-        class_cond=values["class_cond"],
-        random_crop=data.random_crop,
-        random_flip=values["random_flip"],
-        seed=values["seed"],
-        rank=rank,
-        world_size=world_size,
-        num_workers=None if data.num_workers < 0 else data.num_workers,
-        pin_memory=dist.dev().type == "cuda",
-        cache_bytes=int(data.cache_gib * 2**30),
-        labels=data.labels,
-        channels=values["channels"],
-        shuffle_window=data.shuffle_window,
-        num_classes=values["num_classes"] or None,
-        source=None if shards else source,
-    )
-    return OpenedData(stream, class_names, source)
+    options = _loader_options(settings) | {
+        "batch_size": batch_size, "global_batch": global_batch, "source": None if shards else source,
+    }
+    return OpenedData(RunBatches(rank, world_size, options, references), class_names, source)
+
+
+def _loader_options(settings: Settings) -> dict[str, Any]:
+    """What `load_data` takes from the flags alone."""
+    data, values = settings.section(DataConfig), settings.values
+    same_names = ("image_size", "class_cond", "random_flip", "seed", "channels")        # some were resolved since
+    return {
+        "data_dir": data.data_dir,
+        "random_crop": data.random_crop,
+        "labels": data.labels,
+        "shuffle_window": data.shuffle_window,
+        "num_workers": None if data.num_workers < 0 else data.num_workers,
+        "cache_bytes": int(data.cache_gib * 2**30),
+        "pin_memory": dist.dev().type == "cuda",
+        "num_classes": values["num_classes"] or None,
+        **{name: values[name] for name in same_names},
+    }
 
 
 def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, ClassNames]:
@@ -164,16 +189,7 @@ def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:
     return names
 
 
-def open_stream(
-    start: int, references: int, rank: int, world_size: int, augment_references: Any = None, **options: Any
-) -> Any:
-    stream = load_data(start=start, rank=rank, world_size=world_size, **options)
-    if not references:
-        return stream
-    return with_references(stream, references, start, rank, world_size, dist.all_gather_object, augment_references)
-
-
-def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
+def augment(settings: Settings, data: Batches, model: nn.Module) -> Batches:
     """The data of `open_data` with --augment's transforms.
 
     :raises UserError: if the network cannot be conditioned on them.
@@ -189,12 +205,12 @@ def augment(settings: Settings, data: Any, model: nn.Module) -> Any:
             f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
         )
     seed = settings.values["seed"]
-    if getattr(data, "keywords", {}).get("references") and settings.values["augment_references"]:
-        return partial(data, augment_references=AugmentBatch(AugmentPipe(p), seed, dist.dev()))
+    if isinstance(data, RunBatches) and data.references and settings.values["augment_references"]:
+        return replace(data, augment=AugmentBatch(AugmentPipe(p), seed, dist.dev()))
     return augmented(data, p, seed, dist.dev())
 
 
-def drop_labels(settings: Settings, data: Any) -> Any:
+def drop_labels(settings: Settings, data: Batches) -> Batches:
     """The data of `open_data` where some samples have lost their class, as --label_dropout asks."""
     p = settings.section(DataConfig).label_dropout
     return with_label_dropout(data, p, settings.values["seed"], settings.values["num_classes"]) if p else data

@@ -328,4 +328,4 @@ def test_flips_that_the_network_is_not_told_of_are_off_unless_asked_for(images, 
     sections = ModelConfig, DataConfig, TrainConfig, RunConfig
     settings = parse("", *sections, argv=["--data_dir", images, "--global_batch_size", "4", *argv])
     data = run_data.open_data(settings).stream
-    assert settings.values["random_flip"] is flips and data.keywords["random_flip"] is flips
+    assert settings.values["random_flip"] is flips and data.options["random_flip"] is flips
