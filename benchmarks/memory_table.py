@@ -12,15 +12,8 @@ import torch as th
 from torch import nn
 
 from cm.config.flags import Settings, parse
-from cm.config.schema import (
-    ConsistencyConfig,
-    DataConfig,
-    DiffusionConfig,
-    EvalConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from cm.config.objective_schema import ConsistencyConfig
+from cm.config.schema import DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from cm.setup.dry_run import planned_run
 from cm.setup.model import model_from
 from cm.training.memory_estimate import GIB, activations, plan

@@ -12,7 +12,8 @@ from typing import Any
 
 from cm.config import flags
 from cm.config.arguments import shared_fields, takes_fields
-from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig
+from cm.config.objective_schema import ConsistencyConfig
+from cm.config.schema import DiffusionConfig, ModelConfig
 from cm.networks.build import PUBLISHED_CLASSES, Network, NetworkConfig, build_network
 from cm.objectives.curricula import ema_and_scales
 from cm.objectives.karras_denoiser import KarrasDenoiser

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 
 from cm.config.flags import parse
+from cm.config.objective_schema import FewStepConfig, ObjectiveConfig
 from cm.config.sampling_schema import SolverConfig
-from cm.config.schema import (
-    TRAINING_SECTIONS,
-    DataConfig,
-    DiffusionConfig,
-    EvalConfig,
-    FewStepConfig,
-    ObjectiveConfig,
-    TrainConfig,
-    VaeConfig,
-)
+from cm.config.schema import TRAINING_SECTIONS, DataConfig, DiffusionConfig, EvalConfig, TrainConfig, VaeConfig
 from cm.diffusion.schedules import karras_grid
 from cm.samplers import SAMPLERS
 from evaluations.engine.statistics_cache import KEPT

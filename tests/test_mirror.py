@@ -50,6 +50,7 @@ ELSEWHERE = {
     "cm/data/formats/zip_archive.py": "data/test_sources.py",
     # One of several that the same tests go through.
     "cm/config/schema.py": "config/test_flags.py",
+    "cm/config/objective_schema.py": "config/test_flags.py",
     "cm/config/sampling_schema.py": "config/test_flags.py",
     "cm/training/master_weights.py": "training/test_mixed_precision.py",
     "cm/config/parser.py": "config/test_flags.py",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cm.config.flags import option
-from cm.config.schema import EDIT_NAMES, SAMPLER_NAMES, TRAINING_MODES, ExtractorConfig, WeightsConfig
+from cm.config.objective_schema import TRAINING_MODES
+from cm.config.schema import EDIT_NAMES, SAMPLER_NAMES, ExtractorConfig, WeightsConfig
 
 
 @dataclass(frozen=True)

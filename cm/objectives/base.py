@@ -69,6 +69,8 @@ class Objective(ABC):
     full_precision_passes: ClassVar[bool] = False
     """Whether parts of the loss run networks in float32, whatever the precision of the run. Where none does, a bf16 run
     stores companions without gradients as its autocast would cast them at every pass."""
+    has_stages: ClassVar[bool] = False
+    """Whether `after_step` may ask for a fresh optimizer and fresh averages."""
     result: ClassVar[Result] = "denoiser"
     """What the trained network is; a sampler says for which of them it is made."""
     sampler: ClassVar[str] = "heun"

@@ -28,6 +28,7 @@ class ProgressiveDistillation(GridObjective):
     """
 
     companions = (Companion("teacher_model", "teacher", "by_objective"),)       # the student of the stage before
+    has_stages = True
     result = "progressive_student"
     sampler = "progdist"
 

@@ -14,7 +14,8 @@ from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.loading import check as check_weights
 from cm.checkpoints.serialization import size_of
 from cm.config.flags import Settings, check, convert
-from cm.config.schema import TRAINING_MODES, DiffusionConfig, LatentConfig, ModelConfig
+from cm.config.objective_schema import TRAINING_MODES
+from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.data import latents
 from cm.data.latents import RECORD
 from cm.distributed import setup as dist

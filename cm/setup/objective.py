@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cm.config.flags import Provenance, Settings, defaults_of
-from cm.config.schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
+from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.errors import UserError
 from cm.objectives import DENOISING, OBJECTIVES
 from cm.objectives.base import Objective

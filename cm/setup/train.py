@@ -7,7 +7,8 @@ from torch import nn
 
 from cm.checkpoints import loading
 from cm.config.flags import Settings
-from cm.config.schema import ConsistencyConfig, TrainConfig
+from cm.config.objective_schema import ConsistencyConfig
+from cm.config.schema import TrainConfig
 from cm.data.image_source import ImageSource
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist

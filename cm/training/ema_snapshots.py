@@ -18,6 +18,7 @@ from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
 from cm.logging import logger
+from cm.objectives import OBJECTIVES
 from cm.training.ema_rates import POWER
 from cm.training.loop import TrainLoop
 from cm.training.power_ema import Profile
@@ -115,8 +116,9 @@ def find_snapshots(run: str) -> list[Snapshot]:
     if not found:
         raise UserError(f"{run} holds no power-function averages: train with --ema_rate power0.05,power0.10 and "
                         "--ema_snapshot_interval, such as a hundredth of the steps")
-    if any(each.checkpoint.config.get("training_mode") == "progdist" for each in found.values()):
-        raise UserError(f"{run} is a run of progressive distillation, which begins its averages anew in every stage: "
+    modes = {str(each.checkpoint.config.get("training_mode")) for each in found.values()}
+    if staged := [mode for mode in modes if mode in OBJECTIVES and OBJECTIVES[mode].has_stages]:
+        raise UserError(f"{run} is a run of --training_mode {staged[0]}, which begins its averages anew in each stage: "
                         "take an average that was tracked, such as ema_power0.05")
     return [found[key] for key in sorted(found)]
 

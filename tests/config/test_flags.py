@@ -7,21 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cm.config import schema
+from cm.config import objective_schema, schema
 from cm.config.flags import parse
+from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.config.sampling_schema import PngConfig, SampleConfig, SeedsConfig, TernarySearchConfig
-from cm.config.schema import (
-    SAMPLER_NAMES,
-    ConsistencyConfig,
-    DataConfig,
-    DiffusionConfig,
-    EvalConfig,
-    FewStepConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RunConfig,
-    TrainConfig,
-)
+from cm.config.schema import SAMPLER_NAMES, DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from cm.errors import UserError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -84,8 +74,8 @@ def test_choices_are_the_tables():
         return set(section.__dataclass_fields__[name].metadata["choices"])
 
     assert set(SAMPLER_NAMES) == set(SAMPLERS)
-    assert set(schema.TRAINING_MODES) == set(OBJECTIVES)
-    assert set(schema.OBJECTIVE_NAMES) == choices(ObjectiveConfig, "objective") == set(DENOISING)
+    assert set(objective_schema.TRAINING_MODES) == set(OBJECTIVES)
+    assert set(objective_schema.OBJECTIVE_NAMES) == choices(ObjectiveConfig, "objective") == set(DENOISING)
     assert choices(ObjectiveConfig, "martingale_sde") == set(BACKWARD)
     assert choices(DiffusionConfig, "weight_schedule") == set(WEIGHTINGS)
     assert choices(DiffusionConfig, "precond") == set(PRECONDS) - {"consistency"}       # which distillation chooses

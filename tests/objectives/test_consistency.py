@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from cm.config.flags import defaults_of
-from cm.config.schema import ConsistencyConfig
+from cm.config.objective_schema import ConsistencyConfig
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.distances import l1, l2

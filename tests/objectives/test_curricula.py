@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cm.config.schema import ConsistencyConfig
+from cm.config.objective_schema import ConsistencyConfig
 from cm.objectives.curricula import EMA_MODES, SCALE_MODES, ema_and_scales
 from support.gaussian import stored
 

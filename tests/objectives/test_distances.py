@@ -6,7 +6,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
-from cm.config.schema import ConsistencyConfig
+from cm.config.objective_schema import ConsistencyConfig
 from cm.objectives.distances import DISTANCES, get_distance
 from support.gaussian import stored
 

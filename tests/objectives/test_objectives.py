@@ -4,7 +4,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from cm.config.schema import TRAINING_MODES
+from cm.config.objective_schema import TRAINING_MODES
 from cm.objectives import OBJECTIVES
 from cm.objectives.consistency import ConsistencyDistillation, ConsistencyTraining
 from cm.objectives.distances import l2

@@ -3,7 +3,8 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
+from cm.config.objective_schema import ObjectiveConfig
+from cm.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.setup.data import open_data
 

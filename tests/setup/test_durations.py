@@ -3,7 +3,8 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import FewStepConfig, RunConfig, TrainConfig
+from cm.config.objective_schema import FewStepConfig
+from cm.config.schema import RunConfig, TrainConfig
 from cm.errors import UserError
 from cm.setup.durations import resolve_durations, steps_of
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import TRAINING_SECTIONS, ObjectiveConfig
+from cm.config.objective_schema import ObjectiveConfig
+from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.objectives import DENOISING
 from cm.setup.model import diffusion_from

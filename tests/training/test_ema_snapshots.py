@@ -73,7 +73,7 @@ def test_a_stage_of_progressive_distillation_begins_its_averages_anew(images, tm
     for steps in (4, 5, 6):
         run(images, tmp_path / "parts", steps, ema_rate="power0.1", **options)
     assert digest(tmp_path / "whole", 6) == digest(tmp_path / "parts", 6)
-    with pytest.raises(UserError, match="is a run of progressive distillation, which begins its averages anew"):
+    with pytest.raises(UserError, match="is a run of --training_mode progdist, which begins its averages anew"):
         manifest.save(str(tmp_path), 1, {"ema_power0.1": {}}, {"training_mode": "progdist"}, 8)
         find_snapshots(str(tmp_path))
 

@@ -15,8 +15,9 @@ from torch import nn
 from cm.checkpoints import loading
 from cm.checkpoints.formats import edm_pickle
 from cm.config.flags import parse
+from cm.config.objective_schema import ConsistencyConfig
 from cm.config.sampling_schema import SampleConfig
-from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from cm.data.latents import EDM2
 from cm.data.latents import parse as parse_record
 from cm.errors import UserError

@@ -11,7 +11,8 @@ from cm.checkpoints import loading
 from cm.checkpoints.formats import openai
 from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import parse
-from cm.config.schema import ConsistencyConfig, DiffusionConfig, ModelConfig, TrainConfig
+from cm.config.objective_schema import ConsistencyConfig
+from cm.config.schema import DiffusionConfig, ModelConfig, TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.script_util import create_model
