@@ -20,7 +20,7 @@ from cm.config.sampling_schema import GuidanceConfig, PngConfig, SampleConfig, S
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.data.class_names import named
 from cm.errors import UserError
-from cm.generate.grids import grid_scale, image_grid, save_picture
+from cm.generate.grids import captioned_grid, grid_scale, save_picture
 from cm.generate.png import PngFolder
 from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
@@ -116,11 +116,13 @@ def claim_folder(settings: Settings, pngs: PngConfig, plan: SamplingPlan, guide:
 
 def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> None:
     """Write a grid of the first images to the log directory, and log what was done; call it on rank 0."""
-    from cm.generate.engine import SHOWN
+    from cm.generate.engine import SHOWN, captions_of
 
-    shown = folder.read(plan.indices(np.arange(min(plan.num_samples, SHOWN))))
+    first = np.arange(min(plan.num_samples, SHOWN))
+    rows = first[~np.isin(plan.indices(first), folder.missing(plan.indices(first)))]
+    shown = folder.read(plan.indices(rows))
     grid_path = os.path.join(logger.get_dir(), "grid.png")
-    save_picture(grid_path, image_grid(shown, columns=8, scale=grid_scale(plan.side)))
+    save_picture(grid_path, captioned_grid(shown, captions_of(rows, plan), columns=8, scale=grid_scale(plan.side)))
     logger.log(f"{folder.outdir}: {result.drawn} images drawn, {result.there} were there already, "
                f"{result.evaluations} network evaluations each, {result.drawn / result.seconds:.3f} images/s")
     logger.log(f"grid: {grid_path}")
@@ -128,6 +130,8 @@ def report_pngs(folder: PngFolder, plan: SamplingPlan, result: PngResult) -> Non
 
 def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, guide: Guide | None) -> None:
     """Write a grid and a summary next to the npz, and log them; call it on rank 0."""
+    from cm.generate.engine import captions_of
+
     path = result.paths["samples"]
     summary = {
         "samples": path,
@@ -146,7 +150,9 @@ def report(config: SampleConfig, plan: SamplingPlan, result: SamplingResult, gui
     }
     write_json(path.removesuffix(".npz") + ".json", summary)
     grid_path = path.removesuffix(".npz") + ".png"
-    save_picture(grid_path, image_grid(result.first_images["samples"], columns=8, scale=grid_scale(plan.side)))
+    shown = result.first_images["samples"]
+    captions = captions_of(np.arange(len(shown)), plan)
+    save_picture(grid_path, captioned_grid(shown, captions, columns=8, scale=grid_scale(plan.side)))
     if plan.classes:
         logger.log("classes: " + ", ".join(named(number, plan.class_names) for number in plan.classes))
     logger.log(f"{plan.num_samples} images, {result.evaluations} network evaluations each, "

@@ -136,6 +136,14 @@ def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
     return np.asarray(plan.classes, np.int64)[drawn] if plan.classes else drawn
 
 
+def captions_of(rows: np.ndarray, plan: SamplingPlan) -> list[str]:
+    """The names of the classes of these rows of the result; none where there are no classes, or no names of them."""
+    labels = labels_of(plan.indices(rows), plan) if plan.class_names else None
+    if labels is None:
+        return []
+    return [plan.class_names[label] if label < len(plan.class_names) else str(label) for label in labels]
+
+
 class ConvertsToFp16(Protocol):
     """A network that can be converted in place."""
 

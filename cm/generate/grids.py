@@ -1,4 +1,4 @@
-"""Pictures of many images: a grid, and rows with names."""
+"""Pictures of many images: a grid, one with a caption under each image, and rows with names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from cm.data.decode import MODES
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.terminal import printable
+
+CAPTION_SIZE = 11                                           # of the letters, in pixels
+LINE = 14                                                   # height of a caption, in pixels
 
 
 def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Image.Image:
@@ -28,6 +32,30 @@ def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -
         top, left = place // columns * cell_h, place % columns * cell_w
         sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
     return to_picture(sheet)
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, scale: int = 1) -> Image.Image:
+    """`image_grid`, with a caption under each image, as much of it as the width holds; without captions the same grid.
+
+    :param captions: one for each image, or none at all.
+    """
+    if not captions:
+        return image_grid(images, columns, scale)
+    large = viewable(images).repeat(scale, 1).repeat(scale, 2)
+    lines = np.stack([_caption(text, large.shape[2]) for text in captions])             # [N,LINE,W]
+    return image_grid(np.concatenate([large, lines[..., None].repeat(large.shape[3], 3)], axis=1), columns)
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    """uint8 [LINE,width]: black letters on white, in the middle; what is too long ends in dots."""
+    font, shown = ImageFont.load_default(CAPTION_SIZE), printable(text)
+    whole = shown
+    while shown and font.getlength(shown) > width:
+        whole = whole[:-1]
+        shown = f"{whole}..." if whole else ""
+    line = Image.new("L", (width, LINE), 255)
+    ImageDraw.Draw(line).text((width / 2, LINE / 2), shown, fill=0, font=font, anchor="mm")
+    return np.asarray(line)
 
 
 def viewable(images: np.ndarray) -> np.ndarray:

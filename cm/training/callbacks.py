@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from cm.checkpoints import loading, manifest
 from cm.checkpoints.averages import TOO_MUCH
+from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from cm.generate.engine import SHOWN, SamplingPlan, draw_batches, gather_rows
-from cm.generate.grids import grid_scale, image_grid
+from cm.generate.engine import SHOWN, SamplingPlan, captions_of, draw_batches, gather_rows
+from cm.generate.grids import captioned_grid, grid_scale
 from cm.io import storage
 from cm.io.storage import write_json
 from cm.logging import logger
@@ -114,14 +115,16 @@ class SampleGrids:
         if is_due(loop, loop.save_interval if self.interval < 0 else self.interval):
             with undisturbed(loop.device):
                 drawn = [tuple(map(gather_rows, pair)) for pair in self.sampler.draw(loop, self.num_samples, "samples")]
-            dist.on_main(self.write, loop.step, drawn if dist.is_main() else [])
+            dist.on_main(self.write, loop.step, drawn if dist.is_main() else [], loop.checkpoints.class_names)
         return {}
 
-    def write(self, step: int, drawn: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def write(self, step: int, drawn: list[tuple[np.ndarray, np.ndarray]], class_names: ClassNames) -> None:
         rows, images = (np.concatenate(column) for column in zip(*drawn))
         folder, content = os.path.join(logger.get_dir(), GRIDS), io.BytesIO()
         os.makedirs(folder, exist_ok=True)
-        sheet = image_grid(images[rows.argsort()], COLUMNS, grid_scale(images.shape[1]))
+        plan = replace(self.sampler.plan, num_samples=len(rows), class_names=class_names)
+        captions = captions_of(np.sort(rows), plan)
+        sheet = captioned_grid(images[rows.argsort()], captions, COLUMNS, grid_scale(images.shape[1]))
         sheet.save(content, "png")
         path = os.path.join(folder, f"samples_{step:06d}.png")
         storage.write_atomically(path, lambda file: file.write(content.getvalue()))

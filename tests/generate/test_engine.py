@@ -1,5 +1,7 @@
 """Which images are drawn, by whom, and in which order they are written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch as th
@@ -7,7 +9,7 @@ import torch as th
 from cm.config.flags import parse
 from cm.config.sampling_schema import SampleConfig, SeedsConfig
 from cm.errors import UserError
-from cm.generate.engine import SamplingPlan, labels_of, parse_seeds, rank_batches, sample_to_npz
+from cm.generate.engine import SamplingPlan, captions_of, labels_of, parse_seeds, rank_batches, sample_to_npz
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.script_util import create_model
@@ -53,6 +55,17 @@ def test_every_row_is_made_once(ranks):
     assert len({len(share) for share in shares}) == 1
     rows = np.concatenate([np.concatenate(parts) for parts in zip(*shares)])
     assert plan.indices(rows).tolist() == list(plan.seeds)
+
+
+def test_captions_are_the_names_of_the_classes_that_are_drawn():
+    plan = SamplingPlan(6, 2, 8, seed=0, num_classes=3, seeds=(9, 2, 3, 4, 0, 100), class_names=("cat", "dog"))
+    rows = np.array([1, 0, 2, 5, 4])
+    words = ["cat", "dog", "2"]
+    expected = [words[labels_of(np.array([plan.seeds[row]]), plan)[0]] for row in rows]
+    assert captions_of(rows, plan) == expected and len(set(expected)) == 3
+    assert captions_of(rows, replace(plan, classes=(1,))) == ["dog"] * 5
+    for nameless in (replace(plan, class_names=()), replace(plan, num_classes=None)):
+        assert captions_of(rows, nameless) == []
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cm.errors import UserError
-from cm.generate.grids import grid_scale, image_grid, labelled_rows, to_picture
+from cm.generate.grids import LINE, captioned_grid, grid_scale, image_grid, labelled_rows, to_picture
 
 
 def test_grid_shows_every_image_where_it_belongs():
@@ -35,3 +35,23 @@ def test_latents_are_no_picture(channels):
     """Four channels, in particular, are no colour with an alpha."""
     with pytest.raises(UserError, match=f"samples of {channels} channels are latents .* write them to an npz"):
         to_picture(np.zeros((8, 8, channels), np.uint8))
+
+
+def test_a_caption_stands_under_each_image():
+    images = np.random.default_rng(0).integers(0, 100, (3, 32, 32, 3), dtype=np.uint8)
+    plain, sheet = (np.asarray(captioned_grid(images, names, columns=2, scale=2))
+                    for names in ((), ("cat", "", "Welsh springer spaniel")))
+    assert plain.tobytes() == image_grid(images, 2, 2).tobytes(), "without captions it is the grid as it always was"
+    assert sheet.shape == (2 * (64 + LINE) + 1, 129, 3)
+    assert (sheet[:64, :64] == plain[:64, :64]).all() and (sheet[64 + LINE + 1:-LINE, :64] == plain[65:, :64]).all()
+    captions = sheet[64:64 + LINE, :64], sheet[64:64 + LINE, 65:], sheet[-LINE:, :64]
+    cat, none, spaniel = ((caption < 128).any(axis=(0, 2)) for caption in captions)     # columns with a letter
+    assert not none.any() and 10 < cat.sum() < spaniel.sum() and spaniel[0] == spaniel[-1] == 0
+    assert abs(np.flatnonzero(cat).mean() - 32) < 3, "in the middle"
+    assert captioned_grid(images[..., :1], "abc", 3).mode == "L"
+
+
+def test_a_long_caption_ends_in_dots():
+    same = [np.asarray(captioned_grid(np.zeros((1, 8, 64, 3), np.uint8), [text], 1)) for text in (
+        "Welsh springer spaniel", "Welsh springer spaniel and its friends", "tiny")]
+    assert (same[0] == same[1]).all() and (same[0] != same[2]).any()

@@ -14,6 +14,7 @@ from cm.checkpoints import manifest
 from cm.checkpoints.formats import autoencoder_kl
 from cm.data.latents import parse
 from cm.errors import UserError
+from cm.generate.grids import LINE, captioned_grid
 from cm.generate.npz import to_uint8
 from cm.logging import logger
 from evaluations.evaluator import evaluate
@@ -86,6 +87,7 @@ def test_training_sees_latents_and_shows_pictures(place):
     assert json.loads((place / "run/best.json").read_text())["settings"]["vae"] == record.sha256
     grid = Image.open(place / "run/samples/samples_000003.png")
     assert grid.mode == "RGB"
+    assert grid.height == 8 * (64 + LINE + 1) - 1, "the class of each is below it"
 
 
 def test_samples_are_decoded_with_the_vae_and_latents_without(command, place, capsys):
@@ -101,11 +103,14 @@ def test_samples_are_decoded_with_the_vae_and_latents_without(command, place, ca
     assert decoded["arr_0"].dtype == np.uint8 and decoded["arr_0"].std() > 1
     assert abs(decoded["arr_0"].astype(int) - expected).max() <= 1
     assert np.array_equal(raw["arr_1"], decoded["arr_1"]) and decoded["class_names"].tolist() == ["cat", "dog"]
-    assert Image.open(place / "decoded/samples_5x16x16x3.png").mode == "RGB"
+    grid = Image.open(place / "decoded/samples_5x16x16x3.png")
+    names = ["cat" if label == 0 else "dog" for label in decoded["arr_1"]]
+    assert grid.tobytes() == captioned_grid(decoded["arr_0"], names, 8, 4).tobytes(), "with their classes"
 
     command("scripts/image_sample.py", "--model_path", model_of(place), "--seeds", "0-4", "--steps", 2, "--vae",
             place / "vae", "--outdir", place / "png", "--log_dir", place / "png_log", "--vae_batch_size", 2)
     found = np.stack([np.asarray(Image.open(place / f"png/{seed:06d}.png")) for seed in range(5)])
+    assert Image.open(place / "png_log/grid.png").tobytes() == captioned_grid(found, names, 8, 4).tobytes()
     assert abs(found.astype(int) - decoded["arr_0"]).max() <= 1
 
     from evaluations import evaluator
