@@ -11,7 +11,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import dcp, manifest
-from cm.checkpoints.formats import FORMATS
+from cm.checkpoints.formats import FORMATS, ddim_unet
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -23,6 +23,7 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
     :raises UserError: naming the first names and shapes that differ.
     """
+    ddim_unet.refuse(weights, source)
     if not isinstance(weights, Mapping):
         raise UserError(f"{source} holds a {type(weights).__name__}, not a dict of tensors")
     own = model.state_dict()

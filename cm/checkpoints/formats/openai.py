@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cm.checkpoints.formats import ddim_unet
 from cm.errors import UserError
 from cm.io import untrusted
 
@@ -57,6 +58,7 @@ def architecture(weights: Mapping[str, Tensor], source: str, null_class: bool = 
                             f"{_describe(weights)}")
         return tuple(weights[name].shape)
 
+    ddim_unet.refuse(weights, source)
     is_plain = isinstance(weights, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     )
