@@ -14,7 +14,8 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.samplers.sample import SampleOptions
 from cm.script_util import create_model
-from support.mpi import ROOT, mpi_program
+from support.mpi import ROOT
+from support.warm import mpi_program
 
 OPTIONS = SampleOptions(2, "euler")
 

@@ -23,7 +23,8 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.setup.model import model_from
 from support.command_line import overridden
-from support.mpi import clean_environment, descendants, find_mpiexec, mpiexec
+from support.mpi import clean_environment, descendants, find_mpiexec
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)

@@ -27,7 +27,8 @@ from cm.training.classifier import to_images, train_noisy_classifier
 from support.command_line import overridden
 from support.commands import samples_of
 from support.gaussian import Gaussian, Mixture, stored
-from support.mpi import clean_environment, mpiexec
+from support.mpi import clean_environment
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, CLASSES = 8, 10
