@@ -25,7 +25,7 @@ from cm.networks.unet import UNet, UNetConfig
 from cm.objectives.distances import DISTANCES
 from cm.random_util import DeterministicGenerator, get_generator
 from cm.samplers import Churn, integrate, make_sampler
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 SHAPE = (3, 3, 4, 4)
 

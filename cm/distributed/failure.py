@@ -55,6 +55,7 @@ class Ranks(NamedTuple):
     size: int
     store: Any                                  # a torch.distributed.Store, or None
     abort: Callable[[int], None]                # ends every rank with this status; may return if it cannot
+    leave: Callable[[], None]                   # tells the launcher that this rank ends by itself
 
 
 def status_of(error: BaseException) -> int:
@@ -142,6 +143,7 @@ def _leave_together(ranks: Ranks, status: int) -> NoReturn:
     flush()
     # Time for the report, which a launcher cuts off once a rank is gone, and for the last reads of rank 0's store.
     time.sleep(LEAVE_S * (2 if ranks.rank == 0 else 1))
+    ranks.leave()
     os._exit(status)
 
 

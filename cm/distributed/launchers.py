@@ -4,6 +4,7 @@ Uses neither MPI nor torch, so it is quick to import and every rule in it can be
 """
 
 import array
+import contextlib
 import os
 import re
 import socket
@@ -125,6 +126,18 @@ def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
     """
     if "PMI_FD" in env and pmi_answers(env):
         os.write(int(env["PMI_FD"]), f"cmd=abort exitcode={status}\n".encode())
+
+
+def finish_by_pmi(env: Mapping[str, str] = os.environ) -> None:
+    """Tell mpiexec that this rank is about to end by itself, before an `os._exit` after MPI has started.
+
+    MPICH's library says so in an exit handler of the C library, which `os._exit` passes over. mpiexec then takes the
+    closed connection for a crash and kills the ranks that are not gone yet, and the job ends with their status, 9.
+    """
+    if "HYDI_CONTROL_FD" in env and "PMI_FD" in env and pmi_answers(env):       # of MPICH's mpiexec, and its kin
+        with contextlib.suppress(OSError):
+            os.write(int(env["PMI_FD"]), b"cmd=finalize\n")
+            os.read(int(env["PMI_FD"]), 1024)               # the answer: it has been heard
 
 
 def refusal(launch: Launch, why: str) -> UserError:

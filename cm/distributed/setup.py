@@ -172,8 +172,8 @@ def _is_alone() -> bool:
 
 def _ranks() -> failure.Ranks:
     if _job is None:
-        return failure.Ranks(launchers.launcher_rank(), launchers.launcher_size(), None, _abort)
-    return failure.Ranks(_job.rank, _job.size, _job.store, _abort)
+        return failure.Ranks(launchers.launcher_rank(), launchers.launcher_size(), None, _abort, _finish)
+    return failure.Ranks(_job.rank, _job.size, _job.store, _abort, _finish)
 
 
 def _abort(status: int) -> None:
@@ -182,6 +182,12 @@ def _abort(status: int) -> None:
         launchers.abort_by_pmi(status)
     elif mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.COMM_WORLD.Abort(status)
+
+
+def _finish() -> None:
+    mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    if mpi is not None and mpi.Is_initialized():
+        launchers.finish_by_pmi()
 
 
 def _leave() -> None:
@@ -202,6 +208,7 @@ def _leave() -> None:
         mpi.Finalize()
     failure.flush()
     if complete:
+        _finish()
         os._exit(0)
 
 

@@ -8,7 +8,8 @@ import pytest
 from cm.checkpoints import lock
 from cm.errors import UserError
 from cm.logging import logger
-from support.mpi import clean_environment, mpi_program, program, python
+from support.mpi import clean_environment, program
+from support.warm import mpi_program, python
 
 HOLDER = """
     import sys, time

@@ -23,8 +23,8 @@ from cm.samplers.sample import SampleOptions, sample
 from cm.setup import data as run_data
 from cm.train_util import TrainLoop
 from cm.types import Batch
-from support.mpi import mpi_program
 from support.training import BATCH
+from support.warm import mpi_program
 
 NAMES = [field.name for field in dataclasses.fields(Transforms)]
 PICTURES = th.randn(5, 3, 8, 10, dtype=th.float64, generator=th.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io.atomic import temporary_path
 from support.as_module import as_module
-from support.mpi import python
+from support.warm import python
 
 SCRIPT = Path(__file__).resolve().parents[2] / "datasets" / "lsun_bedroom.py"
 SIZES = [(40, 24), (16, 16), (17, 64), (100, 33), (8, 12)]               # width, height

@@ -10,7 +10,7 @@ import torch as th
 from cm.distributed import collectives
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 CONVERSATION = """
     import numpy as np, os, pytest, sys, zipfile

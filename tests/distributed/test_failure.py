@@ -10,6 +10,7 @@ import pytest
 from cm.distributed import failure
 from cm.distributed import setup as dist
 from cm.errors import UserError
+from support import warm
 from support.mpi import Finished, mpi_program, program, python
 
 LIMIT_S = 10.0
@@ -124,6 +125,18 @@ def test_a_mistake_of_the_users_is_one_line(tmp_path):
     """)
     assert finished.rc == 2 and seconds < LIMIT_S, finished
     assert finished.stderr.strip() == "error: --lr -1 is negative", finished
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("body, status", [('raise UserError("no")', 2), ("pass", 0)], ids=["a mistake", "all is done"])
+def test_no_rank_is_killed_while_it_ends(tmp_path, body, status):
+    """mpiexec used to take the first rank that was gone for a crash, and its status was often that of a killed rank.
+
+    Forked ranks, because they are gone at once when they are killed.
+    """
+    finished = warm.mpi_program(tmp_path, 4, PROGRAM.replace("BODY", body).replace("TIMEOUT", "600"))
+    assert finished.rc == status and not finished.stdout, finished
+    assert finished.stderr == ("error: no\n" if status else ""), finished
 
 
 @pytest.mark.mpi

@@ -48,6 +48,19 @@ def test_mpiexec_without_its_connection_is_seen():
     assert launchers.pmi_answers({})
 
 
+def test_mpiexec_is_told_that_a_rank_ends_by_itself():
+    own, others = socket.socketpair()
+    with own, others:
+        env = {**HYDRA, "HYDI_CONTROL_FD": "7", "PMI_FD": str(own.fileno())}
+        others.send(b"cmd=finalize_ack rc=0\n")
+        launchers.finish_by_pmi(env)
+        assert others.recv(100) == b"cmd=finalize\n"
+        others.close()
+        launchers.finish_by_pmi(env)                        # mpiexec is gone
+    for other in ({}, HYDRA, env, SRUN | {"PMI_FD": "2"}):  # nobody to tell, or one who speaks otherwise
+        launchers.finish_by_pmi(other)
+
+
 @pytest.mark.parametrize("env, remedy", [(SRUN, "--mpi=pmi2"), (HYDRA, "mpiexec that belongs to mpi4py")])
 def test_a_refusal_names_the_remedy(env, remedy):
     found = launchers.announcements(env)[0]

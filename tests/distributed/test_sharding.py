@@ -11,8 +11,9 @@ import torch as th
 from cm.distributed.sharding import partition
 from cm.logging import logger
 from support.memory_cases import CASES
-from support.mpi import ROOT, mpi_program
+from support.mpi import ROOT
 from support.training import run
+from support.warm import mpi_program
 
 # --- shares ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ import pytest
 from cm.checkpoints import manifest
 from cm.distributed import signals
 from support.commands import NETWORK, QUIET, TRAIN, curve, files_of, is_rank
-from support.mpi import ROOT, clean_environment, descendants, find_mpiexec, kill_tree, mpiexec, program
+from support.mpi import ROOT, clean_environment, descendants, find_mpiexec, kill_tree, program
+from support.warm import mpiexec
 
 STEPS = 40
 COMMAND = [str(ROOT / "scripts/edm_train.py"), *NETWORK, *TRAIN, "--global_batch_size", "16", "--save_interval", "100",

@@ -27,7 +27,7 @@ from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.precision_recall import precision_recall
 from evaluations.th_evaluator import FIDAndIS, all_gather
 from support.inception_stand_in import as_pytorch_fid, random_tensors
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 N = 20
 

@@ -21,7 +21,6 @@ from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid
 from evaluations.metrics.precision_recall import precision_recall
-from support.mpi import python
 from support.tiny_evaluation import (
     CLASSES,
     DIM,
@@ -31,6 +30,7 @@ from support.tiny_evaluation import (
     values,
     write_files,
 )
+from support.warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC_NAMES = default_names()

@@ -16,7 +16,8 @@ from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.fid import calc, choose, main, ref, report
-from support.mpi import mpiexec, program, python
+from support.mpi import program
+from support.warm import mpiexec, python
 
 N = 70
 

@@ -14,7 +14,7 @@ from evaluations.features import load_extractor, save_torchscript
 from evaluations.metrics import default_names
 from evaluations.metrics.frechet import Moments
 from evaluations.th_evaluator import ThEvaluator
-from support.mpi import mpi_program, mpiexec
+from support.warm import mpi_program, mpiexec
 
 N = 31
 

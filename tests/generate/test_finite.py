@@ -14,7 +14,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.samplers.sample import SampleOptions
 from cm.script_util import create_model
-from support.mpi import ROOT, mpi_program
+from support.warm import mpi_program
 
 OPTIONS = SampleOptions(2, "euler")
 
@@ -101,5 +101,5 @@ def test_every_rank_learns_of_the_images_of_one(tmp_path):
 
         dist.run(main)
     """
-    done = mpi_program(tmp_path, 2, code, env={"PYTHONPATH": str(ROOT)})
+    done = mpi_program(tmp_path, 2, code)
     assert done.rc == 0 and done.stdout.count("said 1 of 4 images drawn are not finite") == 2, done

@@ -23,7 +23,8 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.setup.model import model_from
 from support.command_line import overridden
-from support.mpi import clean_environment, descendants, find_mpiexec, mpiexec
+from support.mpi import clean_environment, descendants, find_mpiexec
+from support.warm import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
@@ -201,7 +202,7 @@ def test_killed_and_started_again_every_seed_has_its_image(model_path, tmp_path)
 
     alone = tmp_path / "alone"
     some = command(model_path, tmp_path, "--steps", 30, "--outdir", alone, "--seeds", "1500,7,33", "--class_label", 3)
-    assert subprocess.run([sys.executable, *some], env=clean_environment(), capture_output=True).returncode == 0
+    assert python(some).rc == 0
     for seed in (7, 33, 1500):
         ours, theirs = alone / f"{seed:06d}.png", PngFolder(str(out), True).path(seed)
         assert ours.read_bytes() == theirs.read_bytes()

@@ -21,7 +21,7 @@ from evaluations.evaluator import evaluate
 from evaluations.features import inception_files as inception_files
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.features.inception_files import FILES, GRAPH, PYTORCH_FID, find_weights
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 CONTENT = b"weights" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -19,10 +19,10 @@ from cm.script_util import create_model
 from cm.training.loop import as_batch
 from cm.types import Networks
 from support.gaussian import Gaussian, Scripted
-from support.mpi import mpiexec
 from support.nets import plain_state_dict
 from support.objectives import F64, levels, nets_of, orthonormal, plain
 from support.training import digest, loop, run
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVING = ema_and_scales("fixed", 0.0, "progdist", 8, 8, 12, 2)

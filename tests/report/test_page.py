@@ -18,8 +18,8 @@ from cm.report.page import duration
 from cm.report.tables import evenly
 from support.as_module import as_module
 from support.browser import chromium, needs_browser, screenshot
-from support.mpi import python
 from support.nets import save_measure
+from support.warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--config", ROOT / "configs/digits/ct.yaml", "--precision", "fp32", "--global_batch_size", 16,

@@ -1,8 +1,6 @@
 """Classifier guidance: closed forms on mixtures, a real guide on the digits, and the commands around both."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from cm.training.classifier import to_images, train_noisy_classifier
 from support.command_line import overridden
 from support.commands import samples_of
 from support.gaussian import Gaussian, Mixture, stored
-from support.mpi import clean_environment, mpiexec
+from support.warm import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, CLASSES = 8, 10
@@ -102,13 +100,10 @@ def test_guided_samplers_draw_from_the_class(name):
 
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory):
-    """Made by the command, in its own process; its file."""
+    """Made by the command; its file."""
     path = tmp_path_factory.mktemp("guide") / "new" / "guide.pt"
-    done = subprocess.run(
-        [sys.executable, "scripts/classifier_train.py", "--noised", "True", "--epochs", "8", "--out", str(path)],
-        cwd=ROOT, env=clean_environment(), capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(["scripts/classifier_train.py", "--noised", "True", "--epochs", "8", "--out", path], timeout=200)
+    assert done.rc == 0, done
     assert "at noise level 0.5: " in done.stdout and "100%" in done.stderr
     return path
 

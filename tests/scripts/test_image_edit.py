@@ -18,7 +18,7 @@ from cm.logging import logger
 from cm.script_util import create_model
 from support.as_module import as_module
 from support.command_line import overridden
-from support.mpi import mpiexec, python
+from support.warm import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/image_edit.py"

@@ -21,7 +21,8 @@ from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from support.as_module import as_module
 from support.command_line import overridden
-from support.mpi import find_mpiexec, mpiexec, start
+from support.mpi import find_mpiexec, start
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "ternary_search.py"

@@ -10,7 +10,8 @@ import numpy as np
 from cm.logging import logger
 from support.as_module import as_module
 from support.command_line import overridden
-from support.mpi import ROOT, mpiexec
+from support.mpi import ROOT
+from support.warm import mpiexec
 
 NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
            "--attention_resolutions", "8", "--num_head_channels", "32", "--class_cond", "True"]

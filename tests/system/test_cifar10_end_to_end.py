@@ -9,8 +9,8 @@ import torch as th
 
 from cm.data.sources import open_source
 from evaluations.features import save_torchscript
-from support.mpi import mpiexec, python
 from support.published_sets import cifar10
+from support.warm import mpiexec, python
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.mpi

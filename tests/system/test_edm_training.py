@@ -18,7 +18,7 @@ from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from support import edm_pickles
 from support.as_module import as_module
-from support.mpi import mpiexec
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORK = {"arch": "ddpmpp", "image_size": 8, "num_channels": 16, "num_res_blocks": 1, "channel_mult": "1,2",

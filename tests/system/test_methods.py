@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from support.commands import curve, files_of
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.mpi

@@ -12,7 +12,8 @@ import torch as th
 
 from cm.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from support.inception_stand_in import as_pytorch_fid, random_tensors
-from support.mpi import ROOT, Finished, mpiexec, python
+from support.mpi import ROOT, Finished
+from support.warm import mpiexec, python
 
 SCRIPTS = ROOT / "tests/support/original_calls"
 NETWORK = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "8",

@@ -16,8 +16,9 @@ from cm.errors import UserError
 from cm.setup.data import share_of_batch
 from cm.training import state
 from cm.training.state import load_part
-from support.mpi import ROOT, mpiexec
+from support.mpi import ROOT
 from support.training import digest, loop, run
+from support.warm import mpiexec
 from system.resume_cases import CASES, STEPS, prepare
 
 LONG = 10                                                   # steps of the run that changes its number of ranks

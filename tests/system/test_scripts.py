@@ -15,7 +15,8 @@ import torch as th
 
 from evaluations.features import save_torchscript
 from support.commands import NETWORK, QUIET, TRAIN, curve, edm, files_of, is_rank, script
-from support.mpi import clean_environment, descendants, find_mpiexec, python
+from support.mpi import clean_environment, descendants, find_mpiexec
+from support.warm import python
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.mpi

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from support.mpi import ROOT, program, python
+from support.mpi import ROOT, program
 from support.two_nodes import on_two_nodes, why_not
+from support.warm import python
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 

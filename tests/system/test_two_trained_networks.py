@@ -25,8 +25,8 @@ from cm.samplers.sample import SampleOptions, sample
 from cm.tensors import append_dims
 from cm.training.config import CompanionNetwork, LoopConfig, RunParts
 from cm.training.loop import TrainLoop
-from support.mpi import mpi_program
 from support.training import digest, network
+from support.warm import mpi_program
 
 STEPS, BATCH = 9, 8
 

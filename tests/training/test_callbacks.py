@@ -24,8 +24,8 @@ from cm.training.callbacks import AverageSampler, Evaluation, SampleGrids
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.in_training import open_metric
-from support.mpi import mpiexec
 from support.nets import TinyExtractor, save_measure
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data_dir", "digits", "--image_size", 8, "--num_channels", 32, "--num_res_blocks", 1, "--channel_mult", "1",

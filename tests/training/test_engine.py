@@ -12,9 +12,10 @@ from cm.setup.convert_run import convert_run
 from cm.training.config import LoopConfig
 from cm.training.engine import Engine, check_sharded, make_engine
 from support.commands import curve
-from support.mpi import ROOT, mpiexec
+from support.mpi import ROOT
 from support.training import digest
 from support.training import run as alone
+from support.warm import mpiexec
 
 pytestmark = pytest.mark.mpi
 

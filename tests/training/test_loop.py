@@ -17,8 +17,9 @@ from cm.train_util import TrainLoop
 from cm.training.loop import as_batch, last_step
 from cm.types import Batch
 from support.commands import curve
-from support.mpi import mpiexec, program
+from support.mpi import program
 from support.training import BATCH, MODES, PROGDIST, digest, loop, network, run, second_moment, stream
+from support.warm import mpiexec
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])

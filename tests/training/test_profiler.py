@@ -14,7 +14,7 @@ from cm.logging import logger
 from cm.script_util import create_model
 from cm.train_util import TrainLoop
 from cm.training.profiler import TABLE, TRACE, WARM_UP, Cost, Profile, table
-from support.mpi import mpiexec
+from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from cm.checkpoints.formats import safetensor_files
 from cm.errors import UserError
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 
 def made_up(header, count):

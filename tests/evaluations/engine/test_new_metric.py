@@ -13,7 +13,7 @@ from evaluations.features import load_extractor, save_torchscript
 from evaluations.metrics import METRICS, default_names
 from evaluations.metrics.base import POOLED, Metric, Number
 from evaluations.th_evaluator import ThEvaluator
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 TOY = '''
     import numpy as np

@@ -1,10 +1,6 @@
 """The classifier that stands in for Inception on small images, and the script that trains it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +8,7 @@ import torch as th
 
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.features.classifier import FEATURES, Classifier, accuracy, stratified_split, train_classifier
-
-ROOT = Path(__file__).resolve().parents[3]
+from support.warm import python
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +92,13 @@ def test_a_saved_classifier_is_an_extractor(bars, tmp_path):
 
 
 def run_script(*flags):
-    return subprocess.run(
-        [sys.executable, "scripts/classifier_train.py", *flags],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )
+    return python(["scripts/classifier_train.py", *flags], timeout=200)
 
 
 def test_the_script_reads_digits_with_its_defaults(tmp_path):
     """The digits themselves: the published promise is 97 % of those held out."""
     done = run_script("--out", str(tmp_path / "new" / "classifier.ts"))
-    assert done.returncode == 0, done.stderr
+    assert done.rc == 0, done
     facts = json.loads((tmp_path / "new" / "classifier.json").read_text())
     assert facts["held_out_accuracy"] >= 0.97
     assert facts["held_out_images"] + facts["training_images"] == 1797 and facts["classes"] == 10
@@ -121,4 +113,4 @@ def test_the_script_reads_digits_with_its_defaults(tmp_path):
 def test_the_script_refuses_images_without_classes(tmp_path):
     np.savez(tmp_path / "plain.npz", np.zeros((4, 8, 8, 3), np.uint8))
     done = run_script("--data_dir", str(tmp_path / "plain.npz"))
-    assert done.returncode == 2 and "has no class labels" in done.stderr and "Traceback" not in done.stderr
+    assert done.rc == 2 and "has no class labels" in done.stderr and "Traceback" not in done.stderr

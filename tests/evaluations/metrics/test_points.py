@@ -9,7 +9,7 @@ from evaluations.metrics.kid import kid, kid_of_sets
 from evaluations.metrics.points import PointSet
 from evaluations.metrics.precision_recall import precision_recall, precision_recall_of_sets
 from support.golden_metrics import expected, golden
-from support.mpi import mpi_program
+from support.warm import mpi_program
 
 DTYPES = ("float32", "float64", "float16")
 

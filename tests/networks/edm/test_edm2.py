@@ -14,8 +14,9 @@ from cm.networks.edm.magnitude import EPS, MPConv
 from cm.networks.jvp import jvp
 from cm.script_util import create_model
 from cm.training.mixed_precision import MixedPrecisionTrainer
-from support.mpi import mpiexec, program
+from support.mpi import program
 from support.training import digest, run
+from support.warm import mpiexec
 
 F64 = th.float64
 TINY = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=3, model_channels=16, channel_mult=(1, 2),
