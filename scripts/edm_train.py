@@ -8,22 +8,19 @@ from __future__ import annotations
 from cm.config import early_exit
 from cm.config.flags import Settings, parse
 from cm.config.schema import FIRST_OF_TRAINING, TRAINING_SECTIONS
-from cm.distributed import signals
 
 
 def read_flags() -> Settings:
+    """The flags of the command line, with the defaults of this command."""
     return parse(__doc__, *TRAINING_SECTIONS, first=FIRST_OF_TRAINING, training_mode="edm")
 
 
-def main() -> None:
+def main(settings: Settings) -> None:
+    """Train on all ranks."""
     from cm.setup.train import train
 
-    train(read_flags())
+    train(settings)
 
 
 if __name__ == "__main__":
-    signals.listen()
-    flags = early_exit.parse_or_exit(read_flags)            # before the imports that take seconds
-    from cm.distributed import setup as dist
-
-    dist.run(main, flags.values["timeout_seconds"])
+    early_exit.run_training(read_flags, main)

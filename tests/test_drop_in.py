@@ -121,7 +121,7 @@ def test_cm_train_measures_with_the_loss_norm_it_is_given(monkeypatch, tmp_path,
             pass
 
     monkeypatch.setattr(set_up, "TrainLoop", Loop)
-    script.main()
+    script.main(script.read_flags())
     assert loops[0].objective.distance is distances.DISTANCES[loss_norm]
 
 
@@ -181,7 +181,7 @@ def test_edm_train_ends_before_it_has_begun(monkeypatch, tmp_path, close_log, ar
     if "--data_dir" in argv:                                # no model is built for data that is not there
         monkeypatch.setattr(set_up, "model_from", None)
     with pytest.raises(UserError, match=message):
-        script.main()
+        script.main(script.read_flags())
 
 
 @pytest.mark.parametrize("size, mult, sides", [(16, "1,2,2", "16,8"), (48, "1,2", ""), (8, "1,2", "8")])
@@ -190,7 +190,7 @@ def test_the_default_resolutions_go_with_images_of_any_size(monkeypatch, tmp_pat
         monkeypatch, "edm_train", "--image_size", size, "--channel_mult", mult, "--log_dir", tmp_path / "run",
         "--dry_run", "--data_dir", "digits",
     )
-    script.main()
+    script.main(script.read_flags())
     assert f'"attention_resolutions": "{sides}"' in capsys.readouterr().out
 
 

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from cm.distributed import failure, launchers, openmp, restarts
+from cm.config.flags import Settings
+from cm.distributed import failure, launchers, openmp, restarts, signals
 from cm.distributed.launchers import launcher_rank, launcher_size
 from cm.errors import UserError
 from cm.io import terminal
@@ -37,6 +38,15 @@ def run_script(read_flags: Callable[[], Flags], main: Callable[[Flags], None]) -
     from cm.distributed import setup
 
     setup.run(lambda: main(flags))
+
+
+def run_training(read_flags: Callable[[], Settings], main: Callable[[Settings], None]) -> None:
+    """As `run_script`, for a run that saves and stops at a signal, and whose flags say how long ranks wait."""
+    signals.listen()                                        # before the imports that take seconds
+    settings = parse_or_exit(read_flags)
+    from cm.distributed import setup
+
+    setup.run(lambda: main(settings), settings.values["timeout_seconds"])
 
 
 def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:

@@ -187,7 +187,7 @@ def test_one_step_of_consistency_training(installed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cm_train.py", *(str(word) for flag in flags.items() for word in flag_of(*flag))])
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
     try:
-        script.main()
+        script.main(script.read_flags())
     finally:
         logger.reset()
     with open(tmp_path / "run" / "progress.csv") as file:

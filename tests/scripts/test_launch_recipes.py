@@ -123,10 +123,7 @@ def dry_run(monkeypatch, tmp_path):
         module = script_of(script)
         monkeypatch.setattr(set_up_dry_run, "dry_run", found.append)
         monkeypatch.setattr(set_up, "dry_run", found.append)
-        if "_train.py" in script:                                   # which read their flags in `main`
-            module.main()
-        else:
-            module.main(module.read_flags())
+        module.main(module.read_flags())
         return found.pop().values
 
     return resolve

@@ -9,8 +9,6 @@ from cm.quickstart import measure
 from evaluations import evaluator
 from support.as_module import as_module
 
-FLAGLESS = ("edm_train", "cm_train")                        # whose `main` reads the flags itself
-
 
 def execute(command, **variables):
     """In place of `cm.quickstart.stages.execute`, for commands without ranks; an error is raised here."""
@@ -25,7 +23,7 @@ def execute(command, **variables):
         else:
             sys.argv = words
             module = as_module(Path(words[0]))
-            module.main(*([] if module.__name__ in FLAGLESS else [module.read_flags()]))
+            module.main(module.read_flags())
     finally:
         sys.argv = before[0]
         os.environ.clear()

@@ -27,7 +27,7 @@ def command(monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
         script = as_module(ROOT / name)
         try:
-            script.main() if name == "scripts/edm_train.py" else script.main(script.read_flags())
+            script.main(script.read_flags())
         finally:
             logger.reset()
 

@@ -91,8 +91,9 @@ def test_a_start_from_a_checkpoint_of_other_classes_is_refused(monkeypatch, home
             *NETWORK, "--data_dir", folder, *RUN, "--total_training_steps", 1, "--log_dir", tmp_path / "new",
             flag, home / "run" / file, *(["--loss_norm", "l2"] if script == "cm_train.py" else []),
         ])])
+        module = as_module(ROOT / "scripts" / script)
         with pytest.raises(UserError) as error:
-            as_module(ROOT / "scripts" / script).main()
+            module.main(module.read_flags())
         logger.reset()
         assert f"{flag} {home / 'run' / file}. The checkpoint: ant, cat; the data: {found}. Class" in str(error.value)
         assert not (tmp_path / "new" / "config.json").exists()

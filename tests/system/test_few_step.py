@@ -42,7 +42,7 @@ RUNS, STUDENTS, SAMPLERS = {RUNS!r}, {STUDENTS!r}, {SAMPLERS!r}
 
 def run(script, *args):
     sys.argv = ["script", *map(str, args)]
-    script.main(*[script.read_flags()] * (script is image_sample))
+    script.main(script.read_flags())
 
 def train(name, folder, steps):
     start = ["--teacher_model_path", "teacher/ema_0.9_000003.pt"] if name in STUDENTS else {NETWORK!r}

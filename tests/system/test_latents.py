@@ -38,8 +38,6 @@ def command():
             try:
                 if name == "datasets/encode.py":
                     script.encode(script.parse())
-                elif name == "scripts/edm_train.py":
-                    script.main()
                 else:
                     script.main(script.read_flags())
             finally:

@@ -33,8 +33,7 @@ RUNS = {RUNS!r}
 
 def run(script, *args):
     sys.argv = ["script", *map(str, args)]
-    takes_flags = script is image_sample
-    script.main(*[script.read_flags()] * takes_flags)
+    script.main(script.read_flags())
 
 def train(name, folder, steps, *more):
     run(edm_train, *{NETWORK + DATA!r}, *RUNS[name], "--global_batch_size", 16, "--save_interval", 4,

@@ -33,7 +33,8 @@ def train(shards, monkeypatch):
     def run(folder, steps):
         monkeypatch.setattr(sys, "argv", ["edm_train.py", *flags(shards, folder, steps)])
         try:
-            as_module(ROOT / "scripts/edm_train.py").main()
+            script = as_module(ROOT / "scripts/edm_train.py")
+            script.main(script.read_flags())
         finally:
             logger.reset()
         return folder
@@ -57,6 +58,7 @@ def test_a_resumed_run_and_two_ranks_see_the_same_images(train, shards, tmp_path
 def test_classes_of_a_stream_are_counted_by_a_flag(train, tmp_path, shards, monkeypatch):
     argv = [word for word in flags(shards, tmp_path / "run", 1) if word != "--num_classes"]
     monkeypatch.setattr(sys, "argv", ["edm_train.py", *(word for word in argv if word != "3")])
+    script = as_module(ROOT / "scripts/edm_train.py")
     with pytest.raises(UserError, match="is a stream, whose classes are not known before .*: give --num_classes"):
-        as_module(ROOT / "scripts/edm_train.py").main()
+        script.main(script.read_flags())
     logger.reset()
