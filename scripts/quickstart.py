@@ -39,7 +39,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=positive, default=1000, help="images generated per method; fewer where "
                         "they would take too long [default: 1000]")
     parser.add_argument("--max_steps", type=positive, default=0,
-                        help="most steps of each training, for a try [default: no limit]")
+                        help="most steps of each training, for a quick trial [default: no limit]")
     parser.add_argument("--random_flip", type=str2bool, help="mirror images [default: True, False for grey ones]")
     parser.add_argument("--labels", choices=("auto", "folders", "names"), default="auto",
                         help="where classes come from, as in training [default: auto]")
