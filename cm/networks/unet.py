@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.networks.attention import AttentionBlock
 from cm.networks.fused_norm import norm_act
+from cm.networks.held import Holds
 from cm.networks.layers import (
     GROUPS,
     SiLU,
     conv_nd,
     linear,
     normalization,
+    silu,
     timestep_embedding,
     without_autocast,
     zero_module,
 )
+from cm.networks.modulation import Conditioning, JointModulation, can_join
 from cm.networks.precision import HalfPrecisionTrunk
 from cm.networks.second_time import SecondTime, check_gap
 from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
@@ -172,7 +175,7 @@ class LayerFactory:
         return blocks
 
 
-class UNet(HalfPrecisionTrunk):
+class UNet(HalfPrecisionTrunk, Holds):
     """A U-Net with attention and a time (and class) embedding.
 
     :param config: what it is built from.
@@ -213,6 +216,11 @@ class UNet(HalfPrecisionTrunk):
         """All but the embeddings and the output layer."""
         return self.input_blocks, self.middle_block, self.output_blocks
 
+    def to_hold(self) -> JointModulation | None:
+        """The projections of the embedding, joined; None if one of them is not plain."""
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        return JointModulation(blocks, silu) if blocks and all(map(can_join, blocks)) else None
+
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, gap: Tensor | None = None
     ) -> Tensor:
@@ -227,7 +235,9 @@ class UNet(HalfPrecisionTrunk):
         :raises ValueError: if an input does not fit the network.
         """
         self._check_inputs(x, y)
-        emb = self._embed(timesteps, y, gap)
+        emb: Conditioning = self._embed(timesteps, y, gap)
+        if self.held is not None:
+            emb = self.held(emb)
         h = x.to(self.dtype)
         skips = []
         for module in self.input_blocks:

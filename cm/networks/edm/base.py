@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, UNetBlock
+from cm.networks.held import Holds
 from cm.networks.layers import SiLU, without_autocast
+from cm.networks.modulation import Conditioning, JointModulation, can_join
 from cm.networks.precision import HalfPrecisionTrunk
 from cm.networks.second_time import SecondTime, check_gap
 
@@ -120,7 +122,7 @@ class ConditionedNetwork(HalfPrecisionTrunk):
                             f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
 
 
-class EDMNetwork(ConditionedNetwork):
+class EDMNetwork(ConditionedNetwork, Holds):
     """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
 
     :raises UserError: for images that cannot be halved often enough.
@@ -200,6 +202,11 @@ class EDMNetwork(ConditionedNetwork):
     def last_conv(self) -> Conv:
         """The convolution that makes the image."""
 
+    def to_hold(self) -> JointModulation | None:
+        """The projections of the embedding, joined; None if one of them is not plain."""
+        blocks = [module for module in self.modules() if isinstance(module, UNetBlock)]
+        return JointModulation(blocks, nn.Identity()) if all(map(can_join, blocks)) else None
+
     def forward(
         self, x: Tensor, noise_labels: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None,
         gap: Tensor | None = None,
@@ -221,10 +228,11 @@ class EDMNetwork(ConditionedNetwork):
             augment_labels = noise_labels.new_zeros(len(x), self.augment_dim)
         # Not under autocast, whose half precision would merge neighbouring noise levels.
         with without_autocast(x.device):
-            emb = self.embed(noise_labels, labels, augment_labels)
+            embedding = self.embed(noise_labels, labels, augment_labels)
             check_gap(gap, self.second_time)
             if self.second_time is not None:
-                emb = emb + self.second_time(gap, emb)
+                embedding = embedding + self.second_time(gap, embedding)
+        emb: Conditioning = embedding if self.held is None else self.held(embedding)
         h = x.to(self.dtype)
         skips, image = [], h
         for name, layer in self.enc.items():
