@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch as th
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class EDMConfig:
     :param num_blocks: residual blocks per level (one more on the way up).
     :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
     :param dropout: probability, inside the residual blocks.
+    :param dropout_resolutions: sides of the training images' levels whose blocks have dropout; empty: all.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param null_class: the label label_dim stands for no class; its one-hot row is zero, as in EDM's label dropout.
     :param second_time: the network takes a second time, as flow maps do.
@@ -56,6 +57,7 @@ class EDMConfig:
     use_checkpoint: bool = field(default=False, kw_only=True)
     null_class: bool = field(default=False, kw_only=True)
     second_time: bool = field(default=False, kw_only=True)
+    dropout_resolutions: Collection[int] = field(default=(), kw_only=True)
 
     @property
     def widths(self) -> list[int]:
@@ -66,6 +68,10 @@ class EDMConfig:
     def emb_channels(self) -> int:
         """Width of the embedding."""
         return self.model_channels * self.channel_mult_emb
+
+    def dropout_at(self, side: int) -> float:
+        """The probability in a block whose output has this side, for training images."""
+        return self.dropout if not self.dropout_resolutions or side in self.dropout_resolutions else 0
 
 
 class ConditionedNetwork(HalfPrecisionTrunk):
@@ -149,6 +155,7 @@ class EDMNetwork(ConditionedNetwork, Holds):
         channels, image_channels = first, self.in_channels
         for level, width in enumerate(self.config.widths):
             side = self.img_resolution >> level
+            options = replace(options, dropout=self.config.dropout_at(side))
             if level == 0:
                 layers[f"{side}x{side}_conv"] = options.init(Conv(self.in_channels, first, 3))
             else:
@@ -169,6 +176,7 @@ class EDMNetwork(ConditionedNetwork, Holds):
         layers = nn.ModuleDict()
         for level, width in reversed(list(enumerate(self.config.widths))):
             side = self.img_resolution >> level
+            options = replace(options, dropout=self.config.dropout_at(side))
             attends = side in self.config.attn_resolutions
             if level == len(self.config.widths) - 1:
                 layers[f"{side}x{side}_in0"] = UNetBlock(channels, channels, options, attention=True)
