@@ -89,6 +89,7 @@ class ModelAndDiffusionArguments:
     channels: int = NetworkConfig.channels
     null_class: bool = NetworkConfig.null_class
     second_time: bool = NetworkConfig.second_time
+    dropout_resolutions: str = NetworkConfig.dropout_resolutions
     loss_norm: str = ConsistencyConfig.loss_norm
     precond: str = DiffusionConfig.precond
     time_scale: float = DiffusionConfig.time_scale

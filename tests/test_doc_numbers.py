@@ -71,14 +71,15 @@ def test_speed_beside_the_ceilings():
 def test_operations_of_steps():
     lines = {name: line for name, line in SUITES["launches"].items() if line["launches_over_plain"]}
     fp32, bf16 = ([line["launches_over_plain"] for name, line in lines.items()
-                   if name.endswith(f"toolkit {precision}") and "heun" not in name] for precision in ("fp32", "bf16"))
-    edm, heun = lines["edm, toolkit fp32"], lines["heun (9 NFE), toolkit fp32"]
+                   if name.endswith(f"toolkit {precision}") and "NFE" not in name] for precision in ("fp32", "bf16"))
+    edm, heun, one = (lines[f"{name}, toolkit fp32"] for name in ("edm", "heun (9 NFE)", "onestep (1 NFE)"))
     text = page("docs/performance.md")
     assert f"fewer operations: {span(fp32)} of the plain way's in fp32 and {span(bf16)} in bf16" in text
     passes, rest = edm["note"].split()[0], edm["note"].split()[-4]
     parts = f"of which {passes} are passes of the network and {rest} all the rest"
     assert f"EDM's step is {edm['launches']:,} operations, {parts}" in text
-    assert f"Sampling by Heun's method takes {heun['launches_over_plain']:.2f} of the plain way's operations" in text
+    assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain way's operations by Heun's method and "
+            f"{one['launches_over_plain']:.2f} in one step") in text
 
 
 def test_cost_of_the_objectives():
@@ -128,7 +129,7 @@ def test_cost_of_opening_large_sets():
     assert (f"each other rank {max(row['cpu_seconds'] for row in others):.1f} s and at most "
             f"{max(row['peak_mib'] for row in others):.0f} MiB") in text
     assert f"it takes every rank {both('cpu_seconds', 1)} s and {both('peak_mib', 0)} MiB" in text
-    for row, words in ((folder, "A folder of 200,000 files takes"), (npz, "ImageNet, of 10x10,")):
+    for row, words in ((folder, "A folder of as many files takes"), (npz, "as many images, of 10x10,")):
         own, plain = (f"{each['cpu_seconds']:.2f} s and {each['peak_mib']:.0f} MiB"
                       for each in (row["rank_0"], row["plain"]))
         assert f"{words} {own} (plain: {plain})" in text

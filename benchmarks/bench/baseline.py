@@ -97,6 +97,12 @@ def plain_heun(diffusion, model: nn.Module, noise: Tensor, sigmas: list[float]) 
         return x
 
 
+@th.no_grad()
+def plain_one_step(diffusion, model: nn.Module, noise: Tensor) -> Tensor:
+    """One evaluation of a consistency model at the highest noise level."""
+    return diffusion.denoise(model, noise * 80, noise.new_full((len(noise),), 80.0))[1]
+
+
 def batch_of(images: Tensor, step: int) -> Batch:
     """A training batch of these images as the loop takes it."""
     positions = step * len(images) + th.arange(len(images))

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch as th
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import objectives, train
-from bench.baseline import plain_copy, plain_heun
+from bench.baseline import plain_copy, plain_heun, plain_one_step
 from bench.lines import Line
 from bench.network import NetworkSpec
 from bench.sample import HEUN_STEPS, toolkit_way
@@ -31,6 +32,7 @@ from cm.training.memory_estimate import AsOnGpu
 
 META = th.device("meta")
 aten = th.ops.aten
+COMPOSITE = th._C.DispatchKey.CompositeImplicitAutograd
 NO_LAUNCH = {
     "view", "_unsafe_view", "_reshape_alias", "as_strided", "t", "transpose", "permute", "expand", "slice", "select",
     "squeeze", "unsqueeze", "detach", "alias", "split", "split_with_sizes", "chunk", "unbind", "unfold", "empty",
@@ -54,9 +56,9 @@ class LaunchCounter(TorchDispatchMode):
         if func is aten.upsample_nearest2d.vec:             # which "meta" takes apart under inference_mode
             size = [int(side * factor) for side, factor in zip(args[0].shape[2:], args[2])]
             return self.__torch_dispatch__(aten.upsample_nearest2d.default, types, (args[0], size))
-        if th._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if th._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE.name):
             with self:                                      # comes here whole under inference_mode
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(COMPOSITE, *args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         is_here = any(tensor.device == META for tensor in tensors) or th.device(kwargs.get("device") or "cpu") == META
         name = func.overloadpacket.__name__
@@ -65,7 +67,10 @@ class LaunchCounter(TorchDispatchMode):
             return th.ones((), dtype=args[0].dtype).item()  # a value of a device that has none
         if is_here and name == "_to_copy" and th.device(kwargs.get("device") or META) != META:
             return th.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if is_here and func is aten.convolution.default and suggest_memory_format(args[1]) == th.channels_last:
+            return result.contiguous(memory_format=th.channels_last)        # a GPU's convolutions write that at once
+        return result
 
 
 class FusedAttention(th.autograd.Function):
@@ -131,7 +136,8 @@ def launches_suite(spec: NetworkSpec) -> list[Line]:
     for mode in train.PASSES:
         for precision in ("fp32", "bf16"):
             lines += training_lines(mode, precision, spec)
-    lines += pair(f"heun ({2 * HEUN_STEPS - 1} NFE)", "fp32", *sampling(spec))
+    lines += pair("onestep (1 NFE)", "fp32", *one_step(spec))
+    lines += pair(f"heun ({2 * HEUN_STEPS - 1} NFE)", "fp32", *heun(spec))
     counts = {}
     for name, how in objectives.JOBS.items():
         loop = as_on_gpu(objectives.loop_of(*how[:3], spec, META, spec.images(META)))
@@ -182,7 +188,15 @@ def pair(name: str, precision: str, plain: Counter[str], own: Counter[str]) -> l
     ]
 
 
-def sampling(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
+def one_step(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
+    """The operations of sampling in one step, the plain way's and the toolkit's."""
+    model, noise = spec.build(META).eval(), spec.images(META)
+    diffusion = KarrasDenoiser(distillation=True, loss_norm="l2")
+    plain = partial(plain_one_step, diffusion, plain_copy(model), noise)
+    return launches_of(plain), launches_of(partial(toolkit_way, model, diffusion, "onestep", 1, noise.shape, "fp32"))
+
+
+def heun(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     """The operations of Heun's method, the plain way's and the toolkit's."""
     model, diffusion, noise = spec.build(META).eval(), KarrasDenoiser(loss_norm="l2"), spec.images(META)
     plain, levels = plain_copy(model), [*diffusion.noise_levels(HEUN_STEPS).tolist(), 0.0]

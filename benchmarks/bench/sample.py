@@ -8,7 +8,7 @@ from functools import partial
 
 import torch as th
 
-from bench.baseline import plain_copy, plain_heun
+from bench.baseline import plain_copy, plain_heun, plain_one_step
 from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
@@ -31,12 +31,8 @@ def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats
     per_image = forward_flops(model, noise)
     levels = teacher.noise_levels(HEUN_STEPS).tolist() + [0.0]
 
-    @th.no_grad()
-    def plain_onestep() -> None:
-        consistency.denoise(plain, noise * 80, noise.new_full((len(noise),), 80.0))
-
     settings = {
-        "onestep": (1, consistency, 1, plain_onestep),
+        "onestep": (1, consistency, 1, lambda: plain_one_step(consistency, plain, noise)),
         "heun": (HEUN_STEPS, teacher, 2 * HEUN_STEPS - 1, lambda: plain_heun(teacher, plain, noise, levels)),
     }
     peer = peer_of(spec)

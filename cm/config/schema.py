@@ -44,6 +44,9 @@ class ModelConfig:
     attention_resolutions: str = option("32,16,8", "resolutions with attention layers, in pixels, comma-separated")
     channel_mult: str = option("", "channel multiplier of each level, such as 1,2,4; empty: default for the image size")
     dropout: float = option(0.0, "dropout probability", minimum=0, below=1)
+    dropout_resolutions: str = option(
+        "", "resolutions with dropout, in pixels, comma-separated, such as 16,8; empty: all"
+    )
     class_cond: bool = option(False, "condition on class labels")
     num_classes: int = option(0, "number of classes; 0: number of classes in the data set", minimum=0)
     null_class: bool = option(

@@ -38,6 +38,7 @@ from cm.generate.engine import RankSamples, SamplingPlan, condition, labels_of, 
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, known_latents, run_picture_edit
 from cm.generate.npz import to_array
+from cm.networks.held import weights_held
 from cm.registry import lookup
 from cm.samplers import Churn, CountingDenoiser
 from cm.samplers.sample import BindsNetworks
@@ -137,10 +138,11 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
         return RankSamples(dict.fromkeys(job.kinds, no_images(job.plan)), labels, 0, np.ones(0, bool))
     rng, D = job.noise(indices), CountingDenoiser(diffusion.bind(model))
     edit = job.make_edit(job.images(indices), rng)
-    images = run_picture_edit(
-        partial(D, **condition(labels)), edit, job.plan.decoder, job.sampler, job.sigmas, rng, churn=job.churn,
-        clip_denoised=job.clip_denoised,
-    )
+    with weights_held(model):
+        images = run_picture_edit(
+            partial(D, **condition(labels)), edit, job.plan.decoder, job.sampler, job.sigmas, rng, churn=job.churn,
+            clip_denoised=job.clip_denoised,
+        )
     pictures = {"samples": images, "inputs": edit.known}
     pixels = {kind: to_array(pictures[kind], nearest=True) for kind in job.kinds}
     return RankSamples(pixels, labels, D.calls, finite_images(images))

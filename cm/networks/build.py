@@ -49,17 +49,15 @@ def parse_channel_mult(channel_mult: str, image_size: int) -> tuple[float, ...]:
     return tuple(int(width) if width == int(width) else width for width in widths)
 
 
-def parse_resolutions(attention_resolutions: str) -> tuple[int, ...]:
+def parse_resolutions(resolutions: str, flag: str = "attention_resolutions") -> tuple[int, ...]:
     """'32,16,8' -> (32, 16, 8).
 
-    :raises UserError: if it is no list of whole numbers.
+    :raises UserError: if it is no list of whole numbers; the message names the flag.
     """
     try:
-        return tuple(int(word) for word in attention_resolutions.split(",") if word.strip())
+        return tuple(int(word) for word in resolutions.split(",") if word.strip())
     except ValueError:
-        raise UserError(
-            f"--attention_resolutions {attention_resolutions!r} is not a list of image sides such as 32,16,8"
-        ) from None
+        raise UserError(f"--{flag} {resolutions!r} is not a list of image sides such as 32,16,8") from None
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,17 @@ class NetworkConfig:
     channels: int = 3
     null_class: bool = False
     second_time: bool = False
+    dropout_resolutions: str = ""
+
+    def dropout_sides(self, levels: int) -> tuple[int, ...]:
+        """The sides at which there is dropout, all of them levels of the network; none for all.
+
+        :param levels: their number.
+        :raises UserError: for a side that no level has.
+        """
+        sides = parse_resolutions(self.dropout_resolutions, "dropout_resolutions")
+        attention_factors(self.image_size, sides, levels, "dropout")
+        return sides
 
 
 def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UNet) -> Network:
@@ -128,6 +137,7 @@ def _unet_config(config: NetworkConfig) -> UNetConfig:
         resblock_updown=config.resblock_updown,
         null_class=config.null_class,
         second_time=config.second_time,
+        dropout_resolutions=config.dropout_sides(len(widths)),
     )
 
 
@@ -150,6 +160,7 @@ def _build_edm(config: NetworkConfig) -> ConditionedNetwork:
         use_checkpoint=config.use_checkpoint,
         null_class=config.null_class,
         second_time=config.second_time,
+        dropout_resolutions=config.dropout_sides(len(widths)),
         **({"channels_per_head": config.num_head_channels} if has_own_heads else {}),
     )
 

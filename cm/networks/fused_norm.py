@@ -25,25 +25,25 @@ from cm.tensors import append_dims
 BLOCK = 2**20                                               # numbers processed at a time: 4 MiB of float32
 
 
-def norm_act(norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+def norm_act(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None,
              *, silu: bool = True) -> Tensor:
-    """silu(norm(x) (1 + scale) + shift), or without silu: [N,C,...] -> same, in the dtype of x.
+    """silu(norm(x) gain + shift), or without silu: [N,C,...] -> same, in the dtype of x.
 
     :param norm: its weights, number of groups and eps are used.
-    :param scale, shift: [N,C]; neither or both.
+    :param gain, shift: [N,C]; neither or both.
     """
     if not _is_fused(x):
         # torch's forward-mode rule does not support channels-last data
         y = norm(x.contiguous() if inside_jvp() else x)
-        if scale is not None and shift is not None:
-            y = th.addcmul(append_dims(shift.to(y.dtype), y.ndim), y, 1 + append_dims(scale.to(y.dtype), y.ndim))
+        if gain is not None and shift is not None:
+            y = th.addcmul(append_dims(shift.to(y.dtype), y.ndim), y, append_dims(gain.to(y.dtype), y.ndim))
         return plain_silu(y) if silu else y
     dtype = th.promote_types(x.dtype, th.float32)
     with th.autocast("cpu", enabled=False):
         a = norm.weight.to(dtype).expand(len(x), -1)                # [N,C]
         b = norm.bias.to(dtype).expand(len(x), -1)
-        if scale is not None and shift is not None:
-            gain = 1 + scale.to(dtype)
+        if gain is not None and shift is not None:
+            gain = gain.to(dtype)
             a, b = a * gain, th.addcmul(shift.to(dtype), b, gain)
         return _NormAct.apply(x, a, b, norm.num_groups, norm.eps, silu)
 

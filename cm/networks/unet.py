@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.networks.attention import AttentionBlock
 from cm.networks.fused_norm import norm_act
+from cm.networks.held import Holds
 from cm.networks.layers import (
     GROUPS,
     SiLU,
     conv_nd,
     linear,
     normalization,
+    silu,
     timestep_embedding,
     without_autocast,
     zero_module,
 )
+from cm.networks.modulation import Conditioning, JointModulation, can_join
 from cm.networks.precision import HalfPrecisionTrunk
 from cm.networks.second_time import SecondTime, check_gap
 from cm.networks.unet_blocks import Downsample, ResBlock, TimestepEmbedSequential, Upsample
@@ -43,6 +46,7 @@ class UNetConfig:
     :param attention_resolutions: downsampling FACTORS at which attention takes place (4 means at image_size / 4);
         `attention_factors` makes them from resolutions. Factors of levels this network does not have are harmless.
     :param dropout: probability, inside the residual blocks.
+    :param dropout_resolutions: sides of the training images' levels whose blocks have dropout; empty: all.
     :param channel_mult: one multiplier per level; the image halves between levels.
     :param conv_resample: learnt convolutions at the changes of level; no effect with `resblock_updown`.
     :param dims: 1, 2 or 3 dimensional signals.
@@ -77,6 +81,7 @@ class UNetConfig:
     resblock_updown: bool = False
     null_class: bool = False
     second_time: bool = False
+    dropout_resolutions: Collection[int] = ()
 
     def __post_init__(self) -> None:
         _check_widths(self.widths, self.model_channels, self.channel_mult)
@@ -92,6 +97,11 @@ class UNetConfig:
         """Width of the embedding of time and class."""
         return 4 * self.model_channels
 
+    def dropout_at(self, level: int) -> float:
+        """The probability in a block whose output has this level."""
+        here = not self.dropout_resolutions or self.image_size >> level in self.dropout_resolutions
+        return self.dropout if here else 0
+
 
 @dataclass(frozen=True)
 class LayerFactory:
@@ -99,11 +109,11 @@ class LayerFactory:
 
     config: UNetConfig
 
-    def block(self, channels: int, width: int, up: bool = False, down: bool = False) -> ResBlock:
-        """A residual block of this width; `up` or `down` changes the level."""
+    def block(self, channels: int, width: int, level: int, up: bool = False, down: bool = False) -> ResBlock:
+        """A residual block of this width, whose output has this level; `up` or `down` changes from another."""
         c = self.config
         return ResBlock(
-            channels, c.emb_channels, c.dropout, width, dims=c.dims, use_checkpoint=c.use_checkpoint,
+            channels, c.emb_channels, c.dropout_at(level), width, dims=c.dims, use_checkpoint=c.use_checkpoint,
             use_scale_shift_norm=c.use_scale_shift_norm, up=up, down=down,
         )
 
@@ -112,22 +122,22 @@ class LayerFactory:
         c = self.config
         return AttentionBlock(channels, num_heads, c.num_head_channels, c.use_checkpoint, c.dims)
 
-    def downsampling(self, channels: int) -> nn.Module:
-        """The layer from a level to the next one on the way down."""
+    def downsampling(self, channels: int, level: int) -> nn.Module:
+        """The layer to a level from the one before, on the way down."""
         if self.config.resblock_updown:
-            return self.block(channels, channels, down=True)
+            return self.block(channels, channels, level, down=True)
         return Downsample(channels, self.config.conv_resample, self.config.dims)
 
-    def upsampling(self, channels: int) -> nn.Module:
-        """The layer from a level to the next one on the way up."""
+    def upsampling(self, channels: int, level: int) -> nn.Module:
+        """The layer to a level from the one after, on the way up."""
         if self.config.resblock_updown:
-            return self.block(channels, channels, up=True)
+            return self.block(channels, channels, level, up=True)
         return Upsample(channels, self.config.conv_resample, self.config.dims)
 
     def blocks(self, channels: int, level: int, num_heads: int) -> list[nn.Module]:
         """A residual block of a level, and attention where the configuration asks for it."""
         width = self.config.widths[level]
-        layers: list[nn.Module] = [self.block(channels, width)]
+        layers: list[nn.Module] = [self.block(channels, width, level)]
         if 2**level in self.config.attention_resolutions:
             layers.append(self.attention(width, num_heads))
         return layers
@@ -140,7 +150,7 @@ class LayerFactory:
         outputs = [c.widths[0]]
         for level, width in enumerate(c.widths):
             if level:
-                blocks.append(TimestepEmbedSequential(self.downsampling(outputs[-1])))
+                blocks.append(TimestepEmbedSequential(self.downsampling(outputs[-1], level)))
                 outputs.append(outputs[-1])
             for _ in range(c.num_res_blocks):
                 blocks.append(TimestepEmbedSequential(*self.blocks(outputs[-1], level, c.num_heads)))
@@ -149,10 +159,10 @@ class LayerFactory:
 
     def middle(self) -> TimestepEmbedSequential:
         """The blocks at the lowest resolution: residual, attention, residual."""
-        channels = self.config.widths[-1]
+        channels, level = self.config.widths[-1], len(self.config.widths) - 1
         return TimestepEmbedSequential(
-            self.block(channels, channels), self.attention(channels, self.config.num_heads),
-            self.block(channels, channels),
+            self.block(channels, channels, level), self.attention(channels, self.config.num_heads),
+            self.block(channels, channels, level),
         )
 
     def decoder(self, skips: Sequence[int]) -> nn.ModuleList:
@@ -167,12 +177,12 @@ class LayerFactory:
                 layers = self.blocks(channels + waiting.pop(), level, num_heads)
                 channels = width
                 if level and i == c.num_res_blocks:
-                    layers.append(self.upsampling(width))
+                    layers.append(self.upsampling(width, level - 1))
                 blocks.append(TimestepEmbedSequential(*layers))
         return blocks
 
 
-class UNet(HalfPrecisionTrunk):
+class UNet(HalfPrecisionTrunk, Holds):
     """A U-Net with attention and a time (and class) embedding.
 
     :param config: what it is built from.
@@ -213,6 +223,11 @@ class UNet(HalfPrecisionTrunk):
         """All but the embeddings and the output layer."""
         return self.input_blocks, self.middle_block, self.output_blocks
 
+    def to_hold(self) -> JointModulation | None:
+        """The projections of the embedding, joined; None if one of them is not plain."""
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        return JointModulation(blocks, silu) if blocks and all(map(can_join, blocks)) else None
+
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, gap: Tensor | None = None
     ) -> Tensor:
@@ -227,7 +242,9 @@ class UNet(HalfPrecisionTrunk):
         :raises ValueError: if an input does not fit the network.
         """
         self._check_inputs(x, y)
-        emb = self._embed(timesteps, y, gap)
+        emb: Conditioning = self._embed(timesteps, y, gap)
+        if self.held is not None:
+            emb = self.held(emb)
         h = x.to(self.dtype)
         skips = []
         for module in self.input_blocks:
@@ -278,10 +295,13 @@ class UNet(HalfPrecisionTrunk):
                                 f"use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
 
 
-def attention_factors(image_size: int, resolutions: Iterable[int], levels: int | None = None) -> tuple[int, ...]:
+def attention_factors(
+    image_size: int, resolutions: Iterable[int], levels: int | None = None, what: str = "attention"
+) -> tuple[int, ...]:
     """Downsampling factors for `UNetConfig` from the resolutions at which attention takes place: 16, 8 at 32 -> 2, 4.
 
     :param levels: number of levels of the network; resolutions below the last one are then errors, too.
+    :param what: takes place there, for the message.
     :raises UserError: for a resolution that halving the image never reaches; the message lists those it does.
     """
     reached = {}
@@ -290,7 +310,7 @@ def attention_factors(image_size: int, resolutions: Iterable[int], levels: int |
     resolutions = tuple(resolutions)
     for resolution in resolutions:
         if resolution not in reached:
-            raise UserError(f"no attention is possible at resolution {resolution}: a network for images of side "
+            raise UserError(f"no {what} is possible at resolution {resolution}: a network for images of side "
                             f"{image_size} works at {', '.join(map(str, reached))}")
     return tuple(reached[resolution] for resolution in resolutions)
 

@@ -22,6 +22,7 @@ from cm.networks.layers import (
     normalization,
     zero_module,
 )
+from cm.networks.modulation import Conditioning, modulation
 from cm.tensors import append_dims
 
 
@@ -29,14 +30,14 @@ class TimestepBlock(nn.Module):
     """A module whose forward takes the embedding of the time (and class) as its second argument."""
 
     @abstractmethod
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         """[N,C,...], [N,D] -> [N,C',...]"""
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that passes the embedding to those of its children that take one."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         """[N,C,...], [N,D] -> [N,C',...]"""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
@@ -129,22 +130,32 @@ class ResBlock(TimestepBlock):
         else:
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    @property
+    def projection(self) -> nn.Module:
+        """From the embedding to a number for each channel, or two."""
+        return self.emb_layers
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the embedding scales the channels, too."""
+        return self.use_scale_shift_norm
+
+    def forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         """[N,C,H,W], [N,D] -> [N,out_channels,H',W']"""
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         norm_in, _, conv_in = self.in_layers
         assert isinstance(norm_in, nn.GroupNorm)
         h = norm_act(norm_in, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = conv_in(h)
-        emb_out = self.emb_layers(emb).to(h.dtype)                  # [N,C], or [N,2C]: scale, then shift
+        gain, shift = modulation(self, emb, h.dtype)
         norm_out, _, dropout, conv_out = self.out_layers
         assert isinstance(norm_out, nn.GroupNorm)
-        if self.use_scale_shift_norm:
-            h = norm_act(norm_out, h, *emb_out.chunk(2, dim=1))
+        if gain is None:
+            h = norm_act(norm_out, h + append_dims(shift.to(h.dtype), h.ndim))
         else:
-            h = norm_act(norm_out, h + append_dims(emb_out, h.ndim))
+            h = norm_act(norm_out, h, gain, shift)
         return self.skip_connection(x) + conv_out(dropout(h))

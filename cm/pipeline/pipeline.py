@@ -29,6 +29,7 @@ from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, run_picture_edit
 from cm.generate.vae import Decoder
+from cm.networks.held import weights_held
 from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
 from cm.pipeline.pictures import OUTPUTS, Pictures, from_tensor, to_tensor
@@ -184,7 +185,7 @@ class Pipeline:
         sampler, sigmas = sampler_of(settings)
         how = sampler_options(settings)
         D = partial(self._guided(settings).bind(self.model), **self._condition(rows, classes))
-        with self._computes:
+        with self._computes, weights_held(self.model):
             images = run_picture_edit(D, edit, plan.decoder, sampler, sigmas, noise_of(rows, plan), churn=how.churn,
                                       clip_denoised=how.clip_denoised)
         return images.float().cpu()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from cm.diffusion.preconditioning import Precond
+from cm.networks.held import weights_held
 from cm.random_util import DummyGenerator
 from cm.samplers import Churn, CountingDenoiser, integrate, make_sampler
 from cm.tensors import clip_to_pixels
@@ -108,17 +109,19 @@ def sample(
     sigmas = diffusion.scaling.grid(sampler.grid(options.steps, *levels, options.rho))
     rng = DummyGenerator() if generator is None else generator
     D = CountingDenoiser(diffusion.bind(model))
-    x = integrate(
-        sampler,
-        partial(D, **(model_kwargs or {})),
-        rng.randn(*shape, device=_device_of(model) if device is None else device) * sigmas[0].item(),
-        sigmas,
-        rng,
-        churn=options.churn,
-        clip_denoised=options.clip_denoised,
-        progress=progress,
-        callback=callback,
-    )
+    x = rng.randn(*shape, device=_device_of(model) if device is None else device) * sigmas[0].item()
+    with weights_held(model):
+        x = integrate(
+            sampler,
+            partial(D, **(model_kwargs or {})),
+            x,
+            sigmas,
+            rng,
+            churn=options.churn,
+            clip_denoised=options.clip_denoised,
+            progress=progress,
+            callback=callback,
+        )
     return SampleResult(clip_to_pixels(x) if options.clip_result else x, D.calls)
 
 

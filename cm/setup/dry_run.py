@@ -33,7 +33,7 @@ from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
 from cm.setup.run import check_log_dirs, run_precision
 from cm.training.ema_rates import parse_rates
-from cm.training.master_weights import halve
+from cm.training.master_weights import store_as_computed
 from cm.training.memory_estimate import GIB, MemoryPlan, PlannedRun, activations, line, nbytes, plan
 from cm.training.state import load_part
 from evaluations.engine.readers import BatchFile
@@ -238,6 +238,5 @@ def guide_bytes(settings: Settings) -> int:
         return 0
     with th.device("meta"):
         model = model_from(guide.settings)
-    if run_precision(settings) == "fp16":
-        halve(model)
+    store_as_computed(model, run_precision(settings), not objective_kind(settings.values).full_precision_passes)
     return nbytes([*model.parameters(), *model.buffers()])

@@ -29,7 +29,7 @@ from cm.setup.network import load_network
 from cm.setup.objective import choice_of, objective_kind
 from cm.setup.run import run_precision
 from cm.setup.weights_path import find_weights
-from cm.training.master_weights import halve
+from cm.training.master_weights import store_as_computed
 from cm.types import Denoiser
 
 
@@ -223,10 +223,11 @@ def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
 # --- objects ---------------------------------------------------------------------------------------------------------
 
 
-def guided_by(diffusion: Any, guide: Guide | None, settings: Settings) -> Any:
+def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_casts: bool = True) -> Any:
     """A diffusion with the guide, whose network is loaded here; the diffusion itself without one.
 
     :param settings: of the network that is guided.
+    :param stores_casts: in bf16 the guide is asked under autocast only, and holds its weights accordingly.
     """
     if guide is None:
         return diffusion
@@ -239,8 +240,7 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings) -> Any:
             diffusion, Guidance(partial(without_class, null_class=null_class), guide.scale, *guide.interval)
         )
     model = load_network(guide.settings, guide.flags.path).requires_grad_(False)
-    if run_precision(settings) == "fp16":
-        halve(model)
+    store_as_computed(model, run_precision(settings), stores_casts)
     own = diffusion_from(guide.settings, distillation=False)
     known = own.scaling.levels
     interval = _within(guide.interval, known)

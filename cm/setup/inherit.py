@@ -33,7 +33,7 @@ SECTIONS = (ModelConfig, DiffusionConfig, LatentConfig)
 FLAGS = {flag.name: flag for section in SECTIONS for flag in dataclasses.fields(section)}
 WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
-OWN = ("dropout", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
+OWN = ("dropout", "dropout_resolutions", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
 """Flags that change no weights and no meaning of them: each run chooses its own."""
 
 

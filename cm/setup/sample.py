@@ -203,8 +203,8 @@ def png_recipe(
     """All that the image of a seed depends on: the weights, and every flag but those of which images and how many."""
     sections = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig)
     names = {field.name for section in sections for field in fields(section)} - {
-        "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "use_checkpoint",
-        "allow_non_finite", "channels", "null_class",       # the weights have their channels
+        "model_path", "classifier_path", "num_samples", "batch_size", "dropout", "dropout_resolutions",
+        "use_checkpoint", "allow_non_finite", "channels", "null_class",         # the weights have their channels
         "guide_scale", "guide_path", "guide_interval",
     }
     values = {name: settings.values[name] for name in sorted(names | {"rounding", "subdirs", "seed"})}

@@ -117,7 +117,8 @@ def placed(settings: Settings, companion: Companion, network: nn.Module) -> Comp
     kind = objective_kind(settings.values)
     diffusion = diffusion_from(settings, companion.distillation, kind.distance_of(settings.values))
     if companion.origin == "teacher":
-        diffusion = guided_by(diffusion, settings.sources.get("teacher_guide"), settings)
+        guide = settings.sources.get("teacher_guide")
+        diffusion = guided_by(diffusion, guide, settings, stores_casts=not kind.full_precision_passes)
     return CompanionNetwork(network, diffusion)
 
 

@@ -32,7 +32,7 @@ from cm.training.config import LoopConfig, RunParts
 from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
 from cm.training.engine import make_engine
-from cm.training.master_weights import MasterWeights, halve, store_as_autocast
+from cm.training.master_weights import MasterWeights, store_as_computed
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
@@ -101,14 +101,11 @@ class TrainLoop:
         self.trained = {ONLINE: self._trained(self.model)}
         self.trained |= {name: self._trained(models[name]) for name in roles(declared, "trained")}
         layouts = {name: self.engine.lay_out(model) for name, model in models.items() if name not in self.trained}
-        stores_casts = self.trainer.precision == "bf16" and not self.objective.full_precision_passes
+        stores_casts = not self.objective.full_precision_passes
         self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name], stores_casts)
                        for name in roles(declared, "by_objective")}
         for name in roles(declared, "never"):               # nobody needs the masters of a frozen network
-            if self.trainer.use_fp16:
-                halve(models[name])
-            elif stores_casts and not layouts[name].is_sharded:
-                store_as_autocast(models[name])
+            store_as_computed(models[name], self.trainer.precision, stores_casts and not layouts[name].is_sharded)
         masters = self.trainer.master_params
         self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
         self.averages = EMA(

@@ -44,6 +44,18 @@ def store_as_autocast(model: nn.Module) -> None:
         model.store_as_autocast(th.bfloat16)
 
 
+def store_as_computed(model: nn.Module, precision: str, stores_casts: bool = True) -> None:
+    """Let a frozen network hold its weights in the precision that its passes compute in.
+
+    :param stores_casts: in bf16 all of its passes are autocast's; otherwise it stays float32 there.
+    :raises UserError: as `halve`.
+    """
+    if precision == "fp16":
+        halve(model)
+    elif precision == "bf16" and stores_casts:
+        store_as_autocast(model)
+
+
 class MasterWeights:
     """The float32 parameters of a network, which itself may compute in half precision.
 

@@ -141,7 +141,7 @@ def test_a_step_is_given_to_the_device_in_few_operations():
 def test_launches_have_a_line_for_every_way(monkeypatch):
     monkeypatch.setattr(launches, "launches_of", lambda step, *args, **options: Counter(x=10))
     lines = launches.launches_suite(SPEC)
-    assert len(lines) == 3 * 2 * 2 + 2 + len(objectives.JOBS)
+    assert len(lines) == 3 * 2 * 2 + 2 * 2 + len(objectives.JOBS)
     assert all(line.launches == 10 for line in lines)
-    assert [line.launches_over_plain for line in lines[:14]] == [None, 1] * 7
+    assert [line.launches_over_plain for line in lines[:16]] == [None, 1] * 8
     assert "operations / plain" in table(lines)

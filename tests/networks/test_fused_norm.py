@@ -1,4 +1,4 @@
-"""Normalisation, scale, shift and SiLU in one operation: against torch's own, in float64 and in lower precisions."""
+"""Normalisation, gain, shift and SiLU in one operation: against torch's own, in float64 and in lower precisions."""
 
 import copy
 
@@ -11,10 +11,10 @@ from cm.networks.fused_norm import _is_fused, norm_act
 from cm.script_util import create_model
 
 
-def by_torch(norm, x, scale, shift, silu):
+def by_torch(norm, x, gain, shift, silu):
     y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    if scale is not None:
-        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    if gain is not None:
+        y = y * gain[:, :, None, None] + shift[:, :, None, None]
     return F.silu(y) if silu else y
 
 
@@ -25,8 +25,8 @@ def problem(dtype, with_embedding, offset=1.0):
     nn.init.normal_(norm.weight, 1, 0.5)
     nn.init.normal_(norm.bias)
     x = (th.randn(3, 64, 5, 7, dtype=dtype) * 2 + offset).to(memory_format=th.channels_last).requires_grad_()
-    scale, shift = (th.randn(3, 64, dtype=dtype, requires_grad=True) if with_embedding else None for _ in range(2))
-    return norm, x, scale, shift
+    gain, shift = (th.randn(3, 64, dtype=dtype, requires_grad=True) if with_embedding else None for _ in range(2))
+    return norm, x, gain, shift
 
 
 # The input is rounded to its dtype once and the result once more; between them nothing is below float32.
@@ -34,16 +34,16 @@ def problem(dtype, with_embedding, offset=1.0):
 @pytest.mark.parametrize("with_embedding", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 def test_values_and_gradients_are_those_of_the_three_operations(dtype, tolerance, with_embedding, silu):
-    norm, x, scale, shift = problem(dtype, with_embedding)
+    norm, x, gain, shift = problem(dtype, with_embedding)
     assert _is_fused(x)
-    inputs = [t for t in (x, *norm.parameters(), scale, shift) if t is not None]
-    y = norm_act(norm, x, scale, shift, silu=silu)
+    inputs = [t for t in (x, *norm.parameters(), gain, shift) if t is not None]
+    y = norm_act(norm, x, gain, shift, silu=silu)
     grad = th.randn_like(y)
     found = [y, *th.autograd.grad(y, inputs, grad)]
     assert y.dtype == dtype and y.is_contiguous(memory_format=th.channels_last)
 
     exact = copy.deepcopy(norm).double()
-    wide = [None if t is None else t.detach().double().contiguous().requires_grad_() for t in (x, scale, shift)]
+    wide = [None if t is None else t.detach().double().contiguous().requires_grad_() for t in (x, gain, shift)]
     expected = by_torch(exact, *wide, silu)
     inputs = [t for t in (wide[0], *exact.parameters(), *wide[1:]) if t is not None]
     for own, right in zip(found, [expected, *th.autograd.grad(expected, inputs, grad.double())], strict=True):
@@ -52,21 +52,21 @@ def test_values_and_gradients_are_those_of_the_three_operations(dtype, tolerance
 
 @pytest.mark.parametrize("dtype", [th.float32, th.bfloat16])
 def test_images_in_blocks_are_what_all_together_are(dtype, monkeypatch):
-    norm, x, scale, shift = problem(dtype, True)
+    norm, x, gain, shift = problem(dtype, True)
     found = []
     for block in (x.numel(), 2 * x[0].numel(), 1):
         monkeypatch.setattr("cm.networks.fused_norm.BLOCK", block)
-        y = norm_act(norm, x, scale, shift)
-        found.append([y, *th.autograd.grad(y.float().square().sum(), [x, *norm.parameters(), scale, shift])])
+        y = norm_act(norm, x, gain, shift)
+        found.append([y, *th.autograd.grad(y.float().square().sum(), [x, *norm.parameters(), gain, shift])])
     for other in found[1:]:
         th.testing.assert_close(other, found[0], rtol=2 * th.finfo(dtype).eps, atol=1e-6)
 
 
 def test_gradients_agree_with_finite_differences():
-    norm, x, scale, shift = problem(th.float64, True)
-    x, scale, shift = (t[:1].detach().requires_grad_() for t in (x, scale, shift))
+    norm, x, gain, shift = problem(th.float64, True)
+    x, gain, shift = (t[:1].detach().requires_grad_() for t in (x, gain, shift))
     x = x[..., :2, :2].contiguous(memory_format=th.channels_last).detach().requires_grad_()
-    assert th.autograd.gradcheck(lambda *args: norm_act(norm, *args), (x, scale, shift), fast_mode=True)
+    assert th.autograd.gradcheck(lambda *args: norm_act(norm, *args), (x, gain, shift), fast_mode=True)
 
 
 def test_a_mean_far_above_the_spread_costs_few_digits():
@@ -94,20 +94,20 @@ def test_a_group_without_spread_becomes_its_bias():
 
 
 def test_other_memory_formats_take_torchs_operations():
-    norm, x, scale, shift = problem(th.float32, True)
+    norm, x, gain, shift = problem(th.float32, True)
     plain = x.detach().contiguous()
     assert not _is_fused(plain)
-    assert th.equal(norm_act(norm, plain, scale, shift), F.silu(
-        th.addcmul(shift[:, :, None, None], norm(plain), 1 + scale[:, :, None, None])
+    assert th.equal(norm_act(norm, plain, gain, shift), F.silu(
+        th.addcmul(shift[:, :, None, None], norm(plain), gain[:, :, None, None])
     ))
 
 
 def test_forward_mode_derivatives_go_through():
-    norm, x, scale, shift = problem(th.float64, True)
-    x, scale, shift = x.detach(), scale.detach(), shift.detach()
+    norm, x, gain, shift = problem(th.float64, True)
+    x, gain, shift = x.detach(), gain.detach(), shift.detach()
     direction, step = th.randn_like(x), 1e-6
-    _, along = th.func.jvp(lambda t: norm_act(norm, t, scale, shift), (x,), (direction,))
-    ends = [norm_act(norm, x + sign * step * direction, scale, shift) for sign in (1, -1)]
+    _, along = th.func.jvp(lambda t: norm_act(norm, t, gain, shift), (x,), (direction,))
+    ends = [norm_act(norm, x + sign * step * direction, gain, shift) for sign in (1, -1)]
     assert (along - (ends[0] - ends[1]) / (2 * step)).abs().max() < 1e-7
 
 

@@ -19,7 +19,7 @@ PUBLISHED = {
                     "ema_rate": "0.9999", "p_mean": -1.1, "p_std": 2.0, "huber_c": 1e-8},
     "cifar10/ect_1h": {"total_training_steps": 8000, "shrink_q": 256, "stages": 1, "ema_rate": "0.9993"},
     "imagenet64/ict": {"lr": 1e-4, "global_batch_size": 4096, "total_training_steps": 800_000, "dropout": 0.2,
-                       "ema_rate": "0.99997"},
+                       "dropout_resolutions": "16,8", "ema_rate": "0.99997"},
     "imagenet64/ect": {"p_mean": -0.8, "p_std": 1.6},
     "cifar10/scd": {"global_batch_size": 512, "total_training_steps": 500_000, "p_mean": -1.0, "p_std": 1.4,
                     "dropout": 0.0, "tangent_c": 0.1, "tangent_warmup": 10_000, "adam_beta2": 0.99},

@@ -21,6 +21,8 @@ from cm.script_util import model_and_diffusion_defaults
 from cm.setup import guide
 from cm.setup import train as setup
 from cm.setup.guide import parse_interval
+from cm.training.master_weights import store_as_computed
+from support.casts import Casts
 from support.command_line import overridden
 from support.commands import samples_of
 
@@ -281,6 +283,36 @@ def test_a_dry_run_counts_the_memory_of_the_guide(runs, tmp_path, capsys):
     parameters = sum(value.numel() for value in th.load(plain).values())
     guided = device("--teacher_guide_scale", 2, "--teacher_guide_path", plain)
     assert guided.pop("guide of the teacher") == 4 * parameters and guided == device("--teacher_guide_scale", 2)
+    bf16 = ("--precision", "bf16", "--teacher_guide_scale", 2, "--teacher_guide_path", plain)
+    assert 2 * parameters < device(*bf16)["guide of the teacher"] < 3 * parameters
+
+
+def test_a_guide_holds_the_casts_of_bf16(runs, tmp_path, monkeypatch):
+    """It is not cast at every pass, and the student is the same, bit for bit."""
+    options = ("--teacher_model_path", weights(runs / "dropout"), *CD, "--precision", "bf16",
+               "--teacher_guide_scale", 2, "--teacher_guide_path", weights(runs / "classes"))
+    students, counts, store = [], [], guide.store_as_computed
+    for stores in (True, False):
+        guides = []
+
+        def keep(model, precision, stores_casts, stores=stores, guides=guides):
+            assert precision == "bf16" and stores_casts
+            store(model, precision, stores)
+            guides.append(model)
+
+        monkeypatch.setattr(guide, "store_as_computed", keep)
+        with Casts(guides) as casts:
+            folder = train(tmp_path / str(stores), "consistency_distillation", *options)
+        counts.append(casts.count)
+        students.append(th.load(weights(folder)))
+    assert counts[0] == 0 and counts[1] > 20
+    assert all(th.equal(value, students[1][name]) for name, value in students[0].items())
+
+
+def test_a_guide_that_is_asked_in_full_precision_keeps_it():
+    model = build_network(network_config(FLAGS))
+    store_as_computed(model, "bf16", stores_casts=False)
+    assert {param.dtype for param in model.parameters()} == {th.float32}
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

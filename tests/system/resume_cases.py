@@ -17,7 +17,7 @@ from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.distributed import setup as dist
 from cm.karras_diffusion import KarrasDenoiser
 from cm.objectives import DENOISING
-from cm.setup.data import open_stream
+from cm.setup.data import RunBatches
 from cm.training.non_finite import NonFiniteError
 from support.training import MODES, digest, loop, second_moment
 
@@ -48,11 +48,12 @@ def make_images(folder: Path) -> str:
     return str(path)
 
 
-def stream(start, images, num_workers, references):
+def batches(images, num_workers, references):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     share = len(range(rank, BATCH, ranks))
-    return open_stream(start, references, rank, ranks, data_dir=images, batch_size=share, global_batch=BATCH,
-                       image_size=8, class_cond=True, seed=3, num_workers=num_workers)
+    options = {"data_dir": images, "batch_size": share, "global_batch": BATCH, "image_size": 8, "class_cond": True,
+               "seed": 3, "num_workers": num_workers}
+    return RunBatches(rank, ranks, options, references)
 
 
 def denoising(name):
@@ -71,7 +72,7 @@ def prepare(images, directory, steps, mode, memory=False, num_workers=0, **optio
         references = options["objective"].references
     return loop(
         images, directory, steps, mode=mode,
-        data=partial(stream, images=images, num_workers=num_workers, references=references),
+        data=batches(images, num_workers, references),
         batch_size=len(range(rank, BATCH, ranks)), global_batch_size=BATCH, **options,
     )
 

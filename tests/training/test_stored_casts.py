@@ -2,25 +2,11 @@
 
 import pytest
 import torch as th
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm.training.master_weights import MasterWeights, store_as_autocast
 from support import training
+from support.casts import Casts
 from support.edm_networks import inputs, tiny
-
-
-class Casts(TorchDispatchMode):
-    """Counts the conversions of these parameters."""
-
-    def __init__(self, models):
-        super().__init__()
-        self.places = {param.untyped_storage().data_ptr() for model in models for param in model.parameters()}
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ == "_to_copy" and isinstance(args[0], th.Tensor):
-            self.count += args[0].untyped_storage().data_ptr() in self.places
-        return func(*args, **(kwargs or {}))
 
 
 def trained(images, folder, mode, steps=4, **options):

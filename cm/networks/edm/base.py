@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch as th
 import torch.nn.functional as F
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.edm.layers import BlockOptions, Conv, ConvDown, UNetBlock
+from cm.networks.held import Holds
 from cm.networks.layers import SiLU, without_autocast
+from cm.networks.modulation import Conditioning, JointModulation, can_join
 from cm.networks.precision import HalfPrecisionTrunk
 from cm.networks.second_time import SecondTime, check_gap
 
@@ -35,6 +37,7 @@ class EDMConfig:
     :param num_blocks: residual blocks per level (one more on the way up).
     :param attn_resolutions: sides of the images at which attention takes place; a side that no level has has no effect.
     :param dropout: probability, inside the residual blocks.
+    :param dropout_resolutions: sides of the training images' levels whose blocks have dropout; empty: all.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param null_class: the label label_dim stands for no class; its one-hot row is zero, as in EDM's label dropout.
     :param second_time: the network takes a second time, as flow maps do.
@@ -54,6 +57,7 @@ class EDMConfig:
     use_checkpoint: bool = field(default=False, kw_only=True)
     null_class: bool = field(default=False, kw_only=True)
     second_time: bool = field(default=False, kw_only=True)
+    dropout_resolutions: Collection[int] = field(default=(), kw_only=True)
 
     @property
     def widths(self) -> list[int]:
@@ -64,6 +68,10 @@ class EDMConfig:
     def emb_channels(self) -> int:
         """Width of the embedding."""
         return self.model_channels * self.channel_mult_emb
+
+    def dropout_at(self, side: int) -> float:
+        """The probability in a block whose output has this side, for training images."""
+        return self.dropout if not self.dropout_resolutions or side in self.dropout_resolutions else 0
 
 
 class ConditionedNetwork(HalfPrecisionTrunk):
@@ -120,7 +128,7 @@ class ConditionedNetwork(HalfPrecisionTrunk):
                             f"the network: use a multiple of {self.shrinkage}, or a channel_mult with fewer levels")
 
 
-class EDMNetwork(ConditionedNetwork):
+class EDMNetwork(ConditionedNetwork, Holds):
     """A U-Net with the parameter names of the published EDM weights: `enc` and `dec`, each named by its resolution.
 
     :raises UserError: for images that cannot be halved often enough.
@@ -147,6 +155,7 @@ class EDMNetwork(ConditionedNetwork):
         channels, image_channels = first, self.in_channels
         for level, width in enumerate(self.config.widths):
             side = self.img_resolution >> level
+            options = replace(options, dropout=self.config.dropout_at(side))
             if level == 0:
                 layers[f"{side}x{side}_conv"] = options.init(Conv(self.in_channels, first, 3))
             else:
@@ -167,6 +176,7 @@ class EDMNetwork(ConditionedNetwork):
         layers = nn.ModuleDict()
         for level, width in reversed(list(enumerate(self.config.widths))):
             side = self.img_resolution >> level
+            options = replace(options, dropout=self.config.dropout_at(side))
             attends = side in self.config.attn_resolutions
             if level == len(self.config.widths) - 1:
                 layers[f"{side}x{side}_in0"] = UNetBlock(channels, channels, options, attention=True)
@@ -200,6 +210,11 @@ class EDMNetwork(ConditionedNetwork):
     def last_conv(self) -> Conv:
         """The convolution that makes the image."""
 
+    def to_hold(self) -> JointModulation | None:
+        """The projections of the embedding, joined; None if one of them is not plain."""
+        blocks = [module for module in self.modules() if isinstance(module, UNetBlock)]
+        return JointModulation(blocks, nn.Identity()) if all(map(can_join, blocks)) else None
+
     def forward(
         self, x: Tensor, noise_labels: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None,
         gap: Tensor | None = None,
@@ -221,10 +236,11 @@ class EDMNetwork(ConditionedNetwork):
             augment_labels = noise_labels.new_zeros(len(x), self.augment_dim)
         # Not under autocast, whose half precision would merge neighbouring noise levels.
         with without_autocast(x.device):
-            emb = self.embed(noise_labels, labels, augment_labels)
+            embedding = self.embed(noise_labels, labels, augment_labels)
             check_gap(gap, self.second_time)
             if self.second_time is not None:
-                emb = emb + self.second_time(gap, emb)
+                embedding = embedding + self.second_time(gap, embedding)
+        emb: Conditioning = embedding if self.held is None else self.held(embedding)
         h = x.to(self.dtype)
         skips, image = [], h
         for name, layer in self.enc.items():

@@ -53,15 +53,17 @@ class EDM2Block(nn.Module):
 
     In the encoder the main path is normalised to unit length in each pixel, in the decoder it is not.
 
+    :param side: of its output, for training images.
     :param resample: "down", "up" or "": what happens to the resolution first.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: EDM2Config, is_encoder: bool, resample: str = "",
-        attention: bool = False,
+        self, in_channels: int, out_channels: int, config: EDM2Config, side: int, is_encoder: bool,
+        resample: str = "", attention: bool = False,
     ) -> None:
         super().__init__()
         self.out_channels, self.config, self.is_encoder, self.resample = out_channels, config, is_encoder, resample
+        self.dropout = config.dropout_at(side)
         self.num_heads = count_heads(out_channels, -1, config.channels_per_head) if attention else 0
         self.emb_gain = nn.Parameter(th.zeros([]))
         self.conv_res0 = MPConv(out_channels if is_encoder else in_channels, out_channels, 3)
@@ -84,7 +86,7 @@ class EDM2Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, self.emb_gain) + 1
         y = mp_silu(y * append_dims(scale, y.ndim).to(y.dtype))
-        y = self.conv_res1(F.dropout(y, self.config.dropout, self.training))
+        y = self.conv_res1(F.dropout(y, self.dropout, self.training))
         if not self.is_encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, y, RESIDUAL_BALANCE)
@@ -123,10 +125,10 @@ class EDM2UNet(nn.Module):
             if level == 0:                                          # reads a channel of ones, too, for want of biases
                 layers[f"{side}x{side}_conv"] = MPConv(config.in_channels + 1, width, 3)
             else:
-                layers[f"{side}x{side}_down"] = EDM2Block(channels, channels, config, True, "down")
+                layers[f"{side}x{side}_down"] = EDM2Block(channels, channels, config, side, True, "down")
             for i in range(config.num_blocks):
                 attention = side in config.attn_resolutions
-                layers[f"{side}x{side}_block{i}"] = EDM2Block(channels, width, config, True, attention=attention)
+                layers[f"{side}x{side}_block{i}"] = EDM2Block(channels, width, config, side, True, attention=attention)
                 channels = width
         return layers
 
@@ -136,14 +138,14 @@ class EDM2UNet(nn.Module):
         for level, width in reversed(list(enumerate(config.widths))):
             side = config.img_resolution >> level
             if level == len(config.widths) - 1:
-                layers[f"{side}x{side}_in0"] = EDM2Block(channels, channels, config, False, attention=True)
-                layers[f"{side}x{side}_in1"] = EDM2Block(channels, channels, config, False)
+                layers[f"{side}x{side}_in0"] = EDM2Block(channels, channels, config, side, False, attention=True)
+                layers[f"{side}x{side}_in1"] = EDM2Block(channels, channels, config, side, False)
             else:
-                layers[f"{side}x{side}_up"] = EDM2Block(channels, channels, config, False, "up")
+                layers[f"{side}x{side}_up"] = EDM2Block(channels, channels, config, side, False, "up")
             for i in range(config.num_blocks + 1):
                 attention = side in config.attn_resolutions
                 layers[f"{side}x{side}_block{i}"] = EDM2Block(
-                    channels + skips.pop(), width, config, False, attention=attention
+                    channels + skips.pop(), width, config, side, False, attention=attention
                 )
                 channels = width
         return layers

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from cm.errors import UserError
 from cm.networks.attention import count_heads, qkv_attention
 from cm.networks.fused_norm import norm_act
+from cm.networks.held import Holds
 from cm.networks.layers import GROUPS, GroupNorm32, checkpoint
+from cm.networks.modulation import Conditioning, modulation
 from cm.tensors import append_dims
 
 Layer = TypeVar("Layer", bound="nn.Linear | nn.Conv2d")
@@ -173,7 +175,7 @@ class BlockOptions:
     use_checkpoint: bool
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Holds):
     """Norm, SiLU, conv, embedding, norm, SiLU, dropout, conv, with a skip path; then attention if asked for.
 
     :param direction: "up", "down" or "": what the first convolution and the skip path do to the resolution.
@@ -202,28 +204,46 @@ class UNetBlock(nn.Module):
             self.qkv = o.init_attention(Conv(out_channels, 3 * out_channels, 1))
             self.proj = o.init_zero(Conv(out_channels, out_channels, 1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    @property
+    def projection(self) -> nn.Module:
+        """From the embedding to a number for each channel, or two."""
+        return self.affine
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether the embedding scales the channels, too."""
+        return self.options.adaptive_scale
+
+    def to_hold(self) -> tuple[Tensor, Tensor] | None:
+        """The rows of the layer before attention in the order of a pass."""
+        return self._sorted_qkv() if self.num_heads else None
+
+    def forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         """[N,C,H,W], [N,E] -> [N,out_channels,H',W']"""
         return checkpoint(self._forward, (x, emb), self.parameters(), self.options.use_checkpoint)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         h = self.conv0(norm_act(self.norm0, x))
-        emb_out = self.affine(emb)
-        if self.options.adaptive_scale:
-            h = norm_act(self.norm1, h, *emb_out.chunk(2, dim=1))
+        gain, shift = modulation(self, emb, h.dtype)
+        if gain is None:
+            h = norm_act(self.norm1, h + append_dims(shift.to(h.dtype), h.ndim))
         else:
-            h = norm_act(self.norm1, h + append_dims(emb_out.to(h.dtype), h.ndim))
+            h = norm_act(self.norm1, h, gain, shift)
         h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.options.skip_scale
         if self.num_heads:
             x = (x + self._attend(x)) * self.options.skip_scale
         return x
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _sorted_qkv(self) -> tuple[Tensor, Tensor]:
         # The rows of published weights are q, k and v of each channel in turn. Sorting the rows costs less than
         # sorting their outputs.
         assert self.qkv.bias is not None
         weight, bias = (rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
                         for rows in (self.qkv.weight, self.qkv.bias))
+        return weight, bias
+
+    def _attend(self, x: Tensor) -> Tensor:
+        weight, bias = self._sorted_qkv() if self.held is None else self.held
         qkv = F.conv2d(norm_act(self.norm2, x, silu=False), weight, bias)
         return self.proj(qkv_attention(qkv, self.num_heads))

@@ -13,6 +13,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm.networks.held import Holds
 from cm.networks.layers import silu
 
 EPS = 1e-4                                                          # added to a magnitude before dividing by it
@@ -60,7 +61,7 @@ class MPFourier(nn.Module):
         return math.sqrt(2) * (t[:, None] * self.freqs.to(t.dtype) + self.phases.to(t.dtype)).cos()
 
 
-class MPConv(nn.Module):
+class MPConv(Holds):
     """A linear layer or a convolution without bias, whose rows of weights have a fixed magnitude: equation 47.
 
     The pass normalises the weights that it uses. `force` also normalises those that are stored, see `EDM2Network`.
@@ -79,8 +80,14 @@ class MPConv(nn.Module):
         """Every output channel at magnitude 1: equation 66."""
         return normalize(weight, range(1, weight.ndim))
 
+    def to_hold(self) -> Tensor:
+        """The weights at gain 1."""
+        return self.effective()
+
     def effective(self, gain: Tensor | float = 1.0) -> Tensor:
         """The weights that a pass uses, whose rows have the L2 norm `gain`."""
+        if self.held is not None:
+            return self.held if isinstance(gain, float) and gain == 1 else self.held * gain
         return self.force(self.weight) * (gain / math.sqrt(self.weight[0].numel()))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:

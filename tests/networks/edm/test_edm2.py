@@ -162,7 +162,7 @@ def slow_block(state, x, emb, is_encoder, resample, head):
 @th.no_grad()
 def test_blocks(a, b, is_encoder, resample, attention):
     th.manual_seed(0)
-    block = EDM2Block(a, b, EDM2Config(**TINY), is_encoder, resample, attention).to(F64)
+    block = EDM2Block(a, b, EDM2Config(**TINY), 8, is_encoder, resample, attention).to(F64)
     block.emb_gain.fill_(0.7)
     x, emb = th.randn(2, a, 4, 4, dtype=F64), th.randn(2, 32, dtype=F64)
     x[0, :, 0, 0] = 500.0                                           # what is clamped, unless it is normalised
