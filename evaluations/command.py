@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from cm.config import early_exit
 from cm.config.parser import Parser
+from evaluations.defaults import EXTRACTOR_VARIABLE
 
 
 def start(make_parser: Callable[[], Parser], run: Callable[[argparse.Namespace], None]) -> None:
@@ -42,15 +43,28 @@ def fetch_inputs(args: argparse.Namespace) -> None:
             setattr(args, name, web.local_copy(value, logger.log))
 
 
-def prepare_json(path: str | None, inputs: Mapping[str, str | None]) -> None:
-    """Find out before the work whether there is a place for its result, the file of --json.
+def prepare_output(args: argparse.Namespace, flag: str, *inputs: str) -> None:
+    """Find out before the work whether there is a place for its result, the file that a flag such as --json names.
 
-    :param inputs: flag -> the file or folder it names.
+    :param inputs: the flags, or positional arguments, of what the command reads besides its extractor and plugins.
     :raises UserError: if the result would replace an input, or cannot be written.
     """
+    path = getattr(args, flag.removeprefix("--"))
     if path:
         from cm.io.outputs import Output, check_outputs
         from cm.io.storage import make_folder
 
-        check_outputs([Output("--json", path, beside_input=True)], inputs)
+        read = {name: getattr(args, name.removeprefix("--")) for name in inputs}
+        check_outputs([Output(flag, path, beside_input=True)], read | _files_of_extractor(args))
         make_folder(os.path.dirname(os.path.abspath(path)))
+
+
+def _files_of_extractor(args: argparse.Namespace) -> dict[str, str]:
+    """What is named by --inception, or the environment in its place, and by --plugin."""
+    from evaluations.features.preprocessing import sidecar_of
+
+    flag = "--inception" if args.inception else EXTRACTOR_VARIABLE
+    spec = args.inception or os.environ.get(EXTRACTOR_VARIABLE) or ""
+    path = spec if os.path.isfile(spec) else spec.partition(":")[2]
+    files = {flag: path, f"{flag} (its description)": sidecar_of(path)} if path else {}
+    return files | {f"--plugin {plugin}": plugin for plugin in args.plugin}

@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.features import load_extractor
 
     dist.setup_dist()
-    command.prepare_json(args.json, {"ref_batch": args.ref_batch, "sample_batch": args.sample_batch})
+    command.prepare_output(args, "--json", "ref_batch", "sample_batch")
     named = args.inception or os.environ.get(EXTRACTOR_VARIABLE)
     result = evaluate(
         args.ref_batch,

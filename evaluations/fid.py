@@ -107,10 +107,11 @@ def _run(args: argparse.Namespace) -> None:
     dist.setup_dist()
     extractor = load_extractor(args.inception, dist.dev(), trusted=args.trust_extractor)
     if args.command == "ref":
+        command.prepare_output(args, "--dest")
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch,
                    image_size=args.image_size)
     else:
-        command.prepare_json(args.json, {"--images": args.images, "--ref": args.ref})
+        command.prepare_output(args, "--json", "--images", "--ref")
         result = calc(args.images, args.ref, extractor, num=args.num, seed=args.seed, batch_size=args.batch,
                       cache=open_cache(args.cache))
         text = report(result)

@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> None:
 
     dist.setup_dist()
     begun = time.monotonic()
-    command.prepare_json(args.json, {"ref_batch": args.ref_batch, "sample_batch": args.sample_batch})
+    command.prepare_output(args, "--json", "ref_batch", "sample_batch")
     samples, names = BatchFile(args.sample_batch), asked_metrics(args)
     samples.check_has_images()
     assert samples.image_shape is not None

@@ -93,10 +93,13 @@ def card_options(config: ConvertConfig) -> CardOptions | None:
 
 
 def check_card_flags(settings: Settings) -> None:
-    """:raises UserError: for flags of a model card where none is written."""
+    """:raises UserError: for flags of what is not written."""
     given = [name for name in ("license", "results", "picture") if settings.is_given(name)]
     if given and settings.values["format"] != "hf":
         raise UserError(f"--{given[0]} is for the card of a model folder: add --to hf, or drop it")
+    levels = settings.values["num_train_timesteps"]
+    if levels and settings.values["format"] != "diffusers":
+        raise UserError(f"--num_train_timesteps {levels} is for --to diffusers; drop it")
 
 
 if __name__ == "__main__":

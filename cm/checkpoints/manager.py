@@ -18,6 +18,7 @@ from cm.logging import logger
 from cm.registry import lookup
 
 ON_SAVE_ERROR = {"stop": "end the run", "continue": "train on, and try again at the next save"}
+CONFIG = "config.json"                                      # the flags of the run, beside its log
 BEST = "best.json"                                          # {"step": ...}: the checkpoint with the best evaluation
 KEEP = 3                                                    # newest checkpoints of a new run that does not say
 
@@ -55,6 +56,8 @@ class CheckpointManager:
         :raises UserError: on every rank, if there is no such checkpoint, or one although `resume` is "never".
         """
         found = dist.on_main(resolve_resume, self.directory, resume, self.verify)
+        if found is None:
+            dist.on_main(_refuse_left_run, self.directory, logger.get_dir())
         self.origin = found.origin if found else ""
         goes_on = found is not None and storage.absolute(found.directory) == storage.absolute(self.directory)
         self.run = found.run if found and goes_on else secrets.token_hex(8)
@@ -169,6 +172,25 @@ def resolve_resume(
     if not looks_only:
         archive_after(directory, asked.step)
     return replace(asked, origin=path)
+
+
+def _refuse_left_run(directory: str, log_dir: str) -> None:
+    """A run whose log is here, and whose checkpoints lie elsewhere, is not begun anew for want of a flag.
+
+    :raises UserError: naming where they lie.
+    """
+    try:
+        config = budget.read_json(os.path.join(log_dir, CONFIG), budget.SETTINGS)
+        before = str(config.get("checkpoint_dir") or log_dir)
+        is_left = storage.absolute(before) != storage.absolute(directory) and bool(manifest.steps(before))
+    except (OSError, UserError, ValueError, AttributeError):
+        return                                              # no run, or none that can be read
+    if is_left:
+        flag = "no --checkpoint_dir" if storage.absolute(before) == storage.absolute(log_dir) else (
+            f"--checkpoint_dir {before}")
+        raise UserError(f"the run in {log_dir} keeps its checkpoints in {before}, and {directory} holds none: give "
+                        f"{flag} to resume it, --resume {before} to go on with a copy of it, or another --log_dir for "
+                        "a new run")
 
 
 def archive_after(directory: str, step: int) -> None:

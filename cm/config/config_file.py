@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from cm.config import presets
+from cm.config.flat_file import parse_flat
 from cm.errors import UserError
 from cm.io.budget import SETTINGS, read_bytes
 from cm.io.untrusted import shown
@@ -63,38 +64,3 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     if base in above:
         raise UserError(f"--config {path}: its base {base} builds on this file in turn")
     return read_config(base, fields, (*above, base)) | content
-
-
-def parse_flat(text: bytes) -> Any:
-    """A mapping of plain values and lists of them, from YAML or JSON; {} for an empty text.
-
-    :raises ValueError: if it is neither, nested deeper, gives a key twice or none a value, or has aliases, by which a
-        short text unfolds to a huge one.
-    """
-    import yaml
-
-    try:
-        depth, scalars, lines = 0, 0, {}
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            line = f"line {event.start_mark.line + 1}"
-            if depth > 2:
-                raise ValueError(f"{line}: a value is a word, a number or a list of those")
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{line}: aliases (*{event.anchor}) are not read")
-            if depth == 1 and isinstance(event, (yaml.ScalarEvent, yaml.CollectionEndEvent)):
-                scalars += 1                                # at this depth keys and values take turns
-                if scalars % 2 and isinstance(event, yaml.ScalarEvent):
-                    if event.value in lines:
-                        raise ValueError(f"{line}: {event.value} is given twice, first in {lines[event.value]}")
-                    lines[event.value] = line
-        content = yaml.safe_load(text) or {}
-        for name, value in content.items() if isinstance(content, dict) else ():
-            if value is None:
-                line = lines.get(str(name), "some line")
-                raise ValueError(f"{line}: {name} has no value; write \"\" for an empty one")
-        return content
-    except MemoryError:
-        raise
-    except Exception as error:                              # such as of a date that the calendar does not have
-        raise ValueError(str(error) or repr(error)) from None

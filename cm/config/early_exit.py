@@ -70,7 +70,7 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     except UserError as error:
         if any(word.partition("=")[0] in ("--config", "--plugin") for word in sys.argv[1:]):
             _fail_after_joining(error)
-        if launcher_rank() == 0:
+        if launchers.speaks():
             failure.say(f"error: {error}")
         failure.note_mistake(error)
         leave(failure.status_of(error))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cm.config.flags import option
 from cm.config.objective_schema import TRAINING_MODES
-from cm.config.schema import EDIT_NAMES, SAMPLER_NAMES, ExtractorConfig, WeightsConfig
+from cm.config.schema import EDIT_NAMES, MOST_STEPS, SAMPLER_NAMES, ExtractorConfig, WeightsConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class SampleConfig:
         table="sampler",
     )
     steps: int = option(
-        40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1
+        40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1,
+        maximum=MOST_STEPS,
     )
     ts: str = option(
         "", "multistep: indices of noise levels, such as 0,22,39; must end with steps-1, which costs no evaluation"
@@ -74,7 +75,7 @@ class SolverConfig(AblationConfig):
 
     rho: float = option(
         7.0, "exponent of the Karras grid; larger values place more levels near sigma_min; not used by onestep, ddim "
-        "and pc", minimum=1,
+        "and pc", minimum=1, maximum=1e6,
     )
     eta: float = option(
         -1.0, "ddim, sde, ito: amount of fresh noise, from 0 (DDIM, the ODE) to 1 (DDPM, the reverse SDE); -1: default "
@@ -96,7 +97,7 @@ class SolverConfig(AblationConfig):
     )
     pc_sde: str = option("ve", "pc: process that defines noise levels and steps", choices=("ve", "vp"))
     snr: float = option(0.16, "pc: signal-to-noise ratio of the corrector", minimum=0)
-    corrector_steps: int = option(1, "pc: corrector steps at each noise level", minimum=0)
+    corrector_steps: int = option(1, "pc: corrector steps at each noise level", minimum=0, maximum=MOST_STEPS)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class EditConfig(SampleConfig):
     )
     steps: int = option(
         40, "number of noise levels, or of sampler steps; default: those that the consistency model was trained with, "
-        "or 40 where they were many or are not known", minimum=1,
+        "or 40 where they were many or are not known", minimum=1, maximum=MOST_STEPS,
     )
     ts: str = option(
         "", "multistep: indices of noise levels, such as 0,22,39; must end with steps-1, which costs no evaluation; "

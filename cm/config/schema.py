@@ -18,6 +18,10 @@ EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoi
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
+LARGEST_SIDE, LARGEST_BATCH, MOST_STEPS = 2**15, 2**24, 10**6
+"""What no machine could hold is a slip of the keyboard, and is told before it is tried."""
+LEAST_SIGMA, LARGEST_SIGMA = 1e-12, 1e12                    # whose squares float32 still holds
+LONGEST_WAIT_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class ModelConfig:
         "edm2 (EDM2's magnitude-preserving U-Net)",
         choices=("unet", "ddpmpp", "ncsnpp", "adm", "edm2"), table="arch",
     )
-    image_size: int = option(64, "width and height of the images in pixels", minimum=1)
+    image_size: int = option(
+        64, "width and height of the images in pixels", minimum=1, maximum=LARGEST_SIDE
+    )
     channels: int = option(
         3, "channels of the images; 3: RGB, where grey data are repeated; 1: grey, to which colour is converted; "
         "others: latents; those of datasets/encode.py bring the number along", minimum=1,
@@ -73,8 +79,8 @@ class ModelConfig:
 class DiffusionConfig:
     """diffusion"""
 
-    sigma_min: float = option(0.002, "lowest noise level", minimum=0)
-    sigma_max: float = option(80.0, "highest noise level", minimum=0)
+    sigma_min: float = option(0.002, "lowest noise level", minimum=LEAST_SIGMA)
+    sigma_max: float = option(80.0, "highest noise level", minimum=0, maximum=LARGEST_SIGMA)
     precond: str = option(
         "edm", "preconditioning of the network; all but edm also set the published noise distribution and loss weight, "
         "unless these are given",
@@ -216,9 +222,12 @@ class TrainConfig:
     lr_decay_steps: int = option(
         0, "steps after which the learning rate falls as 1 / sqrt(step) (EDM2: 70000); 0: never", minimum=0
     )
-    global_batch_size: int = option(2048, "images per step, summed over all ranks", minimum=1)
+    global_batch_size: int = option(
+        2048, "images per step, summed over all ranks", minimum=1, maximum=LARGEST_BATCH
+    )
     batch_size: int = option(
-        -1, "images per step and rank; -1: global_batch_size divided by the number of ranks", minimum=-1
+        -1, "images per step and rank; -1: global_batch_size divided by the number of ranks", minimum=-1,
+        maximum=LARGEST_BATCH,
     )
     microbatch: int = option(
         -1, "images per forward pass, to save memory; -1: all at once; without dropout, the result is the same up to "
@@ -310,11 +319,12 @@ class TrainConfig:
         "profile.txt, and the trace to profile_trace.json.gz; 0: none", minimum=0,
     )
     timeout_seconds: float = option(
-        600.0, "time after which a rank that waits for another ends the job, also while rank 0 saves", minimum=1
+        600.0, "time after which a rank that waits for another ends the job, also while rank 0 saves", minimum=1,
+        maximum=LONGEST_WAIT_S,
     )
     grace_seconds: float = option(
         60.0, "time for all ranks to finish their step after SIGTERM, SIGINT or SIGUSR1; saving is not counted",
-        minimum=0,
+        minimum=0, maximum=LONGEST_WAIT_S,
     )
     resume_checkpoint: str = option(
         "", "start from this model file, and from its optimizer and averages if they are in the same folder"
@@ -346,7 +356,7 @@ class EvalConfig(ExtractorConfig):
         "progdist",
         choices=("", *SAMPLER_NAMES), table="sampler",
     )
-    eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1)
+    eval_steps: int = option(40, "same as --steps of image_sample.py", minimum=1, maximum=MOST_STEPS)
     eval_ts: str = option("", "same as --ts of image_sample.py")
     eval_seed: int = option(42, "same as --seed of image_sample.py", minimum=0, maximum=LARGEST_SEED)
     eval_batch_size: int = option(

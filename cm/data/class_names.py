@@ -83,7 +83,11 @@ def require_same(known: ClassNames, found: ClassNames, checkpoint: str, data: st
     :returns: a warning for the log, empty where all is as it was.
     :raises UserError: if the lists differ and that is not allowed.
     """
-    if not known or not found or known == found:
+    if known and not found:
+        return (f"{data} does not name its classes, so nothing tells whether class 0 is still {known[0]!r}: the "
+                f"checkpoint {checkpoint} knows {shortened(known)}. Name them in its dataset.json (class_names), or "
+                "look that the numbers are the same")
+    if not known or known == found:
         return ""
     longest = max(len(known), len(found))
     first = next(i for i in range(longest) if known[i : i + 1] != found[i : i + 1])
@@ -141,6 +145,19 @@ def _number_of(word: str, words: str, names: ClassNames, num_classes: int, flag:
     raise UserError(
         f"{shown} is none of the model's classes 0 to {num_classes - 1}: {shortened(names)}.{hint}"
     )
+
+
+def number_of_name(word: str, names: ClassNames) -> int:
+    """The class of a name alone, also of one that is a number or holds a comma.
+
+    :raises UserError: if there is none.
+    """
+    if word in names:
+        return names.index(word)
+    near = difflib.get_close_matches(word, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    known = f"the classes are {shortened(names)}.{hint}" if names else "this model has no class names, so give numbers"
+    raise UserError(f"no class is named {printable(word)!r}: {known}")
 
 
 def named(number: int, names: ClassNames) -> str:

@@ -83,7 +83,7 @@ def labels_of_json(text: bytes, names: Sequence[str]) -> Labels:
             return listed
         content = parse_json(text, limits)
         pairs, classes = content["labels"], content.get("class_names") or []
-        table = None if pairs is None else {str(name): label for name, label in pairs}
+        table = None if pairs is None else _one_label_each(pairs)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Labels(None, f"{LABEL_FILE} is not of the form {{\"labels\": [[\"name\", 0], ...]}}: {error!r}")
     if table is None:
@@ -95,6 +95,15 @@ def labels_of_json(text: bytes, names: Sequence[str]) -> Labels:
             label = untrusted.shown(table[name])
             return Labels(None, f"{LABEL_FILE} gives {name!r} the label {label}, which is no class number")
     return _listed(np.fromiter((table[name] for name in names), np.int64), classes)
+
+
+def _one_label_each(pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """:raises ValueError: if an image is listed with two labels."""
+    table: dict[str, Any] = {}
+    for name, label in pairs:
+        if table.setdefault(str(name), label) != label:
+            raise ValueError(f"{name} has two labels, {untrusted.shown(table[str(name)])} and {untrusted.shown(label)}")
+    return table
 
 
 def _listed(numbers: np.ndarray, classes: Any) -> Labels:

@@ -98,6 +98,12 @@ def launcher_rank(env: Mapping[str, str] = os.environ) -> int:
     return next((launch.rank for launch in announcements(env)), 0)
 
 
+def speaks(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process reports a mistake that all of a job make: rank 0, or a rank that no job can have."""
+    own = next(iter(announcements(env)), None)
+    return own is None or own.rank == 0 or 0 < own.size <= own.rank
+
+
 def launcher_size(env: Mapping[str, str] = os.environ) -> int:
     """The largest job that any launcher announces; 1 for a plain `python`."""
     return max([1, *(launch.size for launch in announcements(env))])

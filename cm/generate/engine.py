@@ -28,6 +28,7 @@ from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
 
 SHOWN = 64                                      # images in a grid
+MOST_SEEDS = 10**8                              # of one command: as many numbers fit into memory
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,19 @@ def rank_batches(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.
 def parse_seeds(seeds: str) -> tuple[int, ...]:
     """'0-3,100' -> (0, 1, 2, 3, 100), in this order; () when empty.
 
-    :raises UserError: if a part is neither a number nor a rising range, or a seed is named twice.
+    :raises UserError: if a part is neither a number nor a rising range, a seed is named twice, or there are too many.
     """
     found: list[int] = []
+    count = 0
     for part in seeds.split(",") if seeds.strip() else []:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,30})(?:-(\d{1,30}))?", part.strip())
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--seeds {seeds!r}: {part.strip()!r} is neither a number nor a rising range such as 0-63")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        listed = range(int(match[1]), int(match[2] or match[1]) + 1)
+        count += listed.stop - listed.start
+        if count > MOST_SEEDS:
+            raise UserError(f"--seeds {seeds!r} lists {count:,} images; the most for one command are {MOST_SEEDS:,}")
+        found += listed
     if twice := [seed for seed, times in Counter(found).items() if times > 1]:
         raise UserError(f"--seeds {seeds!r} names {twice[0]} twice")
     return tuple(found)

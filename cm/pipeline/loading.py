@@ -8,6 +8,7 @@ import torch as th
 
 from cm.config.flags import resolve
 from cm.distributed import setup as dist
+from cm.errors import UserError
 from cm.pipeline.pipeline import SECTIONS, Pipeline
 from cm.setup.model import choose_precision
 from cm.setup.sample import inherit_model, load_model, sampling_diffusion
@@ -29,7 +30,20 @@ def load_pipeline(
     dist.setup_dist()
     settings = resolve({"model_path": os.fspath(path), "precision": precision, **flags}, *SECTIONS)
     inherit_model(settings)
-    where = dist.dev() if device is None else th.device(device)
+    where = dist.dev() if device is None else _device(device)
     model = load_model(settings).to(where)
     arithmetic = choose_precision(settings.values["precision"], settings.values["use_fp16"], where)
     return Pipeline(model, sampling_diffusion(settings), settings, where, arithmetic)
+
+
+def _device(device: str | th.device) -> th.device:
+    """:raises UserError: if there is no such device here."""
+    try:
+        found = th.device(device)
+        if found.type != "meta":
+            th.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:         # the second without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"device={str(device)!r} cannot be used: {reason}. Give cpu, cuda or cuda:0, or leave it "
+                        "out") from None
+    return found

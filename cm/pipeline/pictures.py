@@ -21,6 +21,7 @@ Pictures = Any
 
 OUTPUTS = ("pil", "array", "tensor")
 MODES = {1: "L", 3: "RGB"}
+LARGEST = 1.5                                               # of pictures in [-1, 1], also where they were not clamped
 
 
 def from_tensor(images: Tensor, output: str) -> Any:
@@ -82,3 +83,30 @@ def _from_pixels(pixels: np.ndarray) -> Tensor:
     """uint8 [N,H,W,C] as float [N,C,H,W] in [-1, 1]; any other shape is left for the caller to refuse."""
     images = th.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
     return images.movedim(-1, 1) if images.ndim == 4 else images
+
+
+def check_range(images: Tensor, noisy: bool) -> None:
+    """Refuse float images [N,C,H,W] that are no pictures in [-1, 1].
+
+    :param noisy: with noise on them, they may have any range; so may latents.
+    :raises UserError: saying what they are.
+    """
+    lowest, highest = images.aminmax()
+    if not (lowest.isfinite() and highest.isfinite()):
+        raise UserError("the images have NaN or infinite pixels")
+    if not noisy and images.shape[1] in MODES and max(-lowest, highest) > LARGEST:
+        raise UserError(f"images with values from {lowest:g} to {highest:g}: give a float tensor in [-1, 1] (from "
+                        "[0, 255]: x / 127.5 - 1), uint8 arrays [N,H,W,C] or PIL images")
+
+
+def known_pixels(mask: Any) -> np.ndarray:
+    """A mask [H,W] of a caller as booleans, True where a pixel is known: those that are 1, 255 or light.
+
+    :raises UserError: if an array holds anything but 0 and 1, or 0 and 255.
+    """
+    if isinstance(mask, Image.Image):
+        return np.asarray(mask.convert("L")) >= 128         # as image_edit.py reads it
+    array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.dtype.kind not in "biuf" or not any(np.isin(array, (0, known)).all() for known in (1, 255)):
+        raise UserError("mask must hold 1 where a pixel is known and 0 where it is not, nothing else (or 255 and 0)")
+    return array > 0

@@ -23,16 +23,18 @@ from cm.checkpoints.formats.described import Description
 from cm.config.flags import Settings, defaults_of, give
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
+from cm.data.class_names import number_of_name
 from cm.errors import UserError
 from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, run_picture_edit
 from cm.generate.vae import Decoder
+from cm.logging import logger
 from cm.networks.held import weights_held
 from cm.objectives.base import Objective
 from cm.objectives.karras_denoiser import KarrasDenoiser
-from cm.pipeline.pictures import OUTPUTS, Pictures, from_tensor, to_tensor
+from cm.pipeline.pictures import OUTPUTS, Pictures, check_range, from_tensor, known_pixels, to_tensor
 from cm.registry import lookup
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.setup import export
@@ -46,6 +48,15 @@ SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionCo
 LEVELS = 40
 """Noise levels of the grid of which several steps of a consistency model take some; the published number."""
 EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
+FACTOR, SIGMA = 8, 0.5
+TASKS_OF = {"mask": ("inpaint",), "factor": ("superres",), "sigma": ("stroke", "denoise")}
+"""Part of an edit -> the tasks that use it."""
+ELSEWHERE = {"num_samples": "count", "model_path": "cm.load", "training_mode": "cm.load"}
+"""Flags of image_sample.py -> where a pipeline takes them."""
+
+
+Labels = int | str | Sequence[int] | Sequence[str]
+"""A class by its number or name, or one for each image."""
 
 
 class Pipeline:
@@ -107,14 +118,15 @@ class Pipeline:
     # --- sampling ------------------------------------------------------------------------------------------------
 
     def sample(
-        self, count: int = 1, *, steps: int | None = None, labels: int | Sequence[int] | None = None, seed: int = 0,
+        self, count: int = 1, *, steps: int | None = None, labels: Labels | None = None, seed: int = 0,
         batch_size: int = 64, output: str = "pil", **options: Any,
     ) -> Any:
         """Sample images.
 
         :param count: how many.
         :param steps: of the sampler; for a consistency model the number of network evaluations, 1 by default.
-        :param labels: one class for all images, or one for each; by default each gets a class at random.
+        :param labels: one class for all images, or one for each, by number or name; by default each gets a class at
+            random.
         :param seed: image i depends on the seed and i alone.
         :param batch_size: images per forward pass; only memory and time depend on it.
         :param output: "pil", "array" (uint8 [N,H,W,C]) or "tensor" (float32 [N,C,H,W] in [-1, 1]).
@@ -123,6 +135,7 @@ class Pipeline:
         :raises UserError: for an option that does not exist or does not fit, or images that are not finite.
         """
         _check_output(output)
+        _check_options(options, labels)
         settings = self._with(flags_for(self._kind.sampler, steps, options))
         give(settings, {"num_samples": count, "batch_size": batch_size, "seed": seed}, *SECTIONS)
         diffusion, plan, how = self._guided(settings), sampling_plan(settings), sampler_options(settings)
@@ -145,9 +158,9 @@ class Pipeline:
     # --- editing -------------------------------------------------------------------------------------------------
 
     def edit(
-        self, images: Pictures, task: str, *, labels: int | Sequence[int] | None = None, seed: int = 0,
-        steps: int | None = None, batch_size: int = 64, output: str = "pil", mask: Any = None, factor: int = 8,
-        sigma: float = 0.5, **options: Any,
+        self, images: Pictures, task: str, *, labels: Labels | None = None, seed: int = 0,
+        steps: int | None = None, batch_size: int = 64, output: str = "pil", mask: Any = None,
+        factor: int = FACTOR, sigma: float = SIGMA, **options: Any,
     ) -> Any:
         """Edit images without training for it: Song et al. 2023 (2303.01469), algorithm 4.
 
@@ -160,14 +173,17 @@ class Pipeline:
         :raises UserError: for images, a mask or an option that does not fit.
         """
         _check_output(output)
+        _check_options(options, labels)
         lookup(EDITS, task, "task")
-        all_levels = LEVELS - 1 if self._kind.sampler == "onestep" else None
+        self._check_parts(task, mask, factor, sigma)
+        all_levels = LEVELS - 1 if self._kind.sampler == "onestep" and "ts" not in options else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
         decoder = self._decoder(settings)
         if decoder is not None:
             check_latent_task(task, EDITS, "task")
         plan = replace(sampling_plan(settings), decoder=decoder)
         known = to_tensor(images, plan.side, plan.result_channels)
+        check_range(known, noisy=task == "denoise")
         give(settings, {"num_samples": len(known), "seed": seed}, *SECTIONS)
         plan = replace(sampling_plan(settings), decoder=decoder)
         classes = self._classes(labels, plan)
@@ -243,7 +259,9 @@ class Pipeline:
 
     def _with(self, options: dict[str, Any]) -> Settings:
         """The settings with these options, on top of what the checkpoint says."""
-        settings = Settings(dict(self._settings.values), dict(self._settings.given))
+        settings = Settings(
+            dict(self._settings.values), dict(self._settings.given), sources=dict(self._settings.sources)
+        )
         give(settings, options, SampleConfig, SolverConfig, GuidanceConfig, VaeConfig)
         return settings
 
@@ -262,20 +280,33 @@ class Pipeline:
             self._decoders[asked] = load_decoder(settings, self.device)
         return self._decoders[asked]
 
-    def _classes(self, labels: int | Sequence[int] | None, plan: SamplingPlan) -> np.ndarray | None:
+    def _classes(self, labels: Labels | None, plan: SamplingPlan) -> np.ndarray | None:
         """The class of each image [count], or None."""
         rows = np.arange(plan.num_samples)
         if labels is None:
             return labels_of(rows, plan)
         if plan.num_classes is None:
             raise UserError(f"labels={labels}: this model is not class-conditional; drop them")
-        classes = np.broadcast_to(np.asarray(labels), rows.shape) if np.ndim(labels) == 0 else np.asarray(labels)
+        found = np.asarray(labels)
+        if found.dtype.kind == "U" and found.size:
+            numbers = [number_of_name(str(word), plan.class_names) for word in found.flat]
+            found = np.array(numbers).reshape(found.shape)
+        classes = np.broadcast_to(found, rows.shape) if found.ndim == 0 else found
         if classes.shape != rows.shape or classes.dtype.kind not in "iu":
             raise UserError(f"labels of shape {classes.shape} and type {classes.dtype}: give one class, or "
-                            f"{len(rows)} integers")
+                            f"{len(rows)} integers or names")
         if ((classes < 0) | (classes >= plan.num_classes)).any():
             raise UserError(f"labels={labels}: the model has classes 0 to {plan.num_classes - 1}")
         return classes.astype(np.int64)
+
+    def _check_parts(self, task: str, mask: Any, factor: int, sigma: float) -> None:
+        """:raises UserError: for a part of another task, or a noise level that the network does not know."""
+        given = {"mask": mask is not None, "factor": factor != FACTOR, "sigma": sigma != SIGMA}
+        if foreign := [name for name, is_given in given.items() if is_given and task not in TASKS_OF[name]]:
+            raise UserError(f"{foreign[0]} is for {' and '.join(TASKS_OF[foreign[0]])}, not for {task}; drop it")
+        lowest, highest = self._settings.values["sigma_min"], self._settings.values["sigma_max"]
+        if task in TASKS_OF["sigma"] and not lowest <= sigma <= highest:
+            raise UserError(f"sigma={sigma}: the network knows noise levels from {lowest:g} to {highest:g}")
 
     def _condition(self, rows: np.ndarray, classes: np.ndarray | None) -> dict[str, Tensor]:
         return {} if classes is None else {"y": th.as_tensor(classes[rows], device=self.device)}
@@ -287,11 +318,20 @@ def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[
     For a consistency model `steps` is the number of evaluations: one step, or evenly spaced levels of its grid.
 
     :param sampler: the one that fits the model.
+    :raises UserError: if `ts` lists the levels already.
     """
     asked = options if steps is None else {"steps": steps, **options}
     if "sampler" in options or sampler != "onestep":
         return {"sampler": sampler, **asked}
+    if "ts" in options:
+        if steps is not None:
+            raise UserError(f"steps={steps} and ts={options['ts']!r} both say at which levels the network is "
+                            "evaluated: drop one of them")
+        return {"sampler": "multistep", "steps": LEVELS, **options}
     count = steps or 1
+    if count >= LEVELS:
+        logger.warn(f"steps={count}: a consistency model is evaluated at levels of a grid of {LEVELS}, at most "
+                    f"{LEVELS - 1} times: taking that many")
     if count == 1:
         return {"sampler": "onestep", **options}
     ts = np.linspace(0, LEVELS - 1, min(count, LEVELS - 1) + 1).round().astype(int)
@@ -301,12 +341,12 @@ def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[
 def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float) -> Edit:
     """The edit of images [N,C,H,W] that a task asks for.
 
-    :raises UserError: if its mask is missing.
+    :raises UserError: if its mask is missing, or is none.
     """
     if task == "inpaint":
         if mask is None:
             raise UserError("inpaint needs mask: [H,W], 1 or white where a pixel is known, 0 where it is filled in")
-        return CONSTRAINTS[task](images, th.as_tensor(np.asarray(mask) > 0))
+        return CONSTRAINTS[task](images, th.as_tensor(known_pixels(mask)))
     if task == "superres":
         return CONSTRAINTS[task](images, factor)
     if task in ("stroke", "denoise"):
@@ -334,3 +374,12 @@ def finite(images: Tensor, plan: SamplingPlan) -> Tensor:
 def _check_output(output: str) -> None:
     if output not in OUTPUTS:
         raise UserError(f"output={output!r} is not one of: {', '.join(OUTPUTS)}")
+
+
+def _check_options(options: dict[str, Any], labels: Any) -> None:
+    """:raises UserError: for an option that is given in another way, or twice."""
+    for name in options.keys() & ELSEWHERE.keys():
+        raise UserError(f"{name}={options[name]!r} is no option here, and would change nothing: it is for "
+                        f"{ELSEWHERE[name]}")
+    if labels is not None and "class_label" in options:
+        raise UserError("labels and class_label both say of which classes the images are: drop one of them")

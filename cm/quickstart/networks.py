@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cm.config.config_file import read_config
+from cm.config.flags import convert
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.quickstart.look import Findings
@@ -86,8 +87,10 @@ def levels(side: int) -> int:
 
 def preset(name: str) -> dict[str, Any]:
     """The flags of a preset by size."""
-    return read_config(f"size/{name}", {field.name: field for section in TRAINING_SECTIONS
-                                        for field in dataclasses.fields(section)})
+    fields = {field.name: field for section in TRAINING_SECTIONS for field in dataclasses.fields(section)}
+    where = f"size/{name}"
+    return {flag: convert(type(fields[flag].default), value, f"{where}: {flag}")
+            for flag, value in read_config(where, fields).items()}
 
 
 def network_flags(candidate: Candidate, found: Findings) -> dict[str, Any]:

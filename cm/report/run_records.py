@@ -21,7 +21,7 @@ from PIL import Image
 from cm.errors import UserError
 from cm.io import budget
 
-OWN_FILES = re.compile(r"(config|best|classes|status|checkpoint_\d+|progress.*|.*_state)\.json")
+OWN_FILES = re.compile(r"(config|sampling_config|best|classes|status|checkpoint_\d+|progress.*|.*_state)\.json")
 STEP = "step"
 LARGEST_STEP = 1e15                                                 # up to it, floats can count
 LARGEST, SMALLEST = 1e100, 1e-100                                   # values that can be drawn, but for 0

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from cm.config.flags import Settings, defaults_of
+from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.sampling_schema import SampleConfig, SolverConfig
-from cm.config.schema import EvalConfig
+from cm.config.schema import EvalConfig, VaeConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -25,6 +25,9 @@ from cm.training.ema_snapshots import EmaSnapshots
 from cm.training.loop import parse_rates
 from cm.training.profiler import Profile
 from cm.types import Callback
+
+OF_THE_LAST_LINE = ("eval_sampler", "eval_steps", "eval_ts", "eval_seed")
+"""What also stands in the command at the end of a run, that samples its result."""
 
 
 def sampling_settings(settings: Settings) -> Settings:
@@ -56,6 +59,7 @@ def check_flags(settings: Settings) -> None:
         if settings.values["vae"]:
             raise UserError(f"--vae {settings.values['vae']} has no effect without --sample_interval or "
                             "--eval_interval: give one of them, or leave it out")
+        _refuse_unused(settings)
         return
     if config.eval_interval and not config.eval_ref:
         raise UserError(
@@ -73,6 +77,16 @@ def check_flags(settings: Settings) -> None:
         sampler_of(sampling_settings(settings))
     except ValueError as error:
         raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
+
+
+def _refuse_unused(settings: Settings) -> None:
+    """:raises UserError: for a flag of sampling during training on the command line, where nothing is sampled."""
+    for name, default in (defaults_of(EvalConfig) | {"vae_batch_size": VaeConfig.vae_batch_size}).items():
+        if name in OF_THE_LAST_LINE:
+            continue
+        if settings.provenance(name) == Provenance.COMMAND_LINE and settings.values[name] != default:
+            raise UserError(f"--{name} {settings.values[name]} has no effect without --eval_interval or "
+                            "--sample_interval: give one of them, or leave it out")
 
 
 def _check_snapshots(settings: Settings) -> None:

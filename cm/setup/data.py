@@ -171,6 +171,12 @@ def _warn_of_odd_classes(source: ImageSource) -> None:
             f"{len(source)} images are in {classes} class{'es' * (classes > 1)}: classes come from a dataset.json, "
             "from sub-folders, or from file names up to the first _ (see --labels); without any, leave out --class_cond"
         )
+    if source.labels is not None and "" in source.class_names:
+        count = int(np.count_nonzero(source.labels == source.class_names.index("")))
+        logger.warn(
+            f"{count} of {len(source)} images lie in no sub-folder, or have nothing before the first _ of their name: "
+            "they are a class of their own, without a name. If they belong to none of the classes, move them away"
+        )
 
 
 def _compare_classes(settings: Settings, source: ImageSource) -> ClassNames:

@@ -26,6 +26,7 @@ from cm.distributed.layout import choose_shard_size
 from cm.errors import UserError
 from cm.io import storage
 from cm.io.terminal import size_text
+from cm.logging import logger
 from cm.networks.build import Network
 from cm.setup.data import open_data, share_of_batch
 from cm.setup.latents import load_decoder
@@ -35,6 +36,7 @@ from cm.setup.run import check_log_dirs, run_precision
 from cm.training.ema_rates import parse_rates
 from cm.training.master_weights import store_as_computed
 from cm.training.memory_estimate import GIB, MemoryPlan, PlannedRun, activations, line, nbytes, plan
+from cm.training.same_run import require_same_run
 from cm.training.state import load_part
 from evaluations.engine.readers import BatchFile
 
@@ -178,8 +180,10 @@ def check_resume(settings: Settings, model: Network, class_names: ClassNames) ->
     elif values["resume"] not in ("auto", "never"):
         found = dist.on_main(manifest.find, values["resume"], verify)
     if found:
+        require_same_run(found, values, values["resume"])
         allowed = values["allow_other_classes"]
-        require_same(found.class_names, class_names, found.manifest, values["data_dir"], allowed)
+        if warning := require_same(found.class_names, class_names, found.manifest, values["data_dir"], allowed):
+            logger.warn(warning)
         latents.require_same(found.config.get("latents", ""), values.get("latents", ""), (found.manifest, "this run"))
         loading.check(model, load_part("model", found, verify), found.path("model") or "")
 

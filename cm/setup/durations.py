@@ -9,6 +9,7 @@ import math
 
 from cm.config.flags import Origin, Provenance, Settings
 from cm.errors import UserError
+from cm.logging import logger
 from cm.training.ema_rates import HALF_LIFE
 
 
@@ -41,6 +42,10 @@ def resolve_durations(settings: Settings, batch: int) -> None:
         if ticks:                               # a checkpoint is a snapshot and a dump: the more frequent of both
             flag = min(("snapshot_ticks", "state_dump_ticks"), key=lambda name: values[name] or math.inf)
             set_steps(settings, "save_interval", flag, tick * values[flag], batch)
+    total, annealed = values["total_training_steps"], values["lr_anneal_steps"]
+    if 0 < annealed < total:
+        logger.warn(f"training ends at step {annealed}, where the learning rate is 0, and not at step {total}: "
+                    f"--lr_anneal_steps {annealed} is less than --total_training_steps {total}")
     if values["ema_halflife_kimg"]:
         name = f"{values['ema_halflife_kimg']:g}{HALF_LIFE}"
         rates = values["ema_rate"].split(",") if settings.is_given("ema_rate") else []

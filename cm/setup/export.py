@@ -147,6 +147,10 @@ def save_diffusers(
     mode = settings.values["training_mode"]
     if not kind_of_result(mode).distillation:
         raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
+    known = about.config.get("scale_mode") == "fixed" and about.config.get("start_scales")
+    if num_train_timesteps and type(known) is int and 0 < known != num_train_timesteps:
+        raise UserError(f"--num_train_timesteps {num_train_timesteps}: this model was trained with --start_scales "
+                        f"{known}; drop the flag")
     levels = num_train_timesteps or training_levels(about.config, mode)
     diffusers.write(folder, weights, settings.values, levels, about.class_names)
 

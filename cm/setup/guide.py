@@ -6,6 +6,7 @@ Also label dropout, which trains the network that classifier-free guidance needs
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -151,7 +152,17 @@ def choose_guide(settings: Settings, flags: GuideFlags) -> Guide | None:
             f"learnt: give --{flags.path}, a worse network such as an earlier checkpoint, or train with --class_cond "
             "True --label_dropout 0.1"
         )
-    return Guide(flags, values[flags.scale], parse_interval(values[flags.interval], flags.interval), own)
+    interval = parse_interval(values[flags.interval], flags.interval)
+    _check_reach(interval, values, flags)
+    return Guide(flags, values[flags.scale], interval, own)
+
+
+def _check_reach(interval: tuple[float, float], values: Mapping[str, Any], flags: GuideFlags) -> None:
+    """:raises UserError: if the guide acts at no noise level of the network."""
+    if interval[0] >= values["sigma_max"] or interval[1] < values["sigma_min"]:
+        raise UserError(f"--{flags.interval} {values[flags.interval]} lies outside of the noise levels "
+                        f"{values['sigma_min']:g} to {values['sigma_max']:g}, so the guide would act nowhere: give "
+                        "levels among these")
 
 
 def _given(settings: Settings, flags: GuideFlags) -> list[str]:

@@ -11,12 +11,15 @@ from cm.config.flags import Provenance, Settings, words_of
 from cm.distributed import setup as dist
 from cm.distributed import signals
 from cm.errors import UserError
-from cm.io import storage, terminal
+from cm.io import budget, storage, terminal
 from cm.io.outputs import Output, check_outputs
 from cm.logging import logger
 from cm.networks.build import to_device
 from cm.networks.compile import compile_network
 from cm.setup.model import choose_precision
+
+SAMPLING_CONFIG = "sampling_config.json"                    # of a command whose log lies in the folder of a run
+TRAINS = "total_training_steps"                             # the flag that only a training run has
 
 
 def start_run(settings: Settings) -> None:
@@ -37,8 +40,10 @@ def check_log_dirs(settings: Settings) -> None:
 
     :raises UserError: if it cannot.
     """
+    draws = settings.values.get("sample_interval")          # pictures, which would be images of the next start
+    images = {"--data_dir": settings.values["data_dir"]} if draws else {}
     for name in ("log_dir", "checkpoint_dir"):              # which may be one folder
-        check_outputs([Output(f"--{name}", settings.values.get(name, ""), "folder")], {})
+        check_outputs([Output(f"--{name}", settings.values.get(name, ""), "folder")], images)
 
 
 def open_log(settings: Settings, *, with_config: bool = True) -> None:
@@ -53,10 +58,22 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
 
 
 def save_config(settings: Settings) -> None:
-    """Write config.json into the log's folder, and show the flags in the log; on one rank."""
+    """Write config.json into the log's folder, and show the flags in the log; on one rank.
+
+    In the folder of a training run it is the run's, which says where its checkpoints are: other commands leave it.
+    """
     text = settings.as_text().encode()
-    storage.write_atomically(os.path.join(logger.get_dir(), "config.json"), lambda file: file.write(text))
+    name = "config.json" if TRAINS in settings.values or not _is_of_training(logger.get_dir()) else SAMPLING_CONFIG
+    storage.write_atomically(os.path.join(logger.get_dir(), name), lambda file: file.write(text))
     logger.log_config(settings.values)
+
+
+def _is_of_training(directory: str) -> bool:
+    """Whether the config.json in a folder is of a training run."""
+    try:
+        return TRAINS in budget.read_json(os.path.join(directory, "config.json"), budget.SETTINGS)
+    except (OSError, UserError, ValueError, TypeError):
+        return False
 
 
 def on_device(settings: Settings, model: nn.Module) -> nn.Module:

@@ -83,6 +83,9 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     :raises UserError: if it cannot have such a grid, or a flag belongs to other samplers.
     """
     config, solver, values = settings.section(SampleConfig), settings.section(SolverConfig), settings.values
+    if config.s_tmin > config.s_tmax:
+        raise UserError(f"--s_tmin {config.s_tmin:g} is above --s_tmax {config.s_tmax:g}, so there would be no noise "
+                        "at any level: exchange them, or leave out --s_churn")
     refuse_flags_of_other_samplers(config.sampler, solver)
     _refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
@@ -149,6 +152,8 @@ def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
         "s_tmax": "" if kind.accepts_churn or "s_tmax" in options else "samplers that add noise (heun, dpm, sde, ito)",
         "steps": "" if kind.uses_steps else "samplers of several steps",
     }
+    if kind.accepts_churn and not settings.values["s_churn"]:
+        unused |= {name: "--s_churn above 0" for name in ("s_noise", "s_tmin", "s_tmax") if name not in options}
     for name, owner in unused.items():
         typed = settings.provenance(name) == Provenance.COMMAND_LINE
         if owner and typed and (name == "steps" or settings.values[name] != defaults[name]):

@@ -37,6 +37,7 @@ from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
 from cm.training.optimizer import Optimizer, decay, make_optimizer, rampup
+from cm.training.same_run import require_same_run
 from cm.training.throughput import Ticks, status_line
 from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, BoundNetwork, LossTerms, Networks
@@ -408,6 +409,7 @@ class TrainLoop:
         if "keep_checkpoints" in self.flags:
             self.flags["keep_checkpoints"] = self.checkpoints.keep
         if found:
+            require_same_run(found, self.flags, self.config.resume)
             state.load_state_dict(self, found)
         elif self.config.resume_checkpoint:
             self._start_from(self.config.resume_checkpoint)

@@ -137,6 +137,25 @@ def test_a_run_that_starts_from_another_keeps_out_of_its_folder(tmp_path):
     assert keeper.run != state.read(str(tmp_path / "a/checkpoint_000003.json")).run
 
 
+@pytest.mark.parametrize("log, kept, given, remedy", [
+    ("log", "log", "elsewhere", "give no --checkpoint_dir"),
+    ("log", "elsewhere", "log", "give --checkpoint_dir ELSEWHERE"),
+])
+def test_a_run_is_not_begun_anew_for_want_of_a_flag(tmp_path, log, kept, given, remedy):
+    """The log of its first steps would be cut off, and the work done again."""
+    save_all(tmp_path / kept, [4])
+    (tmp_path / log).mkdir(exist_ok=True)
+    config = tmp_path / log / "config.json"
+    config.write_text(json.dumps({"checkpoint_dir": "" if kept == log else str(tmp_path / kept)}))
+    keeper = manager.CheckpointManager(str(tmp_path / given))
+    with logger.scoped_configure(str(tmp_path / log), format_strs=["log"]):
+        remedy = remedy.replace("ELSEWHERE", str(tmp_path / kept))
+        with pytest.raises(UserError, match=f"keeps its checkpoints in .*{kept}, and .*{given} holds none: {remedy}"):
+            keeper.find("auto")
+        config.write_text("{")
+        assert keeper.find("auto") is None                  # nothing is known of another run
+
+
 def test_the_flags_say_how_many_stay():
     """The default of the commands, a number given, and milestones at every tenth checkpoint."""
     def config(*words):

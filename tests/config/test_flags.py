@@ -237,6 +237,11 @@ def test_a_boolean_flag_alone_is_true():
     (["--augment", "1.2"], "augment=1.2 is too large; the largest is 1"),
     (["--seed", str(2**63)], f"seed={2**63} is too large; the largest is {2**63 - 1}"),
     (["--microbatch", "-2"], "microbatch=-2 is too small; the least is -1"),
+    (["--timeout_seconds", "1e300"], "timeout_seconds=1e+300 is too large"),
+    (["--global_batch_size", str(10**11)], "global_batch_size=100000000000 is too large"),
+    (["--image_size", "1000000"], "image_size=1000000 is too large"),
+    (["--sigma_max", "1e30"], "sigma_max=1e+30 is too large"),
+    (["--sigma_min", "1e-30"], "sigma_min=1e-30 is too small"),
 ])
 def test_impossible_numbers(argv, message):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -498,6 +498,14 @@ def test_labels_are_read_in_parts_as_at_once(monkeypatch, text, part_bytes):
     np.testing.assert_array_equal(found.numbers, expected.numbers)
 
 
+def test_an_image_with_two_labels_has_none():
+    pairs = [["0.png", 0], ["1.png", 1], ["1.png", 0]]
+    found = labels.labels_of_json(json.dumps({"labels": pairs}).encode(), ["0.png", "1.png"])
+    assert found.numbers is None and "1.png has two labels, 1 and 0" in found.reason
+    pairs[2][1] = 1                                         # said twice
+    assert labels.labels_of_json(json.dumps({"labels": pairs}).encode(), ["0.png", "1.png"]).numbers.tolist() == [0, 1]
+
+
 def test_a_file_of_labels_in_order_is_never_parsed_at_once(monkeypatch):
     names = NameTable.of(name.encode() for name, _ in PAIRS)
     monkeypatch.setattr(labels, "parse_json", None)

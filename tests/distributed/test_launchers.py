@@ -37,6 +37,15 @@ def test_a_plain_python_has_no_launcher(env):
     assert (launchers.launcher_rank(env), launchers.launcher_size(env)) == (0, 1)
 
 
+@pytest.mark.parametrize("env, is_told", [
+    ({}, True), ({"RANK": "0", "WORLD_SIZE": "2"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ({"RANK": "3", "WORLD_SIZE": "2"}, True), ({"RANK": "1"}, False),
+])
+def test_a_rank_that_no_job_has_tells_its_mistake(env, is_told):
+    """There may be no rank 0 that tells it."""
+    assert launchers.speaks({"MASTER_ADDR": "localhost", **env}) == is_told
+
+
 def test_mpiexec_without_its_connection_is_seen():
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from cm.errors import UserError
+from evaluations.command import prepare_output
 from evaluations.engine.image_files import open_pictures
 from evaluations.engine.statistics_cache import StatisticsCache
 from evaluations.evaluator import evaluate
 from evaluations.features import load_extractor, save_torchscript
 from evaluations.fid import calc, choose, main, ref, report
+from evaluations.flags import fid_parser
 from support.mpi import program
 from support.warm import mpiexec, python
 
@@ -357,3 +359,24 @@ def test_wrong_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(flags)
     assert leaving.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, flag", [
+    (("calc", "--ref", "REF", "--json"), "--json"), (("ref", "--dest"), "--dest"),
+])
+@pytest.mark.parametrize("by_kind", [False, True])
+@pytest.mark.parametrize("loses", ["0.ts", "0.ts.json", "plugin.py"])
+def test_a_result_does_not_replace_the_extractor(data, tmp_path, monkeypatch, words, flag, by_kind, loses):
+    """Nor what describes it, nor a plugin."""
+    (tmp_path / "0.ts").write_bytes((data / "0.ts").read_bytes())
+    for name in ("0.ts.json", "plugin.py"):
+        (tmp_path / name).write_text("")
+    command, *rest = [str(data / "ref.npz") if word == "REF" else word for word in words]
+    samples = str(data / "samples.npz")
+    args = fid_parser("").parse_args([
+        command, "--images" if command == "calc" else "--data", samples, *rest, str(tmp_path / loses),
+        "--plugin", str(tmp_path / "plugin.py"),
+    ])
+    monkeypatch.setenv("CM_INCEPTION", f"torchscript:{tmp_path}/0.ts" if by_kind else f"{tmp_path}/0.ts")
+    with pytest.raises(UserError, match=f"{flag} .*{loses} is also the input .*, which would be lost"):
+        prepare_output(args, flag)

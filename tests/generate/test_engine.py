@@ -26,7 +26,8 @@ def test_lists_of_seeds(text, seeds):
 @pytest.mark.parametrize("text, message", [
     ("0-63,", "'' is neither a number nor a rising range such as 0-63"),
     ("3-1", "'3-1' is neither"), ("-3", "'-3' is neither"), ("1..4", r"'1\.\.4' is neither"), ("0-", "'0-' is neither"),
-    ("0-5,9,3", "'0-5,9,3' names 3 twice"),
+    ("0-5,9,3", "'0-5,9,3' names 3 twice"), ("0-99999999999999", "lists 100,000,000,000,000 images; the most"),
+    ("9" * 5000, "is neither"),
 ])
 def test_what_is_no_list_of_seeds(text, message):
     with pytest.raises(UserError, match=f"--seeds .*{message}"):

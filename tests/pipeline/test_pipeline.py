@@ -14,6 +14,7 @@ import cm
 from cm.checkpoints import manifest
 from cm.errors import UserError
 from cm.generate.editing import LUMA
+from cm.pipeline.pictures import check_range, known_pixels
 from cm.pipeline.pipeline import flags_for
 from support.as_module import as_module
 from support.edm_pickles import KWARGS, creates, dump, net_of, network
@@ -22,12 +23,13 @@ from support.weights import TINY, tiny
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-def checkpoint(folder, training_mode, **changes):
+def checkpoint(folder, training_mode, class_names=(), **changes):
     """A checkpoint of a tiny network with random weights."""
     flags = {**TINY, **changes}
     values = cm.config.schema.ModelConfig(**flags)
     config = {**vars(values), "training_mode": training_mode}
-    manifest.save(str(folder), 3, {"model": tiny(**changes).state_dict()}, config, 24)
+    manifest.save(str(folder), 3, {"model": tiny(**changes).state_dict()}, config, 24,
+                  classes=class_names)
     return folder
 
 
@@ -110,6 +112,42 @@ def test_labels(runs):
         pipe.sample(1, labels=5)
     with pytest.raises(UserError, match="give one class, or 3 integers"):
         pipe.sample(3, labels=[0, 1])
+    with pytest.raises(UserError, match="no class is named 'cat': this model has no class names"):
+        pipe.sample(1, labels="cat")
+
+
+def test_labels_by_name(tmp_path):
+    names = ("ant", "7", "cat, big", "dog", "emu")
+    folder = checkpoint(tmp_path, "edm", class_names=names)
+    pipe = cm.load(folder, precision="fp32")
+    how = {"steps": 2, "output": "tensor"}
+    assert th.equal(pipe.sample(3, labels=["7", "cat, big", "ant"], **how), pipe.sample(3, labels=[1, 2, 0], **how))
+    assert th.equal(pipe.sample(2, labels="dog", **how), pipe.sample(2, labels=3, **how))
+    assert th.equal(pipe.sample(2, class_label="dog", **how), pipe.sample(2, labels=3, **how))
+    with pytest.raises(UserError, match="no class is named 'dogs': the classes are ant, .* Did you mean 'dog'?"):
+        pipe.sample(1, labels="dogs")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"num_samples": 7}, "num_samples=7 is no option here.*it is for count"),
+    ({"model_path": "x"}, "model_path='x' is no option here.*it is for cm.load"),
+    ({"labels": 1, "class_label": "2"}, "labels and class_label both say"),
+    ({"steps": 2, "ts": "0,39"}, "steps=2 and ts='0,39' both say"),
+])
+def test_options_that_would_change_nothing(runs, options, message):
+    with pytest.raises(UserError, match=message):
+        cm.load(runs["consistency_distillation"]).sample(1, **options)
+
+
+def test_levels_by_their_indices(runs):
+    pipe = cm.load(runs["consistency_distillation"], precision="fp32")
+    how = {"output": "tensor"}
+    assert th.equal(pipe.sample(2, ts="0,13,26,39", **how), pipe.sample(2, steps=3, **how))
+
+
+def test_a_device_that_is_not_there(runs):
+    with pytest.raises(UserError, match="device='cuda:99' cannot be used: .*leave it out"):
+        cm.load(runs["edm"], device="cuda:99")
 
 
 def test_guidance_by_another_checkpoint(runs, tmp_path):
@@ -143,6 +181,34 @@ def test_edits_keep_what_they_promise(runs):
     coloured, luma = pipe.edit(images, "colorize", output="tensor"), th.tensor(LUMA)
     assert th.allclose(*(th.einsum("nchw,c->nhw", x, luma) for x in (coloured, images)), atol=1e-5)
     assert pipe.edit(images, "stroke", sigma=1.0, steps=2)[0].size == (8, 8)
+
+
+@pytest.mark.parametrize("task, images, options, message", [
+    ("colorize", th.full((1, 3, 8, 8), 200.0), {}, "values from 200 to 200: give a float tensor in"),
+    ("denoise", th.full((1, 3, 8, 8), float("nan")), {}, "NaN or infinite pixels"),
+    ("denoise", th.zeros(1, 3, 8, 8), {"sigma": -1}, "sigma=-1: the network knows noise levels from 0.002 to 80"),
+    ("colorize", th.zeros(1, 3, 8, 8), {"factor": 4}, "factor is for superres, not for colorize"),
+    ("superres", th.zeros(1, 3, 8, 8), {"sigma": 1.0}, "sigma is for stroke and denoise, not for superres"),
+    ("colorize", th.zeros(1, 3, 8, 8), {"mask": np.ones((8, 8))}, "mask is for inpaint"),
+    ("inpaint", th.zeros(1, 3, 8, 8), {"mask": np.full((8, 8), 0.5)}, "mask must hold 1 where a pixel is known"),
+    ("inpaint", th.zeros(1, 3, 8, 8), {"mask": np.full((8, 8), np.nan)}, "mask must hold 1"),
+])
+def test_edits_of_what_is_none(runs, task, images, options, message):
+    """They used to give images of something else."""
+    with pytest.raises(UserError, match=message):
+        cm.load(runs["consistency_distillation"]).edit(images, task, **options)
+
+
+def test_masks():
+    light = np.array([[0, 127], [128, 255]], np.uint8)
+    assert known_pixels(Image.fromarray(light)).tolist() == [[False, False], [True, True]]     # as image_edit.py
+    for mask in (np.eye(2), np.eye(2, dtype=bool), np.eye(2, dtype=np.uint8) * 255, th.eye(2)):
+        assert known_pixels(mask).tolist() == [[True, False], [False, True]]
+
+
+def test_noise_may_leave_the_range_of_pictures():
+    check_range(th.full((1, 3, 2, 2), 9.0), noisy=True)
+    check_range(th.full((1, 4, 2, 2), 9.0), noisy=False)                      # latents
 
 
 def test_an_edit_of_a_consistency_model_visits_all_levels_by_default(runs):

@@ -207,6 +207,11 @@ def test_the_training_grid_comes_along(tmp_path, monkeypatch):
     path, _ = checkpoint(tmp_path / "other", COMMON, "consistency_training")
     with pytest.raises(UserError, match="give --num_train_timesteps, such as 201"):
         convert(monkeypatch, path, tmp_path / "folder", "--format", "diffusers")
+    path, _ = checkpoint(tmp_path / "fixed", COMMON, "consistency_distillation", scale_mode="fixed", start_scales=18)
+    with pytest.raises(UserError, match="num_train_timesteps 40: this model was trained with --start_scales 18"):
+        convert(monkeypatch, path, tmp_path / "folder", "--format", "diffusers", "--num_train_timesteps", 40)
+    with pytest.raises(UserError, match="num_train_timesteps 18 is for --to diffusers"):
+        convert(monkeypatch, path, tmp_path / "new", "--num_train_timesteps", 18)
 
 
 @pytest.mark.parametrize("change, mode, message", [

@@ -3,13 +3,13 @@
 import pytest
 
 from cm.config.flags import parse
-from cm.config.schema import DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from cm.config.schema import DataConfig, DiffusionConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig, VaeConfig
 from cm.errors import UserError
 from cm.setup.callbacks import check_flags, sampling_settings
 
 
 def flags(*argv):
-    sections = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, RunConfig)
+    sections = (ModelConfig, DiffusionConfig, DataConfig, TrainConfig, EvalConfig, VaeConfig, RunConfig)
     settings = parse("", *sections, argv=[str(word) for word in argv])
     settings.replace(training_mode="edm")
     return settings
@@ -22,6 +22,8 @@ def flags(*argv):
     (["--sample_interval", 5, "--eval_sampler", "multistep"], "--eval_ts"),
     (["--sample_interval", 5, "--eval_sampler", "multistep", "--eval_ts", "0,50"], "50"),
     (["--sample_interval", 5, "--ema_rate", ""], "none of --ema_rate"),
+    (["--eval_samples", 5], "--eval_samples 5 has no effect without --eval_interval or --sample_interval"),
+    (["--eval_ema_rate", "0.7"], "--eval_ema_rate 0.7 has no effect"),
 ])
 def test_flags_that_make_no_sense_are_errors(argv, message):
     with pytest.raises(UserError, match=message):

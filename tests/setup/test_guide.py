@@ -338,6 +338,8 @@ def test_a_guide_with_classes_has_those_of_the_model(classes, known, message):
     (("--guide_scale", 2, "--guide_path", "nowhere.pt"), "--guide_path nowhere.pt: no such file"),
     (("--guide_scale", 2, "--guide_path", "CLASSES"), "is class-conditional, this model is not"),
     (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "3,1"), "'3,1' is no pair lo,hi of noise"),
+    (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "500,900"),
+     "--guide_interval 500,900 lies outside of the noise levels 0.002 to 80"),
 ])
 def test_guides_that_cannot_be(runs, command, options, message):
     files = {"CLASSES": weights(runs / "classes"), "PLAIN": weights(runs / "plain")}

@@ -7,6 +7,7 @@ from cm.checkpoints import manifest
 from cm.config.flags import parse
 from cm.config.sampling_schema import EditConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from cm.errors import UserError
 from cm.objectives import OBJECTIVES
 from cm.samplers import SAMPLERS
 from cm.samplers.heun import Heun
@@ -80,6 +81,19 @@ def test_its_own_sampler_fits_every_objective(mode):
     kind = OBJECTIVES[mode]
     assert fits(kind, kind.sampler)
     assert fits(kind, "multistep") == (kind.sampler == "onestep")
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--s_noise", 1.1), "--s_noise 1.1 is for --s_churn above 0"), (("--s_tmax", 1), "--s_tmax 1.0 is for --s_churn"),
+    (("--s_churn", 5, "--s_tmin", 5, "--s_tmax", 1), "--s_tmin 5 is above --s_tmax 1"),
+    (("--sampler", "sde", "--s_tmin", 5, "--s_tmax", 1), "--s_tmin 5 is above --s_tmax 1"),
+])
+def test_noise_that_would_be_added_nowhere(words, message, trained):
+    argv = ["--model_path", trained["edm"], *map(str, words)]
+    settings = parse("", SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig, argv=argv)
+    inherit_model(settings)
+    with pytest.raises(UserError, match=message):
+        sampler_of(settings)
 
 
 def test_indices_choose_multistep_for_a_consistency_model(trained):

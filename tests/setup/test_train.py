@@ -1,16 +1,19 @@
 """A training command tells its log the flags, the rows, the grids of samples, and how it ended."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from cm.checkpoints import manifest
-from cm.config.flags import parse
+from cm.config.flags import Settings, parse
 from cm.config.schema import TRAINING_SECTIONS
 from cm.distributed import signals
 from cm.errors import UserError
 from cm.logging import FORMATS, logger
 from cm.logging.writers import Writer
+from cm.setup.run import check_log_dirs, save_config
 from cm.setup.train import train
 from support.command_line import overridden
 from support.commands import NETWORK, TRAIN
@@ -84,3 +87,23 @@ def test_a_run_that_fails_says_so(run):
     with pytest.raises(UserError, match="nowhere"):
         run("--data_dir", "nowhere")
     assert told()[-1] == ("close", "failed")
+
+
+def test_a_run_draws_nothing_among_its_images(tmp_path):
+    """Its grids of samples would become images of the set, and its folder a class."""
+    values = {"data_dir": str(tmp_path), "log_dir": f"{tmp_path}/run", "sample_interval": 5}
+    with pytest.raises(UserError, match="--log_dir .* lies in the input folder --data_dir"):
+        check_log_dirs(Settings(values, {}))
+    check_log_dirs(Settings(values | {"sample_interval": 0}, {}))
+
+
+def test_another_command_in_the_folder_of_a_run_leaves_its_config(run, tmp_path):
+    """It says where the checkpoints of the run are."""
+    run("--total_training_steps", 1)
+    before = (tmp_path / "config.json").read_text()
+    save_config(Settings({"seed": 7}, {}))
+    assert (tmp_path / "config.json").read_text() == before
+    assert json.loads((tmp_path / "sampling_config.json").read_text()) == {"seed": 7}
+    (tmp_path / "config.json").write_text("{}")
+    save_config(Settings({"seed": 8}, {}))
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 8}

@@ -7,6 +7,7 @@ program that reads safetensors reads the weights.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,13 @@ KEY = "consistency_toolkit"
 SUFFIX = ".safetensors"
 FORMAT = 1
 CRC32 = "tensors_crc32"                                             # how `known` flags name the checksum
+OWN_CRC32 = "description_crc32"                                     # files of older versions have none
+
+
+def own_checksum(content: Mapping[str, Any]) -> int:
+    """CRC-32 of what a description says of the network and its run: the weights have their own."""
+    said = [content.get(name) for name in ("config", "class_names", "run")]
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,15 @@ class Description:
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        return {"format": FORMAT, "config": dict(self.config), "class_names": list(self.class_names),
-                "run": self.facts.as_json(), "crc32": self.crc32}
+        content = {"format": FORMAT, "config": dict(self.config), "class_names": list(self.class_names),
+                   "run": self.facts.as_json(), "crc32": self.crc32}
+        return content | {OWN_CRC32: own_checksum(content)}
 
     @classmethod
-    def from_json(cls, content: Any, source: str) -> Description:
+    def from_json(cls, content: Any, source: str, verify: bool = True) -> Description:
         """The description in a file that anybody may have written; its flags are checked where they are used.
 
+        :param verify: compare it with its own checksum, if it has one.
         :raises UserError: if it is none.
         """
         try:
@@ -55,6 +65,9 @@ class Description:
                 raise ValueError("it has no flags (config)")
             if content.get("format") != FORMAT:
                 raise ValueError(f"its format is {str(content.get('format'))[:20]}, and this version reads {FORMAT}")
+            if verify and own_checksum(content) != content.get(OWN_CRC32, own_checksum(content)):
+                raise ValueError(f"it does not match its own checksum, so it is damaged or was edited (if you have "
+                                 f"edited it, remove its {OWN_CRC32})")
             crc32 = content.get("crc32")
             if not (crc32 is None or type(crc32) is int):
                 raise ValueError("its crc32 is no whole number")

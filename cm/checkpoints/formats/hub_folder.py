@@ -47,7 +47,8 @@ def description(folder: str) -> Description:
     :raises UserError: if it says nothing that can be used, or its two files say different things.
     """
     weights, config = os.path.join(folder, WEIGHTS), os.path.join(folder, CONFIG)
-    about, said = described.description(weights), Description.from_json(_config_of(folder), config)
+    about = described.description(weights)
+    said = Description.from_json(_config_of(folder), config, verify=about is None)
     if about is None:                                               # written anew: the values need not be the same
         return Description(said.config, said.class_names, said.facts)
     for name in {*about.config, *said.config}:

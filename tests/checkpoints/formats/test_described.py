@@ -83,7 +83,7 @@ def test_a_changed_value_is_refused(tmp_path):
      "value is not a number from 0"),
     ({"format": 1, "config": CONFIG | {"num_channels": "wide"}}, "num_channels='wide' is not a int"),
     ({"format": 1, "config": CONFIG | {"num_res_blocks": 10**8}}, "describes a network of at least"),
-    ({"format": 1, "config": CONFIG | {"image_size": 10**9}}, "images of side 1,000,000,000"),
+    ({"format": 1, "config": CONFIG | {"image_size": 10**9}}, "image_size=1000000000 is too large"),
     ({"format": 1, "config": CONFIG | {"arch": "huge"}}, "arch='huge' is not one of"),
 ])
 def test_what_a_stranger_writes_is_checked(tmp_path, text, message):
@@ -104,3 +104,16 @@ def test_files_of_others_are_not_claimed(tmp_path):
 def test_more_text_than_a_reader_takes_is_not_written(tmp_path):
     with pytest.raises(UserError, match="holds 8,388,608 bytes of text at most"):
         safetensor_files.write(str(tmp_path / "x.safetensors"), {}, {"a": "b" * 2**23})
+
+
+def test_a_changed_description_is_refused(tmp_path):
+    """A flipped bit in a flag or a name is another network, or another class, with weights that are whole."""
+    text = json.loads(safetensor_files.metadata(written(tmp_path))[KEY])
+    path = str(tmp_path / "x.safetensors")
+    for change in ({"config": {**text["config"], "num_heads": 2}}, {"class_names": [*text["class_names"][1:], "cat"]},
+                   {"run": {**text["run"], "step": 8}}):
+        with pytest.raises(UserError, match="does not match its own checksum, so it is damaged or was edited"):
+            described.description(rewritten(path, text | change))
+    del text["description_crc32"]                           # of a file of an older version, or edited on purpose
+    about = described.description(rewritten(path, text | {"class_names": ["a", "b"]}))
+    assert about is not None and about.class_names == ("a", "b")

@@ -1,0 +1,76 @@
+"""What a run that goes on must not change: the meaning of its weights, and the method that trains them.
+
+Most differences between two networks show in the names and shapes of their weights. Some do not: the same weights with
+another number of attention heads, or told the time in another way, are another function, and load without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cm.checkpoints.manifest import Checkpoint
+from cm.errors import UserError
+from cm.objectives import OBJECTIVES
+
+UNSEEN = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "precond", "time_scale")
+"""Flags that change what weights mean, and no name and no shape of them."""
+LEVELS = ("sigma_min", "sigma_max")                         # as UNSEEN, of networks that lead to an image in one step
+METHOD = ("training_mode", "objective")
+
+
+def require_same_run(checkpoint: Checkpoint, flags: Mapping[str, Any], resume: str) -> None:
+    """Refuse to go on from a checkpoint with flags that belong to another run.
+
+    :param flags: those of this run; what they or the checkpoint leave out is not compared.
+    :param resume: "auto", or the path that was asked for: with it, the method may become another of the same kind.
+    :raises UserError: naming the flags, with both values.
+    """
+    before = checkpoint.config
+    is_few_step = getattr(OBJECTIVES.get(str(before.get("training_mode"))), "few_step", False)
+    names = (*UNSEEN, *LEVELS) if is_few_step else UNSEEN
+    if changed := [name for name in names if name in before and name in flags and _differs(name, before, flags)]:
+        was, now = (" ".join(f"--{name} {values[name]}" for name in changed) for values in (before, flags))
+        raise UserError(f"{checkpoint.manifest} was made with {was}, and this run has {now}: the same weights would be "
+                        f"another network. Give {was}, or choose another --log_dir for a new run")
+    if _kind(before) != _kind(flags) or resume == "auto" and _method(before, flags) != _method(flags, before):
+        was, now = (" ".join(f"--{name} {values[name]}" for name in METHOD if name in values)
+                    for values in (before, flags))
+        other = "" if _kind(before) != _kind(flags) else f"; --resume {checkpoint.manifest} goes on all the same"
+        raise UserError(f"{checkpoint.directory} holds a run of {was}, and this is {now}, which would go on with its "
+                        "weights and remove its checkpoints one by one: choose another --log_dir. To start from its "
+                        f"weights there, give --resume_checkpoint or --teacher_model_path{other}")
+
+
+def _differs(name: str, before: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    if name.startswith("num_head"):
+        return before[name] != flags[name] and _heads(before) != _heads(flags)
+    if name == "time_scale":
+        return _time_scale(before) != _time_scale(flags)
+    return before[name] != flags[name]
+
+
+def _heads(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides on the attention heads of a network."""
+    width = values.get("num_head_channels", -1)
+    if width != -1 or values.get("arch", "unet") != "unet":
+        return (width,)
+    down, up = values.get("num_heads"), values.get("num_heads_upsample", -1)
+    return down, down if up == -1 else up
+
+
+def _time_scale(values: Mapping[str, Any]) -> float:
+    return values["time_scale"] or (1000.0 if values.get("arch", "unet") == "unet" else 1.0)
+
+
+def _kind(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the network that a method trains is: a denoiser, a consistency function, a flow map, a student."""
+    kind = OBJECTIVES.get(str(values.get("training_mode")))
+    return () if kind is None else (kind.few_step, kind.distillation, kind.second_time, kind.sampler)
+
+
+def _method(values: Mapping[str, Any], others: Mapping[str, Any]) -> list[Any]:
+    """The method, as far as both sides know it; --objective has none to choose but for a diffusion model."""
+    mode = values.get("training_mode")
+    return [values[name] for name in METHOD if name in values and name in others
+            and (name != "objective" or mode == "edm")]
