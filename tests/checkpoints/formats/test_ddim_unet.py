@@ -39,7 +39,7 @@ def test_every_command_says_what_it_is(words, file, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *flags, str(file), *([] if "convert" in name else ["--log_dir", "log"])])
     script = as_module(ROOT / "scripts" / name)
     with pytest.raises(UserError, match=SAYS):
-        script.main() if name.endswith("train.py") else script.main(script.read_flags())
+        script.main(script.read_flags())
 
 
 def test_python_says_it_too(file):
