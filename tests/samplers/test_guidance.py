@@ -1,6 +1,7 @@
 """Classifier guidance: closed forms on mixtures, a real guide on the digits, and the commands around both."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
