@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.errors import UserError
+from cm.logging import logger
 from cm.objectives import DENOISING, OBJECTIVES
 from cm.objectives.base import Objective
 from cm.registry import lookup
@@ -54,6 +55,16 @@ def apply_objective_defaults(settings: Settings) -> None:
                 f"{settings.given[name]}: {name}={values[name]!r} is for {' or '.join(users[name])}, but this run has "
                 f"{choice_of(values)}, which does not use it; drop it"
             )
+    _warn_of_fixed_levels(settings, kind.options_of(values))
+
+
+def _warn_of_fixed_levels(settings: Settings, options: Sequence[str]) -> None:
+    """Say so if a number of noise levels is asked for that the schedule never reaches."""
+    values, name = settings.values, "end_scales"
+    typed = settings.provenance(name) == Provenance.COMMAND_LINE
+    if typed and name in options and values["scale_mode"] == "fixed" and values[name] != values["start_scales"]:
+        logger.warn(f"--end_scales {values[name]} has no effect: with --scale_mode fixed there are --start_scales "
+                    f"{values['start_scales']} noise levels throughout; give progressive or doubling, or leave it out")
 
 
 def flags_of_objectives() -> dict[str, list[str]]:

@@ -87,3 +87,14 @@ def test_the_published_law_and_weight_come_with_the_precond():
         ("vp", "snr"), ("ve", "snr"), ("iddpm", "snr")
     ]
     assert resolved("--precond", "vp", "--schedule_sampler", "lognormal") == ("lognormal", "snr")
+
+
+def test_levels_that_are_never_reached_are_told(capsys):
+    """With --scale_mode fixed only --start_scales counts."""
+    def told(*argv):
+        settings_of("--training_mode", "consistency_distillation", *argv)
+        return "".join(capsys.readouterr())
+
+    assert "--end_scales 100 has no effect" in told("--end_scales", "100")
+    for argv in ([], ["--end_scales", "40"], ["--end_scales", "100", "--scale_mode", "progressive"]):
+        assert "has no effect" not in told(*argv)
