@@ -25,27 +25,17 @@ from support.tiny_evaluation import (
     CLASSES,
     DIM,
     StandIn,
+    folder,
     images_of,
+    no_environment,
     run,
     values,
-    write_files,
 )
 from support.warm import python
 
+__all__ = ["folder", "no_environment"]                     # fixtures
 ROOT = Path(__file__).resolve().parents[2]
 METRIC_NAMES = default_names()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    write_files(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch):
-    monkeypatch.delenv("CM_INCEPTION", raising=False)
 
 
 def with_statistics(path, images=None, dim=DIM, **more):

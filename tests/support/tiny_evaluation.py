@@ -6,6 +6,7 @@ Shapes: N images, DIM features, CLASSES logits.
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch as th
 from torch import nn
 
@@ -76,3 +77,17 @@ def run(folder, extractor="two.ts", ref="ref.npz", sample="sample.npz", **option
 
 def values(result):
     return {key: fields["value"] for key, fields in result["metrics"].items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files of `write_files`. A test module imports this fixture and the next one by name."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_files(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    """No extractor is set by the environment of whoever runs the tests."""
+    monkeypatch.delenv("CM_INCEPTION", raising=False)

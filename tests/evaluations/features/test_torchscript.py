@@ -10,7 +10,9 @@ from cm.io.downloads import sha256
 from evaluations.features import TorchScriptExtractor, load_extractor
 from evaluations.features.torchscript import quiet_torchscript
 from evaluations.features.trust import list_of_hashes
-from support.tiny_evaluation import CLASSES, Features2, OnlyFeatures, images_of, run, values, write_files
+from support.tiny_evaluation import CLASSES, Features2, OnlyFeatures, folder, images_of, no_environment, run, values
+
+__all__ = ["folder", "no_environment"]                     # fixtures
 
 
 class AsDict(nn.Module):
@@ -48,18 +50,6 @@ class LikePublished(nn.Module):
     def forward(self, img: th.Tensor, return_features: bool = False) -> th.Tensor:
         features = img.float().mean((1, 2, 3))[:, None].repeat(1, self.width) / 255
         return features if return_features else self.output(features).softmax(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluation")
-    write_files(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch):
-    monkeypatch.delenv("CM_INCEPTION", raising=False)
 
 
 def script(module, path):
