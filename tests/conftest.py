@@ -13,6 +13,20 @@ from cm.logging import logger
 
 th.set_num_threads(1)
 
+LONGEST = ("test_soak.py", "test_learning.py", "test_signals.py", "test_wheel.py", "test_second_device.py",
+           "test_terminals.py", "test_setup.py", "test_scripts.py", "test_resume.py")
+
+
+def pytest_configure(config):
+    """pytest-xdist would begin with the files of many tests, and the longest have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: whoever gets one last is waited for by all other processes."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory):
