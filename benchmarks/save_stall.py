@@ -67,7 +67,7 @@ def files(folder: Path, size: int) -> Save:
 
     def save(step: int) -> tuple[float, float]:
         begun = together()
-        manager.save(step, content, {}, step, 0.0, False)
+        manager.save(manager.checkpoint(step, step, {}), content, False)
         waited = time.perf_counter() - begun
         return waited, waited
 
@@ -76,12 +76,13 @@ def files(folder: Path, size: int) -> Save:
 
 def shares(folder: Path, size: int, in_background: bool) -> Save:
     """Every rank writes its share."""
-    writer = ShareWriter(CheckpointManager(str(folder), keep=1), in_background)
+    manager = CheckpointManager(str(folder), keep=1)
+    writer = ShareWriter(manager, in_background)
     parts: Parts = {name: own_pieces(n * size) for name, n in PARTS.items()}
 
     def save(step: int) -> tuple[float, float]:
         begun = together()
-        writer.save(step, parts, {"trainer": {}}, {}, step, 0.0, False)
+        writer.save(manager.checkpoint(step, step, {}), parts, {"trainer": {}}, False)
         waited = time.perf_counter() - begun
         writer.finish()
         return waited, time.perf_counter() - begun

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,16 +25,13 @@ class Holds(nn.Module):
 
 
 @contextmanager
-def weights_held(model: nn.Module) -> Iterator[None]:
+def weights_held(model: Callable[..., Any]) -> Iterator[None]:
     """While it is entered, the weights do not change, and the modules hold what depends on them alone.
 
-    Nothing is held where gradients are taken, of a compiled network, whose code would be generated once more, and of
-    one whose weights lie in shards.
+    Nothing is held where gradients are taken, of a compiled network, whose code would be generated once more, of one
+    whose weights lie in shards, and of a plain function, whose weights are not known.
     """
-    modules = list(model.modules())
-    holders = [m for m in modules if isinstance(m, Holds) and m.held is None]
-    if th.is_grad_enabled() or any(map(_is_compiled, modules)) or not all(map(_is_plain, model.parameters())):
-        holders = []
+    holders = _holders(model) if isinstance(model, nn.Module) and not th.is_grad_enabled() else []
     try:
         for module in holders:
             module.held = module.to_hold()
@@ -42,6 +39,14 @@ def weights_held(model: nn.Module) -> Iterator[None]:
     finally:
         for module in holders:
             module.held = None
+
+
+def _holders(model: nn.Module) -> list[Holds]:
+    """The modules that can hold what depends on their weights; none where that would be wrong, or slower."""
+    modules = list(model.modules())
+    if any(map(_is_compiled, modules)) or not all(map(_is_plain, model.parameters())):
+        return []
+    return [module for module in modules if isinstance(module, Holds) and module.held is None]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -37,6 +37,6 @@ def test_libgomp_reads_it(own, count):
 def test_every_command_sets_it_before_it_imports_torch(path: Path):
     """At its top a command imports neither torch nor what imports it; then it goes through `early_exit`."""
     source = path.read_text()
-    assert "early_exit.run_script(" in source or "early_exit.parse_or_exit(" in source or "command.start(" in source
+    assert re.search(r"early_exit\.(run_script|run_training|parse_or_exit)\(|command\.start\(", source)
     top = source.split("\ndef ")[0].split("if TYPE_CHECKING:")[0]
     assert not re.search(r"^(import|from) torch", top, re.M)

@@ -20,7 +20,7 @@ from cm.random_util import get_generator
 from cm.samplers import SAMPLERS
 from cm.script_util import create_model
 from cm.setup import run as run_util
-from cm.setup import sample as sample_util
+from cm.setup.sampler import sampler_of
 from cm.train_util import CMTrainLoop
 
 CPU = th.device("cpu")
@@ -144,9 +144,9 @@ def test_samplers_that_differentiate_the_network_are_refused():
     asking = [name for name in SAMPLER_NAMES if SAMPLERS[name].uses_jvp]
     assert asking == ["ito"]
     with pytest.raises(UserError, match="--compile True: --sampler ito differentiates .* drop --compile"):
-        sample_util.sampler_of(sampling_settings("--compile", "--sampler", "ito"))
-    sample_util.sampler_of(sampling_settings("--sampler", "ito"))
-    sample_util.sampler_of(sampling_settings("--compile", "--sampler", "heun"))
+        sampler_of(sampling_settings("--compile", "--sampler", "ito"))
+    sampler_of(sampling_settings("--sampler", "ito"))
+    sampler_of(sampling_settings("--compile", "--sampler", "heun"))
 
 
 def test_without_a_compiler_the_flag_is_refused_with_the_remedy(monkeypatch):

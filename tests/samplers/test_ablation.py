@@ -14,7 +14,8 @@ from cm.errors import UserError
 from cm.samplers import Churn, integrate
 from cm.samplers.ablation import DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, Ablation
 from cm.samplers.heun import Heun
-from cm.setup import sample as sample_util
+from cm.setup import sampler as sampler_setup
+from cm.setup.sample import inherit_model
 from support.gaussian import Gaussian, Mixture, Scripted
 
 BED = Gaussian(0.3, 0.5)
@@ -198,8 +199,8 @@ def sampler_of(*argv):
     sections = (SampleConfig, SolverConfig, ModelConfig, DiffusionConfig, RunConfig)
     settings = parse("", *sections, argv=["--model_path", "nowhere.pt", *argv])
     settings.dry_run = True                                         # no checkpoint is needed to find out
-    sample_util.inherit_model(settings)
-    sampler, grid = sample_util.sampler_of(settings)
+    inherit_model(settings)
+    sampler, grid = sampler_setup.sampler_of(settings)
     return sampler, grid[0].item(), grid[-2].item()
 
 
