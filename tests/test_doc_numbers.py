@@ -152,6 +152,31 @@ def test_the_table_of_methods_is_made_of_the_raw_results():
     assert set(table(CONTEST)) <= rows("docs/choosing.md")
 
 
+LONGER = results("benchmarks/compare_cifar10.json")
+
+
+def test_the_table_of_longer_trainings_is_made_of_the_raw_results():
+    from compare_methods import table
+
+    assert set(table(LONGER)) <= rows("docs/choosing.md")
+    images = {name: steps * LONGER["images_per_step"] for name, steps in LONGER["steps"].items()}
+    assert {images.pop(name) for name in ("EDM, slow clock", "iCT")} == {96_000}
+    assert set(images.values()) == {25_600}, "of the students"
+
+
+def test_what_the_longer_trainings_show():
+    ends = {(row["training"], row["sampler"]): row["distance"] for row in LONGER["scores"]}
+    students = {name for name, _ in ends} - {"EDM, slow clock", "iCT"}
+    for name in students:
+        one, two = (next(ends[name, way] for way in (f"flow map, {steps}", steps) if (name, way) in ends)
+                    for steps in ("one step", "two steps"))
+        assert ends["EDM, slow clock", "Heun 18"] < two < one
+    for name in {name for name, _ in ends}:
+        curve = [row["distance"] for row in LONGER["curves"] if row["training"] == name]
+        assert len(curve) >= 6 and curve[-1] < curve[0]
+        assert curve[-1] < curve[-2] or name not in ("EDM, slow clock", "iCT")
+
+
 @pytest.mark.parametrize("better, worse", [
     ((ECT, "two steps"), (TEACHER, "Heun 18")), ((TEACHER, "Heun 18"), ("EDM", "Heun 18")),
     *[((MEAN_FLOW, "flow map, one step"), (other, "one step"))
