@@ -152,6 +152,31 @@ def test_the_table_of_methods_is_made_of_the_raw_results():
     assert set(table(CONTEST)) <= rows("docs/choosing.md")
 
 
+SECONDS = results("benchmarks/compare_digits_seconds.json")
+
+
+def test_what_equal_seconds_show():
+    from bench.contest import TRAININGS
+    from compare_methods import equal_seconds, table
+
+    assert set(table(SECONDS)) <= rows("docs/choosing.md")
+    assert SECONDS["steps"] == equal_seconds(CONTEST, {name: TRAININGS[name] for name in SECONDS["steps"]})
+    fewest, most = sorted(SECONDS["steps"], key=SECONDS["steps"].get)[::len(SECONDS["steps"]) - 1]
+    text = page("docs/choosing.md")
+    assert f"from {SECONDS['steps'][fewest]} steps of {fewest} to {SECONDS['steps'][most]} of {most}" in text
+    ends = {}
+    for row in SECONDS["scores"]:
+        if row["sampler"].endswith("one step"):
+            ends.setdefault(row["training"], []).append(row["distance"])
+    for name in ("iCT", MEAN_FLOW, ECT, "CT"):
+        assert f"{min(ends[name]):.3g} to {max(ends[name]):.3g}" in text
+    assert max(ends["iCT"]) > max(ends[MEAN_FLOW]) > min(ends["iCT"]) and max(ends[ECT]) > min(ends["iCT"])
+    assert all(max(ends[MEAN_FLOW]) < min(ends[name]) for name in ("CT", "sCT", "CD of EDM", "sCD of EDM",
+                                                                   "alpha-Flow of EDM"))
+    assert all(min(ends[name]) < max(distances(name, "one step")) for name in ("CD of EDM", "sCD of EDM"))
+    assert all(max(ends[name]) > min(distances(name, "one step")) for name in ("CD of EDM", "sCD of EDM"))
+
+
 LONGER = results("benchmarks/compare_cifar10.json")
 
 
