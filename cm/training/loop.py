@@ -22,6 +22,7 @@ from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter
 from cm.distributed import setup as dist
 from cm.distributed import signals
+from cm.distributed.core_share import CoreWatch
 from cm.distributed.sharding import Sharding, partition
 from cm.io.progress import progress
 from cm.logging import logger
@@ -171,6 +172,7 @@ class TrainLoop:
             self.resume()
         self.clock, self.logged_step = time.monotonic(), self.step
         self.ticks = Ticks(self.step, self.config.log_interval, self.device, self.seconds_before)
+        self.cores = CoreWatch.of(self.device)
         state.write_status(self)
         total, main = self.total_training_steps, dist.is_main()
         bar = progress(title="training", total=total, initial=self.step, unit="step", shown=main)
@@ -386,6 +388,8 @@ class TrainLoop:
         logger.dumpkvs()
         if tick:
             logger.log(status_line(tick))
+        if warning := self.cores.warning():
+            logger.log(warning)
         return means
 
     def elapsed_seconds(self) -> float:
