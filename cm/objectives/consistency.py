@@ -1,8 +1,8 @@
-"""Consistency losses: the one sentence that most few-step methods are, and its five words.
+"""Consistency losses: the form that most few-step methods share, made of five components.
 
     weight(t, r)  distance( f(x_t, t),  f'(x_r, r) )        with x_r on a path through x_t, t > r
 
-| word | table | says |
+| component | table | decides |
 |---|---|---|
 | pairs | `PAIRS` | how the two noise levels t and r of a sample are drawn |
 | path | `PATHS` | how x_t becomes x_r: along a teacher's ODE, or with the same noise |
@@ -10,7 +10,7 @@
 | weight | `PAIR_WEIGHTS` | what a pair's distance counts |
 | target | `TARGETS` | whose weights f' has |
 
-A method is a row of words with published settings; other combinations are flags (--pairs and so on), not code.
+A method is a recipe of these components with published settings; flags (--pairs and so on) make other combinations.
 Consistency distillation and training are Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithms 2 and 3.
 
 Shapes: N batch, C channels, H and W height and width. Times are noise levels.
@@ -71,10 +71,10 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Words:
-    """The words of a sentence, by their names in the tables; the distance is --loss_norm.
+class Recipe:
+    """Which components a consistency loss has, by their names in the tables; the distance is --loss_norm.
 
-    The fields are flags, of which an empty one leaves the method's own word.
+    Each field is a flag of the same name; an empty flag keeps the method's own component.
     """
 
     pairs: str
@@ -82,71 +82,71 @@ class Words:
     pair_weight: str
     pair_target: str
 
-    def changed_by(self, flags: Mapping[str, Any]) -> Words:
-        """With the words that flags give."""
-        return Words(**{field.name: flags.get(field.name) or getattr(self, field.name) for field in fields(self)})
+    def changed_by(self, flags: Mapping[str, Any]) -> Recipe:
+        """With the components that flags choose."""
+        return Recipe(**{field.name: flags.get(field.name) or getattr(self, field.name) for field in fields(self)})
 
     @property
     def companions(self) -> tuple[Companion, ...]:
-        """The networks that the sentence takes besides the online one."""
+        """The networks that the loss needs besides the online one."""
         return (*TARGETS[self.pair_target].companions, *PATHS[self.pair_path].companions)
 
 
 @dataclass
 class Consistency(GridObjective):
-    """A method of the family; a subclass is a row: its words, its published settings, and its boundary condition.
+    """A method of the family; a subclass gives its recipe, its published settings and its boundary condition.
 
-    :param chosen: the words, where they are not the method's own.
+    :param chosen: the recipe, where it is not the method's own.
     :param drawn: the distribution of the pairs, where it is not the published one.
     :param teacher_solver: see `TeacherPath`.
     """
 
-    words: ClassVar[Words]
+    recipe: ClassVar[Recipe]
     result = "consistency_function"
     few_step = True
     distillation = True
     sampler = "onestep"
 
-    chosen: Words | None = None
+    chosen: Recipe | None = None
     drawn: Pairs | None = None
     teacher_solver: str = "heun"
 
     def __post_init__(self) -> None:
-        words = self.chosen or self.words
-        self.path = lookup(PATHS, words.pair_path, "pair_path").solved_by(self.teacher_solver)
-        self.pair_weight = lookup(PAIR_WEIGHTS, words.pair_weight, "pair_weight")
-        self.target = lookup(TARGETS, words.pair_target, "pair_target")
-        self.pairs = self.drawn or lookup(PAIRS, words.pairs, "pairs").published(self.levels, self.curriculum)
-        self.companions = words.companions
+        recipe = self.chosen or self.recipe
+        self.path = lookup(PATHS, recipe.pair_path, "pair_path").solved_by(self.teacher_solver)
+        self.pair_weight = lookup(PAIR_WEIGHTS, recipe.pair_weight, "pair_weight")
+        self.target = lookup(TARGETS, recipe.pair_target, "pair_target")
+        self.pairs = self.drawn or lookup(PAIRS, recipe.pairs, "pairs").published(self.levels, self.curriculum)
+        self.companions = recipe.companions
 
     # --- from flags ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Consistency:
-        words, curriculum = cls.words.changed_by(values), curriculum_of(values)
-        kind = lookup(PAIRS, words.pairs, "pairs")
+        recipe, curriculum = cls.recipe.changed_by(values), curriculum_of(values)
+        kind = lookup(PAIRS, recipe.pairs, "pairs")
         if kind.reaches_zero == cls.distillation:
             fitting = [name for name, each in PAIRS.items() if each.reaches_zero != cls.distillation]
             raise UserError(
-                f"--pairs {words.pairs}: the function that --training_mode {values['training_mode']} trains is the "
+                f"--pairs {recipe.pairs}: the function that --training_mode {values['training_mode']} trains is the "
                 f"identity at {'sigma_min' if cls.distillation else 'noise level 0'}, where these pairs do not end; "
                 f"choose {' or '.join(fitting)}"
             )
         distance = get_distance(values["loss_norm"], values["huber_c"] if _is_huber(values) else 0)
         pairs = kind.from_flags(diffusion.noise_levels, curriculum, values)
         solver = values.get("teacher_solver", cls.teacher_solver)
-        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, words, pairs, solver)
+        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, recipe, pairs, solver)
 
     @classmethod
     def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
-        return cls.words.changed_by(values).companions
+        return cls.recipe.changed_by(values).companions
 
     @classmethod
     def options_of(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
-        words = cls.words.changed_by(values)
+        recipe = cls.recipe.changed_by(values)
         return (
-            "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(Words)),
-            *PATHS[words.pair_path].options, *PAIRS[words.pairs].options, *TARGETS[words.pair_target].options,
+            "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(Recipe)),
+            *PATHS[recipe.pair_path].options, *PAIRS[recipe.pairs].options, *TARGETS[recipe.pair_target].options,
         )
 
     # --- the loss --------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def _is_huber(values: Mapping[str, Any]) -> bool:
 class ConsistencyDistillation(Consistency):
     """Neighbours on a grid, one step along the teacher's ODE, against a slow average of the weights."""
 
-    words = Words(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
+    recipe = Recipe(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
 
 
 class ConsistencyTraining(Consistency):
     """The same without a teacher: x_r has the noise of x_t."""
 
-    words = Words(pairs="grid", pair_path="noise", pair_weight="level", pair_target="ema")
+    recipe = Recipe(pairs="grid", pair_path="noise", pair_weight="level", pair_target="ema")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cm.objectives.consistency import Consistency, Words
+from cm.objectives.consistency import Consistency, Recipe
 
 
 class ECT(Consistency):
@@ -20,7 +20,7 @@ class ECT(Consistency):
     """
 
     needs_slow_clock = True
-    words = Words(pairs="shrinking", pair_path="noise", pair_weight="gap", pair_target="online")
+    recipe = Recipe(pairs="shrinking", pair_path="noise", pair_weight="gap", pair_target="online")
     distillation = False
     defaults: ClassVar[Mapping[str, Any]] = {
         "loss_norm": "pseudo-huber", "weight_schedule": "uniform", "huber_c": 1e-8,

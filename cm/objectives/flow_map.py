@@ -1,9 +1,9 @@
 """Flow maps: networks that know the mean velocity from any time s down to any r.
 
 MeanFlow is Geng et al. 2025 (arXiv 2505.13447), equation 6 and algorithm 1. AlphaFlow is Zhang et al. 2025 (arXiv
-2510.20771), which needs no derivative: it is flow matching at alpha = 1, and MeanFlow as alpha tends to 0. Both have a
-file of their own, and no row of words: the network itself has the pair as its two times, and the target is a velocity.
-Of the words they have the path.
+2510.20771), which needs no derivative: it is flow matching at alpha = 1, and MeanFlow as alpha tends to 0. Each has
+its own module and no recipe: the network takes the pair of levels as its two times, and the target is a velocity. The
+path is the one component of a consistency loss that they use.
 
 On the linear clock, see `cm.diffusion.linear_clock`. Shapes: N batch, C channels, H and W height and width.
 """

@@ -1,7 +1,7 @@
 """Continuous-time consistency models: Lu and Song 2024 (sCM, arXiv 2410.11081), algorithm 1.
 
-The limit of a consistency loss as r approaches t. It has a file of its own, and no row of words: there is no pair and
-no distance, but a derivative along the path, which is normalised. Of the words it has the path: a teacher's (sCD), or
+The limit of a consistency loss as r approaches t. It has its own module and no recipe: instead of a pair and a distance
+there is a derivative along the path, which is normalised. The path is the component that remains: a teacher's (sCD), or
 that of the same noise (sCT).
 
 On TrigFlow's clock, see `cm.diffusion.trigflow`; sigma_data is sd. Shapes: N batch, C channels, H and W height and
