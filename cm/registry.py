@@ -1,4 +1,4 @@
-"""Literal tables of what a flag can name: look a name up, and add to a table from outside of this repository."""
+"""Tables of the names that a flag accepts: look a name up, and add to a table from outside this repository."""
 
 from __future__ import annotations
 

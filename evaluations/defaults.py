@@ -1,4 +1,4 @@
-"""What an evaluation takes where nothing else is asked for. Imports nothing that takes time."""
+"""The default settings of an evaluation. This module imports nothing slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results in lines for people, in the words of guided-diffusion's evaluator where the features are Inception's."""
+"""Results as lines of text, in the wording of guided-diffusion's evaluator where the features are Inception's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much of the weights that a run started from its weight averages still hold, and which file to take instead.
+"""How much of a run's initial weights its weight averages still contain, and which file to use instead.
 
-An average of rate r without warm-up holds r^k of them after k steps: at 0.9999 after 868 steps 92 %, which is noise if
-the run began with random weights.
+Without warm-up, an average of rate r contains r^k of them after k steps: at 0.9999 after 868 steps 92 %, which is noise
+if the run began with random weights.
 """
 
 from __future__ import annotations

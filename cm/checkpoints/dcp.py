@@ -1,9 +1,9 @@
-"""One part of a checkpoint as a folder into which every rank writes its share, and from which any reads what it needs.
+"""One part of a checkpoint as a folder: every rank writes its share, and any rank reads what it needs.
 
 The files are those of torch.distributed.checkpoint, whose `load` reads the folder too: __0_0.distcp and so on, one for
-each rank that has something to write, with one tensor by torch.save after the other. torch describes them in .metadata,
-a pickle, which runs whatever its author wants. It is written for torch alone; here index.json is read, which says the
-same with a checksum for each piece.
+each rank that has something to write; each holds one tensor after the other, written by torch.save. torch describes
+them in .metadata, a pickle, which can run any code. That file is written for torch alone; this module reads index.json,
+which has the same content and a checksum for each piece.
 
 Tensors are divided along their first axis. R is its length.
 """

@@ -1,4 +1,4 @@
-"""The checkpoints of a run over time: which one it resumes from, which are kept, and what a failed save means."""
+"""The checkpoints of a run over time: which one it resumes from, which are kept, and what happens when a save fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint file holds, tensors and plain values, and how it is written."""
+"""The content of a checkpoint file, tensors and plain values, and how it is written."""
 
 from __future__ import annotations
 

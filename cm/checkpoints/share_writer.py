@@ -1,8 +1,7 @@
-"""Checkpoints of which every rank writes its share, at once or while the run goes on: --checkpoint_format dcp.
+"""Checkpoints to which every rank writes its share, at once or in the background: --checkpoint_format dcp.
 
-A save begins with a copy of what a rank holds, if the run is to go on. The manifest is written by rank 0 after the last
-rank has written; until then, and if the job is killed meanwhile, the checkpoint does not exist, and the earlier ones
-are as they were.
+In the background, a save begins with a copy of what the rank holds. Rank 0 writes the manifest after the last rank has
+written its share. If the job is killed before that, the checkpoint does not exist, and the earlier ones are unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Functions of one configuration that are called with its fields: how a published argument list is kept in one place.
+"""Functions that take one configuration object but are called with its fields: a published argument list in one place.
 
-The list is a dataclass, in the order of the original. What implements it takes one object, and hands parts of it over
-to other configurations by the names of their fields.
+The list is a dataclass, in the order of the original. The implementation takes one object, and passes parts of it to
+other configurations by the names of their fields.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The console commands of an installed package: each is a script of the repository under a short name.
 
-`cm-train --help` is `python scripts/edm_train.py --help`. In a wheel the scripts are `cm.commands`.
+`cm-train --help` is `python scripts/edm_train.py --help`. In a wheel the scripts are the package `cm.commands`.
 """
 
 from __future__ import annotations

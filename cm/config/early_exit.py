@@ -9,8 +9,8 @@
     if __name__ == "__main__":
         early_exit.run_script(read_flags, main)
 
-Knows nothing of MPI or torch. What it does depends on the command line alone, which is the same on every rank, so that
-all ranks leave or all continue.
+This module uses neither MPI nor torch. What it does depends on the command line alone, which is the same on every rank,
+so all ranks leave or all continue.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of flags, in YAML or JSON, as the values that they seem to hold; nothing in them is ever executed."""
+"""Files of flags in YAML or JSON, parsed into plain values; nothing in them is ever executed."""
 
 from __future__ import annotations
 

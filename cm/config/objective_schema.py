@@ -1,4 +1,4 @@
-"""The flags of training methods, and the names of the methods; beside them a new method adds its own."""
+"""The names of the training methods and their flags; a new method adds its own here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of what is done with a trained model: sampling, editing, search, conversion, averages of other widths."""
+"""The flags for using a trained model: sampling, editing, search, conversion, averages of other widths."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The flags of networks and of training: name, default and help text. Those of training methods are in
-`cm.config.objective_schema`, those of what is done with a trained model in `cm.config.sampling_schema`;
+`cm.config.objective_schema`, those for using a trained model in `cm.config.sampling_schema`;
 `cm.config.flags` turns all into command-line parsers.
 
 The choices are listed here as strings so that --help does not import torch; tests compare them with the tables in code.

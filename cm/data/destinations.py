@@ -1,4 +1,4 @@
-"""Where converted data sets are written: a zip or a folder that appears under its name only when it is complete."""
+"""Destinations of converted data sets: a zip or a folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of images is: the pixels, the class and the name of image i of N.
+"""The interface of a source of images: the pixels, the class and the name of image i of N.
 
 `cm.data.formats` has a subclass for each format. Shapes: N images, H height, W width, C channels, S image_size.
 """

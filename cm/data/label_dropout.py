@@ -1,4 +1,4 @@
-"""Label dropout: some training images lose their class, so that the network also learns to denoise without one.
+"""Label dropout: some training images lose their class, so the network also learns to denoise without one.
 
 Source: Ho and Salimans 2022 (Classifier-free diffusion guidance, arXiv 2207.12598), algorithm 1.
 """

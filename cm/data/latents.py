@@ -1,4 +1,4 @@
-"""Sets of latents: the mean and the standard deviation of what a VAE makes of an image, and how a network sees them.
+"""Sets of latents: the mean and the standard deviation that a VAE gives for each image, and how they are scaled.
 
 The files are those of NVlabs/edm2 (Karras et al. 2023, arXiv 2312.02696): an array [2C,H,W] for each image, the C means
 and then the C standard deviations. Each time that an image is used a new latent z is drawn,

@@ -1,4 +1,4 @@
-"""A stream of batches with every batch changed on its way, such as augmented."""
+"""A stream of batches that applies a function, such as augmentation, to every batch."""
 
 from __future__ import annotations
 

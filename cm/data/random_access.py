@@ -1,4 +1,4 @@
-"""A large file of images that each process opens for itself, and reads at any place."""
+"""A large file of images that each process opens for itself and reads at any offset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a set of images: the table of formats, and which of them a name means.
+"""Opening a set of images: the table of formats, and which of them a path has.
 
 A source gives the pixels, the class and the name of image i, see `cm.data.image_source`. `cm.data.decode` decodes the
 files; `cm.data.loader` makes the order, the augmentation and the batches.

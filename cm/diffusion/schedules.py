@@ -1,4 +1,4 @@
-"""Noise levels: grids of them, and how they rise in time in the older diffusion processes.
+"""Grids of noise levels, and the noise schedules of the older diffusion processes over time.
 
 Source: Karras et al. 2022 (EDM, arXiv 2206.00364), equation 5 and table 1. `karras_sigma` holds the one
 formula of Karras grids, from which every such grid in losses and samplers is made.

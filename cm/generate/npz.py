@@ -1,4 +1,4 @@
-"""What sampling writes to disk: an npz of images in uint8, or of latents in float32, in constant memory."""
+"""The npz that sampling writes: images in uint8, or latents in float32, in constant memory."""
 
 from __future__ import annotations
 

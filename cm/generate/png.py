@@ -1,4 +1,4 @@
-"""A folder with one PNG for each seed, which a restarted run completes.
+"""A folder with one PNG for each seed; an interrupted command that is repeated completes it.
 
 Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. sampling.json, next
 to them, says how the images were made: a folder never holds images of two kinds. dataset.json lists their classes.

@@ -1,4 +1,4 @@
-"""Multistep sampling of many schedules that begin alike: the stages they share are evaluated once.
+"""Multistep sampling of many schedules with a common prefix: the stages that they share are evaluated once.
 
 The noise of a sample's k-th stage does not depend on the schedule, so schedules with the same prefix have the
 same images up to its end. `CachedDiffusion` replaces the diffusion in `cm.generate.engine.draw` and takes these images

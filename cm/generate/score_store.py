@@ -1,4 +1,4 @@
-"""The scores of a long search on disk: after an interruption the same command resumes, another one is refused."""
+"""The scores of a long search on disk: after an interruption the same command resumes; a different one is refused."""
 
 from __future__ import annotations
 

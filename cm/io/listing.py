@@ -1,4 +1,4 @@
-"""The files of a local folder and the folders in it, in the order of their paths, without a text for each of them."""
+"""The files of a local folder and its sub-folders, in the order of their paths, without a Python string for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many names in two arrays; a million of them as texts would take hundreds of megabytes in every process."""
+"""Many names in two arrays; a million Python strings would take hundreds of megabytes in every process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A look at the operations of a pickle before any of them is done.
+"""A check of the operations of a pickle before any of them is executed.
 
-Python's own reader believes what a pickle says of sizes, and takes the hash of every key: a tuple that holds another
-one twice, sixty levels deep, is 200 bytes long, and its hash takes for ever. Here the operations are followed on a
-stack that holds only how large and how deep each value is.
+Python's own reader trusts the sizes that a pickle declares, and hashes every key: a tuple that contains another one
+twice, sixty levels deep, is 200 bytes long, and hashing it takes for ever. Here the operations are followed on a stack
+that holds only how large and how deep each value is.
 """
 
 from __future__ import annotations

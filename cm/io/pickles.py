@@ -1,4 +1,4 @@
-"""What readers of strangers' pickles build in place of objects and functions: nothing that a pickle names is run."""
+"""Stand-ins that readers of untrusted pickles build instead of objects and functions: nothing in a pickle is run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The terminal: streams that may be closed at any time, and text that must not control what shows it.
+"""The terminal: streams that may be closed at any time, and text that must not contain control sequences.
 
-A job outlives whoever watches it: the reader of a pipe ends (`| head`), a terminal is closed, a launcher starts the
+A job outlives its readers: the reader of a pipe ends (`| head`), a terminal is closed, a launcher starts the
 process without stderr. `guard` makes such a stream silent; log files and checkpoints are written as before.
 """
 

@@ -1,4 +1,4 @@
-"""Files by torch.save from anybody, read as tensors and plain values within bounds."""
+"""Untrusted files written by torch.save, read as tensors and plain values within bounds."""
 
 from __future__ import annotations
 

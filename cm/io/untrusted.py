@@ -1,7 +1,7 @@
-"""Files from anybody: zip archives and arrays that may be damaged, or made to do harm.
+"""Untrusted files: zip archives and arrays that may be damaged or malicious.
 
-What a file says of its own size is believed only as far as its bytes can bear it out, so the memory that reading takes
-is bounded by what lies on the disk. Nothing in a file is ever executed: arrays hold plain numbers and text.
+The size that a file declares is accepted only if the file has enough bytes for it, so the memory for reading is bounded
+by the size on disk. Nothing in a file is ever executed: arrays hold plain numbers and text.
 """
 
 from __future__ import annotations

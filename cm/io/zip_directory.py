@@ -1,4 +1,4 @@
-"""The directory of a zip archive as arrays, and the content of a member by its place.
+"""The directory of a zip archive as arrays, and the content of a member by its offset.
 
 `zipfile` makes an object of half a kilobyte for every member, which a million images in every process cannot afford.
 Here the directory is read block by block, and only columns of numbers stay. What `cm.io.untrusted` refuses is refused.

@@ -1,4 +1,4 @@
-"""The order of the columns of a log: what a row is about, what is minimised, the rest, and what the step cost."""
+"""The order of the columns of a log: step and samples, losses, the rest, and the cost of the step."""
 
 from __future__ import annotations
 

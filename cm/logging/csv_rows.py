@@ -1,4 +1,4 @@
-"""Log format csv: progress.csv, a header and one line for each row. A header that is there keeps its order."""
+"""Log format csv: progress.csv, a header and one line for each row. An existing header keeps its order."""
 
 from __future__ import annotations
 

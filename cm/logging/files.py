@@ -1,4 +1,4 @@
-"""Files of a log: appended to or replaced completely or not at all, and read back after a crash."""
+"""Files of a log: lines are appended, or the file is replaced as a whole; both can be read back after a crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log formats json (progress.json) and stats (stats.jsonl): an object a line."""
+"""Log formats json (progress.json) and stats (stats.jsonl): one object per line."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     logger.logkv("step", step)
     logger.dumpkvs()
 
-Formats: "stdout" and "log" (log.txt) show tables, "csv" (progress.csv) and "json" (progress.json, an object a line)
-hold one row a dump, "tensorboard" (tb/) and "wandb" (wandb/) show curves and pictures. A log that is already in the
+Formats: "stdout" and "log" (log.txt) show tables, "csv" (progress.csv) and "json" (progress.json, one object per line)
+hold one row per dump, "tensorboard" (tb/) and "wandb" (wandb/) show curves and pictures. A log that is already in the
 directory is continued: old rows stay, and a new column appears in the old rows as an empty cell.
 """
 

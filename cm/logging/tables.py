@@ -1,4 +1,4 @@
-"""Log formats stdout and log: a table for each row, and lines of text, to read."""
+"""Log formats stdout and log: a readable table for each row, and lines of text."""
 
 from __future__ import annotations
 

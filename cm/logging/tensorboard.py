@@ -1,7 +1,7 @@
 """Log format tensorboard: curves, grids of samples and the flags, in event files below tb/.
 
 Events are written by the protocol buffers of the package tensorboard, not by torch.utils.tensorboard: that imports
-TensorFlow where it is installed, and writes in a thread, whose failures nobody hears of in time.
+TensorFlow where it is installed, and writes in a thread whose failures are reported too late.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The interface of a log format: a writer is told the flags, rows, pictures, lines, and how the run ended."""
+"""The interface of a log format: a writer receives the flags, rows, pictures, lines, and how the run ended."""
 
 from __future__ import annotations
 

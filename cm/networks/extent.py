@@ -1,4 +1,4 @@
-"""The least that a network of a description holds: what a file describes must fit into the file.
+"""A lower bound of the size of a described network: what a file describes must fit into the file.
 
 Descriptions come with weights, in manifests and configs that anybody may have written, and networks are built from them
 before they are compared with the weights.

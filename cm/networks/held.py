@@ -1,4 +1,4 @@
-"""What networks compute from their weights alone, computed once while they sample instead of at every pass."""
+"""Values that depend on the weights alone, computed once while a network samples instead of at every pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the embedding of time and class acts on a residual block: a gain and a shift of each of its channels.
+"""How the embedding of time and class modulates a residual block: a gain and a shift for each channel.
 
 In training each block projects the embedding itself. While a network samples, one product does it for all of them.
 

@@ -1,7 +1,7 @@
 """A classifier of noisy images, conditioned on their noise level: for classifier guidance.
 
 Source: Dhariwal and Nichol 2021 (arXiv 2105.05233), section 4: the encoder half of the U-Net. Input and noise level
-are scaled as for EDM's networks.
+are scaled as in EDM's networks.
 
 Shapes: N batch, C channels, H and W height and width, K classes.
 """

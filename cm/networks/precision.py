@@ -1,4 +1,4 @@
-"""A network whose trunk can be half precision, and layers that are."""
+"""A network whose trunk can run in half precision, and the layers that do."""
 
 from __future__ import annotations
 

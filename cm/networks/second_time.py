@@ -1,4 +1,4 @@
-"""The second time of a flow map: an embedding of how far it goes, added to that of where it starts.
+"""The second time of a flow map: an embedding of the length of its step, added to that of its start.
 
 Shapes: N batch, E embedding width.
 """

@@ -1,4 +1,4 @@
-"""The layers of the U-Net that know the embedding of the time: residual blocks and changes of level.
+"""The layers of the U-Net that take the embedding of the time: residual blocks and changes of resolution.
 
 Parameter names are guided-diffusion's: they are the keys of published checkpoints.
 

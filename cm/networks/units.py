@@ -1,4 +1,4 @@
-"""The residual blocks of a network, whose parameters are gathered together where a network lies in shards."""
+"""The residual blocks of a network: the units whose parameters are gathered together in a sharded network."""
 
 from __future__ import annotations
 

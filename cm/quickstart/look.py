@@ -1,4 +1,4 @@
-"""What a set of images is, as far as a plan needs it: number, sizes, classes, colour, and files that cannot be read."""
+"""The properties of a set of images that a plan needs: number, sizes, classes, colour, and unreadable files."""
 
 from __future__ import annotations
 

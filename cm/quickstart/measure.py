@@ -1,4 +1,4 @@
-"""Measure what a plan needs to know of a machine: the memory and the step time of each network, on all ranks.
+"""Measurements of a machine that a plan needs: the memory and the step time of each network, on all ranks.
 
 mpiexec -n 2 python -m cm.quickstart.measure REQUEST.json RESULT.json       started by cm-quickstart
 """

@@ -1,4 +1,4 @@
-"""From what the images are, how fast the machine is and how long it may take, to the settings of two trainings.
+"""From the images, the speed of the machine and the time given to the settings of two training runs.
 
 A pure function without torch. All times are in seconds, memory in bytes of one rank.
 """

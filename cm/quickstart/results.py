@@ -1,4 +1,4 @@
-"""What a chain of commands ends with: a table of methods, and a picture of real images above the samples of each."""
+"""The results of a chain of commands: a table of methods, and a picture of real images above the samples of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chain of the toolkit's own commands: each is printed before it runs, and left out where its product is there."""
+"""A chain of the toolkit's own commands: each is printed before it runs, and skipped if its output exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One command from images to a few-step generator: look, measure, plan, then the stages, of which none runs twice."""
+"""One command from images to a few-step generator: look, measure, plan, then the stages, each of which runs once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The card of a model: a README.md with tags that model hubs read, made from what its run has left.
+"""The card of a model: a README.md with tags that model hubs read, made from the files of its run.
 
 Every value that a run or a user gives is escaped: in the front matter by the YAML library, in the text by `plain` and
 `code`. assets/card.md.j2 arranges them.

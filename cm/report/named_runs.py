@@ -1,4 +1,4 @@
-"""Runs as a page names and draws them: a name, a colour and a kind of line that tell each from the others."""
+"""Runs as a page names and draws them: a name, a colour and a line style that distinguish each from the others."""
 
 from __future__ import annotations
 

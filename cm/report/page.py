@@ -1,6 +1,6 @@
 """One self-contained web page about one or several training runs.
 
-The page asks nothing of the network: style, script, curves and pictures are inside, and its content policy forbids the
+The page needs no network access: style, script, curves and pictures are inside, and its content policy forbids the
 rest. Its script shows values under the pointer, filters the runs and puts two of them side by side; everything else
 works without it. Here the values of the page are prepared; assets/page.html.j2 arranges them, and jinja2 escapes all
 text of the runs.

@@ -1,4 +1,4 @@
-"""What is known of how a model was made: for its card, and for the metadata of its weights."""
+"""What is known about how a model was made, for its card and for the metadata of its weights."""
 
 from __future__ import annotations
 

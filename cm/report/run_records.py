@@ -1,7 +1,7 @@
 """The files in a run's folder, read back: the log, the flags, pictures of samples, the best checkpoint, summaries.
 
-Files are only read. What cannot be read is left out and named in `problems`, so that the report of a run that crashed,
-or is still running, says what is missing.
+Files are only read. Whatever cannot be read is left out and named in `problems`, so the report of a run that crashed or
+is still running says what is missing.
 """
 
 from __future__ import annotations

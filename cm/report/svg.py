@@ -1,4 +1,4 @@
-"""Curves as a drawing for a web page: inline SVG that takes its colours from the page's style sheet.
+"""Plots of curves for a web page: inline SVG that takes its colours from the page's style sheet.
 
 A plot has classes `run-0`, `run-1`, ... for its curves, and carries its points as JSON beside it, so that a page can
 show values under the pointer.

@@ -1,4 +1,4 @@
-"""The tables of a page: pictures of samples, what was measured, the flags, and summaries."""
+"""The tables of a page: pictures of samples, measurements, flags, and summaries."""
 
 from __future__ import annotations
 

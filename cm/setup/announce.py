@@ -1,4 +1,4 @@
-"""What a training run says of itself: one line when it starts, and one when it ends."""
+"""The lines that a training run prints when it starts and when it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callbacks that the flags ask for: grids of samples, their distance from real images, a profile."""
+"""The callbacks that the flags request: grids of samples, their distance from real images, a profile."""
 
 from __future__ import annotations
 

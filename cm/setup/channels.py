@@ -1,7 +1,7 @@
-"""What the channels of a run mean: 1 and 3 are pictures, in grey and RGB, any other number is latents.
+"""The meaning of the channels of a run: 1 and 3 are grey and RGB pictures, any other number is latents.
 
-Latents are numbers of another network's encoder. They have no bounds, no mirror image and no colours, and no network
-that knows pictures, such as LPIPS or Inception, takes them.
+Latents are the output of another network's encoder. They have no bounds, no mirror image and no colours, and networks
+for pictures, such as LPIPS or Inception, cannot be applied to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast the noise label of a network runs: warn of a clock that few-step objectives cannot follow.
+"""How fast the noise label of a network changes: warn if it is too fast for few-step objectives.
 
 Objectives that compare close noise levels, or differentiate by them, train the slope of the network in ln sigma.
 guided-diffusion's U-Net is conditioned on 250 ln(sigma), whose fastest wave turns by 250 radians per unit; most of the

@@ -1,4 +1,4 @@
-"""All of a run's checkpoint from one format into the other: files, or folders into which every rank writes."""
+"""Convert a complete checkpoint of a run between its two formats: files, or folders to which every rank writes."""
 
 from __future__ import annotations
 

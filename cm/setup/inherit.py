@@ -1,4 +1,4 @@
-"""What settings inherit from a checkpoint: its architecture, and how it was trained."""
+"""The settings that are inherited from a checkpoint: its architecture, and how it was trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latents in the flags of a run: what the data set or the checkpoint says of them, and the VAE that decodes them."""
+"""Latents in the flags of a run: their description in the data set or the checkpoint, and the VAE that decodes them."""
 
 from __future__ import annotations
 

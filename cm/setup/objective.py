@@ -1,4 +1,4 @@
-"""The objective that the flags choose, and the settings that it was published with."""
+"""The objective that the flags choose, and its published settings."""
 
 from __future__ import annotations
 

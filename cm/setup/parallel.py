@@ -1,4 +1,4 @@
-"""Whether a run can be divided among its ranks as --parallel says, found out before it opens anything."""
+"""Whether a run can be divided among its ranks as --parallel asks, checked before anything is opened."""
 
 from __future__ import annotations
 

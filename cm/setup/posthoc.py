@@ -1,4 +1,4 @@
-"""Averages of any width after training: which snapshots they are made of, where they go, and how good each is."""
+"""Averages of any width after training: the snapshots that they are made of, their files, and their quality."""
 
 from __future__ import annotations
 

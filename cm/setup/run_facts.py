@@ -1,4 +1,4 @@
-"""What the files beside weights tell of how they were made: facts for a model card, and the command of the training."""
+"""How weights were made, according to the files next to them: facts for a model card, and the training command."""
 
 from __future__ import annotations
 

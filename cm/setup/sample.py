@@ -1,4 +1,4 @@
-"""What the scripts that draw images take from their flags: the network, the images asked for, a guide."""
+"""What the sampling scripts build from their flags: the network, the requested images, a guide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file of weights a path stands for: an address, the folder of a run, or the file itself."""
+"""Which file of weights a path means: a URL, the folder of a run, or the file itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What looks at a run while it trains: pictures of its samples, and their distance from real images.
+"""Callbacks that observe a run while it trains: pictures of its samples, and their distance from real images.
 
 A callback draws with a network of its own and leaves the random streams as it found them, so training is the same, bit
 for bit, with and without it. The images are those that image_sample.py draws from the checkpoint of the same step.

@@ -1,4 +1,4 @@
-"""What a training loop is made of: plain settings, and the objects that a set-up has built."""
+"""The parts of a training loop: plain settings, and the objects that the set-up has built."""
 
 from __future__ import annotations
 

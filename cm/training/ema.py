@@ -1,7 +1,7 @@
-"""Weight averages of a run: float32, at several rates, on the device or beside it, whole or in shares over the ranks.
+"""Weight averages of a run: float32, at several rates, on the device or in CPU memory, whole or sharded over the ranks.
 
-An average of rate r follows the parameters p by a <- r a + (1 - r) p after a step. Nothing of it is needed between
-two updates, so it may live in the memory of the CPU, and every rank may keep only some of the tensors.
+An average of rate r follows the parameters p by a <- r a + (1 - r) p after a step. It is not needed between two
+updates, so it may live in the memory of the CPU, and each rank may keep only some of the tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Snapshots of power-function averages: written while a run trains, found again, and combined to other averages.
+"""Snapshots of power-function averages: written during training, found again, and combined into other averages.
 
-They lie in a folder of their own below the checkpoints, where no clean-up comes, as checkpoints that hold nothing else.
+They are checkpoints that hold nothing else, in a folder of their own below the run's, which is never cleaned up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a run is divided among its ranks, --parallel: one object, so that the loop need not ask which it is."""
+"""How a run is divided among its ranks (--parallel): one object per mode, so the loop needs no case distinctions."""
 
 from __future__ import annotations
 

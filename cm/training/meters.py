@@ -1,4 +1,4 @@
-"""Averages of per-sample losses, in all and by quarter of the noise range, without a synchronisation per step."""
+"""Averages of per-sample losses, overall and by quarter of the noise range, without a synchronisation per step."""
 
 from __future__ import annotations
 

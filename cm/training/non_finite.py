@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: what every rank says about it, in the same words."""
+"""A loss or gradient that is not finite: the same error on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, whole on every rank or in shares over the ranks."""
+"""Optimizers by name, whole on every rank or sharded over the ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What each rank writes of the state of a training loop, where all ranks write; see `cm.checkpoints.share_writer`.
+"""The part of a training loop's state that each rank writes, where all ranks write; see `cm.checkpoints.share_writer`.
 
-Whatever is whole on every rank is written by one of them, so that each has about as much to write.
+What every rank holds completely is written by one of them; all ranks have about the same amount to write.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Power-function averages of the weights, and how to make one of any width from snapshots of a few of them.
+"""Power-function averages of the weights, and how to make one of any width from a few snapshots.
 
 Source: Karras et al. 2024 (Analyzing and improving the training dynamics of diffusion models, arXiv 2312.02696),
 section 3 and appendix C. Time is counted in images. At time t the weights of time tau < t count with the profile

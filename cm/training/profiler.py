@@ -1,6 +1,6 @@
-"""Where the time of a step goes: a trace of a few steps to look at, and a table of what took longest.
+"""Where the time of a step goes: a trace of a few steps, and a table of the slowest operations.
 
-Only rank 0 is traced: the ranks do the same work, and its waits for the others show as those of the messages.
+Only rank 0 is traced: the ranks do the same work, and its waiting for the others appears in the collectives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a run that goes on must not change: the meaning of its weights, and the method that trains them.
+"""What a resumed run must not change: the meaning of its weights, and the method that trains them.
 
 Most differences between two networks show in the names and shapes of their weights. Some do not: the same weights with
-another number of attention heads, or told the time in another way, are another function, and load without a word.
+another number of attention heads, or another embedding of the time, are another function, and load without an error.
 """
 
 from __future__ import annotations

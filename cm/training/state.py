@@ -1,4 +1,4 @@
-"""What of a training loop a checkpoint holds, and how a loop takes it over."""
+"""The state of a training loop in a checkpoint: how it is collected, and how a loop restores it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status line that users of NVlabs/edm and StyleGAN know, once a tick: progress, speed, memory."""
+"""The status line of NVlabs/edm and StyleGAN, once per tick: progress, speed, memory."""
 
 from __future__ import annotations
 

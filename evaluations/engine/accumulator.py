@@ -1,4 +1,4 @@
-"""What one pass of an extractor over a side's images leaves: sums, and the points of the metrics that need them.
+"""The results of one pass of an extractor over a side's images: sums, and the points of the metrics that need them.
 
 Shapes: N images of the set, n of them on this rank, B of a batch, D features, K classes.
 """

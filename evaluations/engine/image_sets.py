@@ -1,4 +1,4 @@
-"""Images in a folder, zip or npz against a reference: what `fid.py calc` does."""
+"""Comparison of images in a folder, zip or npz with a reference: the work of `fid.py calc`."""
 
 from __future__ import annotations
 

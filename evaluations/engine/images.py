@@ -1,4 +1,4 @@
-"""The images of a side, in the share of a rank: of files, or as they come from a model.
+"""The images of one side that a rank evaluates: from files, or as a model generates them.
 
 Batches of files are cut before the ranks share them, so the network sees the same batches on any number of ranks.
 Shapes: N images of the set, B of a batch, H and W height and width.

@@ -1,4 +1,4 @@
-"""npz files that are complete or not there, written array by array."""
+"""npz files written array by array, which exist only when they are complete."""
 
 from __future__ import annotations
 

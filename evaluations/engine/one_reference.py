@@ -1,4 +1,4 @@
-"""One reference, and any number of sets of samples that are compared with it: what ThEvaluator does."""
+"""One reference, and any number of sets of samples that are compared with it: the work of ThEvaluator."""
 
 from __future__ import annotations
 

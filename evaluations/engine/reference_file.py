@@ -1,4 +1,4 @@
-"""A reference file for a set of images: what `fid.py ref` does."""
+"""A reference file for a set of images: the work of `fid.py ref`."""
 
 from __future__ import annotations
 

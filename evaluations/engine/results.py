@@ -1,4 +1,4 @@
-"""Numbers with where they come from, and the names they bear.
+"""Metric values with their provenance, and their names.
 
 FID, sFID, KID and Inception Score are the names of numbers in Inception-v3's features. In those of another network
 they get plain names that say so.

@@ -1,4 +1,4 @@
-"""One side of a comparison: what a file stores, and what one pass of the extractor over its images adds."""
+"""One side of a comparison: the statistics stored in a file, and those of one pass of the extractor over its images."""
 
 from __future__ import annotations
 

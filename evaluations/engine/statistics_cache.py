@@ -1,4 +1,4 @@
-"""Statistics that were computed once, kept by the content of the images and the identity of the network."""
+"""A cache of statistics, keyed by the content of the images and the identity of the network."""
 
 from __future__ import annotations
 

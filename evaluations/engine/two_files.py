@@ -1,4 +1,4 @@
-"""Two npz files compared: what evaluator.py does."""
+"""Comparison of two npz files: the work of evaluator.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an extractor is: a network that turns images into features, behind one call.
+"""The interface of an extractor: a network that turns images into features, behind one call.
 
 Shapes: N images, H and W height and width, D pooled features, S spatial features (flattened), K classes.
 """

@@ -1,4 +1,4 @@
-"""The weights of Inception-v3 in the files that exist of them: three spellings of one network's 378 tensors.
+"""The weights of Inception-v3 in the files that exist of them: three naming schemes for one network's 378 tensors.
 
 state dict      OpenAI's (layers.conv.weight), pytorch-fid's and torch-fidelity's (Conv2d_1a_3x3.conv.weight)
 TorchScript     NVIDIA's, spelt like OpenAI's; its tensors are read, and its code does not run

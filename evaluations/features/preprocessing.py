@@ -1,4 +1,4 @@
-"""What is done to images before a network sees them: a resize rule and a normalisation, from a JSON file next to it.
+"""Preprocessing of images for a network: a resize rule and a normalisation, from a JSON file next to the network's.
 
 `NAME.json` next to the network's file NAME, for example dinov2_vitl14.ts.json::
 

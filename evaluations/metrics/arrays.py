@@ -1,4 +1,4 @@
-"""What the metrics take: checked arrays of features and of Gaussians."""
+"""The inputs of the metrics, checked: arrays of features and Gaussians."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a metric is: what it needs of images, and how its numbers come of that.
+"""The interface of a metric: what it needs of images, and how it computes its numbers.
 
 Metrics are light to import (numpy at most), since the command lines list them before torch is there. They know nothing
 of files and ranks: the engine passes once over each side's images, adds up what the chosen metrics declare over the

@@ -1,4 +1,4 @@
-"""The share of labelled samples that the extractor takes for their label, of all and of each class."""
+"""The share of labelled samples that the extractor classifies as their label, overall and for each class."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ name.
 
 It is none of the networks here. It halves the side by a convolution padded on the right and the bottom alone, where
 guided-diffusion's pads all sides; it embeds time by sines and then cosines, whose slowest frequency is 1/10000; and the
-epsilon of its group norms is 1e-6. So its weights have no place here, whatever their names.
+epsilon of its group norms is 1e-6. So none of the networks here can hold its weights, whatever their names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""safetensors files that say in their metadata what network their weights are for.
+"""safetensors files whose metadata describe the network that the weights belong to.
 
-The metadata has one text more than other files of the library: a JSON object under `KEY`, see `Description`. Any
-program that reads safetensors reads the weights.
+The metadata have one additional entry: a JSON object under `KEY`, see `Description`. Any program that reads safetensors
+reads the weights.
 """
 
 from __future__ import annotations

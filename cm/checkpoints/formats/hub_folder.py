@@ -1,7 +1,7 @@
-"""Folders as model hubs have them: model.safetensors, config.json, a model card, and perhaps a picture of samples.
+"""Folders in the layout of model hubs: model.safetensors, config.json, a model card, and perhaps a picture of samples.
 
-The weights describe themselves (`described`). config.json says the same to people and to programs of the hub; where
-other programs have written the weights anew, without the metadata, it is what is left.
+The weights describe themselves (`described`). config.json repeats this description for people and for the hub's
+programs; it is used where another program has rewritten the weights without their metadata.
 """
 
 from __future__ import annotations

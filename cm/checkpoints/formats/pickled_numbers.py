@@ -1,4 +1,4 @@
-"""Numbers and arrays of numpy in a pickle, read as data: what stands for the names that such a pickle calls."""
+"""NumPy scalars and arrays in a pickle, rebuilt as data: stand-ins for the functions that such a pickle calls."""
 
 from __future__ import annotations
 

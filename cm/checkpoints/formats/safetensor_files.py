@@ -1,4 +1,4 @@
-"""safetensors files: tensors by name, and nothing that could be run."""
+"""safetensors files: tensors by name, without any executable content."""
 
 from __future__ import annotations
 
