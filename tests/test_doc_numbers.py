@@ -78,8 +78,8 @@ def test_operations_of_steps():
     passes, rest = edm["note"].split()[0], edm["note"].split()[-4]
     parts = f"of which {passes} are passes of the network and {rest} are all the rest"
     assert f"EDM's step has {edm['launches']:,} operations, {parts}" in text
-    assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain implementation's operations with Heun's method "
-            f"and {one['launches_over_plain']:.2f} in one step") in text
+    assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain implementation's operations with Heun's "
+            f"method and {one['launches_over_plain']:.2f} in one step") in text
 
 
 def test_cost_of_the_objectives():
