@@ -31,8 +31,8 @@ from cm.io.storage import write_bytes, write_json
 from cm.report.plots import line_plot
 
 CLUSTER = Cluster()
-STEP_HEAD = ("GPUs", "engine", "images at a time", "computing", "updating", "waiting for messages", "images/s",
-             "of 8 GPUs' speed", "memory", "limited by")
+STEP_HEAD = ("GPUs", "engine", "microbatch", "compute", "update", "exposed communication", "images/s", "efficiency",
+             "memory", "limited by")
 SAVE_HEAD = ("GPUs", "hours between failures", *(f"{save}: stall, interval, goodput" for save in SAVES))
 
 

@@ -65,7 +65,7 @@ def draw_references(config: AugmentedConfig, step: int) -> Batch:
 
 
 def count(config: AugmentedConfig, references: Batch, is_augmented: bool, step: int) -> tuple[float, float]:
-    """The mean number of images that have a say in a target, and the share of samples that have any reference."""
+    """The mean effective number of images in a target, and the share of samples that have any reference."""
     shown = AugmentBatch(AugmentPipe(config.augment), config.seed, th.device("cpu"))(references)
     own = shown.rows(0, config.batch)
     assert own.positions is not None

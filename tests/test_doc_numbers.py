@@ -74,12 +74,12 @@ def test_operations_of_steps():
                    if name.endswith(f"toolkit {precision}") and "NFE" not in name] for precision in ("fp32", "bf16"))
     edm, heun, one = (lines[f"{name}, toolkit fp32"] for name in ("edm", "heun (9 NFE)", "onestep (1 NFE)"))
     text = page("docs/performance.md")
-    assert f"fewer operations: {span(fp32)} of the plain way's in fp32 and {span(bf16)} in bf16" in text
+    assert f"operations on a GPU: {span(fp32)} of the plain implementation's in fp32 and {span(bf16)} in bf16" in text
     passes, rest = edm["note"].split()[0], edm["note"].split()[-4]
-    parts = f"of which {passes} are passes of the network and {rest} all the rest"
-    assert f"EDM's step is {edm['launches']:,} operations, {parts}" in text
-    assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain way's operations by Heun's method and "
-            f"{one['launches_over_plain']:.2f} in one step") in text
+    parts = f"of which {passes} are passes of the network and {rest} are all the rest"
+    assert f"EDM's step has {edm['launches']:,} operations, {parts}" in text
+    assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain implementation's operations with Heun's "
+            f"method and {one['launches_over_plain']:.2f} in one step") in text
 
 
 def test_cost_of_the_objectives():
@@ -124,11 +124,11 @@ def test_cost_of_opening_large_sets():
     first, first_peak = cost(edm, "rank_0")
     second, second_peak = cost(classes, "rank_0")
     assert f"({edm['images']:,} images) takes rank 0 {first} of processor time and {first_peak} for a zip" in text
-    assert f"{second} and {second_peak} for a zip with a folder for each class" in text
+    assert f"{second} and {second_peak} for a zip with one folder per class" in text
     others = [row["other_ranks"] for row in (edm, classes)]
-    assert (f"each other rank {max(row['cpu_seconds'] for row in others):.1f} s and at most "
+    assert (f"Each other rank needs {max(row['cpu_seconds'] for row in others):.1f} s and at most "
             f"{max(row['peak_mib'] for row in others):.0f} MiB") in text
-    assert f"it takes every rank {both('cpu_seconds', 1)} s and {both('peak_mib', 0)} MiB" in text
+    assert f"takes {both('cpu_seconds', 1)} s and {both('peak_mib', 0)} MiB on every rank" in text
     for row, words in ((folder, "A folder of as many files takes"), (npz, "as many images, of 10x10,")):
         own, plain = (f"{each['cpu_seconds']:.2f} s and {each['peak_mib']:.0f} MiB"
                       for each in (row["rank_0"], row["plain"]))

@@ -85,6 +85,14 @@ def test_every_page_is_in_the_navigation():
     assert set(listed) == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_the_index_lists_the_pages_as_the_navigation_does():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    sections = {part.splitlines()[0]: re.findall(r"^\| \[([\w-]+\.md)\]\(\1\) \|", part, re.MULTILINE)
+                for part in index.split("\n## ")[1:]}
+    navigation = {name: names for entry in NAV if isinstance(entry, dict) for name, names in entry.items()}
+    assert sections == navigation
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_the_page_has_types_and_a_docstring(name):
     value = found(name)

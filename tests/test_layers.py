@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOORS = [
+LAYERS = [
     ["errors", "types", "tensors"],
     ["registry"],
     ["io", "random_util"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["setup"],
     ["pipeline", "quickstart"],
 ]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 COMPATIBLE = {"dist_util", "fp16_util", "image_datasets", "image_sources", "karras_diffusion", "logger", "losses", "nn",
               "resample", "script_util", "train_util", "unet"}
 """Modules of openai/consistency_models: nothing of the toolkit imports them, and they may import all of it."""
@@ -57,12 +57,12 @@ def test_imports_run_down(path):
     name = own(path)
     if name in COMPATIBLE or name == "__init__":
         return
-    assert name in FLOOR, f"{name} has no floor: give it one in tests/test_layers.py"
+    assert name in LAYER, f"{name} has no layer: give it one in tests/test_layers.py"
     for module in imported(path):
         other = unit(module)
         if module.startswith(("cm.", "evaluations.")) and other != name:
-            assert other in FLOOR, f"{path} imports {module}"
-            assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other} ({FLOOR[other]})"
+            assert other in LAYER, f"{path} imports {module}"
+            assert LAYER[other] < LAYER[name], f"{name} (layer {LAYER[name]}) imports {other} ({LAYER[other]})"
 
 
 def test_no_modules_import_each_other():
@@ -82,7 +82,7 @@ def test_no_modules_import_each_other():
         walk(module, [])
 
 
-def test_cm_itself_holds_compatible_modules_and_the_lowest_floors():
+def test_cm_itself_holds_compatible_modules_and_the_lowest_layers():
     modules = {path.stem for path in (ROOT / "cm").glob("*.py")} - {"__init__"}
     assert len(modules) <= 18
     assert modules <= COMPATIBLE | {"errors", "types", "tensors", "registry", "random_util"}

@@ -19,7 +19,7 @@ NOT_LISTED = {"docs/README.md", "docs/choosing.md", "docs/performance.md"}
 PAGES = sorted({path.name for path in ROOT.glob("*.md")} | {"configs/README.md", "datasets/README.md"}
                | {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - NOT_LISTED)
 # They promise nothing that a program could break.
-WITHOUT_PROMISE = {("SECURITY.md", "Reporting a hole")}
+WITHOUT_PROMISE = {("SECURITY.md", "Reporting a vulnerability")}
 
 with (ROOT / TABLE).open(encoding="utf-8", newline="") as file:
     ROWS = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

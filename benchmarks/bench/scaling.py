@@ -1,6 +1,6 @@
-"""A model of training on many GPUs: the time of a step, what saving and restarts cost, and what is left of the time.
+"""A model of training on many GPUs: the time of a step, the cost of saves and restarts, and the goodput.
 
-It is arithmetic on published rates, for numbers of GPUs that nobody here has measured. Sizes are in bytes, rates in
+It computes with published rates, for numbers of GPUs that have not been measured. Sizes are in bytes, rates in
 bytes or operations per second, times in seconds. A ring passes each byte of a message (n - 1)/n times for an all-gather
 or a reduce-scatter and twice as often for an all-reduce (Patarasuk and Yuan 2009, doi 10.1016/j.jpdc.2008.09.002).
 """
@@ -19,16 +19,16 @@ AVERAGE_BYTES = 3 * FLOAT                                   # an average is read
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of GPUs: rates of one GPU, if nothing else is said.
+    """Machines with GPUs. Rates are those of one GPU unless stated otherwise.
 
     :param utilisation: share of `flops` that a step reaches where each GPU has many images.
-    :param half_flops: operations of a forward pass with which half of that share is reached, for kernels are too small.
-    :param bus: rate of a collective inside a machine; `network` between machines. Each is that of one GPU's link.
+    :param half_flops: operations of a forward pass at which half of that share is reached, because kernels are small.
+    :param bus: rate of a collective inside a machine; `network` between machines. Both are rates of one GPU's link.
     :param latency: of one message between machines.
     :param writes: rate at which one process writes a checkpoint; `storage` limits all of them together.
     :param failure_hours: GPU hours between two interruptions.
     :param restart: from an interruption to the first step, without loading.
-    :param shortest_interval: between two saves, lest they fill the storage and its network.
+    :param shortest_interval: least time between two saves, so that they do not overload the storage.
     """
 
     flops: float = 989e12                                   # NVIDIA H100 SXM: bf16 without sparsity
@@ -119,7 +119,7 @@ def all_reduce(size: float, ranks: int, rate: float, latency: float) -> float:
 def step(work: Workload, cluster: Cluster, gpus: int, engine: str = "ddp") -> Step:
     """The model's step, in as few microbatches as the memory allows.
 
-    `ddp` divides the optimizer among all GPUs, as the toolkit does by default; `hsdp` divides weights, optimizer and
+    `ddp` divides the optimizer among all GPUs, as `--shard_optimizer True` does; `hsdp` divides weights, optimizer and
     averages within a machine, `fsdp` among all GPUs.
 
     :raises ValueError: for an engine that is unknown, more GPUs than images, or a network that does not fit.
@@ -128,7 +128,7 @@ def step(work: Workload, cluster: Cluster, gpus: int, engine: str = "ddp") -> St
         raise ValueError(f"engine {engine!r}; choose one of {', '.join(ENGINES)}")
     images = work.batch / gpus
     if images < 1:
-        raise ValueError(f"{gpus} GPUs for a batch of {work.batch} images: each needs one at least")
+        raise ValueError(f"{gpus} GPUs for a batch of {work.batch} images: each needs at least one")
     shard = {"ddp": 1, "hsdp": min(gpus, cluster.per_node), "fsdp": gpus}[engine]
     optimizer_shard = max(shard, gpus if engine == "ddp" else 1)
     held = FLOAT * work.parameters * ((2 + work.averages) / shard + 2 / optimizer_shard)
@@ -179,9 +179,9 @@ def checkpoint_bytes(work: Workload) -> float:
 
 
 def save_stall(work: Workload, cluster: Cluster, gpus: int, save: str) -> float:
-    """Seconds for which training stands still while a checkpoint is saved.
+    """Seconds for which a save interrupts training.
 
-    :raises ValueError: for a way of saving that is unknown.
+    :raises ValueError: for an unknown way to save.
     """
     size = checkpoint_bytes(work)
     if save == "one writer":
@@ -199,7 +199,7 @@ def failure_interval(cluster: Cluster, gpus: int) -> float:
 
 
 def save_interval(work: Workload, cluster: Cluster, gpus: int, save: str) -> float:
-    """Seconds between two saves that lose least: sqrt(2 stall M), if a failure comes every M seconds.
+    """The best interval between saves in seconds: sqrt(2 stall M), if a failure occurs every M seconds.
 
     Source: Young 1974 (doi 10.1145/361147.361115). The cluster sets a lower bound.
     """
@@ -208,7 +208,7 @@ def save_interval(work: Workload, cluster: Cluster, gpus: int, save: str) -> flo
 
 
 def goodput(work: Workload, cluster: Cluster, gpus: int, save: str) -> float:
-    """Share of the time in which steps are made that count: without saving, lost steps, loading and starting again."""
+    """Share of the time spent on steps that count: without saves, lost steps, loading and restarts."""
     stall, between = save_stall(work, cluster, gpus, save), failure_interval(cluster, gpus)
     interval = save_interval(work, cluster, gpus, save)
     loading = checkpoint_bytes(work) / cluster.writes       # read once, then sent to the others
@@ -217,13 +217,13 @@ def goodput(work: Workload, cluster: Cluster, gpus: int, save: str) -> float:
 
 
 def efficiency(work: Workload, cluster: Cluster, gpus: int, engine: str = "ddp") -> float:
-    """Images per second and GPU, relative to those of one machine with the same batch in all."""
+    """Images per second and GPU, relative to one machine with the same global batch size."""
     alone = step(work, cluster, cluster.per_node, engine)
     return alone.seconds * cluster.per_node / (step(work, cluster, gpus, engine).seconds * gpus)
 
 
 def limit(parts: Step) -> str:
-    """What takes most of a step besides the passes, where that is more than a tenth of it."""
-    costs = {"messages": parts.exposed, "weights and averages": parts.update}
+    """The largest part of a step besides its passes, if it is more than a tenth of the step; else "compute"."""
+    costs = {"communication": parts.exposed, "update": parts.update}
     name = max(costs, key=lambda key: costs[key])
-    return name if costs[name] > 0.1 * parts.seconds else "computing"
+    return name if costs[name] > 0.1 * parts.seconds else "compute"

@@ -26,9 +26,8 @@ CHUNK = 512                                                         # references
 class STF(EDM):
     """weight(sigma) mean(D(x, sigma) - sum_i w_i y_i)^2 with w = softmax_i(-|x - y_i|^2 / (2 sigma^2)).
 
-    The y_i are the sample's own image and those references that it could be mistaken for, see `peers`. Given them and
-    x the target is the expectation of the sample's own image: EDM's loss has the same gradient on average, and more
-    variance.
+    The y_i are the sample's own image and the references that `peers` allows. Given them and x, the target is the
+    expectation of the sample's own image: the mean gradient is that of EDM's loss, with less variance.
 
     :param num_references: how many images a sample's target is made of; they come as `Batch.references`.
     :param augment_references: whether the data source augments them as it augments the samples.
@@ -77,7 +76,7 @@ def peers(batch: Batch, references: Batch) -> Tensor:
 
 @th.no_grad()
 def stable_target(x: Tensor, own: Tensor, sigma: Tensor, references: Batch, peers: Tensor) -> tuple[Tensor, Tensor]:
-    """The average of the images that may have become x, and the number of them that have a say, 1 / sum w^2, [N].
+    """The weighted average of the images that may have become x, and their effective number 1 / sum w^2, [N].
 
     In float64, since |x|^2 + |y|^2 - 2 x.y is a small difference over a small sigma^2; under autocast too, which
     leaves float64 alone. Memory is N x n and a chunk of the references.

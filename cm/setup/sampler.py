@@ -39,7 +39,7 @@ def choose_sampler(settings: Settings) -> None:
     """
     values, kind = settings.values, kind_of_result(settings.values["training_mode"])
     edits = "task" in values
-    usual = "multistep" if kind.distillation and (edits or values["ts"]) else kind.sampler
+    usual = "multistep" if kind.sampler == "onestep" and (edits or values["ts"]) else kind.sampler
     if not values["sampler"]:
         settings.replace(sampler=usual)
     elif not fits(kind, values["sampler"]):

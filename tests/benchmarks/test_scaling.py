@@ -18,6 +18,7 @@ from bench.scaling import ADM64, ENGINES, GPUS, SAVES, XXL, Cluster, step
 from cm.script_util import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "scaling.md"
 IDEAL = Cluster(half_flops=0.0, latency=0.0, bus=1e30, network=1e30, memory_rate=1e30)
 WORK = replace(ADM64, batch=1024)
 
@@ -97,15 +98,17 @@ def test_the_sizes_are_those_of_the_networks():
         assert sum(param.numel() for param in model.parameters()) == work.parameters
 
 
-def test_what_breaks_first():
+def test_what_limits_the_speed_first():
     """The sentences of the page that compare rows of its tables."""
     cluster = Cluster()
     at_most = {engine: step(XXL, cluster, 512, engine) for engine in ENGINES}
-    assert all(scaling.limit(parts) == "messages" for parts in at_most.values())
+    assert all(scaling.limit(parts) == "communication" for parts in at_most.values())
     ddp = at_most["ddp"]
     assert ddp.update > 0.1 * ddp.seconds > at_most["fsdp"].update
     assert step(XXL, replace(cluster, network=1e30), 512, "hsdp").exposed < 0.1 * at_most["hsdp"].exposed
     assert step(XXL, replace(cluster, latency=0.0), 512, "fsdp").exposed < 0.1 * at_most["fsdp"].exposed
+    fewest, most = (1e3 * step(work, cluster, 512, "fsdp").compute for work in (ADM64, XXL))
+    assert f"computes for {fewest:.0f} to {most:.0f} milliseconds" in " ".join(PAGE.read_text().split())
     one, shared, background = (1 - scaling.goodput(XXL, cluster, 512, save) for save in SAVES)
     assert one > 3 * shared and shared < 1.5 * background
     larger = replace(XXL, batch=4 * XXL.batch)
@@ -115,7 +118,7 @@ def test_what_breaks_first():
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="choose one of ddp, hsdp, fsdp"):
         step(WORK, Cluster(), 8, "pipeline")
-    with pytest.raises(ValueError, match="each needs one at least"):
+    with pytest.raises(ValueError, match="each needs at least one"):
         step(WORK, Cluster(), 2048)
     with pytest.raises(ValueError, match="leaves no room"):
         step(XXL, Cluster(memory=24e9), 8)
@@ -130,14 +133,14 @@ def test_the_fit_finds_rate_and_latency():
 
 def test_the_page_shows_what_was_measured_here():
     measured = json.loads((ROOT / "benchmarks" / "scaling_cpu.json").read_text())
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = PAGE.read_text()
     assert all(row in page.splitlines() for row in calibration.rows(measured))
     longer = [measured["ranks"][n]["step"] / measured["ranks"][n]["step_predicted"] - 1 for n in ("2", "4")]
     assert f"a step takes {100 * longer[0]:.0f} %" in page and f"a step {100 * longer[1]:.0f} % longer" in page
 
 
 def test_the_page_shows_the_tables_of_the_model():
-    page = set((ROOT / "docs" / "scaling.md").read_text().splitlines())
+    page = set(PAGE.read_text().splitlines())
     for work in (ADM64, XXL):
         missing = [row for row in [*command.step_rows(work), *command.save_rows(work)] if row not in page]
         assert not missing, "\n".join(missing)

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
+import yaml
 
 from cm.checkpoints import manifest
 from cm.config.flags import defaults_of, parse
@@ -346,4 +348,6 @@ def test_published_presets_of_ito():
         values = parse("", SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, RunConfig,
                        argv=["--config", str(ROOT / "configs" / folder / "sample_ito.yaml")]).values
         assert values["sampler"] == "ito" and (values["steps"], values["rho"], values["s_tmax"]) == row
+        own = yaml.safe_load((ROOT / "configs" / folder / "sample_ito.yaml").read_text())
+        assert not own.keys() & {field.name for field in fields(ModelConfig)} - {"use_fp16"}, "of the network"
     assert set(NEW) >= {"ddim", "pc", "sde", "ito"} <= set(SAMPLERS)

@@ -48,7 +48,7 @@ def test_a_sampler_by_its_name_can_end_elsewhere_than_the_grid():
 def trained(tmp_path_factory):
     """A file of weights for each method of training."""
     weights, paths = plain_state_dict(tiny()), {}
-    for mode in ("edm", "consistency_distillation", "consistency_training", "progdist"):
+    for mode in ("edm", "consistency_distillation", "consistency_training", "progdist", "ect", "scd"):
         folder = tmp_path_factory.mktemp(mode)
         config = {**TINY, "training_mode": mode, "scale_mode": "fixed", "start_scales": 6}
         paths[mode] = manifest.save(str(folder), 10, {"model": weights}, config, 40).path("model")
@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("mode, sampler", [
     ("edm", "heun"), ("consistency_distillation", "onestep"), ("consistency_training", "onestep"),
-    ("progdist", "progdist"),
+    ("progdist", "progdist"), ("ect", "onestep"), ("scd", "onestep"),
 ])
 def test_the_default_sampler_is_that_of_the_checkpoint(mode, sampler, trained, capsys):
     settings = sampling("--model_path", trained[mode])
@@ -96,9 +96,14 @@ def test_noise_that_would_be_added_nowhere(words, message, trained):
         sampler_of(settings)
 
 
-def test_indices_choose_multistep_for_a_consistency_model(trained):
-    settings = sampling("--model_path", trained["consistency_training"], "--ts", "0,22,39")
+@pytest.mark.parametrize("mode", ["consistency_training", "ect", "scd"])
+def test_indices_choose_multistep_for_a_consistency_model(mode, trained):
+    settings = sampling("--model_path", trained[mode], "--ts", "0,22,39")
     assert inherit_model(settings).sampler == "multistep"
+
+
+def test_a_flow_map_has_a_sampler_of_its_own():
+    assert kind_of_result("meanflow").sampler == kind_of_result("alphaflow").sampler == "flowmap"
 
 
 def test_every_sampler_fits_something():
@@ -125,9 +130,10 @@ def editing(*argv):
     return settings.values
 
 
+@pytest.mark.parametrize("mode", ["consistency_distillation", "ect"])
 @pytest.mark.parametrize("task", ["inpaint", "colorize", "superres", "stroke"])
-def test_edits_visit_all_levels_that_the_model_was_trained_with(task, trained):
-    values = editing("--model_path", trained["consistency_distillation"], "--task", task)
+def test_edits_visit_all_levels_that_the_model_was_trained_with(task, mode, trained):
+    values = editing("--model_path", trained[mode], "--task", task)
     assert (values["sampler"], values["steps"], values["ts"]) == ("multistep", 6, "0,1,2,3,4,5")
 
 
