@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cm.config import early_exit
 from cm.config.flags import Settings, option, parse
+from cm.config.needs import refuse_idle
 from cm.data.class_names import ClassNames
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
@@ -72,6 +73,7 @@ def main(settings: Settings) -> None:
     from evaluations.features.classifier import stratified_split
 
     config = settings.section(ClassifierConfig)
+    refuse_idle(settings, {})
     if settings.dry_run:
         return print(settings.as_text())
     if dist.get_world_size() > 1:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cm.config import early_exit
 from cm.config.flags import Settings, parse, words_of
+from cm.config.needs import refuse_idle
 from cm.config.parser import with_names
 from cm.config.sampling_schema import ConvertConfig
 from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
@@ -44,13 +45,15 @@ def main(settings: Settings) -> None:
     for name in ("source", "dest"):
         if not settings.values[name]:
             raise UserError(f"--{name} is missing: convert_checkpoint.py SOURCE DEST")
-    check_card_flags(settings)
+    if config.format in ("files", "dcp"):
+        refuse_idle(settings, {})                           # of a run: nothing is inherited
     kind = "file" if config.format == "safetensors" else "folder"
     dist.on_main(check_outputs, [Output("--dest", config.dest, kind)], {"--source": config.source})
     if config.format in ("files", "dcp"):
         return convert_whole(settings, config)
     options = dist.on_main(card_options, config)
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
+    refuse_idle(settings, {})
     if settings.dry_run:
         return dry_run(settings)
     about = dist.on_main(export.describe, settings, source.path, source.class_names)
@@ -90,16 +93,6 @@ def card_options(config: ConvertConfig) -> CardOptions | None:
         return None
     hub_folder.check_free(config.dest)
     return export.card_options(config.license, words_of(config.results), config.picture)
-
-
-def check_card_flags(settings: Settings) -> None:
-    """:raises UserError: for flags of what is not written."""
-    given = [name for name in ("license", "results", "picture") if settings.is_given(name)]
-    if given and settings.values["format"] != "hf":
-        raise UserError(f"--{given[0]} is for the card of a model folder: add --to hf, or drop it")
-    levels = settings.values["num_train_timesteps"]
-    if levels and settings.values["format"] != "diffusers":
-        raise UserError(f"--num_train_timesteps {levels} is for --to diffusers; drop it")
 
 
 if __name__ == "__main__":

@@ -58,13 +58,14 @@ def main(settings: Settings) -> None:
     from cm.generate.engine import at_precision
     from cm.generate.prefix_cache import PrefixCache
     from cm.generate.schedule_scorer import Scorer
+    from cm.samplers import SAMPLERS
     from cm.samplers.sample import SampleOptions
     from cm.setup.channels import demand_pictures
     from cm.setup.dry_run import dry_run
     from cm.setup.latents import load_decoder
     from cm.setup.run import open_log, run_precision, trusts_extractor
     from cm.setup.sample import inherit_model, load_model, sampling_diffusion, sampling_plan
-    from cm.setup.sampler import level_of_images
+    from cm.setup.sampler import level_of_images, refuse_unused_flags
     from cm.setup.weights_path import fetch_inputs
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
@@ -75,6 +76,8 @@ def main(settings: Settings) -> None:
     check_flags(settings)
     settings.given.setdefault("training_mode", Origin(Provenance.DEFAULT, "a multistep schedule"))
     inherit_model(settings)
+    settings.replace(sampler="multistep")
+    refuse_unused_flags(settings, SAMPLERS["multistep"])
     config, values = settings.section(TernarySearchConfig), settings.values
     decoder = load_decoder(settings)
     if decoder is None:
@@ -135,8 +138,6 @@ def check_flags(settings: Settings) -> None:
         raise UserError("--ts is what this command looks for: give points that are to stay with --begin and --end")
     if values["generator"] == "dummy":
         raise UserError("--generator dummy gives every candidate other noise; use determ")
-    if values["s_churn"] > 0:
-        raise UserError(f"--s_churn {values['s_churn']:g}: the multistep sampler takes no churn; drop the flag")
     if values["num_samples"] < 2:
         raise UserError(f"--num_samples {values['num_samples']}: a Frechet distance needs at least 2 images")
     if "sampler" in settings.given and values["sampler"] != "multistep":

@@ -87,6 +87,7 @@ class Settings:
     given: dict[str, Origin]                    # of every flag that is not at its default
     dry_run: bool = False
     sources: dict[str, Any] = dataclasses.field(default_factory=dict)     # flag -> the file of weights that it names
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)    # of the command
 
     def provenance(self, name: str) -> Provenance:
         """Where the value of a flag comes from."""
@@ -153,7 +154,8 @@ def parse(
     config_file, dry_run = args.pop("config"), args.pop("dry_run")
     args.pop(plugins.NAME)
 
-    values = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    own = {name: defaults.get(name, field.default) for name, field in fields.items()}
+    values = dict(own)
     given: dict[str, Origin] = {}
     if config_file:
         for name, value in read_config(config_file, fields).items():
@@ -166,7 +168,7 @@ def parse(
     for name, value in values.items():
         check(fields[name], value, str(given.get(name, f"--{name}")))
     terminal.keep_stdout_for_data(dry_run)
-    return Settings(values, given, dry_run)
+    return Settings(values, given, dry_run, defaults=own)
 
 
 def resolve(values: Mapping[str, Any], *sections: type) -> Settings:
@@ -175,7 +177,8 @@ def resolve(values: Mapping[str, Any], *sections: type) -> Settings:
     :param values: by the names of flags; the others keep their defaults.
     :raises UserError: for a name that no section has, or a value that is not allowed.
     """
-    settings = Settings({name: value for section in sections for name, value in defaults_of(section).items()}, {})
+    own = {name: value for section in sections for name, value in defaults_of(section).items()}
+    settings = Settings(dict(own), {}, defaults=own)
     give(settings, values, *sections)
     return settings
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.flags import Settings, defaults_of
 from cm.config.sampling_schema import SampleConfig, SolverConfig
-from cm.config.schema import EvalConfig, VaeConfig
+from cm.config.schema import EvalConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.io import storage
@@ -26,9 +26,6 @@ from cm.training.loop import parse_rates
 from cm.training.profiler import Profile
 from cm.types import Callback
 
-OF_THE_LAST_LINE = ("eval_sampler", "eval_steps", "eval_ts", "eval_seed")
-"""What also stands in the command at the end of a run, that samples its result."""
-
 
 def sampling_settings(settings: Settings) -> Settings:
     """The flags of image_sample.py that draw the images to be looked at."""
@@ -41,7 +38,9 @@ def sampling_settings(settings: Settings) -> Settings:
         "compile": False,                                   # a network is made for each drawing
     }
     defaults = defaults_of(SampleConfig) | defaults_of(SolverConfig)
-    drawing = Settings(defaults | settings.values | asked, {})
+    given = {name: settings.given[f"eval_{name}"] for name in ("sampler", "steps", "ts") if
+             settings.is_given(f"eval_{name}")}
+    drawing = Settings(defaults | settings.values | asked, given)
     reach_all_levels(drawing)
     return drawing
 
@@ -52,14 +51,8 @@ def check_flags(settings: Settings) -> None:
     :raises UserError: if they do not, naming the flag.
     """
     config, rates = settings.section(EvalConfig), parse_rates(settings.values["ema_rate"])
-    if config.eval_ref and not config.eval_interval:
-        raise UserError(f"--eval_ref {config.eval_ref} has no effect without --eval_interval: give both, or neither")
     _check_snapshots(settings)
     if not (config.eval_interval or config.sample_interval):
-        if settings.values["vae"]:
-            raise UserError(f"--vae {settings.values['vae']} has no effect without --sample_interval or "
-                            "--eval_interval: give one of them, or leave it out")
-        _refuse_unused(settings)
         return
     if config.eval_interval and not config.eval_ref:
         raise UserError(
@@ -77,16 +70,6 @@ def check_flags(settings: Settings) -> None:
         sampler_of(sampling_settings(settings))
     except ValueError as error:
         raise UserError(f"--eval_sampler, --eval_steps, --eval_ts: {error}") from None
-
-
-def _refuse_unused(settings: Settings) -> None:
-    """:raises UserError: for a flag of sampling during training on the command line, where nothing is sampled."""
-    for name, default in (defaults_of(EvalConfig) | {"vae_batch_size": VaeConfig.vae_batch_size}).items():
-        if name in OF_THE_LAST_LINE:
-            continue
-        if settings.provenance(name) == Provenance.COMMAND_LINE and settings.values[name] != default:
-            raise UserError(f"--{name} {settings.values[name]} has no effect without --eval_interval or "
-                            "--sample_interval: give one of them, or leave it out")
 
 
 def _check_snapshots(settings: Settings) -> None:

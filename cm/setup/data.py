@@ -11,6 +11,7 @@ from torch import nn
 
 from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import Settings
+from cm.config.needs import NEEDS_OF_DATA, refuse_idle
 from cm.config.schema import DataConfig, TrainConfig
 from cm.data.augment import AUGMENT_LABELS, AugmentBatch, AugmentPipe, augmented
 from cm.data.class_names import ClassNames, require_same
@@ -94,7 +95,9 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         raise UserError(f"--data_dir is missing: give {choices()}")
     source: ImageSource | ImageStream
     class_names: ClassNames = ()                            # of a stream they are not known before it is read
-    if shards := open_shards(data.data_dir):
+    shards = open_shards(data.data_dir)
+    refuse_idle(settings, {"shards": shards is not None, "single_images": shards is None}, NEEDS_OF_DATA)
+    if shards is not None:
         source = shards
         _check_stream(settings, shards)
     else:

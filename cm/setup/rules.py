@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cm.config.flags import Settings
+from cm.config.flags import Provenance, Settings
+from cm.config.needs import refuse_idle
 from cm.config.schema import TrainConfig
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -21,7 +22,13 @@ from cm.setup.guide import choose_teacher_guide, prepare_label_dropout
 from cm.setup.inherit import inherit_checkpoint, inherit_resumed
 from cm.setup.latents import take_latents
 from cm.setup.model import drop_unreachable_attention
-from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, check_teacher, kind_of_result
+from cm.setup.objective import (
+    apply_objective_defaults,
+    apply_precond_defaults,
+    check_teacher,
+    kind_of_result,
+    objective_kind,
+)
 from cm.setup.parallel import check_parallel
 
 Rule = Callable[[Settings], None]
@@ -34,9 +41,16 @@ def resolve(settings: Settings, rules: Sequence[Rule]) -> None:
 
 
 def resolve_durations(settings: Settings) -> None:
-    """Turn the durations that are given in images into steps; see `cm.setup.durations`."""
+    """Turn the durations that are given in images into steps; see `cm.setup.durations`.
+
+    :raises UserError: if the images of a step are given in two ways that disagree.
+    """
     train, rank, world_size = settings.section(TrainConfig), dist.get_rank(), dist.get_world_size()
     _, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
+    typed = all(settings.provenance(name) == Provenance.COMMAND_LINE for name in ("batch_size", "global_batch_size"))
+    if typed and global_batch != train.global_batch_size:
+        raise UserError(f"--batch_size {train.batch_size} on {world_size} rank(s) is {global_batch} images a step, and "
+                        f"--global_batch_size asks for {train.global_batch_size}: give one of them")
     durations.resolve_durations(settings, global_batch)
 
 
@@ -50,6 +64,15 @@ def inherit_teacher(settings: Settings) -> None:
     teacher = inherit_checkpoint(settings, "teacher_model_path")
     if teacher.training_mode and kind_of_result(teacher.training_mode).few_step:
         raise UserError(f"--teacher_model_path {teacher.path} is a consistency model; a teacher is a diffusion model")
+
+
+def refuse_idle_flags(settings: Settings) -> None:
+    """:raises UserError: for a flag on the command line that this run would ignore; see `cm.config.needs`."""
+    kind, values = objective_kind(settings.values), settings.values
+    refuse_idle(settings, {
+        "dry_run": settings.dry_run, "flow_map": kind.second_time, "shrinking": "shrink_q" in kind.options_of(values),
+        "teacher": any(each.origin == "teacher" for each in kind.companions_of(values)),
+    })
 
 
 TRAINING: tuple[Rule, ...] = (
@@ -66,5 +89,6 @@ TRAINING: tuple[Rule, ...] = (
     apply_precond_defaults,
     check_clock,
     check_parallel,
+    refuse_idle_flags,
     check_flags,                                            # of samples and measurements during training
 )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cm.config.flags import Settings
+from cm.config.needs import refuse_idle
 from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import LARGEST_SEED, DiffusionConfig, ModelConfig
 from cm.data.class_names import ANY, ClassNames, numbers_of, shortened
@@ -39,7 +40,7 @@ def inherit_model(settings: Settings) -> SampleConfig:
     """Take from the checkpoint at --model_path what it knows of its network and how it was trained, and choose the
     sampler that fits it where no flag does.
 
-    :raises UserError: if there is no such checkpoint, or a flag contradicts it.
+    :raises UserError: if there is no such checkpoint, or a flag contradicts it or would be ignored.
     """
     if not settings.values["model_path"]:
         raise UserError("--model_path is missing: give a checkpoint, such as runs/edm/ema_0.9999_600000.pt")
@@ -51,6 +52,7 @@ def inherit_model(settings: Settings) -> SampleConfig:
     reach_all_levels(settings)
     diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
     settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
+    refuse_idle(settings, {})
     return settings.section(SampleConfig)
 
 

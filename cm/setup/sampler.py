@@ -87,7 +87,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
         raise UserError(f"--s_tmin {config.s_tmin:g} is above --s_tmax {config.s_tmax:g}, so there would be no noise "
                         "at any level: exchange them, or leave out --s_churn")
     refuse_flags_of_other_samplers(config.sampler, solver)
-    _refuse_unused_flags(settings, SAMPLERS[config.sampler])
+    refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
         "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
@@ -138,7 +138,7 @@ def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
                             "drop one of them")
 
 
-def _refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
+def refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
     """A flag on the command line that the sampler would ignore is a mistake.
 
     :raises UserError: naming it and what it is for.

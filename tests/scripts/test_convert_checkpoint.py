@@ -210,7 +210,7 @@ def test_the_training_grid_comes_along(tmp_path, monkeypatch):
     path, _ = checkpoint(tmp_path / "fixed", COMMON, "consistency_distillation", scale_mode="fixed", start_scales=18)
     with pytest.raises(UserError, match="num_train_timesteps 40: this model was trained with --start_scales 18"):
         convert(monkeypatch, path, tmp_path / "folder", "--format", "diffusers", "--num_train_timesteps", 40)
-    with pytest.raises(UserError, match="num_train_timesteps 18 is for --to diffusers"):
+    with pytest.raises(UserError, match="num_train_timesteps 18 has no effect without --format diffusers"):
         convert(monkeypatch, path, tmp_path / "new", "--num_train_timesteps", 18)
 
 
@@ -339,7 +339,7 @@ def test_the_card_has_what_the_flags_add(tmp_path, monkeypatch, trained):
 
 @pytest.mark.parametrize("dest, words, message", [
     ("x.st", ["--to", "safetensors"], "give one that ends in .safetensors"),
-    ("m", ["--license", "mit"], "--license is for the card of a model folder: add --to hf"),
+    ("m", ["--license", "mit"], "--license mit has no effect without --format hf"),
     ("m", ["--to", "hf", "--picture", "nowhere.png"], "nowhere.png cannot be read as a picture"),
     ("m", ["--to", "hf", "--results", "nowhere.json"], "nowhere.json cannot be read"),
 ])

@@ -23,7 +23,7 @@ from support.nets import save_measure
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["--data_dir", "digits", "--random_flip", "False", "--image_size", 8, "--num_channels", 32, "--num_res_blocks",
-         1, "--channel_mult", "1", "--attention_resolutions", "8", "--num_head_channels", 32, "--class_cond", "True",
+         1, "--channel_mult", "1", "--attention_resolutions", "8", "--class_cond", "True",
          "--arch", "ncsnpp", "--global_batch_size", 16, "--lr", "1e-2", "--ema_rate", "power0.05,power0.10"]
 
 

@@ -75,7 +75,7 @@ def test_flags_rows_grids_and_the_end(run, tmp_path, monkeypatch):
     assert not (tmp_path / "log.txt").exists()
 
     monkeypatch.setattr(signals, "requested", lambda: 15)
-    run("--total_training_steps", 4, "--dropout_resolutions", 8)
+    run("--total_training_steps", 4, "--dropout", 0.1, "--dropout_resolutions", 8)
     assert manifest.newest(str(tmp_path)).config["dropout_resolutions"] == "8", "as every flag of the network"
     assert told()[-1] == ("close", "stopped")
     assert [line.split(",")[0] for line in (tmp_path / "progress.csv").read_text().splitlines()] == [

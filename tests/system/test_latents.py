@@ -226,7 +226,7 @@ def test_other_latents_and_vaes_are_refused(command, place):
     tiny_vae(place / "other", seed=1)
     with pytest.raises(UserError, match="other is not the VAE that the latents .* the record is of the VAE 'vae'"):
         sample(command, place, "wrong", "--vae", place / "other")
-    with pytest.raises(UserError, match="--vae .* has no effect without --sample_interval or --eval_interval"):
+    with pytest.raises(UserError, match="--vae .* has no effect without --eval_interval or --sample_interval"):
         command("scripts/edm_train.py", "--data_dir", place / "set.zip", *TINY, "--vae", place / "vae")
     with pytest.raises(UserError, match="makes pictures of 3 channels, not latents; drop it"):
         command("scripts/edm_train.py", "--data_dir", "digits", *TINY, "--image_size", 8, "--vae", place / "vae",

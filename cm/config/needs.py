@@ -1,0 +1,179 @@
+"""Which flags act only beside others: a table, and the refusal of one that would be ignored.
+
+A condition is one flag that is set ("vae"), that has one of some values ("arch=unet"), or not ("pairs!=grid"); or
+several of these with "and" between them, or with "or". Beside flags there may stand facts that a command finds out,
+the keys of `FACTS`. A condition on flags that a command does not have, and facts that it does not know, is not judged
+there.
+
+What belongs to one objective, sampler or editing task stands with these (`options`, their fields, `TASKS`), and what
+takes more than a row to say is looked at where it is used (`ELSEWHERE`). All other flags act always (`ALWAYS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from cm.config.flags import Provenance, Settings, same
+from cm.config.sampling_schema import SampleConfig, SolverConfig
+from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
+from cm.errors import UserError
+
+FACTS = {
+    "dry_run": "--dry_run",
+    "shards": "shards in --data_dir",
+    "single_images": "a --data_dir that is no set of shards",
+    "teacher": "an objective that asks a teacher at every step",
+    "flow_map": "--training_mode meanflow or alphaflow, which set it themselves",
+    "shrinking": "--pairs shrinking, or --scale_mode doubling",
+}
+"""What a command finds out -> what a message says is missing."""
+
+
+class Need(NamedTuple):
+    """Flags, and when they act."""
+
+    condition: str
+    flags: tuple[str, ...]
+
+
+def _names(*sections: type) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(field.name for section in sections for field in dataclasses.fields(section)))
+
+
+NEEDS = (
+    # the network
+    Need("arch=unet", ("use_scale_shift_norm", "resblock_updown", "use_new_attention_order")),
+    Need("arch=unet and num_head_channels=-1", ("num_heads", "num_heads_upsample")),
+    Need("arch=unet,adm,edm2", ("num_head_channels",)),
+    Need("class_cond", ("num_classes", "labels")),
+    Need("dropout or teacher_model_path", ("dropout_resolutions",)),
+    Need("flow_map", ("second_time",)),
+    # training
+    Need("training_mode=edm", ("schedule_sampler",)),
+    Need("training_mode!=scd,sct,meanflow,alphaflow", ("weight_schedule",)),
+    Need("teacher", ("teacher_dropout",)),
+    Need("scale_mode=progdist or training_mode=progdist", ("distill_steps_per_iter",)),
+    Need("shrinking or scale_mode=doubling", ("stage_steps", "stage_kimg")),
+    Need("augment", ("augment_references",)),
+    Need("precision=fp16 or use_fp16", ("fp16_scale_growth",)),
+    Need("ema_rate", ("ema_rampup_ratio", "ema_device", "shard_ema")),
+    Need("dry_run", ("dry_run_ranks",)),
+    Need("eval_interval", ("eval_ref", "eval_samples", "inception", "trust_extractor")),
+    Need("eval_interval or sample_interval", ("eval_batch_size", "eval_ema_rate", "allow_non_finite", "vae")),
+    # a trained model
+    Need("vae", ("vae_batch_size",)),
+    Need("outdir", ("subdirs",)),
+    Need("corrector_steps", ("snr",)),
+    Need("ito_form=taylor", ("ito_laplacian",)),
+    Need("solver=heun", ("alpha",)),
+    Need("ref", ("inception", "trust_extractor", "vae", *_names(SampleConfig, SolverConfig))),
+    Need("format=hf", ("license", "results", "picture")),
+    Need("format=diffusers", ("num_train_timesteps",)),
+    Need("format!=files,dcp", ("training_mode", *_names(ModelConfig, DiffusionConfig, LatentConfig))),
+    Need("noised", ("classifier_width", "classifier_depth", "classifier_attention_resolutions")),
+)
+
+NEEDS_OF_DATA = (
+    Need("single_images", ("cache_gib",)),
+    Need("shards", ("shuffle_window",)),
+)
+"""Those that are only known when the data are open."""
+
+ELSEWHERE = (
+    "learn_sigma", "null_class", "augment_dim",
+    "total_kimg", "global_batch_size", "snapshot_ticks", "state_dump_ticks", "ema_snapshot_interval", "label_dropout",
+    "latents", "teacher_model_path", "teacher_guide_scale", "teacher_guide_path", "teacher_guide_interval",
+    "shard_size", "async_save", "eval_steps", "eval_ts",
+    "ts", "steps", "s_churn", "s_tmin", "s_tmax", "s_noise", "class_label",
+    "guide_scale", "guide_path", "guide_interval", "classifier_path", "classifier_scale", "images", "channels",
+)
+"""Flags that are refused with more words, where they are used."""
+
+ALWAYS = (
+    # the network, also where it is only described: the original's commands for sampling do so
+    "arch", "image_size", "num_channels", "num_res_blocks", "attention_resolutions", "channel_mult", "class_cond",
+    "dropout", "use_checkpoint", "use_fp16", "sigma_min", "sigma_max", "precond", "time_scale",
+    # a run
+    "log_dir", "log_formats", "seed", "precision", "compile", "verify_weights", "data_dir", "random_flip", "augment",
+    "random_crop", "num_workers", "objective", "training_mode",
+    "lr", "weight_decay", "lr_anneal_steps", "total_training_steps", "lr_rampup_kimg", "lr_decay_steps", "batch_size",
+    "microbatch", "ema_rate", "ema_halflife_kimg", "grad_clip", "shard_optimizer", "parallel", "optimizer",
+    "adam_beta1", "adam_beta2", "adam_eps", "log_interval", "save_interval", "tick_kimg", "checkpoint_dir",
+    "keep_checkpoints", "milestone_interval", "checkpoint_format", "on_save_error", "profile", "timeout_seconds",
+    "grace_seconds", "resume_checkpoint", "resume", "allow_other_classes", "eval_interval", "sample_interval",
+    "eval_sampler", "eval_seed",                            # which the command that ends the log has, too
+    # a trained model
+    "model_path", "sampler", "num_samples", "seeds", "generator", "clip_denoised", "outdir",
+    "rounding", "source", "dest", "format", "task", "begin", "end", "num_ts",
+    "ref_batch", "run", "std", "step", "extrapolate", "ref",
+    # a classifier
+    "out", "noised", "epochs", "holdout",
+)
+
+
+class Atom(NamedTuple):
+    """A part of a condition: that a flag or a fact has one of some values, or none of them; without any, is set."""
+
+    name: str
+    values: tuple[str, ...] = ()
+    excluded: bool = False
+
+    def holds(self, known: Mapping[str, Any]) -> bool:
+        """Whether it is so, as far as what is known says."""
+        value = known[self.name]
+        return (str(value) in self.values) != self.excluded if self.values else bool(value)
+
+    def __str__(self) -> str:
+        """As a message asks for it."""
+        if self.name in FACTS:
+            return FACTS[self.name]
+        named = f"--{self.name}"
+        if self.excluded:
+            return f"another {named} than {' and '.join(self.values)}"
+        return f"{named} {' or '.join(self.values)}".rstrip()
+
+
+def atoms_of(condition: str) -> tuple[list[Atom], bool]:
+    """The parts of a condition, and whether all of them must hold; else one is enough."""
+    joint = " and " in condition
+    found = []
+    for part in condition.split(" and " if joint else " or "):
+        name, equals, values = part.partition("=")
+        found.append(Atom(name.rstrip("!"), tuple(values.split(",")) if equals else (), name.endswith("!")))
+    return found, joint
+
+
+def missing(condition: str, known: Mapping[str, Any]) -> list[Atom]:
+    """The parts of a condition of which one more, or each, would have to hold; none if it holds or cannot be judged.
+
+    :param known: flags and facts -> their values.
+    """
+    atoms, joint = atoms_of(condition)
+    if any(each.name in FACTS and each.name not in known for each in atoms):
+        return []
+    failing = [each for each in atoms if each.name in known and not each.holds(known)]
+    held = any(each.name in known and each.holds(known) for each in atoms)
+    return [] if held and not joint else failing
+
+
+def refuse_idle(settings: Settings, facts: Mapping[str, bool], needs: Sequence[Need] = NEEDS) -> None:
+    """Refuse a flag of the command line that would be ignored; a file may hold every flag of another run.
+
+    :param facts: those of `FACTS` that the command knows.
+    :raises UserError: for one that has another value than its default, naming what it would act beside.
+    """
+    known = {**settings.values, **facts}
+    for need in needs:
+        wanted = missing(need.condition, known)
+        for name in need.flags if wanted else ():
+            if settings.provenance(name) != Provenance.COMMAND_LINE:
+                continue
+            if name in settings.defaults and same(settings.values[name], settings.defaults[name]):
+                continue
+            has = [f"--{each.name} {known[each.name]}" for each in wanted if each.values]
+            here = f", and this run has {' and '.join(has)}" if has else ""
+            joined = " and " if " and " in need.condition else " or "
+            raise UserError(f"{settings.given[name]} {settings.values[name]} has no effect without "
+                            f"{joined.join(map(str, wanted))}{here}: give that, too, or leave it out")
