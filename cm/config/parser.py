@@ -39,10 +39,28 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
         self._refuse_repeated(words)
+        words = self._with_values(words)
         if plugins.FLAG in self._option_string_actions:     # before choices are checked and --help lists them
             for path in plugins.named(words):
                 plugins.load(path)
         return super().parse_known_args(words, namespace)
+
+    def _with_values(self, words: Sequence[str]) -> list[str]:
+        """The words, with a value that begins with one dash, such as -5kimg or -4,4,8,8, joined to its flag.
+
+        argparse takes such a word for a flag, and would say that the one before has no value.
+        """
+        takers = {name for parser in self._parsers() for action in parser._actions for name in action.option_strings
+                  if name.startswith("--") and action.nargs is None}
+        joined: list[str] = []
+        for word in words:
+            is_value = re.match(r"-[^-]", word) and not any(word in each._option_string_actions
+                                                            for each in self._parsers())
+            if is_value and joined and joined[-1] in takers:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def _refuse_repeated(self, words: Sequence[str]) -> None:
         repeatable = {
@@ -74,13 +92,18 @@ class Parser(argparse.ArgumentParser):
 
     def all_flags(self) -> list[str]:
         """Its own, and those of its commands: argparse leaves what these do not know to the whole."""
-        own = [name for action in self._actions for name in action.option_strings]
+        return [name for parser in self._parsers() for action in parser._actions for name in action.option_strings]
+
+    def _parsers(self) -> list[Parser]:
+        """Itself, and the parsers of its commands."""
         commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return own + [name for each in commands for command in each.values() for name in command.all_flags()]
+        return [self, *(found for each in commands for command in each.values() for found in command._parsers())]
 
     def print_help(self, file: Any = None) -> None:
         if launcher_rank() == 0:
+            terminal.demand_stdout()
             super().print_help(file)
+            (file or sys.stdout).flush()
 
 
 def expand_home(word: str) -> str:

@@ -20,6 +20,7 @@ LARGEST_SEED = 2**63 - 1
 """Of what every generator takes."""
 LARGEST_SIDE, LARGEST_BATCH, MOST_STEPS = 2**15, 2**24, 10**6
 """What no machine could hold is a slip of the keyboard, and is told before it is tried."""
+MOST_WORKERS = 256                                          # processes that read images, beside each rank
 LEAST_SIGMA, LARGEST_SIGMA = 1e-12, 1e12                    # whose squares float32 still holds
 LONGEST_WAIT_S = 1e9
 
@@ -193,7 +194,9 @@ class DataConfig:
         1000, "shards: images that each loader process holds, as files, and shuffles among each other; the order of "
         "the shards changes in every epoch", minimum=1,
     )
-    num_workers: int = option(-1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1)
+    num_workers: int = option(
+        -1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1, maximum=MOST_WORKERS
+    )
 
 
 @dataclass(frozen=True)

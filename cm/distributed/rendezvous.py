@@ -182,8 +182,13 @@ def _store_at(host: str, port: int, rank: int, size: int, wait: waiting.Wait, ti
         if address is not None:                     # it can mean this machine alone
             with contextlib.suppress(OSError):
                 return _serve_at(address, port, size, timeout)
-        return TCPStore(address or launchers.LOOPBACK, port, size, True, timeout, wait_for_workers=False,
-                        multi_tenant=True)
+        try:
+            return TCPStore(address or launchers.LOOPBACK, port, size, True, timeout, wait_for_workers=False,
+                            multi_tenant=True)
+        except RuntimeError as error:                       # torch's own, for a port of another process
+            why = str(error).partition("message: ")[2] or str(error)
+            raise UserError(f"rank 0 cannot listen at MASTER_PORT={port}: {why.splitlines()[0]}; if another job has "
+                            "this port, choose a free one, as torchrun --standalone does by itself") from None
     waiting.await_address(host, port, wait)
     return TCPStore(host, port, size, False, timeout, wait_for_workers=False)
 

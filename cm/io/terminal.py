@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any
 
+from cm.errors import UserError
+
 _stdout_is_data = False
 
 
@@ -19,6 +21,14 @@ def keep_stdout_for_data(is_data: bool) -> None:
     """Say whether stdout carries a result for other programs, such as the JSON of --dry_run; text then is on stderr."""
     global _stdout_is_data
     _stdout_is_data = is_data
+    if is_data:
+        demand_stdout()
+
+
+def demand_stdout() -> None:
+    """What is written to stdout from now on is a result: it is an error if it cannot be written."""
+    if isinstance(sys.stdout, LastingStream):
+        sys.stdout.lossy = False
 
 
 def text_stream() -> Any:
@@ -33,8 +43,10 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
 class LastingStream:
     """A text stream whose reader may go away: from then on it is silent. All else is the stream's own.
 
+    Where text cannot be written for another reason, such as a full disk, it is the result of a command that is lost.
+
     :param stream: what is written to.
-    :param lossy: whether text is also dropped where it cannot be written for another reason, such as a full disk.
+    :param lossy: whether text is dropped then, too; else a UserError is raised.
     """
 
     def __init__(self, stream: Any, lossy: bool = False):
@@ -68,7 +80,9 @@ class LastingStream:
             if error.errno in GONE:
                 self._silence()
             elif not self.lossy:
-                raise
+                self._silence()                             # what is held back would fail again at the end
+                name = str(getattr(self.stream, "name", "a stream")).strip("<>")
+                raise UserError(f"{name} cannot be written: {error.strerror or error}") from None
         except ValueError:                                  # closed by this program itself
             if not self.stream.closed:
                 raise
@@ -87,7 +101,7 @@ def guard(lossy: bool = False) -> None:
     A descriptor that is closed at the start is opened on /dev/null: otherwise the next file, perhaps a checkpoint,
     would get its number, and with it whatever a library prints.
 
-    :param lossy: see `LastingStream`; for runs whose results are files.
+    :param lossy: see `LastingStream`; for runs whose results are files. No result is on stderr.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -104,7 +118,7 @@ def guard(lossy: bool = False) -> None:
             stream = open(descriptor, "w", closefd=False)  # noqa: SIM115 (as long as the program)
         if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")   # a file's name may hold what this terminal cannot show
-        setattr(sys, name, LastingStream(stream, lossy))
+        setattr(sys, name, LastingStream(stream, lossy or name == "stderr"))
 
 
 def size_text(size: int) -> str:

@@ -24,9 +24,12 @@ from cm.data.sources import choices, open_everywhere
 from cm.data.sources import open_stream as open_shards
 from cm.data.streams import ImageStream
 from cm.distributed import setup as dist
+from cm.distributed.launchers import usable_cores
 from cm.errors import UserError
 from cm.logging import logger
 from cm.types import Batch
+
+WORKERS_PER_CORE = 4
 
 
 def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -111,10 +114,23 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
             f"--num_references {references} is less than the {global_batch} images of a step, which are among the "
             f"reference images: give --num_references {global_batch} or more"
         )
+    _warn_of_cost(data.num_workers, references, source)
     options = _loader_options(settings) | {
         "batch_size": batch_size, "global_batch": global_batch, "source": None if shards else source,
     }
     return OpenedData(RunBatches(rank, world_size, options, references), class_names, source)
+
+
+def _warn_of_cost(num_workers: int, references: int, source: ImageSource | ImageStream) -> None:
+    """Say what a large number makes slow."""
+    cores = len(usable_cores())
+    if num_workers > WORKERS_PER_CORE * cores:
+        logger.warn(f"--num_workers {num_workers} starts {num_workers} processes beside each rank, each with memory of "
+                    f"its own, and this machine has {cores} core{'s' * (cores > 1)} for them: the start will be slow; "
+                    "-1 chooses a number")
+    if isinstance(source, ImageSource) and references > len(source):
+        logger.warn(f"--num_references {references} is more than the {len(source)} images there are: every step reads "
+                    f"and compares {references}, most of them several times; {len(source)} are as good")
 
 
 def _loader_options(settings: Settings) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
+from cm.config.schema import LARGEST_SIGMA, LEAST_SIGMA
 from cm.errors import UserError
 from cm.logging import logger
 from cm.objectives import DENOISING, OBJECTIVES
@@ -15,6 +17,10 @@ from cm.registry import lookup
 
 PUBLISHED_NOISE = {name: {"schedule_sampler": name, "weight_schedule": "snr"} for name in ("vp", "ve", "iddpm", "ddpm")}
 """Preconditioning -> the noise distribution and loss weight that its authors trained their networks with."""
+
+NORMAL = (("noise_mean", "noise_std"), ("p_mean", "p_std"), ("r_mean", "r_std"))
+"""Mean and standard deviation of ln sigma, as flags."""
+AROUND, REACH = 3.0, 5.0                                    # standard deviations
 
 
 def objective_kind(values: Mapping[str, Any]) -> type[Objective]:
@@ -88,6 +94,30 @@ def apply_precond_defaults(settings: Settings) -> None:
     if settings.values["training_mode"] == "edm":
         published = PUBLISHED_NOISE.get(settings.values["precond"], {})
         settings.replace(**{name: value for name, value in published.items() if not settings.is_given(name)})
+
+
+def check_noise_levels(settings: Settings) -> None:
+    """The objective draws noise levels that the network and float32 know.
+
+    :raises UserError: if hardly any lies between sigma_min and sigma_max (the mean is more than 3 standard deviations
+        from them), or some are so far away that their squares are no numbers (5 standard deviations from the mean).
+    """
+    values = settings.values
+    used = objective_kind(values).options_of(values)
+    for mean, std in NORMAL:
+        if mean not in used:
+            continue
+        m, s = values[mean], values[std]
+        lowest, highest = math.log(values["sigma_min"]) - AROUND * s, math.log(values["sigma_max"]) + AROUND * s
+        if not lowest <= m <= highest:
+            raise UserError(f"--{mean} {m:g} is the mean of ln sigma: with --{std} {s:g} hardly any noise level lies "
+                            f"between --sigma_min {values['sigma_min']:g} and --sigma_max {values['sigma_max']:g}; "
+                            f"choose --{mean} from {lowest:.1f} to {highest:.1f}")
+        largest = min(math.log(LARGEST_SIGMA) - m, m - math.log(LEAST_SIGMA)) / REACH
+        if s > largest:
+            raise UserError(f"--{std} {s:g} is the standard deviation of ln sigma: around --{mean} {m:g} there would "
+                            f"be noise levels beyond {LEAST_SIGMA:g} to {LARGEST_SIGMA:g}, whose squares are no "
+                            f"numbers in float32; choose --{std} up to {largest:.1f}")
 
 
 def check_teacher(settings: Settings) -> None:

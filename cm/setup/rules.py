@@ -25,6 +25,7 @@ from cm.setup.model import drop_unreachable_attention
 from cm.setup.objective import (
     apply_objective_defaults,
     apply_precond_defaults,
+    check_noise_levels,
     check_teacher,
     kind_of_result,
     objective_kind,
@@ -87,6 +88,7 @@ TRAINING: tuple[Rule, ...] = (
     choose_teacher_guide,                                   # which must fit the teacher
     apply_objective_defaults,                               # where nobody set the flag
     apply_precond_defaults,
+    check_noise_levels,
     check_clock,
     check_parallel,
     refuse_idle_flags,

@@ -157,8 +157,8 @@ def refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
     for name, owner in unused.items():
         typed = settings.provenance(name) == Provenance.COMMAND_LINE
         if owner and typed and (name == "steps" or settings.values[name] != defaults[name]):
-            raise UserError(f"--{name} {settings.values[name]} is for {owner}; --sampler {settings.values['sampler']} "
-                            "does not use it; drop it")
+            raise UserError(f"{settings.given[name]} {settings.values[name]} is for {owner}; --sampler "
+                            f"{settings.values['sampler']} does not use it; drop it")
 
 
 def sampler_options(settings: Settings) -> SampleOptions:

@@ -307,3 +307,21 @@ def test_flags_of_other_tools_are_known(capsys, sections, theirs, ours):
     with pytest.raises(SystemExit):
         parse("", *sections, argv=[theirs, "1"])
     assert f"Did you mean {ours}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--ema_rate", "-5kimg"], ["--ema_rate=-5kimg"]])
+def test_a_value_that_begins_with_a_dash_is_a_value(words):
+    """argparse takes it for a flag, and says of the one before that it expects an argument."""
+    assert parse("", TrainConfig, argv=words).values["ema_rate"] == "-5kimg"
+    assert parse("", SampleConfig, argv=["--ts", "-1,39", "--steps", "40"]).values["ts"] == "-1,39"
+
+
+def test_a_dash_is_no_value_where_a_flag_takes_none(capsys):
+    for words, message in ((["--lr", "--seed", "1"], "--lr: expected one argument"),
+                           (["-x"], "unrecognized arguments: -x"),
+                           (["--class_cond", "-x"], "unrecognized arguments: -x")):
+        with pytest.raises(SystemExit):
+            parse("", *EDM, argv=words)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("", *EDM, argv=["--lr", "-h"])                # which is help, as ever

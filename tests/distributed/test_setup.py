@@ -1,14 +1,16 @@
 """Ranks find each other under every launcher, share out GPUs and cores, and end in good order."""
 
+import os
 import socket
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch as th
 
-from cm.distributed import devices, launchers
+from cm.distributed import devices, launchers, rendezvous, waiting
 from cm.distributed import setup as dist
 from cm.errors import UserError
 from support import mpi
@@ -54,16 +56,18 @@ def test_the_original_setup_dist_leaves_a_process_group_for_one_process(tmp_path
 
 def test_a_process_group_of_one_costs_little(tmp_path):
     finished = python([program(tmp_path, """
-        import time
+        import os, time
         from cm import dist_util
         from cm.distributed import setup
 
         setup.setup_dist()
         begun = time.monotonic()
         dist_util.setup_dist()
-        print(time.monotonic() - begun)
+        print(time.monotonic() - begun, os.environ.get("GLOO_SOCKET_IFNAME"))
     """)])
-    assert float(finished.stdout) < 2, finished              # a host name without an address used to take five seconds
+    seconds, interface = finished.stdout.split()
+    assert float(seconds) < 2, finished                     # a host name without an address used to take five seconds
+    assert interface == launchers.interface_of("127.0.0.1"), finished
 
 
 @pytest.mark.slow                                           # the original's scripts on two ranks run in any case
@@ -93,6 +97,8 @@ def test_ranks_share_the_cores(tmp_path):
     assert hellos(finished) == TWO, finished
     threads = str(max(1, len(launchers.usable_cores()) // 2))
     assert [line.split(",")[4] for line in lines(finished)] == [threads] * 2, finished
+    # gloo is told where; otherwise it looks the host name up, which may lead nowhere or to another machine
+    assert [line.split(",")[7] for line in lines(finished)] == [launchers.interface_of("127.0.0.1")] * 2, finished
 
 
 @pytest.mark.mpi
@@ -170,6 +176,29 @@ def test_ranks_of_one_machine_listen_where_no_other_machine_can_connect(tmp_path
     """The store and gloo alike; 0100007F is 127.0.0.1."""
     finished = mpi_program(tmp_path, 2, LISTENING, env=env)
     assert listening_addresses(finished) == ["0 2 0100007F", "1 2 0100007F"], finished
+
+
+def test_a_port_of_another_job_is_named(monkeypatch):
+    """As rank 0 of a second job sees it, whose store cannot be opened."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: address already in use; if another job has this"):
+            rendezvous._meet_by_address(timedelta(seconds=5))
+
+
+def test_gloo_takes_the_interface_that_leads_to_another_machine(monkeypatch):
+    """Of a rank that meets the others by an address, some of them elsewhere."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(rendezvous, "_store_at", lambda *_: th.distributed.HashStore())
+    monkeypatch.setattr(launchers, "probe", lambda hosts, port: dict.fromkeys(hosts, "127.0.0.1"))
+    monkeypatch.setattr(waiting, "await_ranks", lambda *_: None)
+    rendezvous._meet_by_address(timedelta(seconds=5))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == launchers.interface_of("127.0.0.1")
 
 
 @pytest.mark.mpi

@@ -286,7 +286,7 @@ def test_a_pickle_of_edm(tmp_path):
     ({"sampler": "huen"}, "Did you mean 'heun'"),
     ({"output": "png"}, "not one of: pil, array, tensor"),
     ({"count": 0}, "too small"),
-    ({"steps": 4, "sampler": "heun", "ts": "0,1"}, "--ts 0,1 is for --sampler multistep"),
+    ({"steps": 4, "sampler": "heun", "ts": "0,1"}, "^ts 0,1 is for --sampler multistep"),
 ])
 def test_mistakes(runs, options, message):
     pipe = cm.load(runs["edm"])

@@ -20,6 +20,21 @@ def test_too_few_references_are_named():
         open_data(settings, references=8)
 
 
+def test_what_large_numbers_cost_is_said(capsys):
+    def told(**more):
+        words = [f"--{name}={value}" for name, value in more.items()]
+        open_data(parse("", ModelConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig, argv=[
+            "--objective", "stf", "--global_batch_size", "16", "--data_dir", "digits", "--image_size", "8", *words,
+        ]), references=more.get("num_references", 64))
+        return "".join(capsys.readouterr())
+
+    assert told() == ""
+    assert "--num_references 5000 is more than the 1797 images there are: every step reads" in told(num_references=5000)
+    assert "--num_workers 256 starts 256 processes beside each rank" in told(num_workers=256)
+    with pytest.raises(UserError, match="num_workers=1000 is too large; the largest is 256"):
+        told(num_workers=1000)
+
+
 def test_images_beside_the_folders_of_classes_are_told(tmp_path, capsys):
     """They are class 0, which has no name, and move the numbers of the others."""
     for name in ("cat/0.png", "dog/0.png", "loose.png", "cat/1.png"):

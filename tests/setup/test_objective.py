@@ -1,5 +1,6 @@
 """Which flags an objective takes, what it brings along, and what becomes of those of the others."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -10,7 +11,12 @@ from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.objectives import DENOISING
 from cm.setup.model import diffusion_from
-from cm.setup.objective import apply_objective_defaults, apply_precond_defaults, objective_kind
+from cm.setup.objective import (
+    apply_objective_defaults,
+    apply_precond_defaults,
+    check_noise_levels,
+    objective_kind,
+)
 
 
 def settings_of(*argv):
@@ -62,6 +68,20 @@ def test_a_file_of_all_flags_may_name_those_that_nobody_changed(tmp_path):
     assert objective_of("--config", str(file)).num_references == 64
     with pytest.raises(UserError, match="config.json: num_references=64 is for --objective stf"):
         settings_of("--config", str(file), "--objective", "edm")
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--training_mode ict --p_mean 1000", "--p_mean 1000 .* hardly any .*choose --p_mean from -12.2 to 10.4"),
+    ("--training_mode ect --p_mean -1000", "--p_mean -1000 .* between --sigma_min 0.002 and --sigma_max 80"),
+    ("--training_mode meanflow --r_mean 100", "--r_mean 100 "), ("--training_mode sct --p_std 9", "--p_std up to 5.3"),
+    ("--objective uncertainty --noise_mean 1000", "--noise_mean 1000 is the mean of ln sigma"),
+    ("--training_mode ict --p_mean=nan", "not a finite number"),
+    ("--training_mode ict", ""), ("--training_mode ect --p_mean -3 --p_std 3", ""), ("--training_mode meanflow", ""),
+    ("--objective uncertainty --noise_mean 1", ""), ("--training_mode scd --p_mean 1.5 --p_std 1.4", ""),
+])
+def test_noise_levels_that_no_network_knows_are_refused(words, message):
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_noise_levels(settings_of(*words.split()))
 
 
 def test_the_sequence_aware_loss_brings_ddpm_along():

@@ -48,15 +48,15 @@ def folder(tmp_path_factory):
 
 def watching(folder, *more):
     return ["--eval_ref", folder / "ref.npz", "--inception", folder / "tiny.ts", "--trust_extractor",
-            "--eval_samples", SAMPLES,
-            "--eval_steps", 3, "--eval_batch_size", 16, *more]
+            "--eval_samples", SAMPLES, "--eval_batch_size", 16, *more]
 
 
 @pytest.fixture(scope="module")
 def watched(folder):
     """An EDM run of 8 steps on 2 ranks, measured at steps 3, 6 and 8, with pictures at its saves."""
     script("edm_train.py", *TRAIN, "--total_training_steps", 8, "--log_dir", folder / "watched",
-           *watching(folder, "--eval_interval", 3, "--sample_interval", -1, "--eval_ema_rate", "0.9"))
+           *watching(folder, "--eval_interval", 3, "--sample_interval", -1, "--eval_ema_rate", "0.9", "--eval_steps",
+                     3))
     return folder / "watched"
 
 
