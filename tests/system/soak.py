@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # started as a program, too
 
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from support.mpi import ROOT, Finished, clean_environment, descendants, find_mpiexec, kill_tree
 
@@ -144,6 +143,8 @@ class Run:
 
 
 def write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)           # [1797,64] in 0..16, [1797]
     folder.mkdir()
     for i in range(IMAGES):
