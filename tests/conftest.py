@@ -1,6 +1,8 @@
 """One thread per test process: the suite runs on as many processes as there are cores. No test writes into a home."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +14,8 @@ from cm.io import terminal
 from cm.logging import logger
 
 th.set_num_threads(1)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)             # each of hundreds of processes would compile the toolkit
+sys.dont_write_bytecode = False
 
 LONGEST = ("test_soak.py", "test_learning.py", "test_signals.py", "test_wheel.py", "test_second_device.py",
            "test_terminals.py", "test_setup.py", "test_scripts.py", "test_resume.py")
@@ -26,6 +30,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The longest files first: whoever gets one last is waited for by all other processes."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What the files of tests have imported is never garbage, and takes a second to look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

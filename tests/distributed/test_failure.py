@@ -4,14 +4,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from cm.distributed import failure
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from support import warm
-from support.mpi import Finished, mpi_program, program, python
+from support import mpi, warm
+from support.mpi import Finished, program
 
 LIMIT_S = 10.0
 
@@ -47,12 +48,17 @@ PROGRAM = """
 """
 
 
-def job(folder: Path, body: str, n: int = 2, timeout_s: float = 600) -> tuple[Finished, float]:
-    """Run `body` on `n` ranks; also the seconds from the call of failing_now() to the end of the job."""
+def job(
+    folder: Path, body: str, n: int = 2, timeout_s: float = 600, ranks: ModuleType = warm,
+) -> tuple[Finished, float]:
+    """Run `body` on `n` ranks; also the seconds from the call of failing_now() to the end of the job.
+
+    :param ranks: `mpi` where it matters who is killed by whom: a forked rank never outlives its stand-in.
+    """
     lines = [line for line in body.strip("\n").split("\n")]
     indent = len(lines[0]) - len(lines[0].lstrip())
     body = "\n".join(" " * 8 + line[indent:] for line in lines).lstrip()
-    finished = mpi_program(folder, n, PROGRAM.replace("BODY", body).replace("TIMEOUT", str(timeout_s)))
+    finished = ranks.mpi_program(folder, n, PROGRAM.replace("BODY", body).replace("TIMEOUT", str(timeout_s)))
     mark = folder / "failed"
     return finished, time.time() - mark.stat().st_mtime if mark.exists() else 0.0
 
@@ -76,14 +82,15 @@ def left_over(folder: Path) -> list[int]:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("waiting", ["wait_in_gloo", "wait_in_mpi", "wait_in_python"])
-def test_an_exception_on_one_rank_ends_the_job(tmp_path, waiting):
+@pytest.mark.parametrize("waiting, ranks", [("wait_in_gloo", mpi), ("wait_in_mpi", mpi), ("wait_in_python", warm)],
+                         ids=["gloo", "MPI", "Python"])
+def test_an_exception_on_one_rank_ends_the_job(tmp_path, waiting, ranks):
     finished, seconds = job(tmp_path, f"""
         if rank == 1:
             failing_now()
             raise RuntimeError("the sky fell")
         {waiting}()
-    """)
+    """, ranks=ranks)
     assert finished.rc == 1, finished
     assert seconds < LIMIT_S, finished
     assert "rank 1 of 2 failed" in finished.stderr and "RuntimeError: the sky fell" in finished.stderr, finished
@@ -165,7 +172,7 @@ def test_a_killed_rank_leaves_no_orphans(tmp_path):
             failing_now()
             os.kill(os.getpid(), signal.SIGKILL)
         wait_in_mpi()
-    """)
+    """, ranks=mpi)
     assert finished.rc != 0 and seconds < LIMIT_S, finished
     assert left_over(tmp_path) == []
 
@@ -199,7 +206,7 @@ def test_a_rank_that_stalls_is_named(tmp_path):
 
 @pytest.mark.mpi
 def test_a_rank_lost_before_mpi_starts_does_not_leave_the_others_waiting(tmp_path):
-    finished = mpi_program(tmp_path, 2, """
+    finished = warm.mpi_program(tmp_path, 2, """
         import os, sys, time
         if os.environ["PMI_RANK"] == "1":
             sys.modules["mpi4py"] = None            # import mpi4py raises ImportError
@@ -241,7 +248,7 @@ def test_a_single_process_goes_on_after_run(monkeypatch):
 
 
 def test_a_failed_thread_ends_a_single_process(tmp_path):
-    finished = python([program(tmp_path, """
+    finished = warm.python([program(tmp_path, """
         import threading, time
         from cm.distributed import setup as dist
 

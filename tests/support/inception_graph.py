@@ -7,8 +7,10 @@ import os
 
 import numpy as np
 
+from support.later import Later
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import tensorflow as tf
+tf = Later("tensorflow")
 
 
 def write_inception(path, tensors):

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,10 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # started as a program, too
 
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from support.mpi import ROOT, Finished, clean_environment, descendants, find_mpiexec, kill_tree
 
+PYTHON = [sys.executable]                       # what starts a program
 STEPS, SAVE_INTERVAL, IMAGES = 60, 5, 64
 END_S, START_S = 15.0, 60.0                     # for a job to end after a fault; to end or take a step after its start
 DISK_BYTES, SPARE_BYTES = 64 * 2**20, 2**17     # of the small disk; what a full one still has, for a line of the log
@@ -54,7 +55,7 @@ class Run:
 
     def start(self) -> None:
         flags = [*TRAIN, "--data_dir", self.data, "--log_dir", self.log_dir]
-        command = [find_mpiexec(), "-n", "2", sys.executable, *flags]
+        command = [find_mpiexec(), "-n", "2", *PYTHON, *flags]
         self.first_step, self.begun = self.step(), time.monotonic()
         with open(self.output, "w") as file:
             self.job = subprocess.Popen(
@@ -144,6 +145,8 @@ class Run:
 
 
 def write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)           # [1797,64] in 0..16, [1797]
     folder.mkdir()
     for i in range(IMAGES):
@@ -343,8 +346,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="no new run begins after that")
     parser.add_argument("--seed", type=int, default=None, help="of faults and moments; default: a new one")
     parser.add_argument("--faults", type=int, default=8, help="per run; 0 for each kind once")
+    parser.add_argument("--python", help="words that start a program, instead of this Python")
     parser.add_argument("--shares", action="store_true", help="networks in shards, checkpoints by all ranks")
     args = parser.parse_args()
+    if args.python:
+        PYTHON[:] = shlex.split(args.python)
     if args.shares:
         TRAIN.extend(SHARES)
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed

@@ -1,16 +1,19 @@
 """The fault campaign in short: one run through each fault once (`make soak` goes on for as long as one likes)."""
 
 import re
+import shlex
 
 import pytest
 
-from support.mpi import ROOT, python
+from support import mpi, warm
+from support.mpi import ROOT
 from system.soak import FAULTS, differing_bytes, small_disk
 
 
 @pytest.mark.mpi
 def test_each_fault_once_and_the_run_ends_with_the_same_bytes(tmp_path):
-    done = python([str(ROOT / "tests/system/soak.py"), "--minutes", "0", "--seed", "1", "--faults", "0"], timeout=240)
+    options = ["--minutes", "0", "--seed", "1", "--faults", "0", "--python", shlex.join(warm.python_words())]
+    done = mpi.python([str(ROOT / "tests/system/soak.py"), *options], timeout=240)
     assert done.rc == 0, done
     with small_disk(tmp_path / "disk") as why_not:
         expected = {name for name in FAULTS if name != "full disk" or not why_not}

@@ -55,6 +55,24 @@ def test_a_module_an_error_and_a_signal_end_as_in_a_new_process(tmp_path):
     assert killed.rc == -signal.SIGABRT, killed
 
 
+def test_what_a_program_leaves_to_its_end_is_done(tmp_path):
+    """Though the modules that it did not import itself are not taken apart."""
+    source = """
+        import atexit, ctypes, sys, threading, time, weakref
+        import torch
+        tensor = torch.ones(1)
+        weakref.finalize(tensor, print, "tensor")
+        threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
+        atexit.register(lambda: print("at the end", torch.ones(2).sum().item(), "torch" in sys.modules))
+        ctypes.CDLL(None).printf(b"of C\\n")
+        sys.exit("why")
+    """
+    new, forked = (start([program(tmp_path, source)]) for start in (mpi.python, warm.python))
+    for done in new, forked:
+        assert (done.rc, done.stderr) == (1, "why\n"), done
+        assert sorted(done.stdout.splitlines()) == ["at the end 2.0 True", "of C", "tensor", "thread"], done
+
+
 def test_two_programs_draw_different_numbers(tmp_path):
     """Unless they set a seed: a test that two runs agree must not be true for this reason."""
     drawing = program(tmp_path, "import random, numpy, torch\n"

@@ -1,17 +1,12 @@
 """Graphs of TensorFlow that would do more than compute: refused by operation and node, before anything is imported."""
 
-import os
-
 import numpy as np
 import pytest
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import tensorflow as tf
 
 from cm.errors import UserError
 from evaluations.features import load_extractor
 from evaluations.features.graph_operations import ALLOWED, check_operations
-from support.inception_graph import write_tiny
+from support.inception_graph import tf, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +23,7 @@ def refused(graph, tmp_path, monkeypatch, message):
     """Load it as an extractor: the error, and nothing imported."""
     (tmp_path / "graph.pb").write_bytes(graph.SerializeToString())
     with monkeypatch.context() as patch:
-        patch.setattr(tf, "import_graph_def", None)         # calling it would be a TypeError
+        patch.setattr("tensorflow.import_graph_def", None)        # calling it would be a TypeError
         with pytest.raises(UserError, match=message):
             load_extractor(f"{tmp_path}/graph.pb")
 

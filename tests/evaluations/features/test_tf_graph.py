@@ -15,7 +15,7 @@ from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
 from evaluations.metrics.kid import kid
 from evaluations.metrics.precision_recall import precision_recall
-from support.inception_graph import write_inception, write_tiny
+from support.inception_graph import tf, write_inception, write_tiny
 from support.inception_stand_in import random_tensors
 
 
@@ -142,8 +142,6 @@ def test_constants_come_out_of_a_graph_without_tensorflow(whole, tensors):
 
 
 def test_constants_that_are_written_short_are_whole(tmp_path):
-    import tensorflow as tf
-
     graph = tf.compat.v1.GraphDef()
     for name, shape, values in (("one", (2, 3), [7.0]), ("tail", (4,), [1.0, 2.0]), ("scalar", (), [5.0])):
         tensor = graph.node.add(name=name, op="Const").attr["value"].tensor
