@@ -52,9 +52,7 @@ def on_latents(edit: Edit, decoder: Decoder) -> Edit:
     """
     if isinstance(edit, Inpaint):
         mask = edit.mask.expand_as(edit.known).amin(1, keepdim=True)        # [N,1,fH,fW]
-        inpaint = Inpaint(decoder.encode(edit.kept), known_latents(mask, decoder.factor))
-        inpaint.known = inpaint.kept                                        # the others start from their mean, 0
-        return inpaint
+        return Inpaint(decoder.encode(edit.kept), known_latents(mask, decoder.factor), blank=0.0)   # the mean
     if isinstance(edit, Stroke):
         return Stroke(decoder.encode(edit.known), edit.sigma)
     if isinstance(edit, Interpolate):
