@@ -170,8 +170,9 @@ class Uniform:
                 raise UserError(f"{name} is {width}x{height}, and sides must be powers of two: give --resolution")
         elif (made.size, made.mode) != (self.first.size, self.first.mode):
             raise UserError(
-                f"all images must be alike, but {self.source.name(self.first.i)} is {describe(self.first)} and {name} "
-                f"is {describe(made)}: give --transform center-crop with --resolution, which makes them so"
+                f"all images must have the same size and channels, but {self.source.name(self.first.i)} is "
+                f"{describe(self.first)} and {name} is {describe(made)}: give --transform center-crop with "
+                "--resolution, which makes them so"
             )
 
 

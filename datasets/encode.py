@@ -244,7 +244,7 @@ def encode(args: argparse.Namespace) -> None:
     encoder = make_encoder(images, vae, args.resolution)
     base = replace(EDM2, pixels=args.pixels, vae=vae.loaded.name, sha256=vae.loaded.sha256)
     if args.scaling == "edm2" and (vae.loaded.channels, args.pixels) != (EDM2.channels, EDM2.pixels):
-        raise UserError(f"--scaling edm2 is of latents of {EDM2.channels} channels and --pixels {EDM2.pixels}; those "
+        raise UserError(f"--scaling edm2 is for latents of {EDM2.channels} channels and --pixels {EDM2.pixels}; those "
                         f"of {args.vae} have {vae.loaded.channels}, and --pixels is {args.pixels}: drop it")
     parts = Parts(args.dest, count)
     recipe = {"source": os.path.abspath(args.source), "images": count, "side": encoder.side,
@@ -268,7 +268,7 @@ def check_places(args: argparse.Namespace) -> None:
     output, path = output_of(args.dest), Path(args.dest)
     check_outputs([output], {"--source": args.source, "--vae": args.vae})
     if path.exists() and (output.kind == "file" or any(path.iterdir())):
-        raise UserError(f"--dest {args.dest} is there already: remove it, or choose another --dest")
+        raise UserError(f"--dest {args.dest} already exists: remove it, or choose another --dest")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -268,7 +268,7 @@ def load_state_dict(
         why = _kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
         raise UserError(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
-            "tensors and plain values only; if it should be one, fetch or write it again"
+            "tensors and plain values only; if it should be one, download or write it again"
         ) from error
 
 

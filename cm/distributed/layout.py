@@ -77,8 +77,8 @@ def choose_shard_size(shard_size: int, ranks: int, per_node: Sequence[int]) -> i
     """
     if not shard_size:
         if len(set(per_node)) > 1:
-            raise UserError(f"--parallel hsdp: the machines have {', '.join(map(str, per_node))} ranks, and shards lie "
-                            "within a machine: start as many on each, or give --shard_size")
+            raise UserError(f"--parallel hsdp: the machines have {', '.join(map(str, per_node))} ranks, but shards "
+                            "stay within a machine: start equally many on each, or give --shard_size")
         shard_size = per_node[0]
     if shard_size == 1:
         raise UserError("--parallel hsdp with shards on 1 rank is what --parallel ddp does; give --parallel ddp, or "

@@ -141,7 +141,7 @@ def adaptive_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callab
     if not start_ema > 0:
         raise UserError(
             f"target_ema_mode 'adaptive' needs a start_ema above 0, got {start_ema}; the paper uses 0.9 and 0.95. "
-            "For a target without memory choose target_ema_mode 'fixed'"
+            "For a target that equals the online network, choose target_ema_mode 'fixed'"
         )
     exponent = start_scales * math.log(start_ema)
     return lambda n: math.exp(exponent / (n - 1))

@@ -73,7 +73,7 @@ def prepare_lpips() -> None:
         except DOWNLOAD_ERRORS as error:
             raise UserError(
                 f"the loss_norm 'lpips' needs {path}, which cannot be downloaded ({error}). "
-                "On a machine with a network fetch two files, and put them here:\n"
+                "On a machine with internet access, download two files and put them here:\n"
                 f"{where_files_go(WEIGHT_FILES)}\nOr {OTHERWISE}."
             ) from None
 
@@ -128,6 +128,6 @@ def load(file: WeightFile) -> Any:
 
 def broken(file: WeightFile, reason: str) -> UserError:
     return UserError(
-        f"the weights of the loss_norm 'lpips' in {path_of(file)} are truncated or not what they should be ({reason}). "
+        f"the weights of the loss_norm 'lpips' in {path_of(file)} are truncated or not the expected file ({reason}). "
         f"Delete the file, so that it is downloaded again from {file.url}, or {OTHERWISE}."
     )

@@ -185,7 +185,7 @@ class ShrinkingPairs(Pairs):
     def __post_init__(self) -> None:
         if not self.q > 1:
             raise UserError(f"--shrink_q {self.q:g}: 1 - r/t falls by this factor from stage to stage, so it must be "
-                            "above 1; published are 2 and 256")
+                            "above 1; published values are 2 and 256")
 
     def stage(self, step: int) -> int:
         """a, 0 for the first."""

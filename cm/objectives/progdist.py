@@ -57,7 +57,7 @@ class ProgressiveDistillation(GridObjective):
         _, first = self.curriculum(0)
         if first & (first - 1):
             halved = [first >> k for k in range(first.bit_length()) if first >> k > 2]
-            logger.warn(f"--start_scales {first} is no power of two: the stages of the student have "
+            logger.warn(f"--start_scales {first} is not a power of two: the stages of the student have "
                         f"{', '.join(map(str, halved))}, 2, 1 steps, which are not all half of those before; "
                         f"{1 << first.bit_length()} or {1 << first.bit_length() - 1} halve exactly")
 

@@ -38,7 +38,7 @@ def from_tensor(images: Tensor, output: str) -> Any:
         return pixels
     channels = pixels.shape[-1]
     if channels not in MODES:
-        raise UserError(f"images of {channels} channels are no pictures: ask for output='array' or 'tensor'")
+        raise UserError(f"images of {channels} channels cannot be PIL images: choose output='array' or 'tensor'")
     flat = pixels[..., 0] if channels == 1 else pixels
     return [Image.fromarray(each, MODES[channels]) for each in flat]
 

@@ -306,7 +306,7 @@ class Pipeline:
             raise UserError(f"{foreign[0]} is for {' and '.join(TASKS_OF[foreign[0]])}, not for {task}; drop it")
         lowest, highest = self._settings.values["sigma_min"], self._settings.values["sigma_max"]
         if task in TASKS_OF["sigma"] and not lowest <= sigma <= highest:
-            raise UserError(f"sigma={sigma}: the network knows noise levels from {lowest:g} to {highest:g}")
+            raise UserError(f"sigma={sigma}: the network supports noise levels from {lowest:g} to {highest:g}")
 
     def _condition(self, rows: np.ndarray, classes: np.ndarray | None) -> dict[str, Tensor]:
         return {} if classes is None else {"y": th.as_tensor(classes[rows], device=self.device)}
@@ -379,7 +379,7 @@ def _check_output(output: str) -> None:
 def _check_options(options: dict[str, Any], labels: Any) -> None:
     """:raises UserError: for an option that is given in another way, or twice."""
     for name in options.keys() & ELSEWHERE.keys():
-        raise UserError(f"{name}={options[name]!r} is no option here, and would change nothing: it is for "
+        raise UserError(f"{name}={options[name]!r} is not an option here and would have no effect: use "
                         f"{ELSEWHERE[name]}")
     if labels is not None and "class_label" in options:
-        raise UserError("labels and class_label both say of which classes the images are: drop one of them")
+        raise UserError("labels and class_label both set the classes of the images: drop one of them")

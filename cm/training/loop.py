@@ -429,7 +429,7 @@ class TrainLoop:
         if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
             state.load_state_dict(self, beside)
             return
-        logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
+        logger.log(f"starting at step 0 from the weights of {path}, with a new optimizer and new averages")
         if beside:
             state.take_class_names(self, beside)
         if beside and self.config.verify_weights:

@@ -174,7 +174,7 @@ def load_state_dict(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
     )
     verify = loop.checkpoints.verify
     changed = changes(checkpoint.config, loop.flags)
-    logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
+    logger.log(f"resuming from step {checkpoint.step} in {checkpoint.directory}{changed}")
     loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
     others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
     for name, owner in {"model": loop.trainer, **loop.moving, **others}.items():
@@ -251,7 +251,7 @@ def write_status(loop: TrainingRun) -> None:
             storage.make_folder(logger.get_dir())
             storage.write_atomically(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
         except (OSError, UserError) as error:               # the checkpoint is there, and says as much
-            logger.warn(f"{STATUS} is as it was: {error}")
+            logger.warn(f"{STATUS} was not updated: {error}")
 
     dist.on_main(write)
 
@@ -276,7 +276,7 @@ def load_part(name: str, checkpoint: manifest.Checkpoint, verify: bool = True) -
     if path is None:
         raise UserError(
             f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
-            "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
+            "or start a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
         )
     if path.endswith(dcp.SUFFIX):                           # of which every rank reads what it needs
         return dist.everywhere(dcp.open_part, path, checkpoint.facts(path), verify)

@@ -115,7 +115,7 @@ def test_a_file_builds_on_its_base(tmp_path):
     values = parse("", *EDM, argv=["--config", str(file), "--num_channels", "96"]).values
     assert [values[name] for name in ("image_size", "lr", "dropout", "num_channels")] == [32, 1e-3, 0.2, 96]
     (tmp_path / "network.yaml").write_text("base: common.yaml\n")
-    with pytest.raises(UserError, match="builds on this file in turn"):
+    with pytest.raises(UserError, match="is in turn based on this file"):
         parse("", *EDM, argv=["--config", str(file)])
     file.write_text("base: nowhere.yaml\n")
     with pytest.raises(UserError, match="nowhere.yaml: No such file"):
@@ -159,7 +159,7 @@ def test_wrong_values(argv, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lernrate: 1\n", "'lernrate' is no flag of this script"),
+    ("lernrate: 1\n", "'lernrate' is not a flag of this script"),
     ("lrr: 1\n", "did you mean 'lr'"),
     ("lr: [1\n", "neither YAML nor JSON"),
     ("- 1\n- 2\n", "`flag: value` lines, not a list"),

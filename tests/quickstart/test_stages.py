@@ -71,7 +71,7 @@ def test_ranks_need_mpiexec(monkeypatch, capsys):
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: 2 ranks")
     with pytest.raises(SystemExit) as ended:
         run_chain(interrupted)
-    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command resumes from here\n"
     monkeypatch.setattr(stages.shutil, "which", lambda name: "/usr/bin/mpiexec")
     assert mpiexec(2) == ["mpiexec", "-n", "2"]
 

@@ -155,7 +155,7 @@ def test_a_consistency_model_is_sampled_in_one_step(trained, monkeypatch, tmp_pa
     (("RUN", "--model_path", "x.pt"), "--model_path x.pt: this command makes its networks from --run"),
     (("RUN", "--step", 100), "--step 100: there are snapshots from step 1 to 8"),
     (("RUN", "--std", 0.28), "differs by .*choose a width nearer to the tracked ones"),
-    (("nowhere",), "nowhere holds no power-function averages"),
+    (("nowhere",), "nowhere has no power-function averages"),
 ])
 def test_mistakes(trained, monkeypatch, tmp_path, words, message):
     words = [trained / "run" if word == "RUN" else word for word in words]

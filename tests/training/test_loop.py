@@ -220,7 +220,7 @@ def test_a_fresh_optimizer_is_never_silent(images, tmp_path, name):
             ema_rate="0.5", log_interval=1, save_interval=1, resume_checkpoint=str(path),
         )
     assert second.step == 0 and not second.opt.state
-    message = f"starting at step 0 from the weights of {path}; optimizer and averages start afresh"
+    message = f"starting at step 0 from the weights of {path}, with a new optimizer and new averages"
     assert message in said.read_text()
 
 

@@ -76,10 +76,10 @@ def test_settings_of_no_vae_are_refused(folder, settings, says):
 
 
 def test_folders_without_a_part_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="--vae .*nowhere is no folder of a VAE"):
+    with pytest.raises(UserError, match="--vae .*nowhere is not a folder of a VAE"):
         read(str(tmp_path / "nowhere"), "vae")
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:1000])
-    with pytest.raises(UserError, match="no complete safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         read(str(folder), "vae")
     (folder / FILE).unlink()
     with pytest.raises(UserError, match="has no weights"):

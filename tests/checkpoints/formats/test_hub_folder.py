@@ -72,5 +72,5 @@ def test_files_of_something_else_are_not_lost(tmp_path, name):
 
 def test_a_run_is_not_covered(tmp_path):
     manifest.save(str(tmp_path), 1, {"model": {}}, CONFIG, 8)
-    with pytest.raises(UserError, match="holds checkpoints of a run"):
+    with pytest.raises(UserError, match="contains checkpoints of a run"):
         hub_folder.check_free(str(tmp_path))
