@@ -61,7 +61,7 @@ def test_choices_are_the_tables():
     from cm.logging import FORMATS
     from cm.objectives import DENOISING, OBJECTIVES
     from cm.objectives.cdm import BACKWARD
-    from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, Words
+    from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, LossParts
     from cm.objectives.curricula import EMA_MODES, SCALE_MODES
     from cm.objectives.distances import DISTANCES
     from cm.objectives.pairs import PAIRS
@@ -85,7 +85,7 @@ def test_choices_are_the_tables():
     assert choices(ConsistencyConfig, "target_ema_mode") == set(EMA_MODES)
     assert choices(ConsistencyConfig, "scale_mode") == set(SCALE_MODES)
     words = {"pairs": PAIRS, "pair_path": PATHS, "pair_weight": PAIR_WEIGHTS, "pair_target": TARGETS}
-    assert set(words) == {field.name for field in dataclasses.fields(Words)}
+    assert set(words) == {field.name for field in dataclasses.fields(LossParts)}
     for name, table in words.items():
         assert choices(FewStepConfig, name) == {"", *table}
     assert choices(SampleConfig, "generator") == set(GENERATORS)
