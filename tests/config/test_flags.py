@@ -209,7 +209,7 @@ def test_a_flag_by_its_other_name(tmp_path):
     assert "lamda" not in by_flag.values
     assert parse("", *EDM, argv=["--config", str(file)]).values["sa_lambda"] == 0.5
     assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["sa_lambda"] == 0.3
-    with pytest.raises(UserError, match="--lamda and --sa_lambda are one flag.*0.3 and 0.4"):
+    with pytest.raises(UserError, match="--lamda and --sa_lambda are names of one flag.*0.3 and 0.4"):
         parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.4"])
     file.write_text("sa_lambda: 0.5\nlamda: 0.6\n")
     with pytest.raises(UserError, match="run.yaml: --sa_lambda and --lamda"):

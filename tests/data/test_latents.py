@@ -40,7 +40,7 @@ def test_edm2s_constants_are_the_published_ones():
 
 
 @pytest.mark.parametrize("text, says", [
-    ("{", "is no record"), ("[]", "is no record"), ('{"mean": [1], "std": [0]}', "above 0"),
+    ("{", "is not a record"), ("[]", "is not a record"), ('{"mean": [1], "std": [0]}', "above 0"),
     ('{"mean": [1, 2], "std": [1]}', "not one for each channel"),
     ('{"mean": ["a"], "std": [1]}', "not a list of numbers"),
     ('{"mean": [1], "std": [1], "pixels": "big"}', "none of: unit, symmetric"),

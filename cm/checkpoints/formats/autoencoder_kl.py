@@ -101,7 +101,7 @@ def _network(config: Mapping[str, Any], folder: str) -> nn.Module:
     try:
         return AutoencoderKL(**known)
     except Exception as error:                                      # settings from anybody can lead to any
-        raise UserError(f"{os.path.join(folder, SETTINGS_FILE)} does not describe a {KIND} that the installed "
+        raise UserError(f"{os.path.join(folder, SETTINGS_FILE)} does not describe an {KIND} that the installed "
                         f"diffusers can create: {type(error).__name__}: {error}") from None
 
 

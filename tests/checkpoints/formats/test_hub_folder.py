@@ -65,7 +65,7 @@ def test_a_card_that_was_edited_stays(folder):
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
 def test_files_of_something_else_are_not_lost(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"holds {name} of something else"):
+    with pytest.raises(UserError, match=f"contains another {name}"):
         hub_folder.write(str(tmp_path), {}, Description(CONFIG), "")
     assert [path.name for path in tmp_path.iterdir()] == [name] and not hub_folder.is_folder(str(tmp_path))
 

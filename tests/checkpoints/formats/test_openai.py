@@ -182,7 +182,7 @@ CONTENTS = {
 def test_files_of_torch_that_hold_something_else(tmp_path, name):
     content, message = CONTENTS[name]
     th.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt is no U-Net .*{message}"):
+    with pytest.raises(UserError, match=f"x.pt is not a U-Net .*{message}"):
         adopt(tmp_path / "x.pt", *TOLD, "--training_mode", "edm")
 
 
