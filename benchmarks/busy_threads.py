@@ -1,10 +1,10 @@
-"""Measure a training step where other programs use the same cores, by how OpenMP's threads wait at a barrier.
+"""Measure a training step while other programs use the same cores, for different ways to wait at an OpenMP barrier.
 
 nice -n 0 python benchmarks/busy_threads.py --log_dir runs/busy_threads
 
-Each way is a run of edm_train.py in a process of its own: on idle cores and next to two busy loops a core, on one rank
-with all cores as threads and on two ranks that share them, on a tiny network and on the one of the demo. A step is the
-median of those after the first few. The machine should be idle.
+Each measurement runs edm_train.py in its own process: on idle cores and with two busy loops per core, on one rank with
+all cores and on two ranks that divide them, with a tiny network and with that of the demo. The time of a step is the
+median without the first few steps. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class BusyConfig:
     steps: int = option(15, "steps of a run", minimum=5)
     ranks: str = option("1,2", "numbers of ranks, comma-separated")
     networks: str = option("tiny,demo", "networks, comma-separated")
-    loops_per_core: int = option(2, "busy loops for each core", minimum=1)
-    log_dir: str = option("busy_threads", "folder of the numbers")
+    loops_per_core: int = option(2, "busy loops per core", minimum=1)
+    log_dir: str = option("busy_threads", "folder for the results")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Every objective with every sampler: same network, same number of images seen, several seeds; a table and a picture.
+"""Compare objectives and samplers with the same network and number of images, over several seeds: a table and a plot.
 
 python benchmarks/compare_methods.py --data digits --out runs/compare
 python benchmarks/compare_methods.py --data cifar10-train.zip --reference cifar10-test.zip --stage images32 --points 6
 
-A stage that is complete is reused, a training that was interrupted goes on. The distances are in the features of a
-small classifier of the same data, not in Inception's.
+Completed stages are reused, and interrupted trainings are resumed. The distances use the features of a small classifier
+of the same data, not of Inception.
 """
 
 from __future__ import annotations
@@ -297,20 +297,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", help="digits, or labelled images: a folder, zip or npz")
     parser.add_argument("--reference", default="", help="held-out images to compare with; empty: the training images")
-    parser.add_argument("--stage", choices=STAGES, help="network and length; empty: digits, or images at 16x16")
+    parser.add_argument("--stage", choices=STAGES, help="network and length; without it: digits, or images at 16x16")
     parser.add_argument("--equal_seconds", type=Path, help="results.json of an earlier comparison: each training "
                         "takes as many steps as fit in the seconds of the slowest")
-    parser.add_argument("--points", type=int, default=1, help="checkpoints of each training, for a curve of distances")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder of everything that is made")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, of one thread each")
-    parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="with their teachers; none: all")
-    parser.add_argument("--steps", type=int, default=0, help="of every training; 0: as the data set's stage says")
-    parser.add_argument("--student_steps", type=int, default=0, help="of trainings with a teacher; 0: as the others")
-    parser.add_argument("--num_samples", type=int, default=2000, help="images of each training and sampler")
-    parser.add_argument("--num_reference", type=int, default=10000, help="reference images at most")
-    parser.add_argument("--batch_size", type=int, default=250, help="samples at a time")
-    parser.add_argument("--classifier_epochs", type=int, default=15, help="of the classifier whose features compare")
+    parser.add_argument("--points", type=int, default=1, help="checkpoints per training to measure the distance at")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for all files")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each with a training of every method")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel trainings, with one thread each")
+    parser.add_argument("--trainings", nargs="*", choices=TRAININGS, help="trainings to run; default: all")
+    parser.add_argument("--steps", type=int, default=0, help="steps of every training; 0: those of the stage")
+    parser.add_argument("--student_steps", type=int, default=0, help="steps with a teacher; 0: as the others")
+    parser.add_argument("--num_samples", type=int, default=2000, help="samples per training and sampler")
+    parser.add_argument("--num_reference", type=int, default=10000, help="maximum number of reference images")
+    parser.add_argument("--batch_size", type=int, default=250, help="samples per pass")
+    parser.add_argument("--classifier_epochs", type=int, default=15, help="epochs of the feature classifier")
     args = parser.parse_args()
     dist.setup_dist()
     th.set_num_threads(1)                                   # as many jobs as cores, of one thread each

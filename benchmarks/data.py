@@ -1,11 +1,11 @@
-"""How fast images reach training: a folder, a zip, and either of them kept decoded in memory, side by side.
+"""Measure the speed of data loading: from a folder, from a zip, and from decoded images in memory.
 
-python benchmarks/data.py                                  # 4096 images of 64x64, made here
+python benchmarks/data.py                                  # 4096 generated images of 64x64
 python benchmarks/data.py --images cifar10-32x32.zip --image_size 32
 
-Rounds are interleaved: each round reads the same images from all stores in turn, so that what else the machine does
-falls on all alike, and the ratios to the folder are those of each round, by their median. Files are read once before,
-so the numbers are those of a disk cache that holds the set.
+Each round reads the same images from every source in turn, so that other work on the machine affects all sources
+equally. The ratios to the folder are medians over the rounds. All files are read once before, so the numbers are those
+of a data set that is in the disk cache.
 """
 
 from __future__ import annotations
@@ -125,12 +125,12 @@ def measure_noise(count: int, side: int, rounds: int, batch: int) -> dict[str, d
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="", help="folder or zip to measure with [default: random ones]")
-    parser.add_argument("--count", type=int, default=4096, help="how many, without --images [default: 4096]")
+    parser.add_argument("--images", default="", help="folder or zip of images [default: random images]")
+    parser.add_argument("--count", type=int, default=4096, help="number of random images [default: 4096]")
     parser.add_argument("--image_size", type=int, default=64, help="side in pixels [default: 64]")
-    parser.add_argument("--batch_size", type=int, default=128, help="images a batch [default: 128]")
-    parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds [default: 8]")
-    parser.add_argument("--json", default="", help="write the numbers here, too")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch [default: 128]")
+    parser.add_argument("--rounds", type=int, default=8, help="number of rounds [default: 8]")
+    parser.add_argument("--json", default="", help="also write the results to this file")
     args = parser.parse_args(argv)
     if args.images:
         found = measure_images(Path(args.images), args.image_size, args.rounds, args.batch_size)

@@ -1,9 +1,9 @@
-"""Edit handwritten digits with a consistency model: a picture of each task, and what fewer noise levels cost.
+"""Edit handwritten digits with a consistency model: a picture of each task, and the error with fewer noise levels.
 
 python benchmarks/editing.py --model_path runs/digits/cd --log_dir runs/editing
 
-The pictures are those of image_edit.py, by the commands of docs/editing.md. The cost is measured where the original is
-known: the root mean square, in grey levels, of the difference between an original and its inpainted or colourised copy.
+The pictures are made by image_edit.py with the commands of docs/editing.md. The error is the root mean square
+difference, in grey levels, between an original and its inpainted or colourised copy.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class EditingConfig:
     """editing"""
 
     model_path: str = option("runs/demo/cd", "a consistency model of the digits, such as that of the demo")
-    num_samples: int = option(200, "images of a measurement", minimum=1)
-    pictures: bool = option(True, "make the pictures, too")
-    log_dir: str = option("editing", "folder of pictures and numbers")
+    num_samples: int = option(200, "images per measurement", minimum=1)
+    pictures: bool = option(True, "also make the pictures")
+    log_dir: str = option("editing", "folder for pictures and results")
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Measure how soon a weight average gives good images, by its warm-up: Frechet distance of samples of digits.
+"""Measure how soon a weight average gives good images with different warm-ups: Frechet distance of samples of digits.
 
 python benchmarks/ema_warmup.py --log_dir runs/ema_warmup
 
-One diffusion model is trained on scikit-learn's digits; averages of one rate follow it without warm-up, with a
-half-life of at most 0.05 of the images seen (EDM, --ema_rampup_ratio 0.05), and with the rate
-min(r, (1 + k) / (10 + k)) after k steps. The distance is that of the pixels' means and covariances, from all digits.
+One diffusion model is trained on scikit-learn's digits; its averages have the same rate, but different
+warm-ups: none, a half-life of at most 0.05 of the images seen (EDM, --ema_rampup_ratio 0.05), and the rate
+min(r, (1 + k) / (10 + k)) after k steps. The distance compares means and covariances of the pixels with those of all
+digits.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class WarmupConfig:
 
     ema_rate: str = option("0.999", "decay rate of every average")
     at: str = option("60,200,868", "steps after which samples are measured, comma-separated")
-    num_samples: int = option(500, "images of a measurement", minimum=2)
+    num_samples: int = option(500, "images per measurement", minimum=2)
     seed: int = option(0, "seed of the network, of training and of the samples", minimum=0)
-    log_dir: str = option("ema_warmup", "folder of the numbers")
+    log_dir: str = option("ema_warmup", "folder for the results")
 
 
 def main() -> None:

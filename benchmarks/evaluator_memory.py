@@ -1,9 +1,9 @@
-"""Memory that the evaluator takes beyond the feature net, for published numbers of images; not a test of speed.
+"""Measure the memory of the evaluator, without its network, for published numbers of images; not a test of speed.
 
 python benchmarks/evaluator_memory.py --num 50000 --ref_num 10000 --size 64
 
-Images are noise, and the features as wide as Inception's but cheap. Peak resident memory of this process is counted
-from the moment when the network is there; Linux only.
+The images are noise, and the features have the size of Inception's but need little computation. The result is the peak
+resident memory of this process after the network has been created; Linux only.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What opening a set as large as ImageNet costs in each of two ranks, beside the plain way of doing it.
+"""Measure what it costs to open a data set as large as ImageNet on each of two ranks, compared with a plain reader.
 
 python benchmarks/large_sets.py --json benchmarks/large_sets.json
 
-Seconds are those of the processor, of all threads of a rank, and MiB are the peak above what the rank held before, with
-torch and the toolkit loaded. The images are tiny: what is measured is the index. The plain way is that of EDM's reader:
-zipfile, the sorted list of names, and all labels as a dict; for folders os.walk, for npz the array in memory.
+Seconds are processor time of all threads of a rank. MiB are the peak memory beyond that of a rank with torch and the
+toolkit loaded. The images are tiny, because only the index matters. The plain reader is in the style of EDM's:
+zipfile, a sorted list of names, and all labels as a dict; os.walk for folders, and the array in memory for npz files.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def measured(path: Path, is_plain: bool) -> list[dict[str, float]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"in each set [default: {IMAGES}]")
-    parser.add_argument("--json", default="", help="write the numbers here, too")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"images per data set [default: {IMAGES}]")
+    parser.add_argument("--json", default="", help="also write the results to this file")
     args = parser.parse_args(argv)
     rows = []
     for title, (name, make, _) in SETS.items():

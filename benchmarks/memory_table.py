@@ -1,4 +1,4 @@
-"""The table of docs/memory.md: what a GPU holds during consistency distillation with the presets, in GiB.
+"""Print the table of docs/memory.md: GPU memory during consistency distillation with the presets, in GiB.
 
 python benchmarks/memory_table.py
 """

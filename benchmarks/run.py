@@ -1,4 +1,4 @@
-"""Measure speed and memory beside the plain way of doing the same, and beside what the machine can do at most.
+"""Measure speed and memory, compared with a plain implementation and with the maximum speed of the machine.
 
 python benchmarks/run.py --suite train,sample --out benchmarks
 """
@@ -70,9 +70,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=tuple(SPECS), default="cuda" if th.cuda.is_available() else "cpu")
-    parser.add_argument("--suite", type=suite_names, default=list(SUITES), help=f"of {','.join(SUITES)}")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: as torch chooses")
+    parser.add_argument("--suite", type=suite_names, default=list(SUITES),
+                        help=f"comma-separated, from {','.join(SUITES)}; without it: all")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after the warm-up")
+    parser.add_argument("--threads", type=int, default=0, help="number of torch's threads; 0: torch's choice")
     parser.add_argument("--out", default="", help="folder for JSON, RESULTS.md and pictures")
     return parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""Error over cost for the samplers, on data whose denoiser is known: a table and two pictures.
+"""Measure the error of the samplers against their cost, on data with a known denoiser: a table and two plots.
 
 python benchmarks/sampler_cost.py --out docs/samplers
 
-From sigma 80 to the data, an overlapping mixture in one dimension. The error is how far the means of cos(k x) and
-sin(k x), k = 1..3, are off, root mean square. It is an integral, without a random draw, but for `pc`: its step is a
-ratio of norms of images, so it makes images of 256 independent draws each, enough to see errors above 3e-3. The cost is
-the measured number of network evaluations, where a forward-mode pass counts as 3. The second picture repeats the first
-with a denoiser that is wrong as a network is: by 5 % of the scale c_out of its output, in waves.
+The samplers integrate from sigma 80 to the data, a mixture of overlapping Gaussians in one dimension. The error is the
+root mean square deviation of the means of cos(k x) and sin(k x), k = 1..3. It is computed by quadrature, except for
+`pc`: its step size depends on norms of images, so it generates images of 256 independent values each, which resolves
+errors above 3e-3. The cost is the measured number of network evaluations, where a forward-mode pass counts as 3. The
+second plot uses a denoiser with an oscillating error of 5 % of its output scale c_out, as an imperfect network has.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Measure how fast the SDE samplers converge: a table beside what theory gives, and a picture.
+"""Measure the orders of convergence of the SDE samplers, compared with theory: a table and a plot.
 
 python benchmarks/sampler_orders.py --out docs/samplers
 
-Strong: root mean square distance from the solution of the reverse SDE on the same Brownian paths, from sigma 2 to 0.2,
-on Gaussian data and on an overlapping mixture. Weak: how far E cos 2x is off at 0.2, on the mixture in one dimension,
-by quadrature. The tests measure the same with fewer steps.
+The strong error is the root mean square distance from the solution of the reverse SDE on the same Brownian paths, from
+sigma 2 to 0.2, on Gaussian data and on a mixture of overlapping Gaussians. The weak error is the error of E cos 2x at
+0.2, on the mixture in one dimension, by quadrature. The tests measure the same with fewer steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRONG, WEAK = (16, 32, 64, 128, 256), (8, 16, 32, 64)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="", help="folder for orders.json and orders.png; empty: only print")
-    parser.add_argument("--paths", type=int, default=500, help="Brownian paths")
+    parser.add_argument("--paths", type=int, default=500, help="number of Brownian paths")
     parser.add_argument("--fine", type=int, default=2048, help="steps of the reference solution, a multiple of 256")
     args = parser.parse_args()
     th.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""How long training stands still while a checkpoint is saved: files by rank 0, shares of all ranks, in the background.
+"""Measure how long a save interrupts training: files by rank 0, shares of all ranks, and shares in the background.
 
 mpiexec -n 2 python benchmarks/save_stall.py --parameters 8,32,128,300
 
-The checkpoint is that of a network with one average and Adam: four numbers of float32 for each parameter, in tensors of
-a million. With shares each rank holds and writes its part; with files rank 0 holds and writes all.
+The checkpoint is that of a network with one average and Adam: four float32 numbers per parameter, in tensors of a
+million. With shares, each rank holds and writes its part; with files, rank 0 holds and writes everything.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
     """Print a table: for each size and way the median seconds that training waits, and until the save is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", default="8,32,128,300", help="sizes of the network, in millions")
-    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind")
-    parser.add_argument("--folder", help="on a disk that all ranks share; default: the folder of temporary files")
+    parser.add_argument("--repeats", type=int, default=5, help="number of saves of each kind")
+    parser.add_argument("--folder", help="on a disk that all ranks share [default: the folder for temporary files]")
     options = parser.parse_args()
     dist.setup_dist()
     if dist.is_main():

@@ -1,4 +1,4 @@
-"""The model of docs/scaling.md: its tables and picture; with --calibrate, what it predicts for ranks of this machine.
+"""Print the tables of docs/scaling.md; with --calibrate, compare the model with measurements on this machine.
 
 python benchmarks/scaling.py --out docs/scaling
 python benchmarks/scaling.py --calibrate benchmarks/scaling_cpu.json
@@ -38,8 +38,9 @@ SAVE_HEAD = ("GPUs", "hours between failures", *(f"{save}: stall, interval, good
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for efficiency.png")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure 1, 2 and 4 ranks here; JSON")
+    parser.add_argument("--out", type=Path, help="folder to write efficiency.png to")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE",
+                        help="measure 1, 2 and 4 ranks on this machine, and write the results to this JSON file")
     args = parser.parse_args()
     if args.calibrate:
         measured = calibration.measure()

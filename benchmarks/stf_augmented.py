@@ -1,9 +1,9 @@
-"""Measure how many references the targets of the stable target field have under augmentation, in both ways.
+"""Measure the number of references in targets of the stable target field, for both ways to use augmentation.
 
 python benchmarks/stf_augmented.py --data_dir digits --image_size 8 --log_dir runs/stf_augmented
 
-Ways: references that are augmented as the batch and all count (--augment_references True), and references as they are,
-which count for samples without a transform alone (False). Noise levels are drawn from EDM's lognormal distribution.
+With --augment_references True, references are augmented as the batch is, and all count. With False, they are not
+augmented, and count only for samples without a transform. Noise levels are drawn from EDM's lognormal distribution.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class AugmentedConfig:
     """references under augmentation"""
 
     data_dir: str = option("digits", "folder, EDM zip or npz of images, or `digits`")
-    image_size: int = option(8, "side of the images", minimum=1)
+    image_size: int = option(8, "side of the images in pixels", minimum=1)
     augment: float = option(0.12, "probability of each transform", minimum=1e-6, maximum=1)
-    num_references: int = option(512, "reference images, the batch among them", minimum=1)
-    batch: int = option(128, "images of a step", minimum=1)
-    steps: int = option(20, "steps", minimum=1)
-    seed: int = option(0, "seed of all draws", minimum=0)
-    log_dir: str = option("stf_augmented", "folder of the numbers")
+    num_references: int = option(512, "number of reference images, including the batch", minimum=1)
+    batch: int = option(128, "images per step", minimum=1)
+    steps: int = option(20, "number of steps", minimum=1)
+    seed: int = option(0, "random seed", minimum=0)
+    log_dir: str = option("stf_augmented", "folder for the results")
 
 
 def main() -> None:

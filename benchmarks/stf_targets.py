@@ -1,11 +1,11 @@
-"""Draw how far training targets scatter around what a denoiser should learn, by noise level and number of references.
+"""Plot the variance of training targets against the noise level, for different numbers of references.
 
 python benchmarks/stf_targets.py --data_dir digits --image_size 8 --log_dir runs/stf_targets
 
-The picture of Xu, Tong and Jaakkola 2023 (arXiv 2302.00670, figure 2), on any data set. On a finite one E[x0|x] is an
-average over all its images, so the errors are exact. One reference is EDM's target, the image itself. The numbers say
-the squared bias, too, which there is nothing to see of: given x and the references, the target is the expectation of
-the image that x was made of, so it has no bias.
+This is figure 2 of Xu, Tong and Jaakkola 2023 (arXiv 2302.00670), for any data set. On a finite data set, E[x0|x] is an
+average over all images, so the errors are exact. One reference is EDM's target, the image itself. The results also
+contain the squared bias, which is 0 up to the sampling error: given x and the references, the target is the expectation
+of the image that x was made of.
 
 Shapes: N images of the set, M noisy images, d numbers of an image.
 """
@@ -38,16 +38,16 @@ class TargetsConfig:
     """targets"""
 
     data_dir: str = option("digits", "folder, EDM zip or npz of images, or `digits`")
-    image_size: int = option(8, "side of the images", minimum=1)
-    max_images: int = option(5000, "images of the set that are used, drawn at random", minimum=2)
+    image_size: int = option(8, "side of the images in pixels", minimum=1)
+    max_images: int = option(5000, "maximum number of images, a random subset of the data set", minimum=2)
     references: str = option("1,64,256,1024", "numbers of references, comma-separated")
-    levels: int = option(15, "noise levels", minimum=2)
+    levels: int = option(15, "number of noise levels", minimum=2)
     sigma_min: float = option(0.1, "lowest noise level", minimum=1e-6)
     sigma_max: float = option(50.0, "highest noise level")
     points: int = option(64, "noisy images per level", minimum=1)
     draws: int = option(32, "targets per noisy image", minimum=2)
-    seed: int = option(0, "seed of all draws", minimum=0)
-    log_dir: str = option("stf_targets", "folder of pictures and numbers")
+    seed: int = option(0, "random seed", minimum=0)
+    log_dir: str = option("stf_targets", "folder for pictures and results")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What verifying weights costs: the time to load a file of weights with and without its CRC-32.
+"""Measure the cost of verifying weights: the time to load a file with and without checking its CRC-32.
 
 python benchmarks/verify_cost.py --mebibytes 1024
 """
@@ -20,9 +20,9 @@ from cm.distributed import setup as dist
 def main() -> None:
     """Print the median of both times, and their difference in percent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mebibytes", type=int, default=1024, help="size of the file")
-    parser.add_argument("--repeats", type=int, default=9, help="loads of each kind, in turn")
-    parser.add_argument("--folder", help="where the file is written; default: the folder of temporary files")
+    parser.add_argument("--mebibytes", type=int, default=1024, help="size of the file in MiB")
+    parser.add_argument("--repeats", type=int, default=9, help="number of loads of each kind")
+    parser.add_argument("--folder", help="folder for the file [default: the folder for temporary files]")
     options = parser.parse_args()
     with tempfile.NamedTemporaryFile(suffix=".pt", dir=options.folder) as file:
         weights = {f"layer{index}": th.randn(2**18) for index in range(options.mebibytes)}

@@ -36,7 +36,7 @@ def train(log_dir: str | os.PathLike[str], **flags: Any) -> Pipeline:
     :param log_dir: folder of the run.
     :param flags: see `cm.pipeline.training.train_model`: training_mode, and those of edm_train.py and cm_train.py.
     :return: the run's best average, else its newest.
-    :raises UserError: for a flag that does not exist or does not fit, and files that cannot be used.
+    :raises UserError: for a flag that does not exist or cannot be used, and for files that cannot be used.
     """
     from cm.pipeline.training import train_model
 

@@ -1,7 +1,7 @@
-"""openai/consistency_models' `cm.karras_diffusion`: the denoiser with its losses, and every way to sample from it.
+"""openai/consistency_models' `cm.karras_diffusion`: the denoiser with its losses, the samplers and the edits.
 
-A compatibility module: KarrasDenoiser is `cm.objectives.karras_denoiser`'s, the solvers are those of `cm.samplers`, and
-the edits those of `cm.generate.editing`.
+A compatibility module: KarrasDenoiser is in `cm.objectives.karras_denoiser`, the solvers are in `cm.samplers`, and the
+edits in `cm.generate.editing`.
 
 Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1]; noise levels are [N].
 """
@@ -47,7 +47,7 @@ __all__ = [
     "stochastic_iterative_sampler", "to_d",
 ]
 
-LETTER = "S"                                                # what the original leaves to be filled in
+LETTER = "S"                                                # which the original fills in
 LETTER_SHARE = 0.9                                          # of the side of an image
 
 
@@ -78,7 +78,7 @@ class KarrasSampleArguments:
 
 @takes_fields(KarrasSampleArguments)
 def karras_sample(arguments: KarrasSampleArguments) -> Tensor:
-    """Images from noise, [N,C,H,W] in [-1, 1], called with `KarrasSampleArguments`.
+    """Sample images [N,C,H,W] in [-1, 1] from noise; the arguments are those of `KarrasSampleArguments`.
 
     :raises UserError: as `sample`.
     """
@@ -120,7 +120,7 @@ def iterative_colorization(
     distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
     rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Color images of known brightness, see `Colorize`; the second value lies along the brightness direction."""
+    """Color images of known brightness, see `Colorize`; the second value is the brightness component."""
     edit = Colorize(images.to(x))
     return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
 
@@ -129,15 +129,15 @@ def iterative_superres(
     distiller: Denoiser, images: Tensor, x: Tensor, ts: Sequence[int], t_min: float = 0.002, t_max: float = 80.0,
     rho: float = 7.0, steps: int = 40, generator: NoiseSource | None = None, *, factor: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """Sharpen images of known patch means, see `SuperRes`; the second value holds the means."""
+    """Super-resolution of images with known patch means, see `SuperRes`; the second value contains the means."""
     edit = SuperRes(images.to(x), factor)
     return _replace_and_denoise(distiller, edit, x, ts, t_min, t_max, rho, steps, generator), edit.kept
 
 
 def letter_mask(height: int, width: int) -> Tensor:
-    """0 in a large letter S in the middle of an image, 1 around it: [height,width].
+    """A mask that is 0 in a large letter S in the middle of the image and 1 around it: [height,width].
 
-    The font is PIL's own, so that the mask is the same on every machine (the original asks for a file of Arial).
+    The font is PIL's own, so that the mask is the same on every machine (the original needs the font file of Arial).
     """
     picture = Image.new("L", (width, height), color=255)
     font = ImageFont.load_default(LETTER_SHARE * min(height, width))

@@ -29,7 +29,7 @@ class Table(dict[str, Entry]):
         :raises UserError: if the name is taken.
         """
         if name in self:
-            raise UserError(f"there is a {self.what} {name!r} already: choose another name")
+            raise UserError(f"the {self.what} {name!r} already exists: choose another name")
         before = dict(self)
         self.clear()
         self.update({name: entry, **before})

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 NUM_CLASSES = PUBLISHED_CLASSES
-"""Of a class-conditional network, where nothing else is said: ImageNet's."""
+"""The default number of classes of a class-conditional network: that of ImageNet."""
 
 TOTAL_TRAINING_STEPS = 600_000
 
@@ -43,7 +43,7 @@ def cm_train_defaults() -> dict[str, Any]:
 
 @takes_fields(NetworkConfig)
 def create_model(config: NetworkConfig) -> Network:
-    """`build_network`, called with the fields of `NetworkConfig`; for --arch unet, the original's class `UNetModel`.
+    """`build_network`, with the fields of `NetworkConfig` as arguments; --arch unet gives the original's `UNetModel`.
 
     The first sixteen fields are openai/consistency_models' argument list, in its order.
 
@@ -57,7 +57,7 @@ def create_model(config: NetworkConfig) -> Network:
 
 @dataclass(frozen=True)
 class ModelAndDiffusionArguments:
-    """openai/consistency_models' argument list of `create_model_and_diffusion`, and below it what the original has not.
+    """openai/consistency_models' argument list of `create_model_and_diffusion`, followed by arguments that it lacks.
 
     `cm.config.schema` explains them.
     """
@@ -97,11 +97,11 @@ class ModelAndDiffusionArguments:
 
 @takes_fields(ModelAndDiffusionArguments)
 def create_model_and_diffusion(arguments: ModelAndDiffusionArguments) -> tuple[Network, KarrasDenoiser]:
-    """Network and denoiser from flags by guided-diffusion's names, called with `ModelAndDiffusionArguments`.
+    """Network and denoiser from flags with guided-diffusion's names, the fields of `ModelAndDiffusionArguments`.
 
-    With `distillation` the network is scaled as a consistency function.
+    With `distillation`, the network is scaled as a consistency function.
 
-    :raises UserError: if the flags describe no network, naming the flag.
+    :raises UserError: if the flags do not describe a network; the message names the flag.
     """
     model = create_model(**shared_fields(NetworkConfig, arguments))
     diffusion = create_diffusion(
@@ -116,7 +116,7 @@ create_ema_and_scales_fn = ema_and_scales
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
-    """Add a flag per key, typed by its default; a default of None makes a string, a boolean is written out."""
+    """Add a flag per key, with the type of its default; None means a string, and a boolean takes a value."""
     for name, value in default_dict.items():
         kind: Callable[[str], Any] = str if value is None else str2bool if isinstance(value, bool) else type(value)
         parser.add_argument(f"--{name}", default=value, type=kind)

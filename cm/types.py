@@ -206,7 +206,7 @@ class Sampler(Protocol):
     order: ClassVar[float]                                          # claimed; the tests measure it
     accepts_churn: ClassVar[bool]                                   # whether `integrate` may add noise before a step
     uses_rho: ClassVar[bool]                                        # whether the grid is a Karras grid
-    uses_jvp: ClassVar[bool]                                        # whether the denoiser is differentiated, forward
+    uses_jvp: ClassVar[bool]                                        # whether it uses forward-mode derivatives of D
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
         """The falling noise levels of `steps` steps, float64."""

@@ -4,9 +4,9 @@ python datasets/dataset_tool.py --source cifar-10-python.tar.gz --dest cifar10-3
 python datasets/dataset_tool.py --source imagenet/train --dest imagenet-64x64.zip --resolution 64x64 \\
     --transform center-crop
 
-Flags, names and files are those of NVlabs/edm's tool; the same source gives the same bytes. The destination appears
-only when it is complete. Exit status: 0, all images were converted; 3, some images could not be read, each named on
-stderr; 1, nothing was written; 2, wrong flags.
+Flags, names and files are those of NVlabs/edm's tool; the same source gives the same bytes. The destination is created
+only when it is complete. Exit status: 0 if all images were converted; 3 if some could not be read (each is named on
+stderr); 1 if nothing was written; 2 for wrong flags.
 """
 
 from __future__ import annotations
@@ -170,8 +170,9 @@ class Uniform:
                 raise UserError(f"{name} is {width}x{height}, and sides must be powers of two: give --resolution")
         elif (made.size, made.mode) != (self.first.size, self.first.mode):
             raise UserError(
-                f"all images must be alike, but {self.source.name(self.first.i)} is {describe(self.first)} and {name} "
-                f"is {describe(made)}: give --transform center-crop with --resolution, which makes them so"
+                f"all images must have the same size and channels, but {self.source.name(self.first.i)} is "
+                f"{describe(self.first)} and {name} is {describe(made)}: give --transform center-crop with "
+                "--resolution, which makes them so"
             )
 
 
@@ -253,11 +254,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="cifar-10-python.tar.gz, train-images-idx3-ubyte.gz, an lmdb folder, a folder or a .zip")
     parser.add_argument("--dest", required=True, metavar="PATH", help="a .zip, or a new or empty folder")
     parser.add_argument("--resolution", type=parse_resolution, metavar="WxH",
-                        help="size of the images written [default: unchanged]")
+                        help="size of the output images [default: unchanged]")
     parser.add_argument("--transform", choices=TRANSFORMS, default="none",
-                        help="how images are cropped; none: only resized [default: none]")
+                        help="how images are cropped; none: they are only resized [default: none]")
     parser.add_argument("--channels", type=int, choices=tuple(MODES),
-                        help="1: all images in grey, 3: all in RGB [default: grey stays grey, but is RGB when cropped]")
+                        help="1: all images in grey, 3: all in RGB [default: unchanged, but RGB when cropped]")
     parser.add_argument("--max-images", type=int, metavar="N", help="convert only the first N images [default: all]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes [default: one per core]")
     return parser.parse_args(argv)

@@ -1,10 +1,9 @@
-"""Encode images to latents, on which a network is trained that draws large pictures: EDM2's zip of mean and standard
-deviation for each image.
+"""Encode images to latents of a VAE, to train a latent diffusion model: means and standard deviations, as in EDM2.
 
 python datasets/encode.py --vae sd-vae-ft-mse --source imagenet-512x512.zip --dest imagenet-512-latents.zip
 
-The VAE is the folder of a diffusers AutoencoderKL; nothing is downloaded. With mpiexec, the ranks share the images. A
-command that was interrupted goes on where it stopped when it is given again.
+The VAE is the folder of a diffusers AutoencoderKL; nothing is downloaded. With mpiexec, the ranks divide the images.
+Run the same command again to resume an interrupted conversion.
 """
 
 from __future__ import annotations
@@ -245,7 +244,7 @@ def encode(args: argparse.Namespace) -> None:
     encoder = make_encoder(images, vae, args.resolution)
     base = replace(EDM2, pixels=args.pixels, vae=vae.loaded.name, sha256=vae.loaded.sha256)
     if args.scaling == "edm2" and (vae.loaded.channels, args.pixels) != (EDM2.channels, EDM2.pixels):
-        raise UserError(f"--scaling edm2 is of latents of {EDM2.channels} channels and --pixels {EDM2.pixels}; those "
+        raise UserError(f"--scaling edm2 is for latents of {EDM2.channels} channels and --pixels {EDM2.pixels}; those "
                         f"of {args.vae} have {vae.loaded.channels}, and --pixels is {args.pixels}: drop it")
     parts = Parts(args.dest, count)
     recipe = {"source": os.path.abspath(args.source), "images": count, "side": encoder.side,
@@ -269,7 +268,7 @@ def check_places(args: argparse.Namespace) -> None:
     output, path = output_of(args.dest), Path(args.dest)
     check_outputs([output], {"--source": args.source, "--vae": args.vae})
     if path.exists() and (output.kind == "file" or any(path.iterdir())):
-        raise UserError(f"--dest {args.dest} is there already: remove it, or choose another --dest")
+        raise UserError(f"--dest {args.dest} already exists: remove it, or choose another --dest")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -277,18 +276,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", required=True, metavar="FOLDER", help="folder of a diffusers AutoencoderKL")
     parser.add_argument("--source", required=True, metavar="PATH",
-                        help="images of any kind that training or dataset_tool.py reads, square and of one size")
+                        help="images in any format that training or dataset_tool.py reads, square and of one size")
     parser.add_argument("--dest", required=True, metavar="PATH", help="a .zip, or a new or empty folder")
     parser.add_argument("--resolution", type=positive, metavar="S",
                         help="crop the central square of each image and resize it to this side [default: unchanged]")
     parser.add_argument("--pixels", choices=PIXELS, default="unit",
-                        help="range of the pixels that the VAE is given; unit: [0, 1], as EDM2 has it; symmetric: [-1, "
-                        "1], as diffusers has it [default: unit]")
+                        help="range of the VAE's input; unit: [0, 1], as in EDM2; symmetric: [-1, 1], as in diffusers "
+                        "[default: unit]")
     parser.add_argument("--scaling", choices=SCALINGS, default="measured",
-                        help="mean and standard deviation that training scales the latents by; measured: of this set; "
-                        "edm2: the constants of EDM2's networks, for stabilityai/sd-vae-ft-mse [default: measured]")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once on a rank [8]")
-    parser.add_argument("--max-images", type=positive, metavar="N", help="encode only the first N images")
+                        help="mean and standard deviation by which training normalises the latents; measured: those of "
+                        "this data set; edm2: the constants of EDM2's networks, for stabilityai/sd-vae-ft-mse "
+                        "[default: measured]")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N",
+                        help="images per rank and pass [default: 8]")
+    parser.add_argument("--max-images", type=positive, metavar="N",
+                        help="encode only the first N images [default: all]")
     return parser.parse_args(argv)
 
 

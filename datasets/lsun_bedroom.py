@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{count['unreadable']} could not be read"
     )
     if not count["written"] + count["there"]:
-        raise UserError(f"{args.lmdb}: not one of {count['unreadable']} entries is a picture")
+        raise UserError(f"{args.lmdb}: none of {count['unreadable']} entries is an image")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,9 +1,9 @@
 """Compare a batch of samples with a reference batch.
 
 python evaluations/evaluator.py VIRTUAL_imagenet64_labeled.npz samples_50000x64x64x3.npz --inception inception.pt
-mpiexec -n 8 python evaluations/evaluator.py ...    gives the same numbers on all ranks
+mpiexec -n 8 python evaluations/evaluator.py ...    gives the same numbers
 
-Stored statistics (mu, sigma, mu_s, sigma_s) serve the Frechet distances where a file has them; images serve the rest.
+Frechet distances use stored statistics (mu, sigma, mu_s, sigma_s) if a file has them. Other metrics need images.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def evaluate(
     cache: StatisticsCache | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compare two npz files; returns what --json writes, the same on every rank. One step of all ranks together.
+    """Compare two npz files; returns what --json writes, the same on every rank. All ranks must call it.
 
-    When all of `evaluations.metrics.default_names()` are asked for, those of them that the files or the extractor
-    cannot give are left out, with their reasons under "skipped"; otherwise they are an error.
+    If `metrics` is None or all of `evaluations.metrics.default_names()`, metrics that the files or the extractor do not
+    allow are skipped, with their reasons under "skipped". A metric that is named explicitly is an error instead.
 
-    :param extractor: None for the one that $CM_INCEPTION names, or else Inception, on `device`, if a metric needs one.
+    :param extractor: None: if a metric needs one, the one that $CM_INCEPTION names, else Inception, on `device`.
     :param metrics: names in `METRICS`; None for all that are on by default.
-    :param pr_dtype: of the distances of precision and recall, a name in `PR_DTYPES`.
-    :param cache: where means and covariances are looked for and kept.
+    :param pr_dtype: dtype of the distances for precision and recall, a name in `PR_DTYPES`.
+    :param cache: the cache for means and covariances.
     :returns: {"metrics": {key: the fields of a Result}, "skipped": {name: reason}, "warnings": [...], "extractor",
         "reference", "samples", "settings", "versions", "seconds"}; the keys of results are those of the metrics'
         `results`.
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command, in a process that has started already."""
+    """Run the command in this process."""
     _run(make_parser().parse_args(argv))
 
 

@@ -3,8 +3,8 @@
 python evaluations/fid.py ref --data IMAGES --dest ref.npz --inception inception.pt
 mpiexec -n 8 python evaluations/fid.py calc --images SAMPLES --ref ref.npz --inception inception.pt
 
-The commands and flags of NVlabs/edm's fid.py. Batches are cut before the ranks share them, so the network sees the
-same batches, and the number is the same, on any number of ranks.
+The commands and flags are those of NVlabs/edm's fid.py. The batches do not depend on the number of ranks, so the result
+is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["calc", "choose", "main", "make_parser", "ref", "report"]
 
 def make_parser() -> Parser:
     """The flags of this command."""
-    return fid_parser("The Frechet distance of images from a reference, and references for one's own data.")
+    return fid_parser("Compute the Frechet distance of images from a reference, or write a reference file.")
 
 
 def choose(num_images: int, num: int, seed: int) -> NDArray[np.int64]:
@@ -43,13 +43,13 @@ def calc(
     images: str, ref: str, extractor: Extractor, *, num: int = NUM_IMAGES, seed: int = 0, batch_size: int = BATCH_SIZE,
     cache: StatisticsCache | None = None,
 ) -> dict[str, Any]:
-    """The distance of images from a reference; one step of all ranks together, the same result on each.
+    """The distance of images from a reference, the same on every rank. All ranks must call it.
 
     :param images: folder, zip or npz.
     :param ref: npz of statistics, or a data set: folder, zip, or npz of images.
-    :param num: how many of the images; a seeded choice if there are more.
+    :param num: number of images to use; from more, a random subset is chosen with `seed`.
     :param batch_size: images per pass of the network.
-    :param cache: where means and covariances are looked for and kept.
+    :param cache: the cache for means and covariances.
     :returns: what --json writes.
     :raises UserError: on every rank, if there are fewer images than `num`, they or the reference cannot be used, or the
         reference stores features of another extractor, image size or resize rule.
@@ -63,16 +63,15 @@ def ref(
     data: str, dest: str, extractor: Extractor, *, num_images: int = 0, seed: int = 0, batch_size: int = BATCH_SIZE,
     image_size: int | None = None,
 ) -> str:
-    """Write a reference of all images of a set; one step of all ranks together, the same result on each.
+    """Write a reference file of all images of a data set. All ranks must call it.
 
-    The keys are those that `evaluations.engine.readers` lists. A file that stood under `dest` stays until the new one
-    is complete.
+    `evaluations.engine.readers` lists its keys. An existing file at `dest` stays until the new one is complete.
 
     :param data: folder, zip or npz.
-    :param num_images: how many of the images, in a seeded choice, the file holds besides (precision, recall and KID
-        need them).
-    :param image_size: side in pixels to crop and resize to, as training does; None for the images as they are.
-    :returns: what was written, in a line.
+    :param num_images: number of images to store as well, chosen at random with `seed`; precision, recall and KID need
+        them.
+    :param image_size: side in pixels to crop and resize to, as training does; None: unchanged.
+    :returns: one line that says what was written.
     :raises UserError: on every rank, if the images cannot be used, or are fewer than `num_images`, or `dest` cannot be
         written.
     """
@@ -82,7 +81,7 @@ def ref(
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """Where the number comes from, its warnings, and on the last line the bare number."""
+    """Warnings, the number with its provenance, and on the last line the number alone."""
     provenance = "; ".join([
         side("images", result["num_images"], result["images_source"]),
         side("reference", result["reference_count"], result["reference_source"]),
@@ -93,7 +92,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command, in a process that has started already."""
+    """Run the command in this process."""
     _run(make_parser().parse_args(argv))
 
 

@@ -45,18 +45,18 @@ def fid_parser(description: str) -> Parser:
     calc.add_argument("--ref", required=True, metavar="PATH",
                       help="reference: npz of statistics (mu, sigma), or a folder, zip or npz of images")
     calc.add_argument("--num", type=positive, default=NUM_IMAGES,
-                      help="number of images to use: fewer is an error; of more, a random choice is used "
+                      help="number of images to use; fewer are an error, and from more a random subset is chosen "
                            f"[default: {NUM_IMAGES}]")
-    calc.add_argument("--json", metavar="FILE", help="write the result here as JSON, with extractor and sources")
+    calc.add_argument("--json", metavar="FILE", help="write the result, extractor and sources to this JSON file")
     add_cache(calc)
     ref = commands.add_parser("ref", help="write a reference file for a set of images", allow_abbrev=False)
     ref.add_argument("--data", required=True, metavar="PATH",
                      help="folder, zip or npz of images of one size; all are used")
     ref.add_argument("--dest", required=True, metavar="NPZ", help="the file to write")
     ref.add_argument("--images", type=seed, default=0, metavar="N",
-                     help="put N randomly chosen images into the file, for precision, recall and KID [default: 0]")
+                     help="also store N randomly chosen images, for precision, recall and KID [default: 0]")
     ref.add_argument("--image_size", type=positive, metavar="PIXELS",
-                     help="crop and resize to this side, exactly as training does [default: the images as they are]")
+                     help="crop and resize to this size, exactly as training does [default: unchanged]")
     for command in (calc, ref):
         command.add_argument("--seed", type=seed, default=0, help="seed of the random choice of images [default: 0]")
         command.add_argument("--batch", type=positive, default=BATCH_SIZE,
@@ -73,21 +73,21 @@ def add_comparison(parser: Parser, extractor_default: str) -> None:
     parser.add_argument("ref_batch", help="npz of reference images, statistics, or both")
     parser.add_argument("sample_batch", help="npz of samples: arr_0 uint8 [N,H,W,3]")
     add_extractor(parser, extractor_default)
-    parser.add_argument("--json", metavar="FILE", help="write the results here as JSON, with extractor and sources")
+    parser.add_argument("--json", metavar="FILE", help="write the results, extractor and sources to this JSON file")
     parser.add_argument("--batch_size", type=positive, default=BATCH_SIZE,
                         help=f"images per forward pass [default: {BATCH_SIZE}]")
     parser.add_argument("--split_size", type=positive, default=SPLIT_SIZE,
                         help=f"images per split for the Inception Score [default: {SPLIT_SIZE}]")
     parser.add_argument("--k", type=positive, default=NEIGHBOURS,
-                        help=f"neighbours of precision and recall [default: {NEIGHBOURS}]")
+                        help=f"number of nearest neighbours for precision and recall [default: {NEIGHBOURS}]")
     parser.add_argument("--metrics", type=metric_names, default="all",
-                        help=f"comma-separated choice of {', '.join(METRICS)}; all: {', '.join(default_names())} "
+                        help=f"comma-separated, from {', '.join(METRICS)}; all: {', '.join(default_names())} "
                              "[default: all]")
     parser.add_argument("--pr_dtype", choices=PR_DTYPES, default=PR_DTYPES[0],
-                        help="distances of precision and recall; float16 as guided-diffusion's "
+                        help="precision of the distances for precision and recall; guided-diffusion uses float16 "
                              f"[default: {PR_DTYPES[0]}]")
     parser.add_argument("--class_accuracy", action="store_true",
-                        help="also the share of samples that the extractor takes for their label (arr_1)")
+                        help="also compute the share of samples that the extractor classifies as their label (arr_1)")
     add_cache(parser)
 
 
@@ -115,18 +115,18 @@ def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--inception", metavar="PATH",
                         help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
     parser.add_argument("--trust_extractor", action="store_true",
-                        help="run the extractor although it is a program (a TorchScript file of others)")
+                        help="trust the extractor and run it: a TorchScript file is a program")
     plugins.add_flag(parser)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
     """The flag --cache."""
     parser.add_argument("--cache", metavar="DIR",
-                        help=f"cache for means and covariances; {NO_CACHE}: no cache [default: {cache_folder()}]")
+                        help=f"folder for cached means and covariances; {NO_CACHE}: none [default: {cache_folder()}]")
 
 
 def seed(text: str) -> int:
-    """An integer that numpy takes for a seed."""
+    """An integer that numpy accepts as a seed."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{value} must lie between 0 and {2**32 - 1}")

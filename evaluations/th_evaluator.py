@@ -1,9 +1,9 @@
-"""Compare samples with a reference on all ranks: the numbers of evaluator.py, for images in an npz or in memory.
+"""Compare samples with a reference on all ranks. The numbers are those of evaluator.py; images may be in memory.
 
 mpiexec -n 8 python evaluations/th_evaluator.py VIRTUAL_imagenet64_labeled.npz samples.npz
 
-A rank looks at its share of the images and adds up float64 sums, which alone travel. Precision, recall and KID need
-the features themselves: these stay on their ranks too, and blocks of them are broadcast.
+Each rank computes the features of its share of the images, and the ranks exchange only float64 sums. Precision, recall
+and KID need the features themselves: each rank keeps its own and broadcasts them in blocks.
 
 Shapes: N images of the set, B of a batch, H and W height and width, D features.
 """
@@ -40,30 +40,30 @@ def __getattr__(name: str) -> Any:
 
 def make_parser() -> Parser:
     """The flags of this command."""
-    return th_evaluator_parser("The evaluator's numbers on all ranks of a job.")
+    return th_evaluator_parser("Compare a batch of samples with a reference batch, on all ranks of a job.")
 
 
 class ThEvaluator:
-    """Numbers of images against one reference; the constructor and every method are one step of all ranks together.
+    """Compares images with one reference. All ranks must call the constructor and every method.
 
-    In a training loop, or wherever else images come from a model::
+    Use it in a training loop, or wherever a model generates images::
 
         evaluator = ThEvaluator("ref.npz", load_extractor(), image_size=64, metrics=("fid", "inception_score"))
         results = evaluator.evaluate((start, images) for start, images in this_ranks_batches)
         results["frechet_distance"].value, results["frechet_distance"].label
 
-    Images are uint8, as they would be saved, so a number is the one that evaluator.py gives for the saved file.
+    Images are uint8, as they would be saved, so the numbers are those that evaluator.py gives for the saved file.
 
-    :param ref_path: npz of statistics, or of images, which the ranks measure together, once.
-    :param image_size: side of the images to come, or (height, width), in pixels.
-    :param metrics: names in `METRICS`; None for all that the extractor and the file allow, with the reasons of the
-        others in `skipped`.
+    :param ref_path: npz of statistics, or of images, whose features the ranks compute once.
+    :param image_size: side of the images to evaluate, or (height, width), in pixels.
+    :param metrics: names in `METRICS`; None: all that the extractor and the file allow, with the reasons for the others
+        in `skipped`.
     :param batch_size: images of a file per pass and rank.
-    :param split_size: images per chunk of the Inception Score.
-    :param k: neighbours of precision and recall.
-    :param cache: where the statistics of the reference's images are looked for and kept.
-    :param pr_dtype: of the distances of precision and recall, a name in `PR_DTYPES`.
-    :param progress: whether rank 0 shows bars.
+    :param split_size: images per split of the Inception Score.
+    :param k: number of nearest neighbours for precision and recall.
+    :param cache: the cache for statistics of the reference's images.
+    :param pr_dtype: dtype of the distances for precision and recall, a name in `PR_DTYPES`.
+    :param progress: whether rank 0 shows progress bars.
     :raises UserError: if the file cannot be used, stores statistics of other features, sizes or resize rules, or a
         metric that is named cannot be computed.
     """
@@ -90,11 +90,11 @@ class ThEvaluator:
         )
         self.extractor = extractor
         self.label = self._comparison.label
-        """What a log calls the Frechet distance of pooled features."""
+        """The name of the Frechet distance of pooled features in a log."""
         self.skipped: dict[str, str] = self._comparison.skipped
         """The metrics that cannot be computed, and why."""
         self.metrics: tuple[str, ...] = tuple(self._comparison.engine.metrics)
-        """The names of the others."""
+        """The names of the metrics that are computed."""
         self.dims: dict[FeatureKind, int] = self._comparison.dims
         """Dimensions of the features whose mean and covariance are compared."""
 
@@ -104,36 +104,36 @@ class ThEvaluator:
         return self._comparison.ref.gaussians
 
     def evaluate(self, batches: Batches, expected: int = 0) -> dict[str, Result]:
-        """The numbers of the images of all ranks; the same on every rank, keys as in the metrics' `results`.
+        """The results for the images of all ranks; the same on every rank, with the keys of the metrics' `results`.
 
-        :param batches: this rank's share, possibly none: pairs of a batch's place in the complete set (the index of
-            its first image, which decides the chunk of the Inception Score) and its images, uint8 [B,H,W,3].
-        :param expected: how many images this rank's share has, if that is known: it saves memory where features are
-            kept (precision, recall, KID).
+        :param batches: this rank's share, which may be empty: pairs of the index of a batch's first image in the
+            complete set, which decides the split of the Inception Score, and the images, uint8 [B,H,W,3].
+        :param expected: number of images of this rank's share, if known; this saves memory for metrics that keep
+            features (precision, recall, KID).
         :raises UserError: on every rank, if a feature is not finite, or all ranks together have too few images.
         """
         return self._comparison.logged(self._comparison.of_batches(batches, expected)).results
 
     def evaluate_file(self, path: str) -> dict[str, Result]:
-        """The numbers of the images (arr_0) of an npz.
+        """The results for the images (arr_0) of an npz.
 
-        :raises UserError: if the file cannot be used, besides what `evaluate` raises.
+        :raises UserError: if the file cannot be used, and as `evaluate`.
         """
         return self._comparison.logged(self.measure_file(path)).results
 
     def measure_file(self, path: str) -> Measured:
-        """As `evaluate_file`, with the warnings of weak numbers, which are not logged.
+        """As `evaluate_file`; warnings about unreliable numbers are returned instead of logged.
 
         :raises UserError: as `evaluate_file`.
         """
         return self._comparison.of_file(path)
 
     def reported(self, num_samples: int) -> dict[str, object]:
-        """The settings that the numbers of so many samples depend on, for the JSON."""
+        """The settings that the results of `num_samples` samples depend on, for the JSON file."""
         return self._comparison.engine.reported(min(self._comparison.ref.count, num_samples))
 
     def warn_of_few(self, num_images: int) -> None:
-        """Log a warning if a distance of that many images is badly biased."""
+        """Log a warning if the distance of so few images is strongly biased."""
         from cm.logging import logger
         from evaluations.engine.results import too_few
 
@@ -143,7 +143,7 @@ class ThEvaluator:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command, in a process that has started already."""
+    """Run the command in this process."""
     _run(make_parser().parse_args(argv))
 
 

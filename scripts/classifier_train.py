@@ -3,9 +3,9 @@
 python scripts/classifier_train.py --data_dir digits --image_size 8 --out classifier.ts
 python scripts/classifier_train.py --data_dir digits --image_size 8 --noised True --out guide.pt
 
-The first command writes a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]), the second a classifier
-of noisy images for the flag --classifier_path of image_sample.py. Both also write a JSON file with facts such as the
-accuracy.
+The first command writes a TorchScript file (uint8 [N,3,H,W] -> features [N,64], logits [N,K]). The second writes a
+classifier of noisy images, for --classifier_path of image_sample.py. Both also write a JSON file with the accuracy and
+other facts.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class ClassifierConfig:
     data_dir: str = option("digits", "labelled images: a folder, EDM zip, npz, or `digits`")
     image_size: int = option(8, "side of the square images in pixels", minimum=4)
     channels: int = option(
-        3, "noised: channels of the images, as --channels of the model to be guided; an extractor is for 3", minimum=1
+        3, "noised: channels of the images, equal to --channels of the guided model; an extractor has 3", minimum=1
     )
     out: str = option("", "the file to write; empty: classifier.ts, or noisy_classifier.pt")
     noised: bool = option(False, "train a classifier of noisy images, conditioned on the noise level, for guidance")
     classifier_width: int = option(32, "noised: channels at the first resolution level, a multiple of 32", minimum=32)
     classifier_depth: int = option(1, "noised: residual blocks per resolution level", minimum=1)
     classifier_attention_resolutions: str = option(
-        "32,16,8", "noised: resolutions with attention layers, in pixels; those that do not occur are ignored"
+        "32,16,8", "noised: resolutions with attention layers, in pixels; others are ignored"
     )
-    epochs: int = option(15, "epochs: passes over the training images", minimum=1)
+    epochs: int = option(15, "number of passes over the training images", minimum=1)
     batch_size: int = option(64, "images per step", minimum=2)
     holdout: float = option(0.25, "fraction of every class that is held out to measure the accuracy")
     seed: int = option(0, "random seed of the split and of the training", minimum=0)

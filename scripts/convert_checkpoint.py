@@ -1,4 +1,4 @@
-"""Convert weights to this toolkit, safetensors, a folder for model hubs, or diffusers; reads NVlabs/edm's as well.
+"""Convert weights to a checkpoint of this toolkit, safetensors, a folder for model hubs, or diffusers.
 
 python scripts/convert_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl models/cifar10
 python scripts/convert_checkpoint.py runs/cd models/cd --to hf --license mit

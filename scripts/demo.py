@@ -27,7 +27,7 @@ def read_flags() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"),
                         help="folder for all files of the demo [default: runs/demo]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks for training and sampling [default: 2]")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks for training and sampling [default: 2]")
     parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
     parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Train a diffusion model: --objective edm (Karras et al., arXiv 2206.00364), cdm, stf or sadpm; see docs/methods.md.
+"""Train a diffusion model: --objective edm (arXiv 2206.00364), cdm, stf, sadpm or uncertainty; see docs/methods.md.
 
 mpiexec -n 8 python scripts/edm_train.py --data_dir IMAGES --image_size 64 --log_dir runs/edm
 """

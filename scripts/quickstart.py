@@ -1,8 +1,8 @@
-"""From images to a few-step generator in the time given: look, measure, plan, train, distil, sample, evaluate.
+"""Make a few-step generator from images in a given time: measure, plan, train, distil, sample and evaluate.
 
 python scripts/quickstart.py --data_dir IMAGES --hours 2
 
-The same command goes on where it was interrupted. --plan only prints the plan, and leaves it as files for --config.
+Run the same command again to resume. --plan only prints the plan and writes it as files for --config.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ def read_flags() -> argparse.Namespace:
     """The flags of the command line."""
     parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data_dir", required=True, help="images: a folder, a zip, an npz, or the word digits")
-    parser.add_argument("--hours", type=hours, required=True, help="how long all of it may take, such as 0.5")
+    parser.add_argument("--hours", type=hours, required=True, help="time limit in hours for everything, such as 0.5")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"),
                         help="folder for all files [default: runs/quickstart]")
-    parser.add_argument("--plan", action="store_true", help="look, measure and plan only; leaves teacher.yaml and "
+    parser.add_argument("--plan", action="store_true", help="only measure and plan; writes teacher.yaml and "
                         "student.yaml for --config of the training commands")
-    parser.add_argument("--ranks", type=positive, default=1, help="ranks, by mpiexec if more than one [default: 1]")
+    parser.add_argument("--ranks", type=positive, default=1,
+                        help="number of ranks; more than one are started by mpiexec [default: 1]")
     parser.add_argument("--method", choices=("ect", "cd"), default="ect",
                         help="few-step method: easy consistency tuning or consistency distillation [default: ect]")
     parser.add_argument("--size", choices=("tiny", "small", "medium", "large"), default="",
-                        help="the network: a preset of configs/size [default: the largest that is worth its time]")
+                        help="network: a preset of configs/size [default: chosen by the plan]")
     parser.add_argument("--image_size", type=positive, default=0, help="side of the images in pixels [default: chosen]")
     parser.add_argument("--num_samples", type=positive, default=1000, help="images generated per method; fewer where "
                         "they would take too long [default: 1000]")
     parser.add_argument("--max_steps", type=positive, default=0,
-                        help="most steps of each training, for a quick trial [default: no limit]")
+                        help="maximum number of steps of each training, for a quick trial [default: no limit]")
     parser.add_argument("--random_flip", type=str2bool, help="mirror images [default: True, False for grey ones]")
     parser.add_argument("--labels", choices=("auto", "folders", "names"), default="auto",
                         help="where classes come from, as in training [default: auto]")
     parser.add_argument("--inception", default=os.environ.get("CM_INCEPTION", ""), metavar="PATH",
                         help="feature extractor of the evaluation [default: $CM_INCEPTION; a small classifier for "
                         "digits; else none]")
-    parser.add_argument("--trust_extractor", action="store_true", help="run the extractor although it is a program")
+    parser.add_argument("--trust_extractor", action="store_true",
+                        help="trust the extractor and run it: a TorchScript file is a program")
     parser.add_argument("--train_options", default="", help="flags for both trainings, quoted as one argument")
     return parser.parse_args()
 

@@ -3,8 +3,8 @@
 python scripts/report.py runs/edm runs/cd --out report.html
 python scripts/report.py runs/* --out report.html
 
-Folders and files that are no run are passed over.
-The page opens from disk in any browser, without a server or a network connection.
+Folders and files that are not a run are skipped. The page opens from disk in any browser, without a server or a network
+connection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="the --log_dir of a training run")
     parser.add_argument("--out", default="", metavar="FILE", help="output file [default: report.html in the first run]")
     parser.add_argument("--max_grids", type=positive, default=MAX_GRIDS,
-                        help=f"image grids of samples per run, spread over its steps [default: {MAX_GRIDS}]")
+                        help=f"number of sample grids per run, spread over its steps [default: {MAX_GRIDS}]")
     return parser.parse_args(argv)
 
 

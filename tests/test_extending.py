@@ -134,5 +134,5 @@ def test_a_plugin_that_fails_is_one_line_that_says_where(tmp_path, text, message
 
 def test_no_config_file_can_name_a_plugin(folder, tmp_path):
     (tmp_path / "run.yaml").write_text(f"plugin: {folder / 'midpoint.py'}\n")
-    with pytest.raises(UserError, match="plugin.* is no flag of this script"):
+    with pytest.raises(UserError, match="plugin.* is not a flag of this script"):
         parse("", SampleConfig, argv=["--config", str(tmp_path / "run.yaml")])

@@ -102,8 +102,9 @@ def complete(folder: str, shares: Iterable[Share]) -> dict[str, Any]:
     for name, facts in files.items():
         path = storage.join(folder, name)
         if not storage.exists(path) or storage.size(path) != facts["size"]:
-            raise UserError(f"{path}, which another rank has written, is not seen by rank 0: with --checkpoint_format "
-                            "dcp all ranks write, so --checkpoint_dir must lie on a disk that all machines share")
+            raise UserError(f"{path}, which another rank has written, is not visible to rank 0: with "
+                            "--checkpoint_format dcp all ranks write, so --checkpoint_dir must lie on a disk that all "
+                            "machines share")
     index = json.dumps({"tensors": tensors}).encode()
     for name, content in ((INDEX, index), (METADATA, _for_torch(tensors))):
         files[name] = storage.write_atomically(storage.join(folder, name), lambda file, data=content: file.write(data))
@@ -217,7 +218,7 @@ def open_part(folder: str, facts: Mapping[str, Any] | None = None, verify: bool 
         raise UserError(f"{path} cannot be read: {error.strerror}; only folders that this toolkit wrote have such a "
                         "file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no index of tensors: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} is not an index of tensors: {type(error).__name__}: {error}") from None
 
 
 def _stored(folder: str, key: str, entry: Mapping[str, Any], verify: bool) -> Stored:

@@ -25,7 +25,7 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
     """
     ddim_unet.refuse(weights, source)
     if not isinstance(weights, Mapping):
-        raise UserError(f"{source} holds a {type(weights).__name__}, not a dict of tensors")
+        raise UserError(f"{source} contains a {type(weights).__name__}, not a dict of tensors")
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
     unknown = [name for name in weights if name not in own]

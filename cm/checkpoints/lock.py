@@ -36,7 +36,7 @@ def take(directory: str) -> None:
     except OSError as error:
         raise UserError(
             f"cannot write to {terminal.printable(directory)}: {error.strerror}; choose another --log_dir, a folder "
-            "that can be made and written"
+            "that can be created and written to"
         ) from None
     file = os.fdopen(handle, "a+")                          # held open: closing it would give up the lock
     deadline = time.monotonic() + PATIENCE_S

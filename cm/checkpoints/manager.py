@@ -189,8 +189,8 @@ def _refuse_left_run(directory: str, log_dir: str) -> None:
         flag = "no --checkpoint_dir" if storage.absolute(before) == storage.absolute(log_dir) else (
             f"--checkpoint_dir {before}")
         raise UserError(f"the run in {log_dir} keeps its checkpoints in {before}, and {directory} holds none: give "
-                        f"{flag} to resume it, --resume {before} to go on with a copy of it, or another --log_dir for "
-                        "a new run")
+                        f"{flag} to resume it, --resume {before} to continue with a copy of it, or another --log_dir "
+                        "for a new run")
 
 
 def archive_after(directory: str, step: int) -> None:

@@ -281,13 +281,13 @@ def _check_whole(content: dict[str, Any], step: int, path: str) -> None:
         _say_unprotected(path)
     named = MANIFEST.fullmatch(os.path.basename(path))
     if named and int(named[1]) != step:
-        raise UserError(f"{path} speaks of step {step}, its name of {int(named[1])}; "
+        raise UserError(f"{path} is a manifest of step {step}, but its name says {int(named[1])}; "
                         f"{remedy}")
 
 
 @cache
 def _say_unprotected(path: str) -> None:
-    logger.log(f"{path} is of an older version, without a checksum of its own: damage to it would not be noticed")
+    logger.log(f"{path} was written by an older version, without its own checksum: damage to it cannot be detected")
 
 
 def _check_files(files: dict[str, dict[str, Any]]) -> None:

@@ -25,8 +25,8 @@ def by_own_name(given: Mapping[str, Any], fields: Mapping[str, Any], where: str)
     for word, value in given.items():
         name = own.get(word, word)
         if name in found and found[name] != value:
-            raise UserError(f"{where}--{spelt[name]} and --{word} are one flag under two names, but {found[name]!r} "
-                            f"and {value!r} two values; drop one of them")
+            raise UserError(f"{where}--{spelt[name]} and --{word} are names of one flag, but have the values "
+                            f"{found[name]!r} and {value!r}; drop one of them")
         found[name], spelt[name] = value, word
     return found
 
@@ -57,10 +57,10 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
         if name not in fields:
             near = get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--config {path}: {shown(name)} is no flag of this script{hint}")
+            raise UserError(f"--config {path}: {shown(name)} is not a flag of this script{hint}")
     if not base:
         return content
     base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))
     if base in above:
-        raise UserError(f"--config {path}: its base {base} builds on this file in turn")
+        raise UserError(f"--config {path}: its base {base} is in turn based on this file")
     return read_config(base, fields, (*above, base)) | content

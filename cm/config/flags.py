@@ -209,9 +209,10 @@ def make_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-h", "--help", action=Help, first=first)
-    parser.add_argument("--config", default="", metavar="FILE", help="YAML or JSON file of flags; flags given here win")
+    parser.add_argument("--config", default="", metavar="FILE",
+                        help="YAML or JSON file of flags; flags on the command line take precedence")
     parser.add_argument("--dry_run", action="store_true",
-                        help="print the resolved run, check what it would read and write, and exit")
+                        help="print the resolved settings, check the inputs and outputs, and exit")
     plugins.add_flag(parser)
     for section in sections:
         group = parser.add_argument_group((section.__doc__ or section.__name__).splitlines()[0])

@@ -24,8 +24,8 @@ _loaded: dict[str, str] = {}                                # real path -> name 
 def add_flag(parser: argparse.ArgumentParser) -> None:
     """Give a command the flag; `cm.config.flags.Parser` loads the files."""
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE",
-                        help="Python file that is run first, for objectives, samplers, metrics and others of your own; "
-                        "may be repeated")
+                        help="Python file to run first, which registers your own objectives, samplers, metrics and so "
+                        "on; may be repeated")
 
 
 def named(words: Sequence[str]) -> list[str]:

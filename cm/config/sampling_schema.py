@@ -19,8 +19,8 @@ class SampleConfig:
     )
     sampler: str = option(
         "", "sampler; see docs/samplers.md; empty: heun for diffusion models, onestep (with ts: multistep) for "
-        "consistency models, progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
-        table="sampler",
+        "consistency models, flowmap for flow maps, progdist for students of progressive distillation",
+        choices=("", *SAMPLER_NAMES), table="sampler",
     )
     steps: int = option(
         40, "number of sampler steps; for multistep, the number of noise levels that ts indexes", minimum=1,
@@ -163,7 +163,7 @@ class EditConfig(SampleConfig):
     )
     sampler: str = option(
         "", "sampler; see docs/samplers.md; empty: multistep for consistency models, heun for diffusion models, "
-        "progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
+        "flowmap for flow maps, progdist for students of progressive distillation", choices=("", *SAMPLER_NAMES),
         table="sampler",
     )
     steps: int = option(
@@ -239,7 +239,7 @@ class TernarySearchConfig(ExtractorConfig):
 
 @dataclass(frozen=True)
 class PosthocConfig(ExtractorConfig):
-    """weight averages of any width, afterwards"""
+    """weight averages of any width"""
 
     run: str = option("", "folder of a training run; may be given as the first argument without the flag")
     std: str = option(
@@ -248,7 +248,7 @@ class PosthocConfig(ExtractorConfig):
     )
     step: int = option(0, "step at which the averages end; 0: the last one with a snapshot", minimum=0)
     extrapolate: bool = option(
-        False, "also make averages that the snapshots determine badly: more than 2.5 times as wide as the widest "
-        "tracked one, or with a profile error above 5 %"
+        False, "also make averages that the snapshots determine poorly: more than 2.5 times as wide as the widest "
+        "tracked average, or with a profile error above 5 %"
     )
     ref: str = option("", "npz of reference images or statistics: measure the Frechet distance of each average")

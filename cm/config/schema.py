@@ -135,7 +135,7 @@ class ExtractorConfig:
         "", "feature extractor: a file, or torch or tf for Inception; empty: CM_INCEPTION, or torch"
     )
     trust_extractor: bool = option(
-        False, "run the extractor although it is a program (a TorchScript file of others); on the command line only"
+        False, "trust the extractor and run it: a TorchScript file is a program; on the command line only"
     )
 
 
@@ -191,11 +191,11 @@ class DataConfig:
         minimum=0,
     )
     shuffle_window: int = option(
-        1000, "shards: images that each loader process holds, as files, and shuffles among each other; the order of "
-        "the shards changes in every epoch", minimum=1,
+        1000, "WebDataset shards: size of the buffer in which each loader process shuffles images; the order of the "
+        "shards changes in every epoch", minimum=1,
     )
     num_workers: int = option(
-        -1, "data loader processes per rank; -1: chosen by the kind of data", minimum=-1, maximum=MOST_WORKERS
+        -1, "data loader processes per rank; -1: chosen from the format of the data", minimum=-1, maximum=MOST_WORKERS
     )
 
 
@@ -266,7 +266,7 @@ class TrainConfig:
     )
     parallel: str = option(
         "ddp", "how several ranks share a run; ddp: each holds the networks; fsdp: networks, gradients, optimizer and "
-        "averages are divided among all ranks; hsdp: among the ranks of a machine, and machines hold the same",
+        "averages are divided among all ranks; hsdp: among the ranks of a machine, and each machine has a copy",
         choices=("ddp", "hsdp", "fsdp"),
     )
     shard_size: int = option(
@@ -275,7 +275,7 @@ class TrainConfig:
     optimizer: str = option("radam", "optimizer", choices=("radam", "adam", "adamw"))
     adam_beta1: float = option(0.9, "decay rate of the optimizer's mean of gradients", minimum=0, below=1)
     adam_beta2: float = option(0.999, "decay rate of the optimizer's mean of squared gradients", minimum=0, below=1)
-    adam_eps: float = option(1e-8, "what the optimizer adds to the root of that mean", minimum=0)
+    adam_eps: float = option(1e-8, "number that the optimizer adds to the square root of that mean", minimum=0)
     fp16_scale_growth: float = option(
         1e-3, "increase of log2 of the fp16 loss scale after each successful step", minimum=0
     )

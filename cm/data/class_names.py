@@ -56,7 +56,7 @@ def numbered_as(labels: np.ndarray, own: ClassNames, names: ClassNames, source: 
     strangers = [own[number] for number in np.unique(labels) if own[number] not in places]
     if strangers:
         raise UserError(
-            f"{source} has images of {shortened(strangers)}, and the network knows the classes {shortened(names)}; "
+            f"{source} has images of {shortened(strangers)}, but the network has the classes {shortened(names)}; "
             "choose one of these with --class_label"
         )
     return np.array([places.get(name, ANY) for name in own], np.int64)[labels]
@@ -86,7 +86,7 @@ def require_same(known: ClassNames, found: ClassNames, checkpoint: str, data: st
     if known and not found:
         return (f"{data} does not name its classes, so nothing tells whether class 0 is still {known[0]!r}: the "
                 f"checkpoint {checkpoint} knows {shortened(known)}. Name them in its dataset.json (class_names), or "
-                "look that the numbers are the same")
+                "check that the numbers are the same")
     if not known or known == found:
         return ""
     longest = max(len(known), len(found))
@@ -97,11 +97,11 @@ def require_same(known: ClassNames, found: ClassNames, checkpoint: str, data: st
         f"{shortened(found, first)}. Class {first} was {was} and is now {now}"
     )
     if allowed:
-        return f"{text}; it goes on as --allow_other_classes says"
+        return f"{text}; continuing because of --allow_other_classes"
     raise UserError(
         f"{text}: a network would learn one class under the number of another. Give the data that the checkpoint was "
-        "trained on (same names, none missing), or start a new run in another --log_dir; to go on all the same, and "
-        "let the numbers mean the classes of the data, give --allow_other_classes True"
+        "trained on (same names, none missing), or start a new run in another --log_dir; to continue anyway, with "
+        "the class numbers of the data, give --allow_other_classes True"
     )
 
 

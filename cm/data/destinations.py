@@ -67,7 +67,7 @@ class FolderDestination:
     def __init__(self, path: Path):
         self.path, self.partial = path, Path(atomic.temporary_path(str(path)))
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"--dest {path} is there already: an existing folder must be empty")
+            raise UserError(f"--dest {path} already exists: an existing folder must be empty")
         atomic.remove_temporaries(path)
         self.partial.mkdir(parents=True)
 

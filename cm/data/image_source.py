@@ -198,8 +198,7 @@ class EncodedSource(ImageSource):
         :raises UserError: if it cannot be read; the message names it.
         """
         if self.holds_moments:
-            raise UserError(f"{self.data_dir} holds latents, which are no pictures and cannot be cropped: drop "
-                            "--random_crop")
+            raise UserError(f"{self.data_dir} contains latents, which cannot be cropped: drop --random_crop")
         with self._naming(i):
             image = decode(self.encoded(i))
             return image.convert(MODES[1]) if self.channels == 1 else image
@@ -218,7 +217,7 @@ class EncodedSource(ImageSource):
         found, wanted = self.moments(i), (self.image_size, self.image_size, self.channels)
         if found.shape != wanted:
             raise UserError(f"{self.data_dir}: {self._names[i]} is {list(found.shape)} as [H,W,2C], and the others are "
-                            f"{list(wanted)}: latents of one set must be alike")
+                            f"{list(wanted)}: all latents of a data set must have the same shape")
         return found
 
     @contextmanager

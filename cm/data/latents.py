@@ -134,7 +134,7 @@ def parse(text: str, source: str) -> LatentRecord | None:
     try:
         return from_content(parse_json(text, SETTINGS))
     except ValueError as error:
-        raise UserError(f"{source}: {shown(text)} is no record of latents: {error}") from None
+        raise UserError(f"{source}: {shown(text)} is not a record of latents: {error}") from None
 
 
 def record_of_json(text: bytes, data_dir: str, count: int) -> LatentRecord | None:
@@ -174,7 +174,7 @@ def record_for(
                         f"'{EDM2.text()}', with a number for each channel")
     assert record is not None
     if record.channels != channels:
-        raise UserError(f"{data_dir} has latents of {channels} channels, and their record is of {record.channels}")
+        raise UserError(f"{data_dir} has latents of {channels} channels, but their record has {record.channels}")
     return record
 
 
@@ -211,11 +211,11 @@ def merged(ours: LatentRecord, theirs: LatentRecord, places: tuple[str, str]) ->
     """
     for name in ("mean", "std", "pixels"):
         if getattr(ours, name) != getattr(theirs, name):
-            raise UserError(f"{places[0]} and {places[1]} are of different latents: {name} is {getattr(ours, name)} in "
-                            f"the one and {getattr(theirs, name)} in the other; take a data set and a network that "
+            raise UserError(f"{places[0]} and {places[1]} have different latents: {name} is {getattr(ours, name)} in "
+                            f"the first and {getattr(theirs, name)} in the second; use a data set and a network that "
                             "belong together (datasets/encode.py --scaling edm2 is for EDM2's networks)")
     if ours.sha256 and theirs.sha256 and ours.sha256 != theirs.sha256:
-        raise UserError(f"{places[0]} has latents of {ours.about_vae()}, {places[1]} of {theirs.about_vae()}: take a "
+        raise UserError(f"{places[0]} has latents of {ours.about_vae()}, {places[1]} of {theirs.about_vae()}: use a "
                         "data set and a network that belong together")
     return ours if ours.sha256 or not theirs.sha256 else replace(ours, vae=theirs.vae, sha256=theirs.sha256)
 

@@ -60,7 +60,7 @@ class LmdbFile:
     def __init__(self, folder: Path):
         self.path = folder / "data.mdb"
         if not self.path.exists():
-            raise UserError(f"{folder} is no lmdb folder: there is no {self.path}")
+            raise UserError(f"{folder} is not an lmdb folder: there is no {self.path}")
         self.file = open_regular(self.path)
         self.size = os.fstat(self.file.fileno()).st_size
         self.table = self._newest_table()

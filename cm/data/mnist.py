@@ -45,10 +45,10 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
             shape = np.frombuffer(header[4:], ">u4").tolist() if is_idx else []
             size = math.prod(shape)
             if size > limit:
-                raise UserError(f"{path} would swell to {size:,} bytes, which no images of that file size do")
+                raise UserError(f"{path} would expand to {size:,} bytes, too many for a file of this size")
             data = file.read(size + 1) if is_idx else b""
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no gzip file, or the download is not complete: {error}") from None
+        raise UserError(f"{path} is not a gzip file, or the download is not complete: {error}") from None
     if not is_idx or len(data) != size:
         raise UserError(f"{path} is not an idx file of bytes with {axes} axes, or it is cut short")
     return np.frombuffer(data, np.uint8).reshape(shape)

@@ -22,7 +22,7 @@ def offsets_of_rank(batch_size: int, rank: int, world_size: int, global_batch: i
     :raises ValueError: for an impossible rank.
     """
     if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: a rank needs at least one image a step")
+        raise UserError(f"--batch_size {batch_size}: a rank needs at least one image per step")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of 0..{world_size - 1}")
     offsets = np.arange(rank, world_size * batch_size if global_batch is None else global_batch, world_size)

@@ -103,8 +103,9 @@ def open_raw(source: str, limit: int | None = None) -> RawImages:
 
 def _no_data_set(source: str) -> UserError:
     return UserError(
-        f"--source {source} is no data set to convert: name a folder, a zip, an lmdb folder, cifar-10-python.tar.gz or "
-        f"train{MNIST_SUFFIX}; the two archives must be packed and have these endings, as they are downloaded"
+        f"--source {source} is not a data set that can be converted: give a folder, a zip, an lmdb folder, "
+        f"cifar-10-python.tar.gz or train{MNIST_SUFFIX}; the two archives must be packed and have these endings, as "
+        "they are downloaded"
     )
 
 

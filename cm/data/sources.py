@@ -53,13 +53,13 @@ def open_source(
         raise UserError(f"--image_size {image_size}: images need at least one pixel")
     format = find_format(data_dir, flag)
     if format.is_stream:
-        raise UserError(f"{flag} {data_dir}: {format.what} are a stream, which can only be trained on; unpack them "
+        raise UserError(f"{flag} {data_dir}: {format.what} are a stream, which only training can read; unpack them "
                         "into a folder")
     _check_exists(data_dir, format, flag)
     source = format.open(data_dir.rstrip("/") or "/", image_size, channels)
     if source.holds_moments:
         if not latents:
-            raise UserError(f"{flag} {data_dir} holds latents, and this is for pictures: give the images themselves")
+            raise UserError(f"{flag} {data_dir} contains latents, but images are needed: give the images themselves")
         source.take_shape()
     if labels != "auto" and isinstance(source, EncodedSource):
         source.label_by(labels)

@@ -1,1 +1,1 @@
-"""Ranks: how they meet, talk, share work, fail and stop."""
+"""Ranks of a job: rendezvous, collectives, sharding, failures and stop signals."""

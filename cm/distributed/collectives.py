@@ -1,7 +1,7 @@
-"""Collectives: objects, sums, arrays, parameters and files that all ranks exchange.
+"""Collectives: the ranks exchange objects, sums, arrays, parameters and files.
 
-Every function must be called by all ranks; in a single process it needs no process group and sends nothing. They are
-re-exported by `cm.distributed.setup`, whose `setup_dist` opens the process group that they use.
+Every function must be called by all ranks; in a single process it needs no process group and sends nothing.
+`cm.distributed.setup` re-exports them, and its `setup_dist` opens the process group that they use.
 """
 
 import mmap
@@ -39,7 +39,7 @@ LOOKALIKES = {
 
 
 class Content(mmap.mmap):
-    """The bytes of a file in memory, with the methods of a file that zipfile asks for."""
+    """The bytes of a file in memory, with the file methods that zipfile needs."""
 
     def seekable(self) -> bool:
         return True
@@ -48,7 +48,7 @@ class Content(mmap.mmap):
 def ranks() -> int:
     """The number of ranks in the process group; 1 for a single process.
 
-    :raises RuntimeError: if this is one rank of several and the process group is not there yet.
+    :raises RuntimeError: if this is one of several ranks and the process group has not been opened yet.
     """
     if dist.is_initialized():
         return dist.get_world_size()
@@ -69,7 +69,7 @@ def barrier() -> None:
 
 
 def broadcast_object(obj: Any, src: int = 0) -> Any:
-    """What rank `src` passed, on every rank; anything that can be pickled."""
+    """Send the object of rank `src` to every rank; it must be picklable."""
     if ranks() == 1:
         return obj
     held = [obj if _on_rank(src) else None]
@@ -78,7 +78,7 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
 
 
 def all_gather_object(obj: Any) -> list[Any]:
-    """What every rank passed, in the order of ranks, on every rank."""
+    """The objects of all ranks, in the order of ranks, on every rank."""
     if ranks() == 1:
         return [obj]
     held = [None] * ranks()
@@ -186,7 +186,7 @@ def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def on_main(function: Callable[..., Result], *args: Any) -> Result:
     """`function(*args)`, called on rank 0 only; every rank returns its result or raises its exception.
 
-    The result must be something that can be pickled.
+    The result must be picklable.
     """
     if ranks() == 1:
         return function(*args)
@@ -203,7 +203,7 @@ def on_main(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def on_main_arrays(function: Callable[..., Result], *args: Any) -> Result:
-    """As `on_main`; the arrays in the result are sent as they lie in memory, without the copies of a pickle."""
+    """As `on_main`, but the arrays in the result are sent directly from memory, without the copies of pickling."""
     if ranks() == 1:
         return function(*args)
     made: list[Result] = []
@@ -250,13 +250,13 @@ def _portable(error: Exception | None) -> Exception | None:
 def load_state_dict(
     path: str | os.PathLike, map_location: Any = "cpu", expected: Mapping[str, int] | None = None, verify: bool = False,
 ) -> Any:
-    """What `torch.save` wrote to `path`, on every rank; only rank 0 reads the file. No code in it is executed.
+    """Load a file of `torch.save` on every rank; only rank 0 reads the file. No code in it is executed.
 
     :param path: a local path, or a URL that blobfile knows (gs://, az://, https://...blob.core.windows.net).
     :param expected: see `read_everywhere`.
-    :param verify: where nothing is expected, compare the parts of the file with the checksums that it holds itself.
+    :param verify: if nothing is expected, compare the parts of the file with its own checksums.
     :raises FileNotFoundError: on every rank, if rank 0 does not find it.
-    :raises UserError: on every rank, if it is no such file, is damaged, or holds more than tensors and plain values.
+    :raises UserError: on every rank, if it is not such a file, is damaged, or has more than tensors and plain values.
     """
     content = read_everywhere(path, expected)
     stream = cast(IO[bytes], content)               # an mmap has the methods of a file, but not the type
@@ -268,21 +268,21 @@ def load_state_dict(
         why = _kind_of(content) or str(error).strip().split("\n")[0] or "it ends too early"
         raise UserError(
             f"{path} cannot be loaded: {why} ({type(error).__name__}). It must be a file by torch.save that holds "
-            "tensors and plain values only; if it should be one, fetch or write it again"
+            "tensors and plain values only; if it should be one, download or write it again"
         ) from error
 
 
 def _kind_of(content: mmap.mmap) -> str:
-    """What a file is that often stands where weights should be, by its first bytes; empty for anything else."""
+    """The kind of a file that is often mistaken for weights, from its first bytes; empty for anything else."""
     start = content[:200].lstrip().lower()
     return next((kind for mark, kind in LOOKALIKES.items() if start.startswith(mark)), "")
 
 
 def read_everywhere(path: str | os.PathLike, expected: Mapping[str, int] | None = None) -> mmap.mmap:
-    """The bytes of a file on every rank, read once, by rank 0; a map in memory, which torch reads without a copy.
+    """The bytes of a file on every rank, read once by rank 0, as a memory map that torch reads without a copy.
 
-    :param expected: the "size" and "crc32" that a manifest lists for the file, compared with what is read; None where
-        they are not known or shall not be compared.
+    :param expected: the "size" and "crc32" that a manifest lists for the file, compared with what is read; None if
+        they are unknown or are not to be compared.
     :raises UserError: on every rank, if the file is empty, ends too early, or is not the one that the manifest lists.
     """
     read: list[mmap.mmap] = []

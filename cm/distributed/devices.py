@@ -17,7 +17,7 @@ _wanted = "auto"
 
 
 def prefer(name: str) -> None:
-    """Set which of `DEVICES` the next `choose` takes.
+    """Set which of `DEVICES` the next call of `choose` uses.
 
     :raises UserError: for "cuda" where PyTorch sees no GPU.
     """
@@ -28,7 +28,7 @@ def prefer(name: str) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The unique names of the GPUs that this process may use; none if it is to use the CPU."""
+    """The unique names of the GPUs that this process may use; empty if it uses the CPU."""
     if _wanted == "cpu" or not th.cuda.is_available():
         return []
     return [str(th.cuda.get_device_properties(index).uuid) for index in range(th.cuda.device_count())]
@@ -37,7 +37,7 @@ def visible_gpus() -> list[str]:
 def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th.device:
     """The device of one rank, which becomes torch's current one if it is a GPU.
 
-    Every rank looks at all machines, so that all ranks find the same fault.
+    Every rank checks all machines, so that all ranks find the same error.
 
     :param node: the machine of this rank.
     :param local_rank: its place among the ranks of that machine.

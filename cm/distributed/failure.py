@@ -1,7 +1,7 @@
-"""How a job of several ranks ends when something goes wrong: one report, and every rank gone within seconds.
+"""How a job of several ranks ends after a failure: one report, and every rank has ended within seconds.
 
-Nothing here is a collective. A rank records its failure in a key-value store, which works whether or not the others
-answer, and every wait has a limit.
+Nothing here is a collective. A rank records its failure in a key-value store, which works even if the others do not
+respond, and every wait has a time limit.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Overdue(RuntimeError):
 
 
 class RanksMissing(RuntimeError):
-    """Ranks of the job, or the address where they meet, were not there in time."""
+    """Ranks of the job, or the address of rank 0, did not appear in time."""
 
 
 class Ranks(NamedTuple):
@@ -61,7 +61,7 @@ class Ranks(NamedTuple):
 def status_of(error: BaseException) -> int:
     """The exit status a failure ends the program with.
 
-    2 for a mistake of the user's, 130 for Ctrl-C, 75 where a stop did not come about in time, else 1.
+    2 for an error of the user, 130 for Ctrl-C, 75 if the ranks did not stop in time, else 1.
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -103,13 +103,13 @@ def exit_process(error: BaseException) -> None:
 
 
 def note_mistake(error: BaseException) -> None:
-    """Keep torchrun from trying a mistake of the user's again."""
+    """Keep torchrun from repeating an attempt that ended with an error of the user."""
     if status_of(error) == USER_STATUS:
         restarts.leave_note(short_report(error) or "")
 
 
 def exit_after(seconds: float) -> None:
-    """End this process after that time with the tracebacks of its threads, unless `faulthandler` cancels it."""
+    """End this process after so many seconds, with the tracebacks of its threads, unless `faulthandler` cancels it."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
@@ -139,7 +139,7 @@ def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
 
 
 def _leave_together(ranks: Ranks, status: int) -> NoReturn:
-    """End this rank, as every other does by itself; an abort would only add messages of the launcher."""
+    """End this rank; every other rank ends by itself. An abort would only add messages of the launcher."""
     flush()
     # Time for the report, which a launcher cuts off once a rank is gone, and for the last reads of rank 0's store.
     time.sleep(LEAVE_S * (2 if ranks.rank == 0 else 1))
@@ -162,7 +162,7 @@ def say(text: str) -> None:
 
 
 def within(seconds: float, ask: Callable[[], Result], default: Result) -> Result:
-    """`ask()`, or `default` if it fails or takes too long: the process that should answer may be gone."""
+    """`ask()`, or `default` if it fails or takes too long: the process that should answer may have ended."""
     answer = [default]
 
     def work() -> None:

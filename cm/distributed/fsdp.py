@@ -1,8 +1,8 @@
-"""Networks in shards over the ranks (ZeRO-3 of Rajbhandari et al. 2020, arXiv 1910.02054).
+"""Networks sharded over the ranks (ZeRO-3, Rajbhandari et al. 2020, arXiv 1910.02054).
 
 torch's `fully_shard` gathers the parameters of one unit at a time for its pass and averages its gradients into shards.
 Each parameter is divided along its first axis, in equal numbers of rows; the last ranks have fewer, or none. With
-replicas (hybrid sharding) the shards lie on the ranks of one machine, and machines hold the same.
+replicas (hybrid sharding), a network is sharded over the ranks of one machine, and each machine has a replica.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS = ("log_variance",)
 
 
 def open_mesh(device: th.device, shard_size: int | None) -> DeviceMesh:
-    """The ranks as [replicas, shards], or [shards] where there is one replica; all ranks call it together.
+    """The ranks as [replicas, shards], or [shards] with one replica. All ranks must call it.
 
     :param shard_size: None for all ranks; otherwise as in `choose_shard_size`. Ranks of one machine are neighbours.
     :raises UserError: as `choose_shard_size`.
@@ -53,12 +53,12 @@ def open_mesh(device: th.device, shard_size: int | None) -> DeviceMesh:
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, half: bool) -> ShardedLayout:
-    """Divide a network in place: afterwards its parameters are DTensors, but those without axes.
+    """Shard a network in place: afterwards its parameters are DTensors, except those without axes.
 
-    What a unit does not hold is gathered for the whole pass, in float32.
+    Parameters outside the units are gathered for the whole pass, in float32.
 
     :param units: modules inside of it whose parameters are gathered together.
-    :param half: gather those of units in bfloat16; gradients are averaged in float32 all the same.
+    :param half: gather the parameters of units in bfloat16; gradients are still averaged in float32.
     """
     is_channels_last = any(_is_channels_last(param) for param in model.parameters())
     for param in model.parameters():
@@ -81,7 +81,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], mesh: DeviceMesh, half: 
 
 
 def local_parts(model: nn.Module) -> list[Tensor]:
-    """What this rank holds of the parameters of a network."""
+    """This rank's shards of the parameters of a network."""
     return [_local(param.detach()) for param in model.parameters()]
 
 
@@ -96,7 +96,7 @@ def _to_channels_last(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 
 @dataclass
 class ShardedLayout(Layout):
-    """Every rank holds some rows of each parameter; those without axes are whole.
+    """Every rank holds some rows of each parameter; parameters without axes are not divided.
 
     :param params: of the network, after `shard`.
     """
@@ -112,12 +112,12 @@ class ShardedLayout(Layout):
 
     @property
     def replicas(self) -> int:
-        """How often each row exists."""
+        """The number of copies of each row."""
         return self.mesh.size() // self.shards
 
     @property
     def place(self) -> int:
-        """Of this rank among those."""
+        """The index of this rank among them."""
         return self.mesh.get_local_rank("shard")
 
     def masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -128,7 +128,7 @@ class ShardedLayout(Layout):
 
     @th.no_grad()
     def hand_over_grads(self, params: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
-        """As there; those of parameters without axes are averaged over the ranks, once, here."""
+        """As in `Layout`; gradients of parameters without axes are averaged over the ranks here, once."""
         whole = [param.grad for param in params if param.ndim == 0 and param.grad is not None]
         if whole:
             means = dist.all_reduce_sum(th.stack(whole)) / dist.get_world_size()
@@ -139,7 +139,7 @@ class ShardedLayout(Layout):
 
     @th.no_grad()
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As there; one sum over all ranks, so that replicas agree to the last bit."""
+        """As in `Layout`; one sum over all ranks, so that replicas agree bit for bit."""
         divided = [tensor for tensor in tensors if tensor.ndim]
         whole = [tensor for tensor in tensors if not tensor.ndim]
         square = dist.all_reduce_sum(norm_of_tensors(divided).square()) / self.replicas

@@ -25,7 +25,7 @@ PROBE_S = 3.0
 
 
 class Launch(NamedTuple):
-    """What a launcher has written into the environment of this process."""
+    """What a launcher has set in the environment of this process."""
 
     launcher: str
     rank: int
@@ -34,7 +34,7 @@ class Launch(NamedTuple):
 
 
 class Launcher(NamedTuple):
-    """The variables by which a launcher tells a process what it is."""
+    """The environment variables by which a launcher tells a process its rank."""
 
     evidence: str               # the variable that only this launcher sets
     rank: str
@@ -57,7 +57,7 @@ LAUNCHERS: Table[Launcher] = Table("launcher", {
 def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
     """Every launcher whose variables are in `env`, the innermost first; empty for a plain `python`.
 
-    Variables that hold no number announce nothing here; `check` complains of them.
+    Variables without a number are ignored here; `check` reports them.
     """
     found = []
     for name, (evidence, rank, size, by_mpi) in LAUNCHERS.items():
@@ -68,7 +68,7 @@ def announcements(env: Mapping[str, str] = os.environ) -> list[Launch]:
 
 
 def check(env: Mapping[str, str] = os.environ) -> None:
-    """Look for mistakes in the variables of the innermost launcher.
+    """Check the variables of the innermost launcher.
 
     :raises UserError: naming the variable, its value and what is allowed.
     """
@@ -94,12 +94,12 @@ def _is_number(text: str) -> bool:
 
 
 def launcher_rank(env: Mapping[str, str] = os.environ) -> int:
-    """The rank in the job, known before the ranks have met; 0 for a plain `python`."""
+    """The rank in the job, known before the ranks are connected; 0 for a plain `python`."""
     return next((launch.rank for launch in announcements(env)), 0)
 
 
 def speaks(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process reports a mistake that all of a job make: rank 0, or a rank that no job can have."""
+    """Whether this process reports an error that all ranks share: rank 0, or a rank that no job can have."""
     own = next(iter(announcements(env)), None)
     return own is None or own.rank == 0 or 0 < own.size <= own.rank
 
@@ -126,7 +126,7 @@ def started_by_pmix(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
-    """Ask mpiexec to end every rank, before MPI has started: otherwise the others would wait in MPI for ever.
+    """Ask mpiexec to end every rank, before MPI has started: otherwise the others would wait in MPI forever.
 
     One line of the PMI-1 wire protocol, which the process managers of MPICH, Intel MPI and MVAPICH read.
     """
@@ -137,8 +137,8 @@ def abort_by_pmi(status: int, env: Mapping[str, str] = os.environ) -> None:
 def finish_by_pmi(env: Mapping[str, str] = os.environ) -> None:
     """Tell mpiexec that this rank is about to end by itself, before an `os._exit` after MPI has started.
 
-    MPICH's library says so in an exit handler of the C library, which `os._exit` passes over. mpiexec then takes the
-    closed connection for a crash and kills the ranks that are not gone yet, and the job ends with their status, 9.
+    MPICH does so in an exit handler of the C library, which `os._exit` skips. mpiexec then treats the closed connection
+    as a crash and kills the ranks that have not ended yet, and the job ends with their status, 9.
     """
     if "HYDI_CONTROL_FD" in env and "PMI_FD" in env and pmi_answers(env):       # of MPICH's mpiexec, and its kin
         with contextlib.suppress(OSError):
@@ -147,7 +147,7 @@ def finish_by_pmi(env: Mapping[str, str] = os.environ) -> None:
 
 
 def refusal(launch: Launch, why: str) -> UserError:
-    """The error for a launcher that announces several ranks which this process cannot reach."""
+    """The error for a launcher that announces several ranks that this process cannot reach."""
     if launch.launcher == "srun":
         remedy = (
             "start with `srun --mpi=pmi2`, with `mpiexec` inside the allocation, or with torchrun; "
@@ -173,7 +173,7 @@ def machine() -> str:
 
 
 def usable_cores() -> list[int]:
-    """The cores this process may run on, one number each however many hardware threads a core has."""
+    """The cores that this process may run on: one number per core, not per hardware thread."""
     if not hasattr(os, "sched_getaffinity"):
         return list(range(os.cpu_count() or 1))
     return sorted({_first_thread_of_core(cpu) for cpu in os.sched_getaffinity(0)})
@@ -246,7 +246,7 @@ def interface_of(address: str) -> str | None:
 
 
 def own_addresses() -> list[str]:
-    """Addresses at which another machine might reach this one, the likeliest first; loopback is left out."""
+    """Addresses at which another machine might reach this one, the most likely first, without loopback."""
     try:
         by_name = [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
     except OSError:                                                 # a host name that cannot be resolved
@@ -266,7 +266,7 @@ def is_own(host: str) -> bool:
 
 
 def loopback_of(host: str) -> str | None:
-    """The address that only this machine reaches, if the host means that: 127.x.y.z, or localhost.
+    """The loopback address, if the host is one: 127.x.y.z, or localhost.
 
     The machine's own name does not, although it often leads to 127.0.1.1 here: others know it by another address.
     """
@@ -276,9 +276,9 @@ def loopback_of(host: str) -> str | None:
 
 
 def listen_at(address: str, port: int) -> tuple[int, int]:
-    """A socket that listens at one address of this machine: its descriptor and its port.
+    """Open a socket that listens at one address of this machine; returns its descriptor and its port.
 
-    :param port: 0 for any that is free.
+    :param port: 0 for any free port.
     :raises OSError: if the port is taken.
     """
     server = socket.create_server((address, port), backlog=BACKLOG)

@@ -1,7 +1,7 @@
-"""How the parameters of one network lie on the ranks: whole on each, or in parts that are gathered where one is needed.
+"""How the parameters of a network are stored on the ranks: complete on each, or sharded and gathered when needed.
 
-`cm.distributed.fsdp` has the parts. What works element by element - optimizers, averages, copies - works on the parts,
-with the same result; this says what the parts are of.
+`cm.distributed.fsdp` has the sharded layout. Elementwise operations (optimizers, averages, copies) work on the shards
+with the same result; a layout knows how shards and complete tensors correspond.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cm.tensors import norm_of_tensors
 
 
 class Layout:
-    """Every rank holds every parameter whole. Methods that gather are one step of all ranks together."""
+    """Every rank holds every parameter completely. All ranks must call the methods that gather."""
 
     is_sharded = False
 
     def masters(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
-        """What this rank keeps of the parameters: tensors in the same memory."""
+        """This rank's parts of the parameters: tensors in the same memory."""
         return list(params)
 
     def whole_sizes(self, masters: Sequence[Tensor]) -> list[int]:
@@ -32,19 +32,19 @@ class Layout:
         """Give the masters the gradients that a backward pass has left on the parameters."""
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The L2 norm over all ranks of tensors that are like the masters: a scalar, the same on every rank."""
+        """The L2 norm over all ranks of tensors shaped like the masters: a scalar, the same on every rank."""
         return norm_of_tensors(tensors)
 
     def part(self, index: int, whole: Tensor) -> Tensor:
-        """What this rank keeps of something that has the shape of a parameter, given by its place.
+        """This rank's part of a tensor with the shape of the parameter `index`.
 
-        :param whole: a tensor, or what reads one when it is asked for rows.
+        :param whole: a tensor, or an object that reads rows of one when it is indexed.
         """
         return whole[...]
 
     def place_of(self, index: int, part: Tensor) -> tuple[th.Size, int] | None:
-        """Of what this rank keeps the shape of the whole and the first row; None where other ranks keep the same, and
-        one of them is to write it, and where it is nothing.
+        """The shape of the complete tensor and the first row of this rank's part; None if the part is empty, or if
+        another rank with the same part writes it.
         """
         return part.shape, 0
 
@@ -57,11 +57,11 @@ class Layout:
         return [self.part(index, whole) for index, whole in enumerate(wholes)]
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """`whole` of something for each parameter, on every rank; on the CPU where it was in parts."""
+        """`whole` of something for each parameter, on every rank; on the CPU if it was sharded."""
         return list(parts)
 
     def gather_to_main(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """As `gather`, on rank 0; where it was in parts, the other ranks get an empty list."""
+        """As `gather`, on rank 0; if it was sharded, the other ranks get an empty list."""
         return list(parts)
 
 
@@ -71,14 +71,14 @@ WHOLE = Layout()
 def choose_shard_size(shard_size: int, ranks: int, per_node: Sequence[int]) -> int:
     """The number of ranks that a replica of the networks is divided among.
 
-    :param shard_size: what the user says; 0 for the ranks of a machine.
-    :param per_node: ranks on each machine.
-    :raises UserError: if the ranks cannot be divided so.
+    :param shard_size: the number that the user gives; 0 for the ranks of a machine.
+    :param per_node: number of ranks on each machine.
+    :raises UserError: if the ranks cannot be divided in this way.
     """
     if not shard_size:
         if len(set(per_node)) > 1:
-            raise UserError(f"--parallel hsdp: the machines have {', '.join(map(str, per_node))} ranks, and shards lie "
-                            "within a machine: start as many on each, or give --shard_size")
+            raise UserError(f"--parallel hsdp: the machines have {', '.join(map(str, per_node))} ranks, but shards "
+                            "stay within a machine: start equally many on each, or give --shard_size")
         shard_size = per_node[0]
     if shard_size == 1:
         raise UserError("--parallel hsdp with shards on 1 rank is what --parallel ddp does; give --parallel ddp, or "

@@ -1,8 +1,8 @@
 """How the C library keeps memory that a process has freed.
 
-glibc returns large blocks to the system as soon as they are freed, so the activations of the next step are made of
-new pages, each of which costs a page fault and is filled with zeros first. Blocks that are kept are used again by the
-next step, and the peak of memory does not change.
+glibc returns large blocks to the system as soon as they are freed, so the activations of the next step need new pages,
+each of which costs a page fault and is first filled with zeros. Blocks that are kept are reused by the next step, and
+the peak memory does not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BY_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABL
 def keep_freed_blocks(env: Mapping[str, str] = os.environ) -> bool:
     """Ask the C library to keep freed blocks of up to 32 MiB.
 
-    :return: whether it does; False if the user has set one of `BY_THE_USER`, or the C library is not glibc.
+    :return: whether it does so; False if the user has set one of `BY_THE_USER`, or the C library is not glibc.
     """
     if any(name in env for name in BY_THE_USER):
         return False

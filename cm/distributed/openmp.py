@@ -1,8 +1,8 @@
-"""How torch's threads wait for each other on the CPU: for a moment, then asleep.
+"""How torch's threads wait for each other on the CPU: they spin for a short time, then sleep.
 
-OpenMP's threads spin at every barrier, for milliseconds (GCC's libgomp, which torch's wheels for Linux bring) or 200 of
-them (LLVM's and Intel's). Where other programs use the same cores, a thread that spins keeps the one that it waits for
-from running, and a step takes up to a hundred times as long. `benchmarks/busy_threads.py` measures it.
+OpenMP threads spin at every barrier, for a few milliseconds (GCC's libgomp, in torch's wheels for Linux) or for 200
+(LLVM's and Intel's). If other programs use the same cores, a spinning thread keeps the thread that it waits for from
+running, and a step takes up to a hundred times as long. `benchmarks/busy_threads.py` measures it.
 
 The libraries read these variables once, when they are loaded: set them before torch is imported.
 """

@@ -1,4 +1,4 @@
-"""Children that learn of the death of their parent, also by SIGKILL, of which it can tell nobody."""
+"""Child processes that stop when their parent dies, even by SIGKILL."""
 
 from __future__ import annotations
 

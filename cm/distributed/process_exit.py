@@ -1,4 +1,4 @@
-"""The first half of the interpreter's own end, run early."""
+"""The first half of the interpreter's shutdown, run early."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How the ranks of a job find each other: by MPI, by torchrun's variables, or as a single process.
 
-No process group is opened here; what results is a `Job` with a store that all ranks reach. This is the only file that
+No process group is opened here; the result is a `Job` with a store that all ranks can reach. This is the only file that
 imports mpi4py.
 """
 
@@ -28,7 +28,7 @@ from cm.errors import UserError
 
 @dataclass
 class Job:
-    """What this rank knows of the job it belongs to."""
+    """The job of this rank, as far as this rank knows it."""
 
     rank: int
     size: int
@@ -42,7 +42,7 @@ class Job:
 
 @contextlib.contextmanager
 def time_limit(timeout_s: float) -> Iterator[None]:
-    """End this process if the others never come, showing where it waits: MPI's own waits have no limit."""
+    """End this process, showing where it waits, if the other ranks never appear: MPI has no time limit of its own."""
     several = launchers.launcher_size() > 1
     if several:
         failure.exit_after(timeout_s + failure.LIMIT_S)
@@ -54,7 +54,7 @@ def time_limit(timeout_s: float) -> Iterator[None]:
 
 
 def find_job(timeout: timedelta) -> Job:
-    """Meet the other ranks; see `cm.distributed.setup.setup_dist` for the order in which ways are tried.
+    """Connect to the other ranks; `cm.distributed.setup.setup_dist` states which methods are tried in which order.
 
     :raises UserError: if a launcher announces ranks that cannot be reached.
     """
@@ -80,7 +80,7 @@ def find_job(timeout: timedelta) -> Job:
 
 
 def exchange(job: Job, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every rank's facts (as JSON holds them), in the order of ranks; needs no process group."""
+    """The facts of every rank (JSON values), in the order of ranks; needs no process group."""
     if job.store is None:
         return all_gather_object(facts)             # one process, or a process group that was already there
     board = PrefixStore("facts", job.store)
@@ -152,8 +152,8 @@ def _meet_by_mpi(mpi: Any, timeout: timedelta) -> Job:
 def _meet_by_address(timeout: timedelta) -> Job:
     """RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
-    With a fixed port torchrun's store outlives a failed attempt, and so do the addresses of its ranks, which nobody can
-    reach any more: every attempt writes under a prefix of its own.
+    With a fixed port, torchrun's store outlives a failed attempt and still has the addresses of its ranks, which cannot
+    be reached any more. Every attempt therefore writes under its own prefix.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)]

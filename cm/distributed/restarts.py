@@ -1,7 +1,7 @@
-"""torchrun's restarts (--max-restarts): the number of the attempt, and no second attempt at a mistake of the user's.
+"""torchrun's restarts (--max-restarts): the number of the attempt, and no second attempt after an error of the user.
 
-torchrun starts all ranks again whatever ended them. A wrong flag or a missing file ends the next attempt as it ended
-the first, so it leaves a note on its machine, for attempts of the same torchrun alone, and they end at once.
+torchrun starts all ranks again whatever ended them. A wrong flag or a missing file would end the next attempt as well.
+So the first attempt leaves a note on its machine, and later attempts of the same torchrun read it and end at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def attempt(env: Mapping[str, str] = os.environ) -> int:
 
 
 def leave_note(text: str, env: Mapping[str, str] = os.environ) -> None:
-    """Tell the attempts that torchrun still makes that a mistake of the user's ended this one; never raises.
+    """Leave a note for later attempts of torchrun that an error of the user ended this one; never raises.
 
-    :param text: what the mistake was.
+    :param text: the error.
     """
     allowed = env.get("TORCHELASTIC_MAX_RESTARTS", "")
     if not (allowed.isascii() and allowed.isdigit() and attempt(env) < int(allowed)):
@@ -37,7 +37,7 @@ def leave_note(text: str, env: Mapping[str, str] = os.environ) -> None:
 
 
 def note(env: Mapping[str, str] = os.environ) -> str | None:
-    """What ended an earlier attempt of this torchrun, if it was a mistake of the user's."""
+    """The error of the user that ended an earlier attempt of this torchrun; None if there was none."""
     if not attempt(env):
         return None
     path = _note(env)
@@ -51,7 +51,7 @@ def note(env: Mapping[str, str] = os.environ) -> str | None:
 
 
 def _note(env: Mapping[str, str]) -> Path:
-    """The same for every rank of one torchrun on this machine, and for no other torchrun."""
+    """The path of the note: the same for every rank of one torchrun on this machine, different for any other."""
     try:
         started = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,7 +1,7 @@
-"""The job this process belongs to: its ranks, the device of each, and how the job ends.
+"""The job that this process belongs to: its ranks, the device of each, and how the job ends.
 
-`setup_dist` works under mpiexec, torchrun and srun, and for a plain `python` without MPI. Everything here holds for a
-single process too, which needs no process group. The collectives are re-exported, so that callers need one import:
+`setup_dist` works under mpiexec, torchrun and srun, and for a plain `python` without MPI. Everything here also works in
+a single process, which needs no process group. The collectives are re-exported, so that callers need one import:
 `from cm.distributed import setup as dist`.
 """
 
@@ -67,8 +67,8 @@ def set_device(name: str) -> None:
 def setup_dist(timeout_s: float = TIMEOUT_S) -> None:
     """Find the other ranks, take a device and a share of the cores, and open the process group. May be called again.
 
-    Tried in this order: a torch.distributed that is already there; MPI, if a launcher of MPI has left its mark;
-    torchrun's variables; a single process. gloo carries tensors on the CPU and NCCL those on GPUs.
+    Tried in this order: torch.distributed if it is already initialised; MPI, if an MPI launcher started the process;
+    torchrun's variables; a single process. gloo sends tensors on the CPU, and NCCL those on GPUs.
 
     :param timeout_s: how long a collective waits for a missing rank before it fails.
     :raises UserError: on every rank, if a launcher announces ranks that cannot be reached, if there are more ranks
@@ -121,7 +121,7 @@ def get_world_size() -> int:
 
 
 def get_local_rank() -> int:
-    """The place of this rank among those of its machine, from 0; known after `setup_dist`."""
+    """The index of this rank among those of its machine, from 0; known after `setup_dist`."""
     return _known_job().local_rank
 
 
@@ -133,8 +133,8 @@ def is_main() -> bool:
 def run(main: Callable[[], None], timeout_s: float = TIMEOUT_S) -> None:
     """Call `main` so that a failure on any rank ends the job on all: `if __name__ == "__main__": dist_util.run(main)`.
 
-    A traceback names its rank and is shown once; an error of the user's (`UserError`, a missing file) is one line.
-    All ranks are gone within ten seconds, with status 1, 2 for an error of the user's, 130 for Ctrl-C, or that of
+    A traceback names its rank and is shown once; an error of the user (`UserError`, a missing file) is one line.
+    All ranks have ended within ten seconds, with status 1, 2 for an error of the user, 130 for Ctrl-C, or that of
     `sys.exit`. A single process continues like any Python program; several ranks end here.
 
     :param timeout_s: how long this rank waits for the others to start; what it waits for is told after ten seconds.
@@ -191,10 +191,10 @@ def _finish() -> None:
 
 
 def _leave() -> None:
-    """The orderly end of several ranks.
+    """End a job of several ranks after its work is done.
 
     torch and MPI close down threads in their static destructors, which sometimes crashes after all work is done.
-    So the process group is destroyed while all ranks are here, and the interpreter's own end is skipped.
+    So the process group is destroyed while all ranks are still running, and the interpreter's own shutdown is skipped.
     """
     gc.collect()                                    # DDP holds the process group in a cycle
     complete = process_exit.run_interpreter_exit()
@@ -213,7 +213,7 @@ def _leave() -> None:
 
 
 def _known_job() -> rendezvous.Job:
-    """The job, for questions that may come before `setup_dist` in a single process but not in one of several ranks."""
+    """The job, for functions that a single process may call before `setup_dist`, but a rank of several may not."""
     if _job is None and launchers.launcher_size() > 1 and not dist.is_initialized():
         raise RuntimeError(f"this is one of {launchers.launcher_size()} ranks: call dist_util.setup_dist() first")
     return _join()

@@ -1,7 +1,7 @@
 """Which rank keeps which tensors of a list: complete tensors, balanced by size.
 
 Tensors are not divided, so every element is computed by the same instruction as without sharding, results agree bit
-for bit, and a file of all shards is put together tensor by tensor.
+for bit, and a file of all shards is assembled tensor by tensor.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Sharding:
-    """The shards of all ranks, seen from one of them.
+    """Which rank owns which tensor, seen from one rank.
 
-    :param owners: for each tensor the rank that keeps it.
+    :param owners: the rank that owns each tensor.
     """
 
     owners: tuple[int, ...]

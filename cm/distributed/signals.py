@@ -1,11 +1,11 @@
-"""A request to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 ends training after the step at hand, with a checkpoint.
+"""A request to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 ends training after the current step, with a checkpoint.
 
     signals.listen()                        # before the imports that take seconds
     ...
     signum = agree_with_the_other_ranks(signals.requested())
 
-A signal is only recorded here. A rank that is blocked in a message to its peers runs no signal handler of Python's,
-so it is a thread that records it, to which the C library's own handler writes. The thread also watches the time: if
+A signal is only recorded here. A rank that is blocked in a message to its peers cannot run Python's signal handlers,
+so a thread records the signal: the C-level handler writes to it. The thread also watches the time: if
 the ranks have not agreed to stop within the grace period, because one of them hangs, it ends the job.
 """
 
@@ -48,10 +48,10 @@ _state = _State()
 
 
 def listen() -> None:
-    """From now on the signals are recorded and do not end this process. To be called in the main thread.
+    """From now on, record the signals instead of ending this process. Call it in the main thread.
 
-    A second SIGINT ends the job at once. SIGHUP, which a closed terminal sends, stays ignored where it is (nohup).
-    A closed terminal takes stdout and stderr with it, which then fall silent.
+    A second SIGINT ends the job at once. SIGHUP, which a closed terminal sends, stays ignored if it is (nohup).
+    After the terminal has been closed, output to stdout and stderr is dropped.
     """
     terminal.guard(lossy=True)
     if _state.receiver is not None:
@@ -78,12 +78,12 @@ def allow(grace_s: float) -> None:
 
 
 def stepping() -> None:
-    """A step has been made, so that there is something to save."""
+    """Record that a step has been completed, so that there is something to save."""
     _state.stepping = True
 
 
 def agreed() -> None:
-    """All ranks are about to save and leave: the grace period no longer applies."""
+    """Record that all ranks are about to save and end: the grace period no longer applies."""
     _state.agreed = True
 
 
@@ -105,7 +105,7 @@ def outlive_the_signal() -> None:
 
 
 def _ignore(*_: object) -> None:
-    """Do nothing: without a handler of Python's the signal would have its default effect."""
+    """Do nothing: without a Python handler, the signal would have its default effect."""
 
 
 def _reset_in_child() -> None:

@@ -1,6 +1,6 @@
-"""Waiting for the ranks of a job to start: one line after a while that says for what, and an end with a clear error.
+"""Waiting for the ranks of a job to start: a line says what a rank waits for, and a time limit ends the wait.
 
-A launcher, a firewall or a wrong address can keep ranks away for ever, and a rank that waits in silence looks like one
+A launcher, a firewall or a wrong address can keep ranks away forever, and a rank that waits silently looks like one
 that works.
 """
 
@@ -36,10 +36,10 @@ class Wait:
         return max(0.0, self.begun + self.timeout_s - time.monotonic())
 
     def go_on(self, what: Callable[[], str], silent: bool = False) -> None:
-        """Pause between two looks, and say what is waited for when NOTICE_S have passed.
+        """Pause between two checks, and say what is waited for after NOTICE_S.
 
-        :param what: "for ...", asked only when it is shown.
-        :param silent: whether another rank says it.
+        :param what: "for ...", called only when it is shown.
+        :param silent: whether another rank prints it.
         :raises RanksMissing: at the limit.
         """
         if not self.left():
@@ -68,7 +68,7 @@ def await_address(host: str, port: int, wait: Wait) -> None:
 def await_ranks(store: Any, rank: int, size: int, place: str, wait: Wait) -> None:
     """Return when all ranks have called this with the same store; rank 0 says which are missing.
 
-    :param place: where rank 0 listens, for messages.
+    :param place: the address of rank 0, for messages.
     :raises RanksMissing: at the limit.
     """
     with _lost_store(wait, place):
@@ -85,7 +85,7 @@ def await_ranks(store: Any, rank: int, size: int, place: str, wait: Wait) -> Non
 
 @contextlib.contextmanager
 def mpi_wait(who: str, timeout_s: float, give_up: Callable[[BaseException], None]) -> Iterator[None]:
-    """Watch over waits inside MPI, which have neither a line nor a limit of their own.
+    """Watch over waits inside MPI, which has neither messages nor a time limit.
 
     :param give_up: ends this process at the limit; called on another thread.
     """
@@ -108,7 +108,7 @@ def mpi_wait(who: str, timeout_s: float, give_up: Callable[[BaseException], None
 
 @contextlib.contextmanager
 def _lost_store(wait: Wait, place: str) -> Iterator[None]:
-    """Say it plainly if the store of rank 0 goes away: rank 0 has given up, or was killed."""
+    """Give a clear error if the store of rank 0 disappears: rank 0 has given up, or was killed."""
     try:
         yield
     except failure.RanksMissing:

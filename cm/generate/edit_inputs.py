@@ -82,7 +82,7 @@ def _find_pairs(config: EditConfig) -> list[tuple[int, int]]:
     if not config.interpolate_pairs:
         count = config.num_samples or 2
         if count < 2:
-            raise UserError(f"--num_samples {count}: interpolation needs two at least")
+            raise UserError(f"--num_samples {count}: interpolation needs at least two")
         return [(i, i + 1) for i in range(count - 1)]
     if config.num_samples:
         raise UserError("--num_samples and --interpolate_pairs both say what to interpolate; drop one of them")
@@ -99,4 +99,4 @@ def _parse_numbers(flag: str, text: str, kind: type, example: str, separator: st
     try:
         return [kind(part) for part in text.split(separator)]
     except ValueError:
-        raise UserError(f"--{flag} {text!r} is no list of numbers such as {example}") from None
+        raise UserError(f"--{flag} {text!r} is not a list of numbers such as {example}") from None

@@ -202,7 +202,7 @@ def _prepare_strokes(config: EditConfig, space: ImageSpace) -> EditMaker:
     start = config.stroke_start if config.stroke_start >= 0 else min(last, round(STROKE_START * (config.steps - 1)))
     if start > last:
         raise UserError(
-            f"--stroke_start {config.stroke_start} is no index into {config.steps} noise levels to start at; "
+            f"--stroke_start {config.stroke_start} is not an index of {config.steps} noise levels to start at; "
             f"choose 0 to {last}, or other --steps"
         )
     sigma = karras_grid(config.steps, space.sigma_min, space.sigma_max, space.rho)[start].item()
@@ -218,7 +218,7 @@ def _prepare_interpolation(config: EditConfig, space: ImageSpace) -> EditMaker:
 def _prepare_denoising(config: EditConfig, space: ImageSpace) -> EditMaker:
     sigma = config.denoise_sigma
     if not space.sigma_min <= sigma <= space.sigma_max:
-        raise UserError(f"--denoise_sigma {sigma}: the network knows noise levels from {space.sigma_min} to "
+        raise UserError(f"--denoise_sigma {sigma}: the network supports noise levels from {space.sigma_min} to "
                         f"{space.sigma_max}")
 
     def make(images: Tensor, rng: NoiseSource) -> Edit:

@@ -72,19 +72,20 @@ class Constraint(Edit):
 
 
 class Inpaint(Constraint):
-    """Keep the pixels where the mask is 1; fill in those where it is 0, which are shown black.
+    """Keep the pixels where the mask is 1; fill in those where it is 0.
 
     :param mask: 0 or 1, or boolean, of a shape that broadcasts to that of the images.
+    :param blank: value of the pixels to fill in, in the images to start from and to show; -1 is black.
     :raises UserError: for a mask of another size or with other values.
     """
 
-    def __init__(self, images: Tensor, mask: Tensor):
+    def __init__(self, images: Tensor, mask: Tensor, blank: float = -1.0):
         fits = mask.ndim <= images.ndim and all(a in (1, b) for a, b in zip(mask.shape[::-1], images.shape[::-1]))
         if not fits:
             raise UserError(f"a mask of {list(mask.shape)} does not fit images of {list(images.shape)}")
         if not ((mask == 0) | (mask == 1)).all():
             raise UserError("a mask must hold 1 where a pixel is known and 0 where it is to be filled in, nothing else")
-        self.mask = mask.to(images)
+        self.mask, self.blank = mask.to(images), blank
         super().__init__(images)
 
     def part(self, x: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ class Inpaint(Constraint):
         return x * self.mask
 
     def picture(self) -> Tensor:
-        """The known pixels on black."""
-        return self.kept - (1 - self.mask)
+        """The known pixels, the others blank."""
+        return self.kept + self.blank * (1 - self.mask)
 
 
 class Colorize(Constraint):

@@ -27,7 +27,7 @@ def check_latent_task(task: str, tasks: Collection[str], flag: str) -> None:
     if task not in LATENT_TASKS:
         fitting = ", ".join(name for name in LATENT_TASKS if name in tasks)
         raise UserError(f"{flag} {task} is defined on pixels, and this network edits the latents of a VAE: choose one "
-                        f"of: {fitting}; or take a model of pictures")
+                        f"of: {fitting}; or use a model of images")
 
 
 def known_latents(mask: Tensor, factor: int) -> Tensor:
@@ -38,8 +38,8 @@ def known_latents(mask: Tensor, factor: int) -> Tensor:
     flat = mask.float().reshape(-1, 1, *mask.shape[-2:])
     known = -F.max_pool2d(-flat, factor)
     if not known.any():
-        raise UserError(f"the mask leaves no square of {factor}x{factor} pixels known, and each latent stands for one: "
-                        "mask less")
+        raise UserError(f"the mask leaves no square of {factor}x{factor} pixels known, and each latent represents one: "
+                        "mask fewer pixels")
     return known.reshape(*mask.shape[:-2], *known.shape[-2:])
 
 
@@ -52,9 +52,7 @@ def on_latents(edit: Edit, decoder: Decoder) -> Edit:
     """
     if isinstance(edit, Inpaint):
         mask = edit.mask.expand_as(edit.known).amin(1, keepdim=True)        # [N,1,fH,fW]
-        inpaint = Inpaint(decoder.encode(edit.kept), known_latents(mask, decoder.factor))
-        inpaint.known = inpaint.kept                                        # the others start from their mean, 0
-        return inpaint
+        return Inpaint(decoder.encode(edit.kept), known_latents(mask, decoder.factor), blank=0.0)   # the mean
     if isinstance(edit, Stroke):
         return Stroke(decoder.encode(edit.known), edit.sigma)
     if isinstance(edit, Interpolate):

@@ -65,7 +65,7 @@ def open_score_store(path: str, conditions: Mapping[str, Any]) -> ScoreStore:
             for name in differing[:10]
         ]
         raise UserError(
-            f"{path} is of a search with other settings: {'; '.join(facts)}. Choose another --log_dir, or give "
+            f"{path} belongs to a search with other settings: {'; '.join(facts)}. Choose another --log_dir, or give "
             "the same settings to resume it"
         )
     logger.log(f"resuming with {len(scores)} scores of {path}")

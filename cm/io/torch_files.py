@@ -47,7 +47,7 @@ def _check_archive(stream: IO[bytes], size: int, verify: bool) -> int:
         raise zipfile.BadZipFile("it has two members of one name")
     total = sum(info.file_size for info in archive.infolist())
     if total > SLACK_BYTES + SHARED * size:                 # torch packs without compression
-        raise zipfile.BadZipFile(f"it would swell from {size:,} to {total:,} bytes")
+        raise zipfile.BadZipFile(f"it would expand from {size:,} to {total:,} bytes")
     for name in archive.namelist():
         if name.lower().endswith("data.pkl"):
             scan(io.BytesIO(untrusted.read_member(archive, name, PICKLE.bytes)))

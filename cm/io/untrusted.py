@@ -90,7 +90,8 @@ def rejection_reason(info: MemberFacts, archive_bytes: int) -> str:
     if info.compress_size > archive_bytes or info.file_size > most:
         return f"claims {info.file_size:,} bytes, more than the archive can hold"
     if info.file_size > INFLATED.bytes and info.file_size > BOMB_RATIO * info.compress_size:
-        return f"would swell from {info.compress_size:,} to {info.file_size:,} bytes; pack it again without compression"
+        expands = f"would expand from {info.compress_size:,} to {info.file_size:,} bytes"
+        return f"{expands}; pack it again without compression"
     return ""
 
 

@@ -36,7 +36,8 @@ class CSVWriter(Writer):
         try:
             header, *rows = list(csv.reader(io.StringIO(readable_text(self.path), newline=""))) or [[]]
         except csv.Error as error:
-            raise UserError(f"{self.path} is no table of a run ({error}); remove it to continue without it") from None
+            raise UserError(f"{self.path} is not a table of a run ({error}); remove it to continue without "
+                            "it") from None
         self.columns = header
         if rows and len(rows[-1]) < len(header):
             rows.pop()

@@ -49,7 +49,7 @@ def readable_text(path: Path) -> str:
     except (UserError, FileNotFoundError):
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no log of a run ({error}); move it away to continue without it") from None
+        raise UserError(f"{path} is not a log of a run ({error}); move it away to continue without it") from None
 
 
 def is_after(row: Mapping[str, Any], step: int) -> bool:

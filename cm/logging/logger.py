@@ -188,7 +188,7 @@ def configure(
     named = dir or os.environ.get("OPENAI_LOGDIR")
     dir = str(named or _default_directory())
     if "://" in dir:
-        raise UserError(f"logs are written to a local directory, and {dir} is none: choose another --log_dir")
+        raise UserError(f"logs are written to a local directory, and {dir} is not one: choose another --log_dir")
     directory = Path(dir).expanduser().absolute()
     try:
         if kinds:

@@ -106,8 +106,7 @@ def build_network(config: NetworkConfig, unet: Callable[[UNetConfig], UNet] = UN
     :raises UserError: if there is no such network; the message names the flag.
     """
     if config.null_class and not config.class_cond:
-        raise UserError("--null_class True is a label of no class for a network that has classes: add --class_cond "
-                        "True, or drop it")
+        raise UserError("--null_class True needs a class-conditional network: add --class_cond True, or drop it")
     if config.learn_sigma:
         raise UserError("--learn_sigma True: these networks predict no variance; drop the flag")
     return unet(_unet_config(config)) if config.arch == "unet" else _build_edm(config)

@@ -40,7 +40,7 @@ def _check_compiler(device: th.device) -> None:
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
-            raise UserError(f"--compile needs a C++ compiler on this machine, and there is no {compiler}: install one, "
-                            "name another by the variable CXX, or drop --compile")
+            raise UserError(f"--compile needs a C++ compiler on this machine, and there is no {compiler}: install it, "
+                            "set the variable CXX to another, or drop --compile")
     elif importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs Triton for the GPU: `pip install triton`, or drop --compile")

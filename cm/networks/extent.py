@@ -53,4 +53,4 @@ def demand_held(flags: Mapping[str, Any], file_bytes: int, source: str) -> None:
     least = BYTES_EACH * least_parameters(flags)
     if least > file_bytes:
         raise UserError(f"{source} describes a network of at least {least:,} bytes and holds {file_bytes:,}: it is "
-                        "damaged, or its description (manifest or config) is of another network")
+                        "damaged, or its description (manifest or config) belongs to another network")

@@ -95,7 +95,7 @@ def from_content(content: Any, path: str) -> NoisyClassifier:
     :raises UserError: if the file holds something else.
     """
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no classifier of noisy images; make one with classifier_train.py --noised True")
+        raise UserError(f"{path} is not a classifier of noisy images; train one with classifier_train.py --noised True")
     try:
         config, weights = NoisyClassifierConfig(**content["config"]), content["weights"]
         if config.depth * len(config.channel_mult) > len(weights):          # each block has several tensors
@@ -106,5 +106,6 @@ def from_content(content: Any, path: str) -> NoisyClassifier:
     except (UserError, TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError, ZeroDivisionError,
             AssertionError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
-        raise UserError(f"{path} is a damaged classifier of noisy images ({reason}); fetch or make it again") from None
+        raise UserError(f"{path} is a damaged classifier of noisy images ({reason}); download or train it "
+                        "again") from None
     return model.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""What an objective is: its loss, the networks it needs besides the trained one, and what it says about its result.
+"""The interface of objectives: the loss, the networks it needs besides the trained one, and the kind of its result.
 
-The training loop knows no objective by name. It makes the companions that an objective declares, gives them to the
-loss as `Networks`, steps the optimizers of those that are trained, and keeps in checkpoints what changes.
+The training loop names no objective. It creates the companions that an objective declares, passes them to the loss as
+`Networks`, steps the optimizers of those that are trained, and saves those that change in checkpoints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cm.objectives.lpips import check_lpips_channels, prepare_lpips
 from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource, Result
 
 ONLINE = "online"
-"""The role of the network that the run is about: its averages are what is sampled from."""
+"""The role of the main network of a run: samples are drawn from its averages."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Companion:
     """A network that an objective needs besides the online one; it has the online network's architecture.
 
     :param name: its role, and the name of its files in a checkpoint; it ends in "_model".
-    :param origin: where its first weights come from: "online", a copy of the online network at the start; "teacher",
-        the file that --teacher_model_path names; "new", weights drawn for it.
-    :param changes: "never": it is frozen, and no checkpoint holds it. "by_objective": `after_step` changes its
-        parameters. "trained": it has an optimizer, and takes the steps that `updates` gives it.
+    :param origin: the source of its initial weights: "online", a copy of the online network at the start; "teacher",
+        the file that --teacher_model_path names; "new", random weights.
+    :param changes: "never": it is frozen and not saved in checkpoints. "by_objective": `after_step` changes its
+        parameters. "trained": it has an optimizer and takes the steps that `updates` lists.
     :param distillation: whether it is scaled as a consistency function, with D(x, sigma_min) = x.
     """
 
@@ -43,7 +43,7 @@ class Companion:
 
 
 TARGET = Companion("target_model", "online", "by_objective", distillation=True)
-"""A slowly moving average of the online network, which online outputs are compared with."""
+"""A slowly moving average of the online network, with which its outputs are compared."""
 TEACHER = Companion("teacher_model", "teacher", "never")
 """A frozen diffusion model."""
 
@@ -52,27 +52,27 @@ class Objective(ABC):
     """A training method. A subclass is one file and one line in the table of `cm.objectives`."""
 
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """Flags -> their published values, for those that nobody sets."""
+    """Flags -> their published values, used for flags that the user does not set."""
     options: ClassVar[tuple[str, ...]] = ()
-    """The flags that only this objective, and its relatives, use."""
+    """The flags that this objective uses, and unrelated objectives do not."""
     companions: tuple[Companion, ...] = ()
     updates: ClassVar[Mapping[str, int]] = {ONLINE: 1}
-    """One iteration: how many steps each trained network takes, one network after the other, each on a batch."""
+    """One iteration: the number of steps of each trained network, one network after the other, each on a new batch."""
     distillation: ClassVar[bool] = False
     """Whether the result is scaled so that D(x, sigma_min) = x, a consistency function that ends at sigma_min."""
     few_step: ClassVar[bool] = False
-    """Whether the result leads from any noise level to an image in one evaluation; a denoiser does not."""
+    """Whether the result maps any noise level to an image in one evaluation; a denoiser does not."""
     second_time: ClassVar[bool] = False
     """Whether the network is also conditioned on where its step ends: a flow map."""
     needs_slow_clock: ClassVar[bool] = False
     """Whether the loss depends on the slope of the network in its noise label; see `cm.setup.clock`."""
     full_precision_passes: ClassVar[bool] = False
-    """Whether parts of the loss run networks in float32, whatever the precision of the run. Where none does, a bf16 run
-    stores companions without gradients as its autocast would cast them at every pass."""
+    """Whether parts of the loss run networks in float32, whatever the precision of the run. If none does, a bf16 run
+    stores companions without gradients in the dtype to which autocast would cast them at every pass."""
     has_stages: ClassVar[bool] = False
     """Whether `after_step` may ask for a fresh optimizer and fresh averages."""
     result: ClassVar[Result] = "denoiser"
-    """What the trained network is; a sampler says for which of them it is made."""
+    """The kind of the trained network; a sampler lists the kinds that it can sample."""
     sampler: ClassVar[str] = "heun"
     """The usual sampler of the result."""
 
@@ -82,12 +82,12 @@ class Objective(ABC):
         """The objective that resolved flags describe.
 
         :param diffusion: the scalings of the online network.
-        :raises UserError: for values that do not go together.
+        :raises UserError: for values that cannot be combined.
         """
 
     @abstractmethod
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
-        """The loss of the network that `trains` names; it changes nothing, for a pass may be thrown away."""
+        """The loss of the network that `trains` names. It must not change any state: a pass may be discarded."""
 
     @classmethod
     def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
@@ -96,17 +96,17 @@ class Objective(ABC):
 
     @classmethod
     def options_of(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Those of `options` that the objective uses which flags describe; flags that are missing have defaults."""
+        """The subset of `options` that the objective described by these flags uses; missing flags have defaults."""
         return cls.options
 
     @classmethod
     def prepare(cls, values: Mapping[str, Any]) -> None:
-        """Find or fetch the files that the objective needs, before the run makes its folder; on every rank."""
+        """Find or download the files that the objective needs, before the run creates its folder; on every rank."""
         return None
 
     @classmethod
     def distance_of(cls, values: Mapping[str, Any]) -> str:
-        """The name of the distance between two images that flags choose, see `distances`."""
+        """The name of the distance between two images that the flags select, see `distances`."""
         return "l2"
 
     def trains(self, step: int) -> str:
@@ -121,43 +121,43 @@ class Objective(ABC):
     def after_step(self, nets: Networks, step: int) -> bool:
         """Update companions; True asks the loop for a fresh optimizer and fresh averages.
 
-        Called after every step, also one that was skipped because its gradients overflowed: stages count steps.
+        Called after every step, even if it was skipped because its gradients overflowed: stages count steps.
         """
         return False
 
     def check(self, total_steps: int) -> None:
-        """Find out at the start whether every step of the run is possible.
+        """Check at the start whether every step of the run is possible.
 
         :raises UserError: if one is not.
         """
         return None
 
     def logs(self, step: int) -> dict[str, float]:
-        """Numbers for the log's row of a step, besides the loss."""
+        """Values for the log row of a step, besides the loss."""
         return {}
 
     @property
     def history(self) -> LossHistory | None:
-        """What the objective learns from the losses of all ranks, if it does."""
+        """The object that learns from the losses of all ranks, if the objective has one."""
         return None
 
     @property
     def references(self) -> int:
-        """How many reference images every batch must carry."""
+        """The number of reference images that every batch must contain."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know besides networks and history, as tensors and plain values."""
+        """State that a resumed run needs besides networks and history, as tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         return None
 
 
 @dataclass
 class GridObjective(Objective):
-    """A loss over one interval, drawn uniformly, of a grid of noise levels whose fineness the curriculum decides.
+    """A loss over one random interval of a grid of noise levels; the curriculum sets the number of levels.
 
     :param curriculum: step -> (target decay rate, num_scales).
     :param levels: (number, device, dtype) -> that many falling noise levels.
@@ -212,7 +212,7 @@ class GridObjective(Objective):
         return self.terms(nets, batch, noise, index, num_scales)
 
     def check(self, total_steps: int) -> None:
-        for step in (0, total_steps - 1):                   # not hours later, where the curriculum has gone too far
+        for step in (0, total_steps - 1):                   # rather than hours later in the curriculum
             self.intervals(self.curriculum(step)[1])
 
     def logs(self, step: int) -> dict[str, float]:
@@ -223,7 +223,7 @@ class GridObjective(Objective):
 def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
     """The curriculum that resolved flags describe.
 
-    :raises UserError: for values that do not go together.
+    :raises UserError: for values that cannot be combined.
     """
     total = values["total_training_steps"]
     if values["scale_mode"] == "doubling" and values["stage_steps"]:

@@ -30,12 +30,12 @@ LOWEST = 0.002                                                      # of s'
 class CDM(EDM):
     """EDM's loss + martingale_lambda mean((D(x', s') - D(x, s)) (D(x'', s') - D(x, s))).
 
-    x' and x'' are ends of two independent walks along the backward SDE from x at level s, without gradient: with one
-    walk squared, the variance of its end would be penalised too. The product is an unbiased estimate of the squared
-    difference of expectations, so single values may be negative; it is not weighted by noise level.
+    x' and x'' are the ends of two independent walks along the backward SDE from x at level s, without gradient. The
+    square of one walk would also penalise the variance of its end. The product is an unbiased estimate of the squared
+    difference of expectations, so individual values may be negative; it is not weighted by noise level.
 
-    :param martingale_steps: noise levels of a walk, on a Karras grid with both ends; one evaluation fewer of D each.
-    :param martingale_sde: what the walk takes equal steps in, see BACKWARD.
+    :param martingale_steps: noise levels of a walk, on a Karras grid including both ends; a walk evaluates D once less.
+    :param martingale_sde: the variable of the walk's Euler-Maruyama steps, see BACKWARD.
     """
 
     options: ClassVar[tuple[str, ...]] = ("martingale_lambda", "martingale_steps", "martingale_sde")

@@ -1,16 +1,16 @@
-"""Consistency losses: the form that most few-step methods share, made of five components.
+"""Consistency losses: most few-step methods are one loss, made of five parts.
 
     weight(t, r)  distance( f(x_t, t),  f'(x_r, r) )        with x_r on a path through x_t, t > r
 
-| component | table | decides |
+| part | table | meaning |
 |---|---|---|
 | pairs | `PAIRS` | how the two noise levels t and r of a sample are drawn |
 | path | `PATHS` | how x_t becomes x_r: along a teacher's ODE, or with the same noise |
-| distance | `DISTANCES` | how far apart two images are |
-| weight | `PAIR_WEIGHTS` | what a pair's distance counts |
-| target | `TARGETS` | whose weights f' has |
+| distance | `DISTANCES` | the distance between two images |
+| weight | `PAIR_WEIGHTS` | the weight of a pair |
+| target | `TARGETS` | the weights of f' |
 
-A method is a recipe of these components with published settings; flags (--pairs and so on) make other combinations.
+A method is a choice of parts with published settings; flags (--pairs and so on) give other combinations.
 Consistency distillation and training are Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithms 2 and 3.
 
 Shapes: N batch, C channels, H and W height and width. Times are noise levels.
@@ -43,7 +43,7 @@ def _by_level(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tenso
 
 
 def _over_gap(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tensor:
-    """The same over t - r, so that the loss is a slope: it stays of one size while the pairs move together."""
+    """That weight divided by t - r: the loss keeps its size while t and r move closer."""
     return weight(t) / (t - r)
 
 
@@ -52,10 +52,10 @@ PAIR_WEIGHTS = {"level": _by_level, "gap": _over_gap}
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """Whose weights the target has.
+    """The weights of the target.
 
-    :param network: the denoiser among those of a step; None where it is missing.
-    :param companions: what it takes besides the online network.
+    :param network: the target's denoiser among the networks of a step; None if it is missing.
+    :param companions: networks that it needs besides the online network.
     :param options: the flags that it uses.
     """
 
@@ -71,10 +71,10 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Which components a consistency loss has, by their names in the tables; the distance is --loss_norm.
+class LossParts:
+    """The parts of a consistency loss, by their names in the tables; the distance is --loss_norm.
 
-    Each field is a flag of the same name; an empty flag keeps the method's own component.
+    The fields are flags; an empty flag keeps the method's own part.
     """
 
     pairs: str
@@ -82,71 +82,71 @@ class Recipe:
     pair_weight: str
     pair_target: str
 
-    def changed_by(self, flags: Mapping[str, Any]) -> Recipe:
-        """With the components that flags choose."""
-        return Recipe(**{field.name: flags.get(field.name) or getattr(self, field.name) for field in fields(self)})
+    def changed_by(self, flags: Mapping[str, Any]) -> LossParts:
+        """These parts, replaced by those that flags give."""
+        return LossParts(**{field.name: flags.get(field.name) or getattr(self, field.name) for field in fields(self)})
 
     @property
     def companions(self) -> tuple[Companion, ...]:
-        """The networks that the loss needs besides the online one."""
+        """The networks that the loss needs besides the online network."""
         return (*TARGETS[self.pair_target].companions, *PATHS[self.pair_path].companions)
 
 
 @dataclass
 class Consistency(GridObjective):
-    """A method of the family; a subclass gives its recipe, its published settings and its boundary condition.
+    """A consistency loss. A subclass defines its parts, published settings and boundary condition.
 
-    :param chosen: the recipe, where it is not the method's own.
-    :param drawn: the distribution of the pairs, where it is not the published one.
+    :param chosen: the parts, if they are not the method's own.
+    :param drawn: the distribution of the pairs, if it is not the published one.
     :param teacher_solver: see `TeacherPath`.
     """
 
-    recipe: ClassVar[Recipe]
+    parts: ClassVar[LossParts]
     result = "consistency_function"
     few_step = True
     distillation = True
     sampler = "onestep"
 
-    chosen: Recipe | None = None
+    chosen: LossParts | None = None
     drawn: Pairs | None = None
     teacher_solver: str = "heun"
 
     def __post_init__(self) -> None:
-        recipe = self.chosen or self.recipe
-        self.path = lookup(PATHS, recipe.pair_path, "pair_path").solved_by(self.teacher_solver)
-        self.pair_weight = lookup(PAIR_WEIGHTS, recipe.pair_weight, "pair_weight")
-        self.target = lookup(TARGETS, recipe.pair_target, "pair_target")
-        self.pairs = self.drawn or lookup(PAIRS, recipe.pairs, "pairs").published(self.levels, self.curriculum)
-        self.companions = recipe.companions
+        parts = self.chosen or self.parts
+        self.path = lookup(PATHS, parts.pair_path, "pair_path").solved_by(self.teacher_solver)
+        self.pair_weight = lookup(PAIR_WEIGHTS, parts.pair_weight, "pair_weight")
+        self.target = lookup(TARGETS, parts.pair_target, "pair_target")
+        self.pairs = self.drawn or lookup(PAIRS, parts.pairs, "pairs").published(self.levels, self.curriculum)
+        self.companions = parts.companions
 
     # --- from flags ------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_flags(cls, diffusion: Diffusion, values: Mapping[str, Any]) -> Consistency:
-        recipe, curriculum = cls.recipe.changed_by(values), curriculum_of(values)
-        kind = lookup(PAIRS, recipe.pairs, "pairs")
+        parts, curriculum = cls.parts.changed_by(values), curriculum_of(values)
+        kind = lookup(PAIRS, parts.pairs, "pairs")
         if kind.reaches_zero == cls.distillation:
             fitting = [name for name, each in PAIRS.items() if each.reaches_zero != cls.distillation]
             raise UserError(
-                f"--pairs {recipe.pairs}: the function that --training_mode {values['training_mode']} trains is the "
+                f"--pairs {parts.pairs}: the function that --training_mode {values['training_mode']} trains is the "
                 f"identity at {'sigma_min' if cls.distillation else 'noise level 0'}, where these pairs do not end; "
                 f"choose {' or '.join(fitting)}"
             )
         distance = get_distance(values["loss_norm"], values["huber_c"] if _is_huber(values) else 0)
         pairs = kind.from_flags(diffusion.noise_levels, curriculum, values)
         solver = values.get("teacher_solver", cls.teacher_solver)
-        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, recipe, pairs, solver)
+        return cls(curriculum, diffusion.noise_levels, diffusion.weight, distance, parts, pairs, solver)
 
     @classmethod
     def companions_of(cls, values: Mapping[str, Any]) -> tuple[Companion, ...]:
-        return cls.recipe.changed_by(values).companions
+        return cls.parts.changed_by(values).companions
 
     @classmethod
     def options_of(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
-        recipe = cls.recipe.changed_by(values)
+        parts = cls.parts.changed_by(values)
         return (
-            "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(Recipe)),
-            *PATHS[recipe.pair_path].options, *PAIRS[recipe.pairs].options, *TARGETS[recipe.pair_target].options,
+            "loss_norm", *(["huber_c"] if _is_huber(values) else []), *(field.name for field in fields(LossParts)),
+            *PATHS[parts.pair_path].options, *PAIRS[parts.pairs].options, *TARGETS[parts.pair_target].options,
         )
 
     # --- the loss --------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Consistency(GridObjective):
     # --- over the steps --------------------------------------------------------------------------------------------
 
     def after_step(self, nets: Networks, step: int) -> bool:
-        """Move the target, if it has weights of its own, a little toward the online network."""
+        """Update the target's moving average of the online network, if it has one."""
         if self.target.companions:
             target_ema, _ = self.curriculum(step)
             update_ema(nets.target_params, nets.online_params, target_ema)
@@ -204,12 +204,12 @@ def _is_huber(values: Mapping[str, Any]) -> bool:
 
 
 class ConsistencyDistillation(Consistency):
-    """Neighbours on a grid, one step along the teacher's ODE, against a slow average of the weights."""
+    """Neighbours on a grid, one step along the teacher's ODE, and a moving average of the weights as the target."""
 
-    recipe = Recipe(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
+    parts = LossParts(pairs="grid", pair_path="teacher", pair_weight="level", pair_target="ema")
 
 
 class ConsistencyTraining(Consistency):
-    """The same without a teacher: x_r has the noise of x_t."""
+    """Consistency distillation without a teacher: x_r has the noise of x_t."""
 
-    recipe = Recipe(pairs="grid", pair_path="noise", pair_weight="level", pair_target="ema")
+    parts = LossParts(pairs="grid", pair_path="noise", pair_weight="level", pair_target="ema")

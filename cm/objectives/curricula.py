@@ -1,4 +1,4 @@
-"""How a consistency training changes over its steps: the number of noise levels N, and the target's decay rate.
+"""Curricula of consistency training: the number of noise levels N and the decay rate of the target, by step.
 
 Sources: Song et al. 2023 (Consistency Models, arXiv 2303.01469), appendix C: N grows, so that the bias of the loss
 falls while its variance rises, and the target follows more slowly. Song and Dhariwal 2023 (iCT, arXiv 2310.14189),
@@ -37,7 +37,7 @@ def ema_and_scales(
     target_ema_mode `fixed`: start_ema (but 1 with progdist, which has no target). `adaptive`, with progressive only:
     exp(s0 ln(start_ema) / (N - 1)).
 
-    :raises ValueError: here, not at some later step, for unknown modes, modes that do not go together, and values
+    :raises ValueError: here, not at some later step, for unknown modes, modes that cannot be combined, and values
         that the modes cannot use.
     """
     scales = lookup(SCALE_MODES, scale_mode, "scale_mode")(
@@ -58,7 +58,7 @@ def ema_and_scales(
 
 
 def fixed_scales(start: int, end: int, total_steps: int, steps_per_iter: int) -> Scales:
-    """N = start for ever."""
+    """N = start at every step."""
     at_least("start_scales", start, 1)
     return lambda step: start
 
@@ -66,7 +66,7 @@ def fixed_scales(start: int, end: int, total_steps: int, steps_per_iter: int) ->
 def progressive_scales(start: int, end: int, total_steps: int, steps_per_iter: int) -> Scales:
     """N grows like a square root, from `start` to `end + 1`.
 
-    Step 0 stands alone: there the root is whole, so ceil(start - 1) + 1 = start, and start + 1 from step 1 on.
+    Step 0 is special: the root is an integer there, so ceil(start - 1) + 1 = start; from step 1 on, N is start + 1.
     """
     at_least("start_scales", start, 1)
     at_least("end_scales", end, start, "start_scales")
@@ -126,7 +126,7 @@ SCALE_MODES = {
 
 
 def fixed_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callable[[int], float]:
-    """`start_ema` for ever; 1, a target that never moves, for progressive distillation, which has none."""
+    """`start_ema` at every step; 1 (a target that never changes) for progressive distillation, which has no target."""
     rate = 1.0 if scale_mode == "progdist" else start_ema
     return lambda n: rate
 
@@ -141,7 +141,7 @@ def adaptive_ema(start_ema: float, scale_mode: str, start_scales: int) -> Callab
     if not start_ema > 0:
         raise UserError(
             f"target_ema_mode 'adaptive' needs a start_ema above 0, got {start_ema}; the paper uses 0.9 and 0.95. "
-            "For a target without memory choose target_ema_mode 'fixed'"
+            "For a target that equals the online network, choose target_ema_mode 'fixed'"
         )
     exponent = start_scales * math.log(start_ema)
     return lambda n: math.exp(exponent / (n - 1))

@@ -1,7 +1,7 @@
 """Distances between two batches of images, one number per sample: (a, b) [N,C,H,W] -> [N].
 
-All arithmetic is in the dtype of the images. A distance belongs to a loss: gradients flow through whichever of a and
-b wants them.
+All arithmetic is in the dtype of the images. A distance is part of a loss: gradients flow through a and b if they
+require them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def l2(a: Tensor, b: Tensor) -> Tensor:
 
 
 def l2_32(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference at 32x32 pixels; blind to detail that a 32x32 image cannot show."""
+    """Mean squared difference at 32x32 pixels; it ignores details that a 32x32 image cannot show."""
     difference = a - b                                             # resizing is linear: one resize instead of two
     if difference.shape[-2:] != (32, 32):
         difference = F.interpolate(difference, size=(32, 32), mode="bilinear", align_corners=False)
@@ -41,7 +41,7 @@ def l2_32(a: Tensor, b: Tensor) -> Tensor:
 def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     """sqrt(|a-b|^2 + c^2) - c over the whole sample: Song and Dhariwal 2023 (arXiv 2310.14189).
 
-    The norm is over the sample, not the pixel: c compares with the distance of two images, not of two numbers.
+    The norm is over the whole sample, so c is relative to the distance between two images, not between two pixels.
 
     :param c: below it the distance is a square, above it a norm; by default 0.00054 sqrt(CHW).
     """
@@ -54,10 +54,10 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
 def lpips(a: Tensor, b: Tensor) -> Tensor:
     """Perceptual distance: Zhang et al. 2018 (arXiv 1801.03924), VGG-16 with average pooling; images in [-1,1].
 
-    Images narrower than 256 pixels are enlarged to 224x224 first, the size that VGG was trained at. The network is
-    built when first needed. It sees grey images, of one channel, as RGB.
+    Images narrower than 256 pixels are first enlarged to 224x224, the training size of VGG. The network is built when
+    it is first needed. Grey images, of one channel, are converted to RGB.
 
-    :raises UserError: for latents, of other channels than 1 and 3; if the package `piq` or a file of weights is
+    :raises UserError: for latents, which do not have 1 or 3 channels; if the package `piq` or a file of weights is
         missing, see `cm.objectives.lpips`.
     """
     check_lpips_channels(a.shape[1])

@@ -1,7 +1,7 @@
 """Easy consistency tuning of a diffusion model: Geng et al. 2024 (ECT, arXiv 2406.14548).
 
-A denoiser is the consistency function of pairs with r = 0; it is tuned while r approaches t. The scalings stay those of
-the diffusion model, with D(x, 0) = x, so its file is the start.
+A denoiser is the consistency function for pairs with r = 0; it is tuned while r approaches t. The scalings are those of
+the diffusion model, with D(x, 0) = x, so training starts from its weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cm.objectives.consistency import Consistency, Recipe
+from cm.objectives.consistency import Consistency, LossParts
 
 
 class ECT(Consistency):
@@ -20,7 +20,7 @@ class ECT(Consistency):
     """
 
     needs_slow_clock = True
-    recipe = Recipe(pairs="shrinking", pair_path="noise", pair_weight="gap", pair_target="online")
+    parts = LossParts(pairs="shrinking", pair_path="noise", pair_weight="gap", pair_target="online")
     distillation = False
     defaults: ClassVar[Mapping[str, Any]] = {
         "loss_norm": "pseudo-huber", "weight_schedule": "uniform", "huber_c": 1e-8,

@@ -27,7 +27,7 @@ from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 class EDM(Objective):
     """weight(sigma) mean(D(x0 + sigma z, sigma) - x0)^2.
 
-    The other denoising objectives are this one with other `terms`; their `options` are fields of theirs.
+    The other denoising objectives override `terms`; their `options` are fields of the subclass.
 
     :param weight: the loss weight at noise levels, [N] -> [N].
     :param schedule_sampler: the distribution of the noise levels.

@@ -1,9 +1,9 @@
-"""Flow maps: networks that know the mean velocity from any time s down to any r.
+"""Flow maps: networks that predict the mean velocity from any time s down to any r.
 
 MeanFlow is Geng et al. 2025 (arXiv 2505.13447), equation 6 and algorithm 1. AlphaFlow is Zhang et al. 2025 (arXiv
-2510.20771), which needs no derivative: it is flow matching at alpha = 1, and MeanFlow as alpha tends to 0. Each has
-its own module and no recipe: the network takes the pair of levels as its two times, and the target is a velocity. The
-path is the one component of a consistency loss that they use.
+2510.20771), which needs no derivative: it is flow matching at alpha = 1, and MeanFlow as alpha tends to 0. They are not
+subclasses of `Consistency`: the network is conditioned on both times of a pair, and the target is a velocity.
+They share the path with consistency losses.
 
 On the linear clock, see `cm.diffusion.linear_clock`. Shapes: N batch, C channels, H and W height and width.
 """
@@ -33,7 +33,7 @@ STEEPNESS = 25.0                                            # of AlphaFlow's sig
 
 
 class Point(NamedTuple):
-    """Where a flow map starts, where to, and the velocity of its path there."""
+    """The start and the end of a flow map's step, and the velocity of the path at the start."""
 
     y: Tensor                                               # [N,C,H,W]
     s: Tensor                                               # [N]
@@ -45,9 +45,9 @@ class Point(NamedTuple):
 class FlowMap(PathObjective):
     """|residual|^2 / sg(|residual|^2 + adapt_e)^adapt_p with the residual of `residual`, norms over a sample.
 
-    :param p_mean, p_std: of ln sigma at s.
-    :param r_mean, r_std: of ln sigma at r, which is s where it would be later.
-    :param equal_share: share of the samples with r = s, which keep the flow map's velocity that of the path.
+    :param p_mean, p_std: mean and standard deviation of ln sigma at s.
+    :param r_mean, r_std: mean and standard deviation of ln sigma at r, which is limited to s.
+    :param equal_share: share of the samples with r = s, for which the flow map learns the velocity of the path.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {"p_mean": -0.6, "p_std": 1.6}
@@ -102,7 +102,7 @@ class FlowMap(PathObjective):
 
     @th.no_grad()
     def point(self, nets: Networks, batch: Batch, noise: Tensor, s: Tensor, r: Tensor) -> Point:
-        """y_s of the images and their noise, and the velocity noise - data of the path there."""
+        """The images with their noise at s, and the velocity of the path there, noise - data."""
         wide = append_dims(s, noise.ndim)
         y = (1 - wide) * batch.images + wide * noise
         with without_autocast(y.device):
@@ -139,9 +139,10 @@ class AlphaFlow(FlowMap):
     """The residual (u - sg(alpha v + (1 - alpha) u(y_m, m, r))) / alpha, where m = s - alpha (s - r) and y_m is
     y - (s - m) v.
 
-    Up to O(alpha) it is MeanFlow's. alpha falls from 1 along a sigmoid over the training, and stays above alpha_end.
+    Up to O(alpha), it equals MeanFlow's residual. alpha falls from 1 along a sigmoid during training, and stays above
+    alpha_end.
 
-    :param alpha_steps: over which it falls.
+    :param alpha_steps: number of steps over which alpha falls.
     """
 
     options = (*FlowMap.options, "alpha_end", "alpha_steps")

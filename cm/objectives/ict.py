@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from cm.objectives.consistency import Consistency, Recipe
+from cm.objectives.consistency import Consistency, LossParts
 
 
 class ICT(Consistency):
     """[sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c] / (t - r) for neighbours t > r of a grid of 11 to 1281 levels."""
 
     needs_slow_clock = True
-    recipe = Recipe(pairs="lognormal-grid", pair_path="noise", pair_weight="gap", pair_target="online")
+    parts = LossParts(pairs="lognormal-grid", pair_path="noise", pair_weight="gap", pair_target="online")
     defaults: ClassVar[Mapping[str, Any]] = {
         "loss_norm": "pseudo-huber", "weight_schedule": "uniform", "scale_mode": "doubling", "start_scales": 10,
         "end_scales": 1280,

@@ -1,7 +1,7 @@
-"""KarrasDenoiser: a diffusion that makes its own losses and objectives, as users of openai/consistency_models know it.
+"""KarrasDenoiser: a diffusion with methods for its losses and objectives, as in openai/consistency_models.
 
-The scalings live in `cm.diffusion.denoiser`, the losses in the other modules of this package; here they are under the
-names, and with the arguments, of that repository.
+The scalings live in `cm.diffusion.denoiser`, the losses in the other modules of this package; here they have the
+names and arguments of that repository.
 
 Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1]; noise levels are [N].
 """
@@ -32,13 +32,13 @@ ON_GRID: dict[str, type[GridObjective]] = {
     "consistency_distillation": ConsistencyDistillation, "consistency_training": ConsistencyTraining,
     "progdist": ProgressiveDistillation,
 }
-"""The methods of that repository."""
+"""The training methods of that repository."""
 
 
 class KarrasDenoiser(Diffusion):
-    """A `Diffusion` that makes its own losses and objectives; the arguments are the same.
+    """A `Diffusion` with methods for its losses and objectives; the arguments are the same.
 
-    :raises ValueError: for an unknown loss_norm, besides what `Diffusion` raises.
+    :raises ValueError: for an unknown loss_norm, and as `Diffusion`.
     """
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class KarrasDenoiser(Diffusion):
     # --- objectives ------------------------------------------------------------------------------------------------
 
     def training_objective(self, schedule_sampler: ScheduleSampler | None = None) -> EDM:
-        """Denoising, with noise levels from that distribution (by default EDM's lognormal)."""
+        """The denoising objective, with noise levels from a distribution (by default EDM's lognormal)."""
         return EDM(self.weight) if schedule_sampler is None else EDM(self.weight, schedule_sampler)
 
     def consistency_objective(self, training_mode: str, ema_scale_fn: Curriculum) -> GridObjective:
@@ -101,7 +101,7 @@ class KarrasDenoiser(Diffusion):
     ) -> dict[str, Tensor]:
         """The consistency loss `loss` [N]: distillation if there is a teacher, otherwise training.
 
-        :param num_scales: how many noise levels the grid has, at least 2.
+        :param num_scales: number of noise levels of the grid, at least 2.
         :param teacher_diffusion: the teacher's denoiser; by default this one with EDM's scalings.
         :param indices: [N] int64, which pair of neighbouring levels, 0..num_scales-2; by default random.
         :raises ValueError: without a target_model, and for num_scales below 2.
@@ -152,7 +152,7 @@ class KarrasDenoiser(Diffusion):
         self, mode: str, nets: Networks, x_start: Tensor, num_scales: int, model_kwargs: Cond, noise: Tensor | None,
         indices: Tensor | None,
     ) -> dict[str, Tensor]:
-        """The loss of one batch at a fixed num_scales; noise and indices that are not given are drawn."""
+        """The loss of one batch at a fixed num_scales; noise and indices that are not given are random."""
         objective = self.consistency_objective(mode, lambda step: (0.0, num_scales))
         intervals = objective.intervals(num_scales)
         if noise is None:

@@ -1,4 +1,4 @@
-"""The network of the perceptual distance LPIPS (Zhang et al. 2018, arXiv 1801.03924), and the two files it needs."""
+"""The network of the perceptual distance LPIPS (Zhang et al. 2018, arXiv 1801.03924), and its two files of weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHERWISE = "choose another --loss_norm (l1, l2, l2-32, pseudo-huber)"
 def lpips_network(device: Device, dtype: th.dtype = th.float32) -> nn.Module:
     """LPIPS on VGG-16 with average pooling, frozen: (a, b) [N,3,H,W] in [0,1] -> [N]. Built once per device and dtype.
 
-    :raises UserError: if the package `piq` is missing, or a file of weights is missing, cannot be had, or is broken.
+    :raises UserError: if the package `piq` or a file of weights is missing and cannot be downloaded, or is damaged.
     """
     prepare_lpips()
     ContentLoss = import_content_loss()
@@ -52,14 +52,14 @@ def lpips_network(device: Device, dtype: th.dtype = th.float32) -> nn.Module:
 
 
 def check_lpips_channels(channels: int) -> None:
-    """:raises UserError: for latents, which VGG-16 does not know."""
+    """:raises UserError: for latents, which VGG-16 cannot process."""
     if channels not in (1, 3):
         raise UserError(f"the loss_norm 'lpips' compares pictures, of 1 or 3 channels, not latents of "
                         f"{channels} channels; {OTHERWISE}")
 
 
 def prepare_lpips() -> None:
-    """Download the files of weights that are not there yet: for one rank of a job, before all want them at once.
+    """Download missing files of weights; one rank of a job calls it before all ranks need them.
 
     :raises UserError: if a package is missing, or a file is and cannot be downloaded; the message says what to do.
     """
@@ -73,7 +73,7 @@ def prepare_lpips() -> None:
         except DOWNLOAD_ERRORS as error:
             raise UserError(
                 f"the loss_norm 'lpips' needs {path}, which cannot be downloaded ({error}). "
-                "On a machine with a network fetch two files, and put them here:\n"
+                "On a machine with internet access, download two files and put them here:\n"
                 f"{where_files_go(WEIGHT_FILES)}\nOr {OTHERWISE}."
             ) from None
 
@@ -128,6 +128,6 @@ def load(file: WeightFile) -> Any:
 
 def broken(file: WeightFile, reason: str) -> UserError:
     return UserError(
-        f"the weights of the loss_norm 'lpips' in {path_of(file)} are truncated or not what they should be ({reason}). "
+        f"the weights of the loss_norm 'lpips' in {path_of(file)} are truncated or not the expected file ({reason}). "
         f"Delete the file, so that it is downloaded again from {file.url}, or {OTHERWISE}."
     )

@@ -1,4 +1,4 @@
-"""Weights of a loss that make it equally large at all noise levels, from what the losses of all ranks have been."""
+"""Loss weights that make the loss equally large at all noise levels, from the past losses of all ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MEMORY = 1000                                               # losses of a bin af
 class NoiseBinWeights:
     """1 / the running mean of the loss in the bin of a noise level.
 
-    The mean begins at 1 and moves by 1 / MEMORY of the way to every loss, as slowly as a weight is learnt: the first
-    losses of a student that starts as its teacher are 0.
+    The mean starts at 1 and moves towards each loss by a fraction of 1 / MEMORY, as slowly as a learnt weight: the
+    first losses of a student that starts as its teacher are 0.
 
     This is the optimum of a learnt weight exp(w(t)) whose loss is exp(w) L - w (Lu and Song 2024, arXiv 2410.11081,
-    equation 8): exp(-w) = E[L | t]. It needs no network, optimizer and gradient, and is part of the checkpoint. It
+    equation 8): exp(-w) = E[L | t]. It needs no network, optimizer or gradient, and is saved in checkpoints. It
     satisfies `cm.types.LossHistory`.
 
     :param sigma_min, sigma_max: ends of the bins, which are equal in ln sigma; levels beyond count to the last ones.

@@ -1,4 +1,4 @@
-"""How a consistency loss draws the two noise levels t > r of a sample that it compares.
+"""Distributions of the two noise levels t > r of a sample that a consistency loss compares.
 
 Sources: `grid` is Song et al. 2023 (Consistency Models, arXiv 2303.01469), algorithms 2 and 3; `lognormal-grid` is Song
 and Dhariwal 2023 (iCT, arXiv 2310.14189), section 3.5; `shrinking` is Geng et al. 2024 (ECT, arXiv 2406.14548), section
@@ -93,7 +93,7 @@ class GridPairs(Pairs):
         return rng.randint(0, intervals(num_scales), (len(like),), device=like.device)
 
     def check(self, total_steps: int) -> None:
-        for step in (0, total_steps - 1):                   # not hours later, where the curriculum has gone too far
+        for step in (0, total_steps - 1):                   # rather than hours later in the curriculum
             intervals(self.curriculum(step)[1])
 
     def logs(self, step: int) -> dict[str, float]:
@@ -185,7 +185,7 @@ class ShrinkingPairs(Pairs):
     def __post_init__(self) -> None:
         if not self.q > 1:
             raise UserError(f"--shrink_q {self.q:g}: 1 - r/t falls by this factor from stage to stage, so it must be "
-                            "above 1; published are 2 and 256")
+                            "above 1; published values are 2 and 256")
 
     def stage(self, step: int) -> int:
         """a, 0 for the first."""

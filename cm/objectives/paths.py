@@ -1,8 +1,8 @@
-"""How an image moves when its noise level changes: along a teacher's ODE, or along the line of its own noise.
+"""Paths of an image through the noise levels: along a teacher's ODE, or along the line of its own noise.
 
-Either is a pair of end points of the line x = data + sigma noise, whose slope dx/dsigma is the noise: the teacher's
-denoised image and the noise that it sees in x, or the sample's own image and the noise that was added to it. The second
-is the first on average over the images that could have become x.
+Both use the line x = data + sigma noise, whose slope dx/dsigma is the noise. The data and the noise are either the
+teacher's denoised image and the noise that it predicts in x, or the sample's own image and the noise that was added.
+Averaged over the images that could have become x, the second pair is the first.
 
 Shapes: N batch, C channels, H and W height and width. Times are noise levels: t > r.
 """
@@ -36,7 +36,7 @@ class Path(ABC):
     """The flags that it uses."""
 
     def solved_by(self, solver: str) -> Path:
-        """The same path, in the steps of a solver, where it is solved at all."""
+        """The path with a solver for its ODE, if it has one."""
         return self
 
     @abstractmethod
@@ -94,7 +94,7 @@ class NoisePath(Path):
 
 
 def teacher_of(nets: Networks, batch: Batch) -> Denoiser:
-    """The teacher's denoiser with the conditioning of a batch; the one place through which objectives ask a teacher.
+    """The teacher's denoiser with the conditioning of a batch; objectives evaluate the teacher through it.
 
     :raises UserError: if there is none.
     """
@@ -109,7 +109,7 @@ PATHS: dict[str, Path] = {"teacher": TeacherPath(), "noise": NoisePath()}
 def land(
     path: Path, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, reaches_zero: bool
 ) -> Tensor:
-    """The image at levels r on the path through x_t; where r is 0 that is the line's data, whatever the solver.
+    """The image at levels r on the path through x_t; at r = 0 it is the data of the line, whatever the solver.
 
     :param reaches_zero: whether r may be 0.
     """
@@ -122,14 +122,14 @@ def land(
 
 @dataclass
 class PathObjective(Objective):
-    """A few-step objective whose target is made of the velocity of a path, which `velocity_path` gives.
+    """A few-step objective whose target uses the velocity of a path, `velocity_path`.
 
     :param diffusion: the scalings around the network.
     :param path: a name in PATHS.
     """
 
     usual_path: ClassVar[str]
-    """Where --pair_path names none."""
+    """The default of --pair_path."""
     few_step = True
     needs_slow_clock = True
     full_precision_passes = True

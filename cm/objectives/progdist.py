@@ -1,6 +1,6 @@
 """Progressive distillation: Salimans and Ho 2022 (arXiv 2202.00512), algorithm 2, for the ODE in sigma.
 
-A student learns to do in one Euler step what its teacher does in two; then it is the teacher of the next stage.
+A student learns to replace two Euler steps of its teacher by one; then it becomes the teacher of the next stage.
 
 Shapes: N batch, C channels, H and W height and width. Times are noise levels: t > t_mid > t_end.
 """
@@ -22,7 +22,7 @@ from cm.types import Batch, Denoiser, LossTerms, Networks
 
 
 class ProgressiveDistillation(GridObjective):
-    """weight(t) d(D(x_t, t), the image that two Euler steps of the teacher point at).
+    """weight(t) d(D(x_t, t), target), where one Euler step towards target equals two Euler steps of the teacher.
 
     num_scales is the number of the student's sampling steps.
     """
@@ -57,17 +57,17 @@ class ProgressiveDistillation(GridObjective):
         _, first = self.curriculum(0)
         if first & (first - 1):
             halved = [first >> k for k in range(first.bit_length()) if first >> k > 2]
-            logger.warn(f"--start_scales {first} is no power of two: the stages of the student have "
+            logger.warn(f"--start_scales {first} is not a power of two: the stages of the student have "
                         f"{', '.join(map(str, halved))}, 2, 1 steps, which are not all half of those before; "
                         f"{1 << first.bit_length()} or {1 << first.bit_length() - 1} halve exactly")
 
     def teacher_of(self, teacher: Denoiser, num_scales: int) -> Denoiser:
-        """The teacher of a stage. Only the first is guided: later teachers are students, which have learnt it."""
+        """The teacher of a stage. Only the first one is guided: later teachers are students that have learnt it."""
         _, first_scales = self.curriculum(0)
         return teacher if num_scales == first_scales else unguided(teacher)
 
     def after_step(self, nets: Networks, step: int) -> bool:
-        """Where the next step has fewer sampling steps, the student becomes the teacher: a new stage begins."""
+        """If the next step has fewer sampling steps, the student becomes the teacher: a new stage begins."""
         (_, scales), (_, next_scales) = self.curriculum(step), self.curriculum(step + 1)
         if next_scales == scales:
             return False

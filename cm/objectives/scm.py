@@ -1,8 +1,8 @@
 """Continuous-time consistency models: Lu and Song 2024 (sCM, arXiv 2410.11081), algorithm 1.
 
-The limit of a consistency loss as r approaches t. It has its own module and no recipe: instead of a pair and a distance
-there is a derivative along the path, which is normalised. The path is the component that remains: a teacher's (sCD), or
-that of the same noise (sCT).
+The limit of a consistency loss as r approaches t. It is not a subclass of `Consistency`: instead of a pair and a
+distance, it has a normalised derivative along the path. It shares the path with consistency losses: a teacher's (sCD),
+or that of the same noise (sCT).
 
 On TrigFlow's clock, see `cm.diffusion.trigflow`; sigma_data is sd. Shapes: N batch, C channels, H and W height and
 width.
@@ -32,13 +32,13 @@ from cm.types import Batch, LossTerms, Networks, NoiseSource
 class SCM(PathObjective):
     """|F(x_t) - sg F(x_t) - g / (|g| + c)|^2 / (CHW) with the tangent g of `tangent`; ln sigma ~ N(p_mean, p_std^2).
 
-    The published prior weight and weight network are left out. The network's optimum divides both away, and the tangent
-    has about the same size at all levels already; `weights` does the same from the losses.
+    The published prior weight and weight network are omitted. The optimum of the weight network cancels the prior, and
+    the tangent already has about the same size at all levels; `weights` does the same from past losses.
 
-    :param c: what is added to the size of the tangent.
-    :param norm: that size: "rms" over the numbers of a sample, or "norm", the root of their sum of squares.
-    :param warmup: steps over which the part of the tangent that the network makes grows from 0.
-    :param weights: of noise levels, learnt from the losses.
+    :param c: number added to the size of the tangent.
+    :param norm: how the size is measured: "rms", or "norm", the square root of the sum of squares, over a sample.
+    :param warmup: steps over which the network's own part of the tangent grows from 0.
+    :param weights: weights of noise levels, learnt from the losses.
     """
 
     options: ClassVar[tuple[str, ...]] = (
@@ -122,7 +122,7 @@ class SCD(SCM):
 
 
 class SCT(SCM):
-    """Without a teacher, or from the weights of one."""
+    """Without a teacher's ODE; the student may start from a teacher's weights."""
 
     usual_path = "noise"
     defaults: ClassVar[Mapping[str, Any]] = {"p_mean": -1.0, "p_std": 1.4}

@@ -1,9 +1,9 @@
-"""What objectives share that differentiate their own network in forward mode.
+"""Shared code of objectives that differentiate their own network in forward mode.
 
-The derivative is a constant of the loss. It is taken of the bare module, without gradient, and the gradient comes from
-an ordinary pass through the module that averages gradients over ranks: a derivative that carried the gradient around
-that module would leave the ranks with different gradients, without an error. It is taken in float32, since half
-precision loses it long before the value.
+The derivative is a constant in the loss. It is computed with the bare module, without gradient; the gradient comes from
+an ordinary pass through the module that averages gradients over ranks. A derivative with gradient would bypass that
+module and leave the ranks with different gradients, without an error. It is computed in float32, because half precision
+loses the derivative long before the value.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def normalized(g: Tensor, c: float, kind: str) -> Tensor:
 
 
 def check_flags(diffusion: Diffusion, values: Mapping[str, Any]) -> None:
-    """The network can be differentiated in forward mode, and has the scalings that the clocks are made for.
+    """Check that the network can be differentiated in forward mode, and has the scalings that the clocks need.
 
-    :raises UserError: if not, naming the flag.
+    :raises UserError: if not; the message names the flag.
     """
     mode = f"--training_mode {values['training_mode']}"
     if values["compile"]:

@@ -34,10 +34,10 @@ class Uncertain(Protocol):
 class Uncertainty(EDM):
     """exp(-u(sigma)) weight(sigma) mean(D(x0 + sigma z, sigma) - x0)^2 + u(sigma), ln sigma normal.
 
-    u is a second output of the network. Where it is best, it is the logarithm of the expected weighted loss at sigma,
-    so that all noise levels count alike in the gradient.
+    u is a second output of the network. Its optimum is the logarithm of the expected weighted loss at sigma, so all
+    noise levels have equal weight in the gradient.
 
-    :param noise_labels: what the network is conditioned on at noise levels, [N] -> [N].
+    :param noise_labels: noise levels -> the noise labels of the network, [N] -> [N].
     """
 
     options: ClassVar[tuple[str, ...]] = ("noise_mean", "noise_std")

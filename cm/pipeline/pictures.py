@@ -1,4 +1,4 @@
-"""Images as callers have them: PIL, uint8 arrays or float tensors, on the way in and out.
+"""Conversion of images from and to the formats of callers: PIL images, uint8 arrays or float tensors.
 
 Shapes: N images, C channels, H and W height and width.
 """
@@ -21,11 +21,11 @@ Pictures = Any
 
 OUTPUTS = ("pil", "array", "tensor")
 MODES = {1: "L", 3: "RGB"}
-LARGEST = 1.5                                               # of pictures in [-1, 1], also where they were not clamped
+LARGEST = 1.5                                               # largest value of images in [-1, 1] that were not clamped
 
 
 def from_tensor(images: Tensor, output: str) -> Any:
-    """Images [N,C,H,W] in [-1, 1] in the form asked for.
+    """Convert images [N,C,H,W] in [-1, 1] to an output format.
 
     :param output: "pil" for a list of PIL images, "array" for uint8 [N,H,W,C] (latents: float32), "tensor"
         for the float32 tensor itself.
@@ -38,13 +38,13 @@ def from_tensor(images: Tensor, output: str) -> Any:
         return pixels
     channels = pixels.shape[-1]
     if channels not in MODES:
-        raise UserError(f"images of {channels} channels are no pictures: ask for output='array' or 'tensor'")
+        raise UserError(f"images of {channels} channels cannot be PIL images: choose output='array' or 'tensor'")
     flat = pixels[..., 0] if channels == 1 else pixels
     return [Image.fromarray(each, MODES[channels]) for each in flat]
 
 
 def to_tensor(images: Pictures, size: int, channels: int) -> Tensor:
-    """Images of a caller as a float tensor [N,C,H,W] in [-1, 1].
+    """Convert images of a caller to a float tensor [N,C,H,W] in [-1, 1].
 
     :raises UserError: for images of another size, number of channels or type.
     """
@@ -80,16 +80,16 @@ def _as_array(images: Pictures, channels: int) -> np.ndarray:
 
 
 def _from_pixels(pixels: np.ndarray) -> Tensor:
-    """uint8 [N,H,W,C] as float [N,C,H,W] in [-1, 1]; any other shape is left for the caller to refuse."""
+    """uint8 [N,H,W,C] as float [N,C,H,W] in [-1, 1]; any other shape is left to the caller, which refuses it."""
     images = th.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
     return images.movedim(-1, 1) if images.ndim == 4 else images
 
 
 def check_range(images: Tensor, noisy: bool) -> None:
-    """Refuse float images [N,C,H,W] that are no pictures in [-1, 1].
+    """Refuse float images [N,C,H,W] that are not in [-1, 1].
 
-    :param noisy: with noise on them, they may have any range; so may latents.
-    :raises UserError: saying what they are.
+    :param noisy: noisy images may have any range, and so may latents.
+    :raises UserError: with the range of the images.
     """
     lowest, highest = images.aminmax()
     if not (lowest.isfinite() and highest.isfinite()):
@@ -100,7 +100,7 @@ def check_range(images: Tensor, noisy: bool) -> None:
 
 
 def known_pixels(mask: Any) -> np.ndarray:
-    """A mask [H,W] of a caller as booleans, True where a pixel is known: those that are 1, 255 or light.
+    """Convert a mask [H,W] of a caller to booleans: True for known pixels, which are 1, 255 or light.
 
     :raises UserError: if an array holds anything but 0 and 1, or 0 and 255.
     """

@@ -46,23 +46,23 @@ from cm.setup.sampler import sampler_of, sampler_options
 
 SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 LEVELS = 40
-"""Noise levels of the grid of which several steps of a consistency model take some; the published number."""
+"""Noise levels of the grid for several steps of a consistency model; the published number."""
 EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
 FACTOR, SIGMA = 8, 0.5
 TASKS_OF = {"mask": ("inpaint",), "factor": ("superres",), "sigma": ("stroke", "denoise")}
-"""Part of an edit -> the tasks that use it."""
+"""Argument of an edit -> the tasks that use it."""
 ELSEWHERE = {"num_samples": "count", "model_path": "cm.load", "training_mode": "cm.load"}
-"""Flags of image_sample.py -> where a pipeline takes them."""
+"""Flags of image_sample.py -> what a pipeline has instead."""
 
 
 Labels = int | str | Sequence[int] | Sequence[str]
-"""A class by its number or name, or one for each image."""
+"""One class, by its number or name, or one class per image."""
 
 
 class Pipeline:
-    """A trained network and all that is known of how to sample from it.
+    """A trained network with everything that is needed to sample from it.
 
-    The same seed and sample number give the same image for any batch size, up to the rounding of sums.
+    The same seed and image index give the same image for any batch size, up to the rounding of sums.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Pipeline:
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that the network knows; None if it is unconditional."""
+        """Number of classes of the network; None if it is unconditional."""
         return sampling_plan(self._settings).num_classes
 
     @property
     def few_steps(self) -> bool:
-        """Whether it makes an image in one evaluation, as consistency models and flow maps do."""
+        """Whether it generates an image in one evaluation, as consistency models and flow maps do."""
         return self._kind.few_step
 
     @property
@@ -123,15 +123,14 @@ class Pipeline:
     ) -> Any:
         """Sample images.
 
-        :param count: how many.
-        :param steps: of the sampler; for a consistency model the number of network evaluations, 1 by default.
-        :param labels: one class for all images, or one for each, by number or name; by default each gets a class at
-            random.
-        :param seed: image i depends on the seed and i alone.
+        :param count: number of images.
+        :param steps: number of sampler steps; for a consistency model, the number of network evaluations, by default 1.
+        :param labels: one class for all images, or one per image, by number or name; by default, classes are random.
+        :param seed: image i depends only on the seed and on i.
         :param batch_size: images per forward pass; only memory and time depend on it.
         :param output: "pil", "array" (uint8 [N,H,W,C]) or "tensor" (float32 [N,C,H,W] in [-1, 1]).
-        :param options: any other flag of image_sample.py about sampling, such as sampler="dpm", s_churn=10,
-            guide_scale=2; vae="FOLDER" makes pictures of a network of latents.
+        :param options: any other sampling flag of image_sample.py, such as sampler="dpm", s_churn=10, guide_scale=2;
+            vae="FOLDER" decodes the latents of a latent diffusion model to images.
         :raises UserError: for an option that does not exist or does not fit, or images that are not finite.
         """
         _check_output(output)
@@ -162,15 +161,16 @@ class Pipeline:
         steps: int | None = None, batch_size: int = 64, output: str = "pil", mask: Any = None,
         factor: int = FACTOR, sigma: float = SIGMA, **options: Any,
     ) -> Any:
-        """Edit images without training for it: Song et al. 2023 (2303.01469), algorithm 4.
+        """Edit images with a model that was not trained for it: Song et al. 2023 (2303.01469), algorithm 4.
 
         :param images: PIL images, uint8 [N,H,W,C], or float tensors [N,C,H,W] in [-1, 1], of the model's size.
         :param task: inpaint (`mask`: 1 or white where a pixel is known, [H,W]), colorize, superres (`factor`: side of
-            the patches whose mean is kept), stroke (`sigma`: noise to start from), denoise (`sigma`: that of the
-            images' own noise).
-        :param steps: of the sampler; by default a consistency model visits all levels of its grid, as the paper does.
-        :param options: as of `sample`; with vae="FOLDER" a network of latents edits pictures, by inpaint or stroke.
-        :raises UserError: for images, a mask or an option that does not fit.
+            the patches whose mean is kept), stroke (`sigma`: noise level to start from), denoise (`sigma`: standard
+            deviation of the noise in the images).
+        :param steps: number of sampler steps; by default, a consistency model uses all levels of its grid, as the paper
+            does.
+        :param options: as in `sample`; with vae="FOLDER", a latent diffusion model edits images (inpaint and stroke).
+        :raises UserError: for images, a mask or an option that cannot be used.
         """
         _check_output(output)
         _check_options(options, labels)
@@ -212,17 +212,17 @@ class Pipeline:
         self, path: str | os.PathLike[str], *, licence: str = "", results: Sequence[str | os.PathLike[str]] = (),
         picture: Image.Image | str | os.PathLike[str] | None = None,
     ) -> None:
-        """Write the model so that `cm.load` and every --model_path read it without any flag.
+        """Write the model so that `cm.load` and every --model_path read it without further flags.
 
-        A path that ends in .safetensors becomes one file, with the network's flags in its metadata. Any other becomes
-        a folder as model hubs have them: model.safetensors, config.json and README.md, a model card made from what the
-        run has left beside the weights.
+        A path that ends in .safetensors gives one file, with the flags of the network in its metadata. Any other path
+        gives a folder in the format of model hubs: model.safetensors, config.json and README.md, a model card with the
+        facts that the run has stored next to the weights.
 
-        :param licence: for the card, such as "mit".
-        :param results: files that evaluator.py or fid.py wrote with --json, for the card.
-        :param picture: of samples, for the card.
-        :raises UserError: if the file or folder cannot be written, the folder holds something else, or the results or
-            the picture cannot be read.
+        :param licence: licence for the card, such as "mit".
+        :param results: results for the card: files that evaluator.py or fid.py wrote with --json.
+        :param picture: picture of samples for the card.
+        :raises UserError: if the file or folder cannot be written, the folder contains other files of these names, or
+            the results or the picture cannot be read.
         """
         target = os.fspath(path)
         if target.endswith(described.SUFFIX):
@@ -239,7 +239,7 @@ class Pipeline:
     def to_diffusers(self, folder: str | os.PathLike[str], num_train_timesteps: int = 0) -> None:
         """Write a consistency model as a folder that diffusers' ConsistencyModelPipeline loads.
 
-        :param num_train_timesteps: noise levels of the training grid; 0: as the checkpoint says.
+        :param num_train_timesteps: number of noise levels of the training grid; 0: read from the checkpoint.
         :raises UserError: for a diffusion model, or a network that diffusers does not have.
         """
         export.save_diffusers(
@@ -249,16 +249,16 @@ class Pipeline:
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _weights(self) -> dict[str, Tensor]:
-        """In float32, whatever the model computes in."""
+        """The weights in float32, whatever the precision of the model."""
         return {name: value.float() for name, value in self.model.state_dict().items()}
 
     def _description(self) -> Description:
-        """What belongs to the weights in a file."""
+        """The description that is stored with the weights."""
         source = self._settings.sources["model_path"]
         return export.describe(self._settings, source.path, source.class_names)
 
     def _with(self, options: dict[str, Any]) -> Settings:
-        """The settings with these options, on top of what the checkpoint says."""
+        """The settings of the checkpoint, overridden by these options."""
         settings = Settings(
             dict(self._settings.values), dict(self._settings.given), sources=dict(self._settings.sources)
         )
@@ -266,7 +266,7 @@ class Pipeline:
         return settings
 
     def _guided(self, settings: Settings) -> BindsNetworks:
-        """The diffusion with the guide that the options ask for, whose network is loaded once."""
+        """The diffusion with the guide that the options select; its network is loaded only once."""
         asked = tuple(settings.values[name] for name in defaults_of(GuidanceConfig))
         if asked not in self._guides:
             guide = choose_guide(settings, SAMPLING)
@@ -274,7 +274,7 @@ class Pipeline:
         return self._guides[asked]
 
     def _decoder(self, settings: Settings) -> Decoder | None:
-        """The decoder that the options ask for, which is loaded once."""
+        """The decoder that the options select; it is loaded only once."""
         asked = json.dumps([settings.values[name] for name in defaults_of(VaeConfig)])
         if asked not in self._decoders:
             self._decoders[asked] = load_decoder(settings, self.device)
@@ -300,24 +300,24 @@ class Pipeline:
         return classes.astype(np.int64)
 
     def _check_parts(self, task: str, mask: Any, factor: int, sigma: float) -> None:
-        """:raises UserError: for a part of another task, or a noise level that the network does not know."""
+        """:raises UserError: for an argument of another task, or a noise level that the network does not support."""
         given = {"mask": mask is not None, "factor": factor != FACTOR, "sigma": sigma != SIGMA}
         if foreign := [name for name, is_given in given.items() if is_given and task not in TASKS_OF[name]]:
             raise UserError(f"{foreign[0]} is for {' and '.join(TASKS_OF[foreign[0]])}, not for {task}; drop it")
         lowest, highest = self._settings.values["sigma_min"], self._settings.values["sigma_max"]
         if task in TASKS_OF["sigma"] and not lowest <= sigma <= highest:
-            raise UserError(f"sigma={sigma}: the network knows noise levels from {lowest:g} to {highest:g}")
+            raise UserError(f"sigma={sigma}: the network supports noise levels from {lowest:g} to {highest:g}")
 
     def _condition(self, rows: np.ndarray, classes: np.ndarray | None) -> dict[str, Tensor]:
         return {} if classes is None else {"y": th.as_tensor(classes[rows], device=self.device)}
 
 
 def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a number of steps, where no sampler is asked for.
+    """The flags for a number of steps, if no sampler is given.
 
     For a consistency model `steps` is the number of evaluations: one step, or evenly spaced levels of its grid.
 
-    :param sampler: the one that fits the model.
+    :param sampler: the usual sampler of the model.
     :raises UserError: if `ts` lists the levels already.
     """
     asked = options if steps is None else {"steps": steps, **options}
@@ -339,9 +339,9 @@ def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[
 
 
 def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float) -> Edit:
-    """The edit of images [N,C,H,W] that a task asks for.
+    """The edit of images [N,C,H,W] for a task.
 
-    :raises UserError: if its mask is missing, or is none.
+    :raises UserError: if the mask is missing or not a mask.
     """
     if task == "inpaint":
         if mask is None:
@@ -355,14 +355,14 @@ def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float
 
 
 def batches(count: int, size: int) -> list[np.ndarray]:
-    """The sample numbers 0 to count-1 in parts of at most `size`."""
+    """The indices 0 to count-1 in batches of at most `size`."""
     return [np.arange(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def finite(images: Tensor, plan: SamplingPlan) -> Tensor:
-    """The images, if they may be shown.
+    """The images themselves.
 
-    :raises UserError: if some are not finite.
+    :raises UserError: if some are not finite, unless the plan allows them.
     """
     bad = int((~finite_images(images)).sum())
     if bad and not plan.allow_non_finite:
@@ -377,9 +377,9 @@ def _check_output(output: str) -> None:
 
 
 def _check_options(options: dict[str, Any], labels: Any) -> None:
-    """:raises UserError: for an option that is given in another way, or twice."""
+    """:raises UserError: for an option that has another name here, or is given twice."""
     for name in options.keys() & ELSEWHERE.keys():
-        raise UserError(f"{name}={options[name]!r} is no option here, and would change nothing: it is for "
+        raise UserError(f"{name}={options[name]!r} is not an option here and would have no effect: use "
                         f"{ELSEWHERE[name]}")
     if labels is not None and "class_label" in options:
-        raise UserError("labels and class_label both say of which classes the images are: drop one of them")
+        raise UserError("labels and class_label both set the classes of the images: drop one of them")

@@ -1,4 +1,4 @@
-"""Train from Python, in one process: flags as keywords, and the trained model as a pipeline."""
+"""Train from Python, in one process: flags are keyword arguments, and the trained model is a pipeline."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def train_model(log_dir: str | os.PathLike[str], *, training_mode: str = "edm", 
     """Train a model, or resume its training, and load it.
 
     The defaults are those of the commands: of edm_train.py for training_mode="edm", of cm_train.py for any other. A
-    call with the same log_dir resumes the run, and trains no more if it is finished.
+    call with the same log_dir resumes the run; a finished run is only loaded.
 
-    :param log_dir: folder of the run: its log, checkpoints and pictures.
-    :param training_mode: "edm" for a diffusion model, or how a few-step model is trained, such as "ect".
-    :param flags: those of edm_train.py and cm_train.py, such as data_dir="IMAGES", image_size=64,
+    :param log_dir: folder of the run: its log, checkpoints and sample grids.
+    :param training_mode: "edm" for a diffusion model, or the method for a few-step model, such as "ect".
+    :param flags: flags of edm_train.py and cm_train.py, such as data_dir="IMAGES", image_size=64,
         total_training_steps=1000, teacher_model_path="runs/edm".
     :return: the run's best average, else its newest.
-    :raises UserError: for a flag that does not exist or does not fit, and files that cannot be used.
+    :raises UserError: for a flag that does not exist or cannot be used, and for files that cannot be used.
     """
     train(training_settings({"log_dir": os.fspath(log_dir), "training_mode": training_mode, **flags}))
     return load_pipeline(log_dir)
 
 
 def training_settings(flags: dict[str, object]) -> Settings:
-    """The settings of a training command that is given these flags.
+    """The settings of a training command with these flags.
 
     :raises UserError: for a flag that does not exist, or a value that it does not allow.
     """

@@ -56,8 +56,8 @@ def candidates(found: Findings, size: str = "", image_size: int = 0) -> list[Can
     :raises UserError: if no network takes images of that side.
     """
     if image_size and not levels(image_size):
-        raise UserError(f"--image_size {image_size}: the networks halve images once or more, down to {LEAST_SIDE} "
-                        f"pixels and more: give an even number from {2 * LEAST_SIDE} on, such as 32")
+        raise UserError(f"--image_size {image_size}: the networks halve images at least once, to at least "
+                        f"{LEAST_SIDE} pixels: give an even number of at least {2 * LEAST_SIDE}, such as 32")
     sizes = [each for each in SIZES if each.name == size] or [
         each for each in SIZES
         if each.least_side <= (image_size or found.sides[1]) and each.least_images <= found.images

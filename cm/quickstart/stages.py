@@ -74,7 +74,7 @@ class Stage:
         if status:
             sys.exit(f"{who}: the stage {self.name!r} ended with status {status}; see its messages above")
         if self.was_stopped:
-            sys.exit(f"{who}: the stage {self.name!r} was stopped; the same command goes on from there")
+            sys.exit(f"{who}: the stage {self.name!r} was stopped; the same command resumes from there")
         if marks:
             write_bytes(self.product, b"")
 
@@ -157,7 +157,7 @@ def mpiexec(ranks: int) -> list[str]:
     """
     own = Path(sys.executable).with_name("mpiexec")
     if not own.exists() and shutil.which("mpiexec") is None:
-        raise UserError(f"{ranks} ranks are started by mpiexec, and there is none: pip install mpi4py mpich, or give "
+        raise UserError(f"mpiexec, which starts {ranks} ranks, was not found: pip install mpi4py mpich, or give "
                         "--ranks 1")
     return [str(own if own.exists() else "mpiexec"), "-n", str(ranks)]
 
@@ -170,5 +170,5 @@ def run_chain(chain: Callable[[], None]) -> None:
         failure.say(f"error: {error}")
         sys.exit(failure.USER_STATUS)
     except KeyboardInterrupt:
-        failure.say("interrupted; the same command goes on from here")
+        failure.say("interrupted; the same command resumes from here")
         sys.exit(128 + signal.SIGINT)

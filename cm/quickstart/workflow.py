@@ -91,13 +91,13 @@ class Workflow:
         differing = [f"--{name} {known.get(name)} instead of {value}" for name, value in self.order.remembered().items()
                      if known.get(name) != value]
         if differing:
-            raise UserError(f"{self.out} was begun with other flags ({', '.join(differing)}): give the same to go on, "
-                            "or another --out to start afresh")
+            raise UserError(f"{self.out} was started with other flags ({', '.join(differing)}): give the same to "
+                            "resume, or another --out to start again")
         return kept
 
     def damaged(self) -> UserError:
         """About a plan that cannot be read."""
-        return UserError(f"{self.out / PLAN_FILE} is damaged: remove it to plan anew, or choose another --out")
+        return UserError(f"{self.out / PLAN_FILE} is damaged: remove it to plan again, or choose another --out")
 
     # --- before the work -------------------------------------------------------------------------------------------
 

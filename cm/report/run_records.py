@@ -70,7 +70,7 @@ def read_run(directory: str) -> RunRecord:
     """
     path = Path(directory)
     if not path.is_dir():
-        raise UserError(f"{directory} is no folder; give the --log_dir of a training run")
+        raise UserError(f"{directory} is not a folder; give the --log_dir of a training run")
     problems: list[str] = []
     run = RunRecord(path, _curves_of(_read_log(path, problems), problems), problems=problems)
     run.config = _read_json(path / "config.json", problems, "the flags are not known")

@@ -1,7 +1,7 @@
-"""Samplers: how a denoiser is turned into images. Each module holds one solver; `integrate` holds the loop.
+"""Samplers: they generate images with a denoiser. Each module has one solver; `integrate` has the loop.
 
 A sampler is a frozen dataclass whose fields are its options, see `cm.samplers.base.Sampler`. To add one, write its
-module and its line in SAMPLERS.
+module and add a line to SAMPLERS.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ SAMPLERS: Table[type[Sampler]] = Table("sampler", {
 
 
 def make_sampler(name: str, options: Mapping[str, Any]) -> Sampler:
-    """The sampler `name` with those of the options that are fields of it.
+    """The sampler `name`, with the options that it has as fields.
 
-    :param options: the options of all samplers, by name, as a command line holds them.
+    :param options: the options of all samplers by name, as on a command line.
     :raises UserError: for a name that is not in SAMPLERS; the message lists the choices.
     """
     kind = lookup(SAMPLERS, name, "sampler")

@@ -6,7 +6,7 @@ probability-flow ODE is
 
     dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x / s, sigma).
 
-What the solver carries from step to step is x / s, an image at noise level sigma, as everywhere in this toolkit.
+Between steps, the solver keeps x / s, an image at noise level sigma, as everywhere in this toolkit.
 """
 
 from __future__ import annotations
@@ -185,14 +185,14 @@ DISCRETIZATIONS = {
 
 @dataclass(frozen=True)
 class Ablation(Sampler):
-    """With the default options, EDM's Heun sampler.
+    """EDM's general sampler; with the default options, EDM's Heun sampler.
 
-    :param solver: euler, or heun, whose first stage covers the share alpha of the step.
+    :param solver: euler, or heun, whose first stage covers the fraction alpha of the step.
     :param disc: how the noise levels of the steps are chosen.
     :param schedule: sigma(t).
     :param scaling: s(t).
-    :param alpha: of the heun solver: 1 is Heun's method, 1/2 the midpoint method, 2/3 Ralston's.
-    :param sigma_min, sigma_max: noise levels of the grid, which fix the curve of the vp schedule.
+    :param alpha: for heun: 1 is Heun's method, 1/2 the midpoint method, 2/3 Ralston's.
+    :param sigma_min, sigma_max: ends of the grid, which determine the vp schedule.
     :raises UserError: for an unknown name, or alpha outside (0, 1].
     """
 

@@ -14,16 +14,16 @@ from cm.types import Denoiser, NoiseSource
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):
-    """One draw of p(x_next | x, x0 = D(x, sigma)) per step, an exponential integrator of the reverse SDE.
+    """Draws x_next from p(x_next | x, x0 = D(x, sigma)) in each step: an exponential integrator of the reverse SDE.
 
-    Its mean is Euler's step down to sigma_next^2 / sigma; noise brings it up again to sigma_next. The order is the
-    strong one.
+    The mean is an Euler step down to sigma_next^2 / sigma; noise then raises the level to sigma_next. `order` is the
+    strong order.
     """
 
     accepts_churn: ClassVar[bool] = False
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
-        """The mean of p(x_next | x, D(x, sigma)), and one draw of its noise."""
+        """The mean of p(x_next | x, D(x, sigma)), plus its noise."""
         ratio = sigma_next / sigma
         noise_up = sigma_next * (1 - ratio**2).sqrt()
         mean = lerp_to(D(x, sigma), x, ratio**2)

@@ -51,7 +51,7 @@ class DDIM(Sampler):
         return append_zero(timestep_grid(steps, sigma_min, sigma_max, self.spacing))
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource) -> Tensor:
-        """Equation 12 in noise levels, see the module; with eta 0 it uses no random numbers."""
+        """Equation 12 in terms of noise levels, see the module; with eta 0 it uses no random numbers."""
         noise_up = self.eta * sigma_next * (1 - (sigma_next / sigma) ** 2).sqrt()
         mean = lerp_to(D(x, sigma), x, (sigma_next**2 - noise_up**2).clamp(min=0).sqrt() / sigma)
         return mean if self.eta == 0 else mean + append_dims(noise_up, x.ndim) * rng.randn_like(x)

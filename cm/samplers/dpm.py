@@ -15,7 +15,7 @@ from cm.types import Denoiser, NoiseSource
 
 @dataclass(frozen=True)
 class DPM(Sampler):
-    """The slope at the midpoint, taken in the cube root of sigma: two evaluations in every step, the last one too."""
+    """Uses the slope at the midpoint in the cube root of sigma: two evaluations in every step, including the last."""
 
     order: ClassVar[float] = 2
 

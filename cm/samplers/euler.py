@@ -18,7 +18,7 @@ from cm.types import Denoiser, NoiseSource, Result
 class Euler(Sampler):
     """One evaluation per step."""
 
-    networks: ClassVar[tuple[Result, ...]] = ("denoiser", "progressive_student", "flow_map")    # whose steps these are
+    networks: ClassVar[tuple[Result, ...]] = ("denoiser", "progressive_student", "flow_map")    # Euler steps fit
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
         """x' = D + (sigma' / sigma) (x - D); uses no random numbers."""

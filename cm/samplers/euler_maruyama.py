@@ -1,4 +1,4 @@
-"""The Euler-Maruyama method for the reverse SDE: Song et al. 2021 (arXiv 2011.13456), equation 6, and its relatives.
+"""The Euler-Maruyama method for the reverse SDE: Song et al. 2021 (arXiv 2011.13456), equation 6, for any eta.
 
 The probability-flow ODE and the reverse SDE belong to one family with the same marginals, and eta chooses a member:
 dx = -(1 + eta^2) sigma score dsigma + eta sqrt(2 sigma) dw, where sigma falls and score = (D - x) / sigma^2.
@@ -19,31 +19,31 @@ from cm.types import Denoiser, NoiseSource
 
 
 class NoiseInWindow(Sampler):
-    """The base of samplers with fresh noise, of the amount `eta`, at the levels from `s_tmin` to `s_tmax`."""
+    """Base class of samplers that add fresh noise, of the amount `eta`, at levels from `s_tmin` to `s_tmax`."""
 
     eta: float
     s_tmin: float
     s_tmax: float
 
     def at(self, sigma: Tensor) -> NoiseInWindow:
-        """The same without a window, and without fresh noise if the level lies outside."""
+        """The sampler without a window, and without fresh noise if the level is outside the window."""
         if self.has_no_window():
             return self
         is_inside = bool(eta_at(sigma, 1.0, self.s_tmin, self.s_tmax))
         return replace(self, eta=self.eta if is_inside else 0.0, s_tmin=0.0, s_tmax=math.inf)
 
     def has_no_window(self) -> bool:
-        """Whether all levels lie inside."""
+        """Whether the window contains all levels."""
         return self.s_tmin <= 0 and self.s_tmax == math.inf
 
     def adds_noise(self, eta: Tensor) -> bool:
-        """Whether a step does, with eta [N]: it waits for the device only where `at` was not asked before."""
+        """Whether a step with eta [N] adds noise: it waits for the device only if `at` was not called before."""
         return self.eta > 0 if self.has_no_window() else bool(eta.any())
 
 
 @dataclass(frozen=True)
 class EulerMaruyama(NoiseInWindow):
-    """One evaluation per step. The order is the strong one.
+    """One evaluation per step. `order` is the strong order.
 
     :param eta: amount of fresh noise: 1 gives the reverse SDE, 0 gives Euler's method for the ODE.
     :param s_tmin, s_tmax: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.

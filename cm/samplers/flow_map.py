@@ -15,7 +15,7 @@ from cm.types import Denoiser, NoiseSource, Result
 
 @dataclass(frozen=True)
 class FlowMapSampler(Sampler):
-    """Euler's steps with a denoiser that knows their length; exact for the exact flow map, however few there are.
+    """Euler steps with a denoiser that is conditioned on their length; exact for an exact flow map with any step count.
 
     The levels are evenly spaced on the linear clock, from sigma_max to 0.
     """
@@ -25,7 +25,7 @@ class FlowMapSampler(Sampler):
     networks: ClassVar[tuple[Result, ...]] = ("flow_map",)
 
     def grid(self, steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-        """Levels whose times fall evenly to 0: float64 [steps+1]."""
+        """Levels at evenly spaced times, down to 0: float64 [steps+1]."""
         first = sigma_max / (1 + sigma_max)
         levels = linear_clock.level(first * th.arange(steps, -1, -1, dtype=th.float64) / steps)
         levels[0] = sigma_max                                       # which the division rounds
@@ -37,5 +37,5 @@ class FlowMapSampler(Sampler):
         return lerp_to(D(x, sigma, gap=gap), x, sigma_next / sigma)
 
     def last_step(self, D: Denoiser, x: Tensor, sigma: Tensor) -> Tensor:
-        """The image, in one evaluation."""
+        """The step to the image, in one evaluation."""
         return D(x, sigma, gap=linear_clock.time(sigma))

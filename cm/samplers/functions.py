@@ -1,6 +1,6 @@
 """The samplers as plain functions of a denoiser, called as openai/consistency_models calls them.
 
-Each runs one solver of this package by `integrate`, and so gives the numbers of `sample` bit for bit. Common arguments:
+Each runs one solver of this package with `integrate`; the results are those of `sample` bit for bit. Common arguments:
 
 - `denoiser`, `model` or `distiller`: D(x [N,C,H,W], sigma [N]) -> [N,C,H,W]; `karras_sample` clamps its values, these
   functions do not.
@@ -46,7 +46,7 @@ def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
 
 
 def get_ancestral_step(sigma_from: Any, sigma_to: Any) -> tuple[Any, Any]:
-    """(sigma_down, sigma_up): how far an ancestral step goes down, and the noise it adds afterwards.
+    """(sigma_down, sigma_up): the level that an ancestral step goes down to, and the noise that it adds afterwards.
 
     sigma_down^2 + sigma_up^2 = sigma_to^2, where sigma_down = sigma_to^2 / sigma_from. Numbers or tensors of one shape.
     """
@@ -60,7 +60,7 @@ def sample_heun(
     callback: Callback | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """EDM's solver, see `cm.samplers.heun`; the churn is `cm.samplers.integrate.Churn`'s."""
+    """EDM's solver, see `cm.samplers.heun`; for the churn, see `cm.samplers.integrate.Churn`."""
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     return _run(Heun(), denoiser, x, sigmas, generator, progress, _with_sigma_hat(callback, sigmas), churn)
 
@@ -71,7 +71,7 @@ def sample_dpm(
     callback: Callback | None = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """A midpoint method, see `cm.samplers.dpm`; the churn is `cm.samplers.integrate.Churn`'s."""
+    """A midpoint method, see `cm.samplers.dpm`; for the churn, see `cm.samplers.integrate.Churn`."""
     churn = Churn(s_churn, s_tmin, s_tmax, s_noise)
     return _run(DPM(), denoiser, x, sigmas, generator, progress, _with_sigma_hat(callback, sigmas), churn)
 
@@ -101,7 +101,7 @@ def sample_midpoint_ancestral(
 ) -> Tensor:
     """The midpoint method for dx/dt = model(x, t) with steps of 1 / len(ts) from each of the times `ts`.
 
-    In spite of its name it adds no noise. `callback` gets `x` after the step, the time `tn`, and both slopes.
+    Despite its name, it adds no noise. `callback` gets `x` after the step, the time `tn`, and both slopes.
     """
     h = 1 / len(ts)
 
@@ -132,7 +132,7 @@ def sample_progdist(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, generator: NoiseSource | None = None, progress: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method down to the last level but one: the 0 at the end of `sigmas` is left out."""
+    """Euler's method down to the second to last level: the 0 at the end of `sigmas` is omitted."""
     return _run(ProgDist(), denoiser, x, sigmas[:-1], generator, progress, callback)
 
 
@@ -144,9 +144,9 @@ def stochastic_iterative_sampler(
 ) -> Tensor:
     """Multistep consistency sampling, see `cm.samplers.multistep`: denoise, add noise up to the next level, and so on.
 
-    :param sigmas: not looked at, but where `ts` is missing: the published ternary_search.py gives `ts` in this place.
-    :param ts: indices into the Karras grid of `steps` levels from t_max to t_min; they may repeat. Where the last is
-        not steps-1, the result keeps the noise of its level.
+    :param sigmas: ignored, unless `ts` is missing: the published ternary_search.py passes `ts` in this position.
+    :param ts: indices into the Karras grid of `steps` levels from t_max to t_min; they may repeat. If the last is
+        not steps-1, the result keeps the noise of that level.
     """
     indices = [int(index) for index in (sigmas if ts is None else ts)]
     sampler, rng = Multistep(sigma_min=t_min), generator or DummyGenerator()
@@ -171,7 +171,7 @@ def _run(
 
 
 def _with_sigma_hat(callback: Callback | None, sigmas: Tensor) -> Callback | None:
-    """The original's report of a step with churn: the level of the grid, and the one it was raised to."""
+    """The callback with the original's values for a step with churn: the level of the grid, and the raised level."""
     if callback is None:
         return None
     return lambda state: callback({**state, "sigma": float(sigmas[state["i"]]), "sigma_hat": state["sigma"]})

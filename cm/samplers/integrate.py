@@ -1,4 +1,4 @@
-"""The one loop of all samplers: churn, clipping, progress, callback; a sampler only steps.
+"""The loop of all samplers: churn, clipping, progress and callbacks. A sampler only computes a step.
 
 Shapes: N batch, C channels, H and W height and width.
 """
@@ -21,9 +21,9 @@ from cm.types import Denoiser, NoiseSource, Sampler
 
 @dataclass(frozen=True)
 class Churn:
-    """Noise added back before a step: Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 2.
+    """Noise that is added before a step (churn): Karras et al. 2022 (EDM, arXiv 2206.00364), algorithm 2.
 
-    :param s_churn: amount over the whole grid; each step raises sigma by at most the factor sqrt(2).
+    :param s_churn: total amount over the grid; each step raises sigma by at most a factor of sqrt(2).
     :param s_tmin, s_tmax: the noise levels, inclusive, at which noise is added.
     :param s_noise: factor of the standard deviation of that noise.
     :raises ValueError: if s_churn or s_noise is negative.
@@ -39,14 +39,14 @@ class Churn:
             raise ValueError(f"s_churn and s_noise must not be negative, got {self.s_churn} and {self.s_noise}")
 
     def gamma(self, sigma: float, steps: int) -> float:
-        """The share by which sigma rises before the step from there, one of `steps`."""
+        """The relative increase of sigma before a step that starts there, for a grid of `steps` steps."""
         return min(self.s_churn / steps, math.sqrt(2) - 1) if self.s_tmin <= sigma <= self.s_tmax else 0.0
 
 
 class CountingDenoiser:
-    """A denoiser that counts how often it is evaluated: the NFE of a sampler is measured, not claimed.
+    """A denoiser that counts its evaluations: the NFE of a sampler is measured, not assumed.
 
-    A forward-mode pass counts as JVP_COST evaluations, and a pass inside a pass as JVP_COST^2. A denoiser that
+    A forward-mode pass counts as JVP_COST evaluations, and a nested pass as JVP_COST^2. A denoiser that
     evaluates a second network, as guidance does, counts those evaluations itself, as `extra_calls`.
     """
 
@@ -65,7 +65,7 @@ class CountingDenoiser:
 
 
 class RecordingDenoiser:
-    """The denoiser that a solver calls: it clips if asked, and records its first value in each step."""
+    """The denoiser that a solver calls: it clips if asked, and records its first output of each step."""
 
     def __init__(self, D: Denoiser, clip: bool):
         self.D = D
@@ -153,7 +153,7 @@ def integrate(
 
 
 def solver_at(sampler: Sampler, sigma: Tensor) -> Sampler:
-    """What steps from a level, see `cm.samplers.base.Sampler.at`; a sampler of another base is its own."""
+    """The solver for a step from a level, see `cm.samplers.base.Sampler.at`; samplers without `at` stay as they are."""
     at = getattr(sampler, "at", None)
     return sampler if at is None else at(sigma)
 

@@ -35,12 +35,12 @@ LAPLACIANS = ("hutchinson", "none")
 class ItoTaylor(NoiseInWindow):
     """Strong order 1.5 and weak order 2, from one forward-mode pass per step.
 
-    :param eta: amount of fresh noise, see `EulerMaruyama`; where it is below 1 a step costs one more evaluation.
-    :param ito_form: `exp` is the exponential form above, `taylor` the textbook's scheme in sigma.
-    :param ito_laplacian: taylor only: `hutchinson` estimates the Laplacian of D by one random probe, with a pass inside
-        a pass; `none` drops it, and the order falls to 1.
+    :param eta: amount of fresh noise, see `EulerMaruyama`; if it is below 1, a step costs one more evaluation.
+    :param ito_form: `exp` is the exponential form above, `taylor` is the textbook scheme in sigma.
+    :param ito_laplacian: taylor only: `hutchinson` estimates the Laplacian of D by one random probe, with nested
+        passes; `none` drops it, and the order falls to 1.
     :param s_tmin, s_tmax: exp only: the noise levels, inclusive, at which there is fresh noise; elsewhere eta is 0.
-    :raises UserError: for options that exclude each other.
+    :raises UserError: for options that cannot be combined.
     """
 
     eta: float = 1.0

@@ -23,7 +23,7 @@ class Multistep(Sampler):
 
     :param ts: indices into a Karras grid of `steps` levels, from 0 to steps-1. The network is not evaluated at
         the last one: (0, 22, 39) of 40 evaluates it twice.
-    :param sigma_min: the level at which the consistency function gives its images.
+    :param sigma_min: the level at which the consistency function is the identity.
     """
 
     ts: Sequence[int] | None = None

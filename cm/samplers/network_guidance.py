@@ -1,12 +1,12 @@
-"""Guidance by a worse denoiser for any sampler, and for a teacher: classifier-free guidance and autoguidance.
+"""Guidance by a weaker denoiser for any sampler, and for a teacher: classifier-free guidance and autoguidance.
 
 D_g = D_bad + w (D - D_bad). In classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, equation 6 with
 w = 1 + their w) D_bad is the network itself without its class; in autoguidance (Karras et al. 2024, arXiv 2406.02507,
 equation 5) it is a smaller or less trained network of the same task. The interval of noise levels is that of
 Kynkäänniemi et al. 2024 (arXiv 2404.07724).
 
-The two denoisers are evaluated one after the other, not as one batch of twice the size: the good one then has the same
-bits as without guidance, memory does not rise, and a compiled network sees one shape.
+The two denoisers are evaluated one after the other, not as one batch of twice the size: D then has the same bits as
+without guidance, the memory does not grow, and a compiled network has only one input shape.
 
 Shapes: N batch, C channels, H and W height and width.
 """
@@ -29,9 +29,9 @@ from cm.types import Denoiser
 
 @dataclass(frozen=True)
 class Guidance:
-    """What guides a denoiser, how strongly, and at which noise levels.
+    """The guide of a denoiser, its strength, and the noise levels at which it acts.
 
-    :param worse: D -> D_bad; `without_class` for classifier-free guidance, a function to a constant for autoguidance.
+    :param worse: D -> D_bad; `without_class` for classifier-free guidance, a constant function for autoguidance.
     :param scale: w; at 1 there is no guidance, and D_bad is never evaluated.
     :param lowest, highest: the guide acts where lowest < sigma <= highest, and is evaluated nowhere else.
     """
@@ -42,14 +42,14 @@ class Guidance:
     highest: float = math.inf
 
     def covers(self, sigma: Tensor) -> Tensor | None:
-        """Where the guide acts, bool [N]; None for everywhere, which needs no look at the device."""
+        """Where the guide acts, bool [N]; None means everywhere and needs no device synchronisation."""
         if self.lowest <= 0 and self.highest == math.inf:
             return None
         return (sigma > self.lowest) & (sigma <= self.highest)
 
 
 def without_class(D: Denoiser, null_class: int) -> Denoiser:
-    """D for samples of no class, whatever their classes y [N] are."""
+    """D without a class, whatever the classes y [N] are."""
 
     def denoise(x: Tensor, sigma: Tensor, *, y: Tensor, **cond: Any) -> Tensor:
         return D(x, sigma, y=th.full_like(y, null_class), **cond)
@@ -60,8 +60,8 @@ def without_class(D: Denoiser, null_class: int) -> Denoiser:
 class NetworkGuidedDenoiser:
     """D_g of a denoiser D; `plain` is D itself.
 
-    In a batch of several noise levels the guide sees those samples only for which it acts. A call of the guide
-    counts as one evaluation in any case.
+    In a batch with several noise levels, the guide is evaluated only for the samples where it acts. A call of the guide
+    always counts as one evaluation.
     """
 
     def __init__(self, D: Denoiser, guidance: Guidance):
@@ -94,7 +94,7 @@ class NetworkGuidedDenoiser:
 
 @dataclass(frozen=True)
 class NetworkGuidedDiffusion:
-    """The part of a `Diffusion` that sampling and distillation need, guided by a worse denoiser."""
+    """The part of a `Diffusion` that sampling and distillation need, guided by a weaker denoiser."""
 
     diffusion: Diffusion
     guidance: Guidance
@@ -110,5 +110,5 @@ class NetworkGuidedDiffusion:
 
 
 def unguided(D: Denoiser) -> Denoiser:
-    """The denoiser itself, where a worse one guides it."""
+    """The denoiser without its guide, if it has one."""
     return D.plain if isinstance(D, NetworkGuidedDenoiser) else D

@@ -14,7 +14,7 @@ from cm.types import Denoiser, NoiseSource, Result
 
 @dataclass(frozen=True)
 class OneStep(Sampler):
-    """f(x_T, sigma_max), whatever the number of steps asked for: the last step of the base class."""
+    """f(x_T, sigma_max), whatever the number of steps: the last step of the base class."""
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False
@@ -26,5 +26,5 @@ class OneStep(Sampler):
         return th.tensor([sigma_max, 0.0], dtype=th.float64)
 
     def step(self, D: Denoiser, x: Tensor, sigma: Tensor, sigma_next: Tensor, rng: NoiseSource | None) -> Tensor:
-        """Euler's step. The sampler's own grid has no step that ends above 0; the levels of an edit may have one."""
+        """Euler's step. The sampler's own grid has no step that ends above 0, but the levels of an edit may."""
         return lerp_to(D(x, sigma), x, sigma_next / sigma)

@@ -1,8 +1,8 @@
 """Predictor-corrector sampling: Song et al. 2021 (arXiv 2011.13456), algorithms 2 to 5.
 
-The predictor is reverse diffusion: the reverse SDE discretised as its forward process is. The corrector is Langevin
-dynamics at the new noise level, with steps of a size that keeps the ratio of its two terms at `snr`. The paper
-measures that ratio over a batch; here every sample has its own, so that an image does not depend on the others.
+The predictor is reverse diffusion: it discretises the reverse SDE in the same way as the forward process. The corrector
+is Langevin dynamics at the new noise level, with a step size that keeps the ratio of its two terms at `snr`. The paper
+computes this ratio over a batch; here every sample has its own, so that an image does not depend on the others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PROCESSES = ("ve", "vp")
 
 @dataclass(frozen=True)
 class PredictorCorrector(Sampler):
-    """1 + corrector_steps evaluations per step, one in the last. The order is the predictor's strong one.
+    """1 + corrector_steps evaluations per step, one in the last. `order` is the strong order of the predictor.
 
     :param pc_sde: the process whose noise levels and steps are used: `ve`, a geometric grid, or `vp`, evenly spaced
         timesteps of DDPM, where the steps are taken in the coordinates x / sqrt(1 + sigma^2).
-    :param snr: signal-to-noise ratio of the corrector; its variance comes out 1 / (1 - snr^2) times too large.
-    :param corrector_steps: how many corrector steps follow each predictor step.
+    :param snr: signal-to-noise ratio of the corrector; its variance is 1 / (1 - snr^2) times too large.
+    :param corrector_steps: number of corrector steps after each predictor step.
     :raises UserError: for an unknown pc_sde, snr outside (0, 1), or a negative number of corrector steps.
     """
 

@@ -1,4 +1,4 @@
-"""From a network to images: noise, a grid of noise levels, a solver, and the number of evaluations.
+"""Sampling from a network: initial noise, a grid of noise levels, a solver, and the number of evaluations.
 
 Shapes: N batch, C channels, H and W height and width.
 """
@@ -23,7 +23,7 @@ from cm.types import Denoiser, NoiseSource, Sampler
 
 
 class BindsNetworks(Protocol):
-    """What sampling needs of a diffusion: the noise levels of its networks, and the denoiser of a network."""
+    """The part of a diffusion that sampling needs: the noise levels of its networks, and the denoiser of a network."""
 
     @property
     def scaling(self) -> Precond:
@@ -39,16 +39,16 @@ class BindsNetworks(Protocol):
 class SampleOptions:
     """How images are sampled.
 
-    :param steps: of the solver; for multistep the number of noise levels that `ts` points into.
+    :param steps: number of steps; for multistep, the number of noise levels that `ts` indexes.
     :param sampler: a name in SAMPLERS, or a sampler with its options.
-    :param ts: see `cm.samplers.multistep`; used only where `sampler` is the name multistep.
-    :param sigma_min: lowest noise level of the grid, which is clipped to the levels of the network.
-    :param sigma_max: highest noise level of the grid, clipped too.
+    :param ts: see `cm.samplers.multistep`; used only if `sampler` is the name multistep.
+    :param sigma_min: lowest noise level of the grid, clipped to the levels of the network.
+    :param sigma_max: highest noise level of the grid, clipped as well.
     :param rho: exponent of the grid.
-    :param churn: noise added back before the steps.
+    :param churn: noise that is added before the steps.
     :param clip_denoised: clamp every denoised image to [-1, 1].
     :param clip_result: clamp the result to [-1, 1]; False for latents, which have no such bounds.
-    :param ends_at: the noise level at which a consistency function gives its images, where that is not sigma_min.
+    :param ends_at: the noise level at which a consistency function is the identity, if that is not sigma_min.
     """
 
     steps: int

@@ -35,8 +35,8 @@ def check_clock(settings: Settings) -> None:
     """
     scale, precond = settings.values["time_scale"], settings.values["precond"]
     if scale and Diffusion(precond=precond).scaling.counts_steps:
-        raise UserError(f"--time_scale {scale:g}: with --precond {precond} the network is told the number of a step, "
-                        "which has no scale; drop the flag")
+        raise UserError(f"--time_scale {scale:g}: with --precond {precond} the network is conditioned on the index of "
+                        "a timestep, which has no scale; drop the flag")
 
 
 def warn_of_fast_clock(settings: Settings, diffusion: Diffusion) -> None:
@@ -51,6 +51,6 @@ def warn_of_fast_clock(settings: Settings, diffusion: Diffusion) -> None:
         else f"give --time_scale {slow:.2g}"
     )
     logger.warn(
-        f"the time of this network turns its embedding by {speed:.0f} radians per unit of ln sigma, above {FASTEST:g}: "
+        f"the time embedding of this network turns by {speed:.0f} radians per unit of ln sigma, above {FASTEST:g}: "
         f"--training_mode {values['training_mode']} will learn slowly or get worse; {begin} (docs/few-step.md)"
     )

@@ -243,7 +243,7 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_ca
     if guide is None:
         return diffusion
     if guide.scale == 1:
-        logger.log(f"--{guide.flags.scale} 1 is no guidance: the guide is not loaded")
+        logger.log(f"--{guide.flags.scale} 1 means no guidance: the guide is not loaded")
         return diffusion
     if guide.settings is None:
         null_class = settings.values["num_classes"] or PUBLISHED_CLASSES
@@ -256,7 +256,7 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_ca
     known = own.scaling.levels
     interval = _within(guide.interval, known)
     if interval != guide.interval:
-        logger.log(f"the guide knows noise levels from {known[0]:g} to {known[1]:g}, and acts at no other")
+        logger.log(f"the guide supports noise levels from {known[0]:g} to {known[1]:g} and is used only at these")
     denoise = with_known_conditioning(own.bind(model), guide.settings.values)
     return NetworkGuidedDiffusion(diffusion, Guidance(lambda D: denoise, guide.scale, *interval))
 

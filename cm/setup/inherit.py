@@ -214,7 +214,7 @@ def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> No
     fine_tunes = values.get("resume_checkpoint") and values.get("training_mode") == "edm"
     if fine_tunes and settings.is_given("time_scale") and values["time_scale"] != taken.get("time_scale"):
         logger.warn(f"--time_scale {values['time_scale']:g}: the weights of {values['resume_checkpoint']} were trained "
-                    "with another clock; their first steps are off")
+                    "with another one; the first steps will be inaccurate")
         taken.pop("time_scale", None)
 
 

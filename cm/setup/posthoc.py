@@ -58,7 +58,7 @@ def parse_widths(text: str) -> list[float]:
                 raise ValueError
             count = int((high - low) / step) + 1
         except (ValueError, InvalidOperation, OverflowError):
-            raise UserError(f"--std {text!r}: {part!r} is no width such as 0.05, nor a rising range such as 0.02:0.2 "
+            raise UserError(f"--std {text!r}: {part!r} is not a width such as 0.05, nor a rising range such as 0.02:0.2 "
                             "or 0.02:0.2:0.02") from None
         found += [float(low + i * step) for i in range(count)]
     for std in found:

@@ -74,7 +74,7 @@ def choose_seeds(settings: Settings) -> tuple[int, ...]:
             f"num_samples={values['num_samples']}; drop one of them"
         )
     if values["generator"] == "dummy":
-        raise UserError("--generator dummy knows no seeds of single images; choose determ, or drop --seeds")
+        raise UserError("--generator dummy has no seeds of single images; choose determ, or drop --seeds")
     settings.replace(num_samples=len(seeds))
     return seeds
 
@@ -171,18 +171,18 @@ def _check_classifier(settings: Settings, classifier: NoisyClassifier, path: str
     values = settings.values
     own = classifier.config
     if own.channels != values["channels"]:
-        raise UserError(f"--classifier_path {path} knows images of {own.channels} channels, the model makes them of "
+        raise UserError(f"--classifier_path {path} is for images of {own.channels} channels, the model makes "
                         f"{values['channels']}; train a classifier with --channels {values['channels']}")
     if own.image_size != values["image_size"]:
-        raise UserError(f"--classifier_path {path} knows images of side {own.image_size}, the model makes them of side "
-                        f"{values['image_size']}; train a classifier with --image_size {values['image_size']}")
+        raise UserError(f"--classifier_path {path} is for images of side {own.image_size}, the model makes them of "
+                        f"side {values['image_size']}; train a classifier with --image_size {values['image_size']}")
     classes = (values["num_classes"] or PUBLISHED_CLASSES) if values["class_cond"] else 0
     if classes > own.num_classes:
-        raise UserError(f"--classifier_path {path} knows {own.num_classes} classes, the model has {classes}")
+        raise UserError(f"--classifier_path {path} has {own.num_classes} classes, the model has {classes}")
     names = class_names_of(settings)
     if names and own.class_names and own.class_names[: len(names)] != names:
         raise UserError(
-            f"--classifier_path {path} numbers its classes otherwise than the model, so it would pull to other "
+            f"--classifier_path {path} numbers its classes differently from the model, so it would guide to wrong "
             f"classes. The classifier: {shortened(own.class_names)}; the model: {shortened(names)}. Train it on the "
             "data of the model"
         )

@@ -169,7 +169,7 @@ class Evaluation:
                 if loop.checkpoints.on_save_error == "stop":
                     raise
                 self.best = before                          # it still lies where best.json says
-                logger.warn(f"training goes on without the weights of step {loop.step}, the best so far: {error}")
+                logger.warn(f"training continues without the weights of step {loop.step}, the best so far: {error}")
         logger.log(
             f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
             f"{time.monotonic() - begun:.1f} s; {self.best_so_far()}"
@@ -206,7 +206,8 @@ class Evaluation:
             self.best = dict(state["best"])
             return
         names = [name for name, value in self.settings.items() if state["settings"].get(name) != value]
-        logger.warn(f"samples are measured otherwise than before ({', '.join(names)}): the best of them is forgotten")
+        logger.warn(f"the metric is measured differently than before ({', '.join(names)}): the best value so far is "
+                    "discarded")
 
 
 def is_due(loop: TrainLoop, interval: int) -> bool:

@@ -55,7 +55,7 @@ class EmaSnapshots:
         except UserError as error:
             if loop.checkpoints.on_save_error == "stop":
                 raise
-            logger.warn(f"training goes on without the snapshot of step {loop.step}: {error}")
+            logger.warn(f"training continues without the snapshot of step {loop.step}: {error}")
         return {}
 
     def write(self, loop: TrainLoop, folder: str, averages: dict[str, list[Tensor]]) -> None:
@@ -114,12 +114,12 @@ def find_snapshots(run: str) -> list[Snapshot]:
                 if name.startswith(f"ema_{POWER}"):
                     found[step, name] = Snapshot(checkpoint, name)
     if not found:
-        raise UserError(f"{run} holds no power-function averages: train with --ema_rate power0.05,power0.10 and "
-                        "--ema_snapshot_interval, such as a hundredth of the steps")
+        raise UserError(f"{run} has no power-function averages: train with --ema_rate power0.05,power0.10 and "
+                        "--ema_snapshot_interval, for example a hundredth of the steps")
     modes = {str(each.checkpoint.config.get("training_mode")) for each in found.values()}
     if staged := [mode for mode in modes if mode in OBJECTIVES and OBJECTIVES[mode].has_stages]:
-        raise UserError(f"{run} is a run of --training_mode {staged[0]}, which begins its averages anew in each stage: "
-                        "take an average that was tracked, such as ema_power0.05")
+        raise UserError(f"{run} is a run of --training_mode {staged[0]}, which restarts its averages in each stage: "
+                        "use an average that was tracked, such as ema_power0.05")
     return [found[key] for key in sorted(found)]
 
 

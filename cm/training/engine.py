@@ -98,9 +98,9 @@ class ShardedEngine(Engine):
     def check_passes(self, passes: int) -> None:
         counts = dist.all_gather_object(passes)
         if len(set(counts)) > 1:
-            raise UserError(f"the ranks' images make {', '.join(map(str, counts))} passes a step, and with --parallel "
-                            "fsdp or hsdp all ranks take each pass together: choose --global_batch_size and "
-                            "--microbatch so that every rank has as many")
+            raise UserError(f"the ranks need {', '.join(map(str, counts))} passes per step, but with --parallel fsdp "
+                            "or hsdp all ranks run each pass together: choose --global_batch_size and --microbatch so "
+                            "that every rank needs the same number")
 
 
 PARALLEL = ("ddp", "hsdp", "fsdp")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from math import ceil
 from typing import Any
 
 import torch as th
-from torch import Tensor, nn
+from torch import Tensor
 
 from cm.checkpoints import manifest
 from cm.checkpoints.loading import WeightsFile
@@ -26,22 +25,23 @@ from cm.distributed.core_share import CoreWatch
 from cm.distributed.sharding import Sharding, partition
 from cm.io.progress import progress
 from cm.logging import logger
-from cm.objectives.base import ONLINE, roles
+from cm.objectives.base import ONLINE
 from cm.random_util import SampleStreams, stream_seed
 from cm.training import non_finite, state
 from cm.training.config import LoopConfig, RunParts
 from cm.training.ema import EMA
 from cm.training.ema_rates import parse_rates
 from cm.training.engine import make_engine
-from cm.training.master_weights import MasterWeights, store_as_computed
+from cm.training.master_weights import MasterWeights
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
-from cm.training.optimizer import Optimizer, decay, make_optimizer, rampup
+from cm.training.optimizer import Optimizer, decay, rampup
+from cm.training.run_networks import RunNetworks
 from cm.training.same_run import require_same_run
 from cm.training.throughput import Ticks, status_line
 from cm.training.trained_network import TrainedNetwork
-from cm.types import Batch, BoundNetwork, LossTerms, Networks
+from cm.types import Batch, LossTerms
 
 ENDLESS = 600_000
 """Steps of a run that names no end, as in the published commands."""
@@ -76,7 +76,9 @@ class TrainLoop:
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self.engine = make_engine(config, self.device, self.objective.full_precision_passes)
         self.engine.check_passes(ceil(config.batch_size / self.microbatch))
-        self._make_networks()
+        self.nets = RunNetworks(config, parts, self.engine)
+        self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
+        self.averages = self._make_averages()
         self.meter = LossMeter(
             parts.diffusion.sigma_min, parts.diffusion.sigma_max, dist.all_reduce_sum, dist.all_reduce_max
         )
@@ -93,76 +95,39 @@ class TrainLoop:
 
     # --- what the networks are -------------------------------------------------------------------------------------
 
-    def _make_networks(self) -> None:
-        config, declared = self.config, self.objective.companions
-        for each in declared:
-            if each.name not in self.parts.companions:
-                raise ValueError(f"{type(self.objective).__name__} needs a network named {each.name!r}; "
-                                 f"given are {', '.join(self.parts.companions) or 'none'}")
-        models = {name: companion.model for name, companion in self.parts.companions.items()}
-        self.trained = {ONLINE: self._trained(self.model)}
-        self.trained |= {name: self._trained(models[name]) for name in roles(declared, "trained")}
-        layouts = {name: self.engine.lay_out(model) for name, model in models.items() if name not in self.trained}
-        stores_casts = not self.objective.full_precision_passes
-        self.moving = {name: MasterWeights(models[name], self.trainer.precision, layouts[name], stores_casts)
-                       for name in roles(declared, "by_objective")}
-        for name in roles(declared, "never"):               # nobody needs the masters of a frozen network
-            store_as_computed(models[name], self.trainer.precision, stores_casts and not layouts[name].is_sharded)
-        masters = self.trainer.master_params
-        self.ema_rate = parse_rates(config.ema_rate, config.ema_rampup_ratio)
-        self.averages = EMA(
-            masters, [rate.name for rate in self.ema_rate], config.ema_device,
-            self.sharding(self.trainer.layout.whole_sizes(masters)) if config.shard_ema else None, self.trainer.layout,
-        )
-        self._networks: dict[str, Networks] = {}            # by the role that is trained
+    @property
+    def trained(self) -> dict[str, TrainedNetwork]:
+        """Role -> a network with an optimizer; the online network is one of them."""
+        return self.nets.trained
 
-    def _trained(self, model: nn.Module) -> TrainedNetwork:
-        config = self.config
-        trainer = MixedPrecisionTrainer(
-            model=model, use_fp16=config.use_fp16, fp16_scale_growth=config.fp16_scale_growth,
-            precision=config.precision, grad_clip=config.grad_clip, layout=self.engine.lay_out(model),
-        )
-        sizes = trainer.layout.whole_sizes(trainer.master_params)
-        sharding = self.sharding(sizes) if config.shard_optimizer else None
-        make = partial(
-            make_optimizer, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, shares=sharding,
-            layout=trainer.layout, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
-        )
-        return TrainedNetwork(trainer, make, self.engine)
-
-    def sharding(self, sizes: list[int]) -> Sharding:
-        """Which rank keeps, or writes, which of so many tensors."""
-        return partition(sizes, self.rank, self.world_size)
-
-    def networks(self, role: str) -> Networks:
-        """The networks of a step that trains this role: its gradients are averaged over the ranks."""
-        if role not in self._networks:
-            bound = {}
-            for name, companion in self.parts.companions.items():
-                trained = self.trained.get(name)
-                module = trained.ddp_model if trained and name == role else companion.model
-                masters = trained.trainer if trained else self.moving.get(name)
-                params = masters.master_params if masters else ()
-                bound[name] = BoundNetwork(companion.diffusion.bind(module), companion.model, params)
-            module = self.trained[ONLINE].ddp_model if role == ONLINE else self.model
-            online = BoundNetwork(self.diffusion.bind(module), self.model, self.trainer.master_params)
-            self._networks[role] = Networks.of(online, bound)
-        return self._networks[role]
+    @property
+    def moving(self) -> dict[str, MasterWeights]:
+        """Role -> a network that the objective updates after a step."""
+        return self.nets.moving
 
     @property
     def trainer(self) -> MixedPrecisionTrainer:
-        """Of the online network."""
-        return self.trained[ONLINE].trainer
+        """The trainer of the online network."""
+        return self.nets.trainer
 
     @property
     def opt(self) -> Optimizer:
         """The optimizer of the online network."""
         return self.trained[ONLINE].opt
 
+    def sharding(self, sizes: list[int]) -> Sharding:
+        """Which rank keeps, or writes, which of so many tensors."""
+        return partition(sizes, self.rank, self.world_size)
+
     @property
     def ema_params(self) -> list[list[Tensor]]:
         """For each rate the averages that this rank keeps: all, unless they are sharded."""
         return self.averages.local
+
+    def _make_averages(self) -> EMA:
+        config, masters, layout = self.config, self.trainer.master_params, self.trainer.layout
+        sharding = self.sharding(layout.whole_sizes(masters)) if config.shard_ema else None
+        return EMA(masters, [rate.name for rate in self.ema_rate], config.ema_device, sharding, layout)
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -225,7 +190,7 @@ class TrainLoop:
         if role == ONLINE:
             self.report = report
         self.update_averages(role == ONLINE and report.stepped)
-        if self.objective.after_step(self.networks(role), self.step):
+        if self.objective.after_step(self.nets.of_step(role), self.step):
             self.reset_optimizer_and_ema()
         for moving in self.moving.values():
             moving.master_params_to_model_params()
@@ -272,7 +237,7 @@ class TrainLoop:
         """Add the gradient of a microbatch's share of the mean loss."""
         rng = SampleStreams(self.seed, part.positions, stream="train")
         with network.trainer.autocast():
-            nets = self.networks(self.objective.trains(self.step))
+            nets = self.nets.of_step(self.objective.trains(self.step))
             terms = self.objective(nets, part.to(self.device), self.step, rng)
         # The ranks' gradients are averaged: with W ranks a sum over the samples of one counts 1/W.
         network.trainer.backward(terms.loss.sum() / (self.global_batch / self.world_size))
@@ -419,9 +384,7 @@ class TrainLoop:
             self._start_from(self.config.resume_checkpoint)
         logger.drop_after(self.step)                        # rows of steps that are about to be done again
         self.start.weights = None                           # not needed where a newer checkpoint was found
-        for network in self.trained.values():
-            network.distribute()
-        self._networks.clear()
+        self.nets.distribute()
         data = self.parts.data
         self.data, self.is_open = data(self.images_seen) if callable(data) else data, True
         self.close_data = getattr(self.data, "close", None) if callable(data) else None
@@ -433,7 +396,7 @@ class TrainLoop:
         if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
             state.load_state_dict(self, beside)
             return
-        logger.log(f"starting at step 0 from the weights of {path}; optimizer and averages start afresh")
+        logger.log(f"starting at step 0 from the weights of {path}, with a new optimizer and new averages")
         if beside:
             state.take_class_names(self, beside)
         if beside and self.config.verify_weights:

@@ -39,8 +39,8 @@ def gamma_of(std: float) -> float:
     :raises UserError: for a width that no exponent above 0 has.
     """
     if not 0 < std < WIDEST:
-        raise UserError(f"{std:g} is no width of a power-function average: those are above 0 and below {WIDEST:.3f}, "
-                        "such as 0.05")
+        raise UserError(f"{std:g} is not a width of a power-function average: it must be above 0 and below "
+                        f"{WIDEST:.3f}, such as 0.05")
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
     return float(roots.real.max())
 
@@ -75,14 +75,14 @@ def mix(snapshots: Sequence[Profile], target: Profile) -> Mix:
     :raises UserError: if there is no snapshot, or two are of the same time and width.
     """
     if not snapshots:
-        raise UserError("there is no snapshot of a power-function average to make others from")
+        raise UserError("there are no snapshots of power-function averages to compute others from")
     A = np.array([[overlap(a, b) for b in snapshots] for a in snapshots])
     b = np.array([overlap(a, target) for a in snapshots])
     try:
         x = np.linalg.solve(A, b)
     except np.linalg.LinAlgError:
         raise UserError(f"{len(snapshots)} snapshots of power-function averages do not determine others: two of them "
-                        "are of the same time and width") from None
+                        "have the same step and width") from None
     x /= x.sum()
     whole = overlap(target, target)
     return Mix(x, math.sqrt(max(0.0, 1 - (2 * x @ b - x @ A @ x) / whole)))

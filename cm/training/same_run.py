@@ -31,15 +31,15 @@ def require_same_run(checkpoint: Checkpoint, flags: Mapping[str, Any], resume: s
     names = (*UNSEEN, *LEVELS) if is_few_step else UNSEEN
     if changed := [name for name in names if name in before and name in flags and _differs(name, before, flags)]:
         was, now = (" ".join(f"--{name} {values[name]}" for name in changed) for values in (before, flags))
-        raise UserError(f"{checkpoint.manifest} was made with {was}, and this run has {now}: the same weights would be "
-                        f"another network. Give {was}, or choose another --log_dir for a new run")
+        raise UserError(f"{checkpoint.manifest} was made with {was}, and this run has {now}: with the same weights "
+                        f"it would be a different network. Give {was}, or choose another --log_dir for a new run")
     if _kind(before) != _kind(flags) or resume == "auto" and _method(before, flags) != _method(flags, before):
         was, now = (" ".join(f"--{name} {values[name]}" for name in METHOD if name in values)
                     for values in (before, flags))
-        other = "" if _kind(before) != _kind(flags) else f"; --resume {checkpoint.manifest} goes on all the same"
-        raise UserError(f"{checkpoint.directory} holds a run of {was}, and this is {now}, which would go on with its "
-                        "weights and remove its checkpoints one by one: choose another --log_dir. To start from its "
-                        f"weights there, give --resume_checkpoint or --teacher_model_path{other}")
+        other = "" if _kind(before) != _kind(flags) else f"; --resume {checkpoint.manifest} continues anyway"
+        raise UserError(f"{checkpoint.directory} holds a run with {was}, and this command has {now}. It would continue "
+                        "with the weights of that run and remove its checkpoints one by one: choose another --log_dir. "
+                        f"To start there from these weights, give --resume_checkpoint or --teacher_model_path{other}")
 
 
 def _differs(name: str, before: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:

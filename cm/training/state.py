@@ -29,8 +29,8 @@ from cm.training.config import LoopConfig
 from cm.training.ema import EMA
 from cm.training.ema_rates import EmaRate
 from cm.training.master_weights import MasterWeights
-from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import read
+from cm.training.run_networks import RunNetworks
 from cm.training.trained_network import TrainedNetwork
 from cm.types import Callback
 
@@ -41,11 +41,9 @@ GROUPS = "param_groups"                                     # of optimizers, whe
 class TrainingRun(Protocol):
     """What a checkpoint is made of, and what resuming changes; `cm.training.loop.TrainLoop` has it.
 
-    :ivar trained: the networks with an optimizer by their role, the online one among them.
-    :ivar moving: the companions that the objective changes, by name.
-    :ivar ema_rate: of each average.
+    :ivar ema_rate: the rate of each average.
     :ivar averages_began: the images seen when the averages last began; None before the next step.
-    :ivar seconds_before: that the run has trained before this start.
+    :ivar seconds_before: seconds of training before this start.
     """
 
     config: LoopConfig
@@ -54,8 +52,7 @@ class TrainingRun(Protocol):
     checkpoints: CheckpointManager
     writer: ShareWriter | None
     flags: dict[str, Any]
-    trained: dict[str, TrainedNetwork]
-    moving: dict[str, MasterWeights]
+    nets: RunNetworks
     averages: EMA
     ema_rate: list[EmaRate]
     averages_began: int | None
@@ -63,11 +60,6 @@ class TrainingRun(Protocol):
     images_seen: int
     seconds_before: float
     total_training_steps: int
-
-    @property
-    def trainer(self) -> MixedPrecisionTrainer:
-        """Of the online network."""
-        ...
 
     def sharding(self, sizes: list[int]) -> Sharding:
         """Which rank writes which of so many tensors."""
@@ -84,10 +76,10 @@ def state_dict(loop: TrainingRun) -> dict[str, Any]:
     The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
     draw is a function of the seed and of the position, or the step, it belongs to.
     """
-    trainer = loop.trainer
+    trainer = loop.nets.trainer
     gathered = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
-    optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.trained.items()}
-    owners = owners_of(loop)
+    optimizers = {file_of(role): network.opt.state_dict() for role, network in loop.nets.trained.items()}
+    owners = loop.nets.saved
     masters = {name: owner.gather_to_main() for name, owner in owners.items()}
     if not dist.is_main():
         return {}
@@ -102,43 +94,36 @@ def state_dict(loop: TrainingRun) -> dict[str, Any]:
 def pieces_of(loop: TrainingRun) -> dict[str, dict[str, Piece]]:
     """name -> what this rank writes of it, of all but "trainer", where every rank writes; nothing is sent."""
     shares, parts = {}, {}
-    for name, owner in owners_of(loop).items():
+    for name, owner in loop.nets.saved.items():
         shares[name] = loop.sharding(owner.layout.whole_sizes(owner.master_params))
         parts[name] = pieces.of_network(owner, owner.master_params, shares[name])
     for rate, tensors in zip(loop.ema_rate, loop.averages.local):
-        parts[f"ema_{rate}"] = pieces.of_network(loop.trainer, tensors, shares["model"])
-    for role, network in loop.trained.items():
+        parts[f"ema_{rate}"] = pieces.of_network(loop.nets.trainer, tensors, shares["model"])
+    for role, network in loop.nets.trained.items():
         name = "model" if role == ONLINE else role
         parts[file_of(role)] = pieces.of_optimizer(network.opt, network.trainer.layout, shares[name])
     return parts
 
 
-def owners_of(loop: TrainingRun) -> dict[str, MasterWeights]:
-    """Name in a checkpoint -> network."""
-    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
-    return {"model": loop.trainer, **loop.moving, **others}
-
-
 def plain_state(loop: TrainingRun) -> dict[str, Any]:
     """What a resumed run needs beside networks, averages and optimizers."""
     objective = loop.objective
-    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
     began = loop.images_seen if loop.averages_began is None else loop.averages_began
     # The keys "memory" and "watchers" are those of every checkpoint so far.
     rest = {
         "memory": objective.history and objective.history.state_dict(),
         "watchers": {each.name: each.state_dict() for each in loop.callbacks},
         "objective": objective.state_dict(),
-        "trainers": {name: other.state_dict() for name, other in others.items()},
+        "trainers": {name: other.state_dict() for name, other in loop.nets.other_trainers.items()},
         "averages_began": began if any(rate.power_std for rate in loop.ema_rate) else 0,
     }
-    return loop.trainer.state_dict() | {name: value for name, value in rest.items() if value}
+    return loop.nets.trainer.state_dict() | {name: value for name, value in rest.items() if value}
 
 
 def save_in_shares(loop: TrainingRun, is_last: bool) -> None:
     """Let every rank write what it holds; one call of all ranks together, in a run with such a writer."""
     assert loop.writer is not None, "--checkpoint_format dcp"
-    groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.trained.items()}
+    groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.nets.trained.items()}
     plain = {"trainer": plain_state(loop) | {GROUPS: groups}}
     loop.writer.save(checkpoint_of(loop), pieces_of(loop), plain, is_last)
 
@@ -174,22 +159,21 @@ def load_state_dict(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
     )
     verify = loop.checkpoints.verify
     changed = changes(checkpoint.config, loop.flags)
-    logger.log(f"going on from step {checkpoint.step} in {checkpoint.directory}{changed}")
+    logger.log(f"resuming from step {checkpoint.step} in {checkpoint.directory}{changed}")
     loop.step, loop.images_seen, loop.seconds_before = checkpoint.step, checkpoint.images_seen, checkpoint.seconds
-    others = {name: network.trainer for name, network in loop.trained.items() if name != ONLINE}
-    for name, owner in {"model": loop.trainer, **loop.moving, **others}.items():
+    for name, owner in loop.nets.saved.items():
         owner.load_master_params(params(name, owner))
     for rate in loop.ema_rate:
         name = f"ema_{rate}"
         share = averages.initial_weight(checkpoint, name)
-        loop.averages.load(rate.name, params(name, loop.trainer), 0.0 if share is None else share)
+        loop.averages.load(rate.name, params(name, loop.nets.trainer), 0.0 if share is None else share)
     rest = load_part("trainer", checkpoint, verify)
-    for role, network in loop.trained.items():
+    for role, network in loop.nets.trained.items():
         file = file_of(role)
         load_optimizer(network, load_part(file, checkpoint, verify), rest.get(GROUPS, {}).get(file))
-    loop.trainer.load_state_dict(rest)
+    loop.nets.trainer.load_state_dict(rest)
     loop.averages_began = rest.get("averages_began", 0)
-    for name, trainer in others.items():
+    for name, trainer in loop.nets.other_trainers.items():
         trainer.load_state_dict(rest["trainers"][name])
     if loop.objective.history is not None:
         loop.objective.history.load_state_dict(rest["memory"])
@@ -251,7 +235,7 @@ def write_status(loop: TrainingRun) -> None:
             storage.make_folder(logger.get_dir())
             storage.write_atomically(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
         except (OSError, UserError) as error:               # the checkpoint is there, and says as much
-            logger.warn(f"{STATUS} is as it was: {error}")
+            logger.warn(f"{STATUS} was not updated: {error}")
 
     dist.on_main(write)
 
@@ -276,7 +260,7 @@ def load_part(name: str, checkpoint: manifest.Checkpoint, verify: bool = True) -
     if path is None:
         raise UserError(
             f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
-            "or begin a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
+            "or start a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
         )
     if path.endswith(dcp.SUFFIX):                           # of which every rank reads what it needs
         return dist.everywhere(dcp.open_part, path, checkpoint.facts(path), verify)

@@ -52,8 +52,8 @@ def check_agreement(kind: FeatureKind, ref: Side, sample: Side, extractor: Extra
             f"{'stored in the file' if each.is_stored else 'computed now'}" for side, each in origins
         ]
         raise UserError(
-            f"the two sides are not seen by the same network ({'; '.join(described)}): give the extractor that the "
-            f"stored statistics come from, or a file without mu{kind.suffix} and sigma{kind.suffix}"
+            f"the two sides were not evaluated by the same network ({'; '.join(described)}): give the extractor that "
+            f"the stored statistics come from, or a file without mu{kind.suffix} and sigma{kind.suffix}"
         )
     if a.is_stored or b.is_stored:
         _check_preparation(ref, a, sample, b)

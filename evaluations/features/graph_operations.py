@@ -35,8 +35,8 @@ def check_operations(graph: Any, path: str) -> None:
     for node, place in _nodes(graph):
         if node.op not in ALLOWED:
             raise UserError(
-                f"{path}: the node {shown(node.name)}{place} is of the operation {shown(node.op)}, which is not one of "
-                "those that a network of images needs. A graph is a program that could read and write your files, and "
+                f"{path}: the node {shown(node.name)}{place} has the operation {shown(node.op)}, which is not one of "
+                "those that a network for images needs. A graph is a program that could read and write your files, and "
                 "it was not run. An Inception graph can be read as weights alone: --inception torch:PATH"
             )
         for name, value in node.attr.items():

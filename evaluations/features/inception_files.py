@@ -50,8 +50,8 @@ def find_here(kind: str) -> str:
             download(found)
         except DOWNLOAD_ERRORS as error:
             raise UserError(
-                f"no weights of Inception-v3 are here, and {found.name} cannot be downloaded ({error}). On a machine "
-                f"with a network fetch one of these, and put it here:\n{where_files_go(files)}\n"
+                f"no weights of Inception-v3 were found, and {found.name} cannot be downloaded ({error}). On a "
+                f"machine with internet access, download one of these and put it here:\n{where_files_go(files)}\n"
                 f"Or name a file with --inception PATH or {EXTRACTOR_VARIABLE}=PATH; a TorchScript extractor of "
                 "your own, such as scripts/classifier_train.py writes, will do as well."
             ) from None

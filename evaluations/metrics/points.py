@@ -39,7 +39,7 @@ class Ranks:
         return value
 
     def gather(self, value: T) -> list[T]:
-        """What every rank passed, in the order of ranks, on every rank."""
+        """The objects of all ranks, in the order of ranks, on every rank."""
         return [value]
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:

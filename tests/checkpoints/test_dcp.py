@@ -106,7 +106,7 @@ FORGED = {
     "before the file": ("chunks", [[0, 7, 0, -5, 9999, 0]], "is no tensor"),
     "another rank's name": ("chunks", [[0, 7, "../0", 0, 9999, 0]], "is no tensor"),
     "an object": ("dtype", "Generator", "is no tensor"),
-    "no list": ("chunks", 5, "is no index of tensors"),
+    "no list": ("chunks", 5, "is not an index of tensors"),
 }
 
 

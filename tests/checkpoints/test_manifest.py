@@ -139,7 +139,7 @@ def test_a_changed_manifest_is_passed_over_and_refused(tmp_path):
     path.write_text(json.dumps(good, sort_keys=True))
     assert manifest.newest(str(tmp_path)).step == 20
     path.rename(tmp_path / "checkpoint_000030.json")
-    with pytest.raises(UserError, match="speaks of step 20, its name of 30"):
+    with pytest.raises(UserError, match="is a manifest of step 20, but its name says 30"):
         manifest.read(str(tmp_path / "checkpoint_000030.json"))
 
 
@@ -152,7 +152,7 @@ def test_a_manifest_of_an_older_version_is_read_with_one_notice(tmp_path, monkey
     del old["manifest_crc32"]
     path.write_text(json.dumps(old))
     assert manifest.newest(str(tmp_path)).step == manifest.newest(str(tmp_path)).step == 10
-    assert len(said) == 1 and "without a checksum of its own" in said[0]
+    assert len(said) == 1 and "without its own checksum" in said[0]
 
 
 @pytest.mark.parametrize("name", ["model", "ema_0.9999", "opt", "manifest"])

@@ -61,7 +61,7 @@ def test_choices_are_the_tables():
     from cm.logging import FORMATS
     from cm.objectives import DENOISING, OBJECTIVES
     from cm.objectives.cdm import BACKWARD
-    from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, Recipe
+    from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, LossParts
     from cm.objectives.curricula import EMA_MODES, SCALE_MODES
     from cm.objectives.distances import DISTANCES
     from cm.objectives.pairs import PAIRS
@@ -85,7 +85,7 @@ def test_choices_are_the_tables():
     assert choices(ConsistencyConfig, "target_ema_mode") == set(EMA_MODES)
     assert choices(ConsistencyConfig, "scale_mode") == set(SCALE_MODES)
     words = {"pairs": PAIRS, "pair_path": PATHS, "pair_weight": PAIR_WEIGHTS, "pair_target": TARGETS}
-    assert set(words) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(words) == {field.name for field in dataclasses.fields(LossParts)}
     for name, table in words.items():
         assert choices(FewStepConfig, name) == {"", *table}
     assert choices(SampleConfig, "generator") == set(GENERATORS)
@@ -115,7 +115,7 @@ def test_a_file_builds_on_its_base(tmp_path):
     values = parse("", *EDM, argv=["--config", str(file), "--num_channels", "96"]).values
     assert [values[name] for name in ("image_size", "lr", "dropout", "num_channels")] == [32, 1e-3, 0.2, 96]
     (tmp_path / "network.yaml").write_text("base: common.yaml\n")
-    with pytest.raises(UserError, match="builds on this file in turn"):
+    with pytest.raises(UserError, match="is in turn based on this file"):
         parse("", *EDM, argv=["--config", str(file)])
     file.write_text("base: nowhere.yaml\n")
     with pytest.raises(UserError, match="nowhere.yaml: No such file"):
@@ -159,7 +159,7 @@ def test_wrong_values(argv, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lernrate: 1\n", "'lernrate' is no flag of this script"),
+    ("lernrate: 1\n", "'lernrate' is not a flag of this script"),
     ("lrr: 1\n", "did you mean 'lr'"),
     ("lr: [1\n", "neither YAML nor JSON"),
     ("- 1\n- 2\n", "`flag: value` lines, not a list"),
@@ -209,7 +209,7 @@ def test_a_flag_by_its_other_name(tmp_path):
     assert "lamda" not in by_flag.values
     assert parse("", *EDM, argv=["--config", str(file)]).values["sa_lambda"] == 0.5
     assert parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.3"]).values["sa_lambda"] == 0.3
-    with pytest.raises(UserError, match="--lamda and --sa_lambda are one flag.*0.3 and 0.4"):
+    with pytest.raises(UserError, match="--lamda and --sa_lambda are names of one flag.*0.3 and 0.4"):
         parse("", *EDM, argv=["--lamda", "0.3", "--sa_lambda", "0.4"])
     file.write_text("sa_lambda: 0.5\nlamda: 0.6\n")
     with pytest.raises(UserError, match="run.yaml: --sa_lambda and --lamda"):

@@ -128,5 +128,5 @@ def test_labels_are_matched_by_name():
     assert numbered_as(labels, ("cat", "dog"), PETS, "images").tolist() == [1, 2, 2]
     assert numbered_as(labels, ("cat", "dog"), (), "images") is labels
     assert numbered_as(np.array([0, 0]), ("cat", "emu"), PETS, "images").tolist() == [1, 1], "no image of an emu"
-    with pytest.raises(UserError, match="images has images of emu, and the network knows the classes ant, cat, dog"):
+    with pytest.raises(UserError, match="images has images of emu, but the network has the classes ant, cat, dog"):
         numbered_as(labels, ("cat", "emu"), PETS, "images")

@@ -40,7 +40,7 @@ def test_edm2s_constants_are_the_published_ones():
 
 
 @pytest.mark.parametrize("text, says", [
-    ("{", "is no record"), ("[]", "is no record"), ('{"mean": [1], "std": [0]}', "above 0"),
+    ("{", "is not a record"), ("[]", "is not a record"), ('{"mean": [1], "std": [0]}', "above 0"),
     ('{"mean": [1, 2], "std": [1]}', "not one for each channel"),
     ('{"mean": ["a"], "std": [1]}', "not a list of numbers"),
     ('{"mean": [1], "std": [1], "pixels": "big"}', "none of: unit, symmetric"),
@@ -57,7 +57,7 @@ def test_records_of_different_latents_do_not_go_together():
     assert merged(unknown, known, ("x", "y")) == known == merged(known, unknown, ("x", "y"))
     for other, says in [(LatentRecord((0.1,), (1.0,)), "mean"), (LatentRecord((0.0,), (2.0,)), "std"),
                         (LatentRecord((0.0,), (1.0,), "symmetric"), "pixels")]:
-        with pytest.raises(UserError, match=f"x and y are of different latents: {says} is"):
+        with pytest.raises(UserError, match=f"x and y have different latents: {says} is"):
             merged(known, other, ("x", "y"))
     with pytest.raises(UserError, match="x has latents of the VAE 'a' .*, y of the VAE 'b'"):
         merged(known, LatentRecord((0.0,), (1.0,), vae="b", sha256="22"), ("x", "y"))
@@ -110,7 +110,7 @@ def test_the_sets_own_record_scales_them(tmp_path):
     expected = (still[batch.indices.numpy(), :4] - np.array([1, 2, 3, 4])[:, None, None]) / (
         2 * np.array([1, 2, 4, 8])[:, None, None])
     assert np.allclose(batch.images, expected, atol=1e-6)
-    with pytest.raises(UserError, match="--latents and .*set.zip are of different latents: mean"):
+    with pytest.raises(UserError, match="--latents and .*set.zip have different latents: mean"):
         record_for(open_source(path, 8, latents=True).latents, EDM2.text(), 4, path)
 
 
@@ -121,7 +121,7 @@ def test_other_numbers_of_channels_need_a_record(tmp_path):
     source = open_source(path, 8, latents=True)
     source.latents = record_for(None, LatentRecord((0.0,) * 3, (1.0,) * 3).text(), 3, path)
     assert next(stream(path, channels=3, source=source)).images.shape == (3, 3, 8, 8)
-    with pytest.raises(UserError, match="their record is of 4"):
+    with pytest.raises(UserError, match="their record has 4"):
         record_for(None, EDM2.text(), 3, path)
     with pytest.raises(UserError, match="latents of 3 channels and side 8, and --channels 4"):
         stream(path)
@@ -133,7 +133,7 @@ def test_other_numbers_of_channels_need_a_record(tmp_path):
 @pytest.mark.parametrize("array, says", [
     (np.zeros((7, 8, 8)), r"not floats \[2C,H,W\]"), (np.zeros((8, 8)), r"not floats \[2C,H,W\]"),
     (np.zeros((8, 8, 8), int), r"not floats \[2C,H,W\]"), (np.full((8, 8, 8), np.nan), "NaN or infinite"),
-    (np.full((8, 8, 8), -1.0), "below 0"), (np.zeros((8, 8, 4)), "latents of one set must be alike"),
+    (np.full((8, 8, 8), -1.0), "below 0"), (np.zeros((8, 8, 4)), "all latents of a data set must have the same shape"),
     (np.array([[None]]), "Python objects"),
 ])
 def test_damaged_latents_are_named(tmp_path, array, says):
@@ -156,7 +156,7 @@ def test_a_folder_is_as_good_as_a_zip_and_pictures_are_no_latents(tmp_path, imag
     assert folder.labels.tolist() == [0, 1, 2, 0, 1, 2] and folder.in_memory
     assert [may_hold_moments(str(tmp_path / name)) for name in ("set", "set.zip", "nowhere.zip")] == [True, True, False]
     assert not may_hold_moments(images) and not may_hold_moments("digits")
-    with pytest.raises(UserError, match="set.zip holds latents, and this is for pictures"):
+    with pytest.raises(UserError, match="set.zip contains latents, but images are needed"):
         open_source(str(tmp_path / "set.zip"), 8)
     with pytest.raises(UserError, match="drop --random_crop"):
         next(stream(tmp_path / "set.zip", random_crop=True))

@@ -111,7 +111,7 @@ def test_a_download_that_broke_off_is_named(tmp_path):
         open_raw(str(path))
     digits = mnist(tmp_path, np.zeros((3, 28, 28), np.uint8), [1, 2, 3])
     digits.write_bytes(digits.read_bytes()[:-9])
-    with pytest.raises(UserError, match="is no gzip file, or the download is not complete"):
+    with pytest.raises(UserError, match="is not a gzip file, or the download is not complete"):
         open_raw(str(digits))
 
 

@@ -91,7 +91,7 @@ def test_pixels_and_scaling(encode, tmp_path):
     found = LatentRecord(**content["latents"] | {"mean": tuple(content["latents"]["mean"]),
                                                  "std": tuple(content["latents"]["std"])})
     assert (found.mean, found.std) == (EDM2.mean, EDM2.std) and found.sha256
-    with pytest.raises(UserError, match="--scaling edm2 is of latents of 4 channels and --pixels unit"):
+    with pytest.raises(UserError, match="--scaling edm2 is for latents of 4 channels and --pixels unit"):
         encode(tmp_path / "images", tmp_path / "c.zip", "--scaling", "edm2", "--pixels", "symmetric")
 
 
@@ -181,7 +181,7 @@ def test_mistakes_are_named(encode, tmp_path):
     with pytest.raises(UserError, match="side 13: the VAE vae0 takes multiples of 2; give --resolution 12"):
         encode(images, tmp_path / "a.zip", "--resolution", 13)
     (tmp_path / "there.zip").write_bytes(b"x")
-    with pytest.raises(UserError, match="there.zip is there already"):
+    with pytest.raises(UserError, match="there.zip already exists"):
         encode(images, tmp_path / "there.zip")
     with pytest.raises(UserError, match="lies in the input folder --source"):
         encode(images, images / "a.zip")

@@ -104,10 +104,10 @@ def truncated(tmp_path):
 
 
 BAD = {
-    "nothing there": (lambda tmp: tmp / "nowhere", [], "no lmdb folder"),
+    "nothing there": (lambda tmp: tmp / "nowhere", [], "not an lmdb folder"),
     "not a database": (truncated, [], "cannot be read as an lmdb database"),
     "empty": (lambda tmp: database(tmp / "lmdb", []), [], "is empty"),
-    "no pictures": (lambda tmp: database(tmp / "lmdb", [b"x", b"y"]), [], "not one of 2 entries"),
+    "no pictures": (lambda tmp: database(tmp / "lmdb", [b"x", b"y"]), [], "none of 2 entries"),
     "no size": (lambda tmp: database(tmp / "lmdb", pictures()), ["--image-size", "0"], "--image-size 0"),
     "path as prefix": (lambda tmp: database(tmp / "lmdb", pictures()), ["--prefix", "a/b"], "--prefix 'a/b'"),
 }

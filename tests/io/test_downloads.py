@@ -1,4 +1,4 @@
-"""Inception's published files: found in the cache, downloaded, refused when they are not what they should be.
+"""Inception's published files: found in the cache, downloaded, refused when they are not the expected file.
 
 The files are stand-ins, served by a real web server on this machine.
 """
@@ -170,5 +170,5 @@ def test_two_ranks_download_once(tmp_path, cache, server):
 
         dist.run(main)
         """)
-    assert done.rc == 2 and "error: no weights of Inception-v3 are here" in done.stderr, done
+    assert done.rc == 2 and "error: no weights of Inception-v3 were found" in done.stderr, done
     assert server.asked.count("/weights-here.pth") == 1

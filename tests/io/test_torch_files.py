@@ -58,7 +58,7 @@ def test_two_members_of_one_name_are_refused():
 
 
 def test_an_archive_that_swells_is_refused():
-    with pytest.raises(zipfile.BadZipFile, match="would swell from"):
+    with pytest.raises(zipfile.BadZipFile, match="would expand from"):
         load(bombs.swelling_zip(["archive/data/0"], 1))
 
 

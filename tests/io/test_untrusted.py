@@ -290,12 +290,12 @@ def test_an_honest_bomb_is_refused_before_it_swells(tmp_path, little_memory):
         for _ in range(swollen // 2**20):
             file.write(bytes(2**20))
     assert (tmp_path / "x.npz").stat().st_size < swollen / untrusted.BOMB_RATIO
-    refused(lambda path: open_source(path, 8), tmp_path / "x.npz", r"would swell from [\d,]+ to 536,")
-    refused(BatchFile, tmp_path / "x.npz", "would swell")
+    refused(lambda path: open_source(path, 8), tmp_path / "x.npz", r"would expand from [\d,]+ to 536,")
+    refused(BatchFile, tmp_path / "x.npz", "would expand")
     (tmp_path / "x.npz").rename(tmp_path / "x.zip")
-    refused(lambda path: open_source(path, 8), tmp_path / "x.zip", "would swell")
+    refused(lambda path: open_source(path, 8), tmp_path / "x.zip", "would expand")
     (tmp_path / "x.zip").rename(tmp_path / "x.pt")
-    refused(dist.load_state_dict, tmp_path / "x.pt", "would swell")
+    refused(dist.load_state_dict, tmp_path / "x.pt", "would expand")
 
 
 def lying(data, size, packed=None):
@@ -487,7 +487,7 @@ def test_views_that_repeat_without_end_are_refused(tmp_path, little_memory):
     {"time_embed.0.weight": th.ones(4, 0)}, {(((1,),),): 1}, {"time_embed.0.weight": th.ones(4, 4), "input_blocks": 1},
 ])
 def test_weights_of_no_network(content):
-    with pytest.raises(UserError, match="x.pt is no U-Net of this toolkit"):
+    with pytest.raises(UserError, match="x.pt is not a U-Net of this toolkit"):
         openai.architecture(content, "x.pt")
 
 
@@ -508,7 +508,7 @@ def test_attention_of_odd_shape_is_refused():
         content = {"middle_block.1.qkv.weight": th.ones(rows, 4, 1)}
         if bias:
             content["middle_block.1.qkv.bias"] = th.ones(bias)
-        with pytest.raises(UserError, match="are no attention of guided-diffusion"):
+        with pytest.raises(UserError, match="do not belong to an attention layer of guided-diffusion"):
             guided_diffusion.to_published_layout(content, **heads)
 
 

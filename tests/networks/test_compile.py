@@ -151,7 +151,7 @@ def test_samplers_that_differentiate_the_network_are_refused():
 
 def test_without_a_compiler_the_flag_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="there is no no-such-compiler: install one, .* or drop --compile"):
+    with pytest.raises(UserError, match="there is no no-such-compiler: install it, .* or drop --compile"):
         run_util.on_device(sampling_settings("--compile", "True"), network())
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs Triton"):

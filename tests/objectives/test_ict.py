@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
-from cm.objectives.consistency import Recipe
+from cm.objectives.consistency import LossParts
 from cm.objectives.distances import get_distance, pseudo_huber
 from cm.objectives.ict import ICT
 from cm.objectives.pairs import LognormalGridPairs
@@ -78,7 +78,7 @@ def test_a_new_combination_needs_no_code():
     assert [each.name for each in objective.companions] == ["target_model", "teacher_model"]
     assert ICT.companions_of(values) == objective.companions
     assert objective.logs(0) == {"target_ema": 0.9, "num_scales": 11}
-    assert ICT.recipe == Recipe("lognormal-grid", "noise", "gap", "online")
+    assert ICT.parts == LossParts("lognormal-grid", "noise", "gap", "online")
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -129,9 +129,9 @@ def test_labels_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"num_samples": 7}, "num_samples=7 is no option here.*it is for count"),
-    ({"model_path": "x"}, "model_path='x' is no option here.*it is for cm.load"),
-    ({"labels": 1, "class_label": "2"}, "labels and class_label both say"),
+    ({"num_samples": 7}, "num_samples=7 is not an option here.*use count"),
+    ({"model_path": "x"}, "model_path='x' is not an option here.*use cm.load"),
+    ({"labels": 1, "class_label": "2"}, "labels and class_label both set"),
     ({"steps": 2, "ts": "0,39"}, "steps=2 and ts='0,39' both say"),
 ])
 def test_options_that_would_change_nothing(runs, options, message):
@@ -186,7 +186,7 @@ def test_edits_keep_what_they_promise(runs):
 @pytest.mark.parametrize("task, images, options, message", [
     ("colorize", th.full((1, 3, 8, 8), 200.0), {}, "values from 200 to 200: give a float tensor in"),
     ("denoise", th.full((1, 3, 8, 8), float("nan")), {}, "NaN or infinite pixels"),
-    ("denoise", th.zeros(1, 3, 8, 8), {"sigma": -1}, "sigma=-1: the network knows noise levels from 0.002 to 80"),
+    ("denoise", th.zeros(1, 3, 8, 8), {"sigma": -1}, "sigma=-1: the network supports noise levels from 0.002 to 80"),
     ("colorize", th.zeros(1, 3, 8, 8), {"factor": 4}, "factor is for superres, not for colorize"),
     ("superres", th.zeros(1, 3, 8, 8), {"sigma": 1.0}, "sigma is for stroke and denoise, not for superres"),
     ("colorize", th.zeros(1, 3, 8, 8), {"mask": np.ones((8, 8))}, "mask is for inpaint"),

@@ -26,7 +26,7 @@ def test_a_training_that_was_stopped_is_not_finished(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(stages, "execute", train)
     finished = False
-    with pytest.raises(SystemExit, match="'training run' was stopped; the same command goes on"):
+    with pytest.raises(SystemExit, match="'training run' was stopped; the same command resumes"):
         stage.run("quickstart")
     assert not product.exists() and not stage.is_done
     product.touch()
@@ -64,14 +64,14 @@ def test_handlers_of_signals_are_as_before():
 def test_ranks_need_mpiexec(monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     monkeypatch.setattr(stages.shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="2 ranks are started by mpiexec, and there is none"):
+    with pytest.raises(UserError, match="mpiexec, which starts 2 ranks, was not found"):
         mpiexec(2)
     with pytest.raises(SystemExit) as ended:
         run_chain(lambda: mpiexec(2))
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: 2 ranks")
     with pytest.raises(SystemExit) as ended:
         run_chain(interrupted)
-    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command goes on from here\n"
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command resumes from here\n"
     monkeypatch.setattr(stages.shutil, "which", lambda name: "/usr/bin/mpiexec")
     assert mpiexec(2) == ["mpiexec", "-n", "2"]
 

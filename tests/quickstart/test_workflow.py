@@ -110,11 +110,11 @@ def test_another_order_in_the_same_folder_is_refused(tmp_path, change, words):
     (out / "plan.json").write_text(json.dumps({"order": first.remembered()}))
     workflow.Workflow(first)
     flags = dict(zip(["--data_dir", "--hours", "--out"], ["digits", "1", out])) | dict([change])
-    with pytest.raises(UserError, match=f"was begun with other flags \\({words}\\).*another --out"):
+    with pytest.raises(UserError, match=f"was started with other flags \\({words}\\).*another --out"):
         workflow.Workflow(order_of([word for pair in flags.items() for word in pair]))
     for text in ("{", "[]", json.dumps({"order": first.remembered(), "found": {"images": 3}})):
         (out / "plan.json").write_text(text)
-        with pytest.raises(UserError, match="plan.json is damaged: remove it to plan anew"):
+        with pytest.raises(UserError, match="plan.json is damaged: remove it to plan again"):
             workflow.Workflow(first).prepare()
 
 

@@ -227,7 +227,7 @@ def test_distances_of_different_features_are_said_not_to_be_comparable(folder, p
 @pytest.mark.parametrize("words, message", [
     (["{}/nowhere"], "nowhere does not exist"),
     (["{}/slow", "{}/nowhere"], "nowhere does not exist"),
-    (["{}/slow/samples", "{}/tiny.ts"], "there is no run here: .*samples has no log .*; .*tiny.ts is no folder"),
+    (["{}/slow/samples", "{}/tiny.ts"], "there is no run here: .*samples has no log .*; .*tiny.ts is not a folder"),
     (["{}/slow", "--out", "{}/tiny.ts/report.html"], "cannot create the folder .*tiny.ts"),
 ])
 def test_bad_input_is_one_clear_error(folder, words, message):
@@ -272,9 +272,9 @@ def test_what_is_no_run_is_passed_over_and_named(many, capsys):
     page = many.read_text()
     report(many.parent / "notes.txt", many.parent / "run01_of_ect")
     told = capsys.readouterr().out
-    assert "passed over: " in told and "notes.txt is no folder" in told
+    assert "passed over: " in told and "notes.txt is not a folder" in told
     assert (many.parent / "run01_of_ect/report.html").exists(), "the first that is a run"
-    for reason in ("notes.txt is no folder", "empty has no log", "young/progress.csv has no row yet"):
+    for reason in ("notes.txt is not a folder", "empty has no log", "young/progress.csv has no row yet"):
         assert reason in page and "passed over: " in page
     assert f"{MANY} training runs" in page and "16 more</title>" in page
 

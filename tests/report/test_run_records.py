@@ -60,7 +60,7 @@ def test_a_folder_without_a_log_is_an_error(tmp_path, name, content, message):
 
 
 def test_no_folder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="nowhere is no folder; give the --log_dir"):
+    with pytest.raises(UserError, match="nowhere is not a folder; give the --log_dir"):
         read_run(str(tmp_path / "nowhere"))
 
 

@@ -156,7 +156,7 @@ def test_a_guide_is_plain_data(guide, tmp_path):
     x, sigma = th.randn(3, 3, SIDE, SIDE), th.tensor([0.1, 1.0, 10.0])
     assert th.equal(again(x, sigma), load(guide)(x, sigma)) and to_content(again)["format"] == content["format"]
     assert not any(param.requires_grad for param in again.parameters())
-    with pytest.raises(UserError, match="other.pt is no classifier of noisy images; make one with classifier_train.py"):
+    with pytest.raises(UserError, match="other.pt is not a classifier of noisy images; train one with"):
         from_content({"weights": {}}, "other.pt")
 
 
@@ -305,7 +305,7 @@ def test_flags_that_would_be_ignored_are_errors(command, options, message):
 def test_a_guide_must_fit_the_model(command, tmp_path_factory):
     path = tmp_path_factory.mktemp("guides") / "large.pt"
     th.save(to_content(NoisyClassifier(NoisyClassifierConfig(16, 3))), path)
-    with pytest.raises(UserError, match="large.pt knows images of side 16, the model makes them of side 8; train a"):
+    with pytest.raises(UserError, match="large.pt is for images of side 16, the model makes them of side 8; train a"):
         command("image_sample.py", "--classifier_path", path, "--num_samples", 1)
     th.save(to_content(NoisyClassifier(NoisyClassifierConfig(8, 3, channels=1))), path)
     with pytest.raises(UserError, match="large.pt knows images of 1 channels, .* train a classifier with --channels 3"):

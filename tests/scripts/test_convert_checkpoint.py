@@ -167,7 +167,7 @@ def test_diffusers_makes_the_same_images_and_the_way_back_the_same_weights(tmp_p
 
 @pytest.mark.parametrize("id2label", [["cat"], {"1": "cat"}, {"0": 5}, 3])
 def test_a_table_of_class_names_that_is_none(id2label):
-    with pytest.raises(UserError, match="id2label in model_index.json is no table of class names"):
+    with pytest.raises(UserError, match="id2label in model_index.json is not a table of class names"):
         diffusers_folder._names_of(id2label, "folder")
 
 
@@ -257,7 +257,7 @@ def test_folders_that_do_not_fit(folder):
     with pytest.raises(UserError, match="holds a DDPMPipeline with a UNet2DModel, not a ConsistencyModelPipeline"):
         diffusers_folder.read(str(folder))
     (folder / "unet" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is no complete folder of diffusers"):
+    with pytest.raises(UserError, match="is not a complete folder of diffusers"):
         diffusers_folder.read(str(folder))
 
 

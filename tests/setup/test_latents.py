@@ -40,9 +40,9 @@ def test_a_checkpoint_and_its_data_must_have_the_same_latents(tmp_path):
     settings = training("--data_dir", path, inherited={"latents": known.text()})
     assert settings.values["latents"] == known.text(), "the VAE, which the set does not know, is kept"
     own = edm2_zip(tmp_path / "own.zip", record={"mean": [1, 1, 1, 1], "std": [1, 1, 1, 1]})
-    with pytest.raises(UserError, match="the checkpoint x.pt and .*own.zip are of different latents: mean"):
+    with pytest.raises(UserError, match="the checkpoint x.pt and .*own.zip have different latents: mean"):
         training("--data_dir", own, inherited={"latents": OTHER.text()})
-    with pytest.raises(UserError, match="--latents and the checkpoint are of different latents"):
+    with pytest.raises(UserError, match="--latents and the checkpoint have different latents"):
         training("--latents", EDM2.text(), inherited={"latents": OTHER.text()})
 
 
@@ -64,5 +64,5 @@ def test_a_record_of_other_channels_is_refused():
 
 
 def test_a_manifest_with_a_broken_record_is_refused():
-    with pytest.raises(UserError, match="the checkpoint: .*is no record of latents"):
+    with pytest.raises(UserError, match="the checkpoint: .*is not a record of latents"):
         training(inherited={"latents": "{}"})

@@ -35,9 +35,9 @@ def test_widths():
     assert parse_widths("0.02:0.20") == [round(0.01 * i, 2) for i in range(2, 21)]
     assert parse_widths("0.02:0.1:0.04, 0.15") == [0.02, 0.06, 0.1, 0.15]
     for text in ("", "x", "0.1:0.05", "0.1:0.2:0", "0.1:0.2:0.1:3", "nan:0.1"):
-        with pytest.raises(UserError, match="is no width such as 0.05, nor a rising range"):
+        with pytest.raises(UserError, match="is not a width such as 0.05, nor a rising range"):
             parse_widths(text)
-    with pytest.raises(UserError, match="0.3 is no width of a power-function average"):
+    with pytest.raises(UserError, match="0.3 is not a width of a power-function average"):
         parse_widths("0.1,0.3")
 
 
@@ -155,7 +155,7 @@ def test_a_consistency_model_is_sampled_in_one_step(trained, monkeypatch, tmp_pa
     (("RUN", "--model_path", "x.pt"), "--model_path x.pt: this command makes its networks from --run"),
     (("RUN", "--step", 100), "--step 100: there are snapshots from step 1 to 8"),
     (("RUN", "--std", 0.28), "differs by .*choose a width nearer to the tracked ones"),
-    (("nowhere",), "nowhere holds no power-function averages"),
+    (("nowhere",), "nowhere has no power-function averages"),
 ])
 def test_mistakes(trained, monkeypatch, tmp_path, words, message):
     words = [trained / "run" if word == "RUN" else word for word in words]

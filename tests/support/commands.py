@@ -11,7 +11,7 @@ from cm.logging import logger
 from support.as_module import as_module
 from support.command_line import overridden
 from support.mpi import ROOT
-from support.warm import mpiexec
+from support.warm import mpi_program, mpiexec
 
 NETWORK = ["--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
            "--attention_resolutions", "8", "--num_head_channels", "32", "--class_cond", "True"]
@@ -49,6 +49,19 @@ def curve(directory, column="loss"):
         return np.array([float(row[column]) for row in csv.DictReader(file)])
 
 
+def run_programs(folder, head, programs):
+    """Run Python programs, (ranks, text) each, one after the other in a folder; each begins with `head`."""
+    for ranks, text in programs:
+        done = mpi_program(folder, ranks, f"import os\nos.chdir({str(folder)!r})\n{head}{text}", timeout=240, env=QUIET)
+        assert done.rc == 0, done
+
+
+def assert_same_run(first, second, step):
+    """Two runs have the same log of losses and the same bytes in every file of a step; returns these files."""
+    assert np.array_equal(curve(first), curve(second))
+    files = files_of(first, step)
+    assert files == files_of(second, step)
+    return files
 
 
 def is_rank(pid):

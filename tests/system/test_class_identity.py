@@ -137,7 +137,7 @@ def test_edited_images_keep_their_class_by_name(monkeypatch, home, tmp_path):
     cats.mkdir()
     shutil.copy(home / "data" / "cat" / "0.png", cats / "cat_0.png")
     assert edit(cats, 1) == [1], "class 0 of these images, and class 1 of the network"
-    with pytest.raises(UserError, match="has images of dog, and the network knows the classes ant, cat; choose one"):
+    with pytest.raises(UserError, match="has images of dog, but the network has the classes ant, cat; choose one"):
         edit(home / "shifted", 6)
     assert edit(home / "shifted", 6, "--class_label", "ant") == [0] * 6
 

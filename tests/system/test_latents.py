@@ -157,7 +157,7 @@ def test_a_picture_is_edited_through_the_vae(command, place):
     command("scripts/image_sample.py", "--num_samples", 1, "--log_dir", place / "drawn", *options)
     drawn = np.load(place / "drawn/samples_1x16x16x3.npz")["arr_0"]
     assert abs(between.astype(int) - drawn).max() <= 1, "the ends of an arc are the samples themselves"
-    with pytest.raises(UserError, match="--task colorize is defined on pixels.*or take a model of pictures"):
+    with pytest.raises(UserError, match="--task colorize is defined on pixels.*or take a model of images"):
         command("scripts/image_edit.py", "--task", "colorize", "--images", place / "images", *options)
     with pytest.raises(UserError, match="leaves no square of 2x2 pixels known"):
         command("scripts/image_edit.py", "--images", place / "images", "--mask_box", "0,0,16,15", *options)
@@ -232,9 +232,9 @@ def test_other_latents_and_vaes_are_refused(command, place):
         command("scripts/edm_train.py", "--data_dir", "digits", *TINY, "--image_size", 8, "--vae", place / "vae",
                 "--sample_interval", 1, "--total_training_steps", 1, "--log_dir", place / "pictures")
     command("datasets/encode.py", "--vae", place / "other", "--source", place / "images", "--dest", place / "other.zip")
-    with pytest.raises(UserError, match="checkpoint_000003.json and this run are of different latents"):
+    with pytest.raises(UserError, match="checkpoint_000003.json and this run have different latents"):
         command("scripts/edm_train.py", "--data_dir", place / "other.zip", *TINY, "--total_training_steps", 4,
                 "--log_dir", place / "run")
-    with pytest.raises(UserError, match="the checkpoint .* and .*other.zip are of different latents"):
+    with pytest.raises(UserError, match="the checkpoint .* and .*other.zip have different latents"):
         command("scripts/edm_train.py", "--data_dir", place / "other.zip", *TINY, "--total_training_steps", 1,
                 "--resume_checkpoint", model_of(place), "--log_dir", place / "finetuned")

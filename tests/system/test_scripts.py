@@ -63,7 +63,7 @@ def test_killed_and_started_again_is_the_same_run(teacher, tmp_path):
     assert job.wait(timeout=15) != 0
     assert not (tmp_path / "checkpoint_000012.json").exists()
     again = edm(tmp_path, 12)
-    assert "going on from step" in (tmp_path / "log.txt").read_text(), again
+    assert "resuming from step" in (tmp_path / "log.txt").read_text(), again
     assert files_of(tmp_path, 12) == files_of(teacher, 12)
     assert len(files_of(tmp_path, 12)) == 4
     assert np.array_equal(curve(tmp_path), curve(teacher))

@@ -48,7 +48,7 @@ def test_a_resumed_run_and_two_ranks_see_the_same_images(train, shards, tmp_path
     whole = train(tmp_path / "whole", 7)
     train(tmp_path / "parts", 3)
     parts = train(tmp_path / "parts", 7)
-    assert "going on from step" in (parts / "log.txt").read_text()
+    assert "resuming from step" in (parts / "log.txt").read_text()
     assert files_of(parts, 7) == files_of(whole, 7) and len(files_of(whole, 7)) == 4
     assert np.array_equal(curve(parts), curve(whole))
     script("scripts/edm_train.py", *flags(shards, tmp_path / "ranks", 7), ranks=2)

@@ -227,7 +227,7 @@ def test_values_of_another_measurement_are_not_compared(tmp_path):
     loop(tmp_path, 2, evaluation([3.0], seed=1)).run_loop()
     other = evaluation([8.0], seed=2)
     loop(tmp_path, 4, other).run_loop()
-    assert "measured otherwise than before (seed)" in (tmp_path / "log.txt").read_text()
+    assert "metric is measured differently than before (seed)" in (tmp_path / "log.txt").read_text()
     assert kept(tmp_path) == (4, 8.0)
 
 

@@ -73,7 +73,7 @@ def test_a_stage_of_progressive_distillation_begins_its_averages_anew(images, tm
     for steps in (4, 5, 6):
         run(images, tmp_path / "parts", steps, ema_rate="power0.1", **options)
     assert digest(tmp_path / "whole", 6) == digest(tmp_path / "parts", 6)
-    with pytest.raises(UserError, match="is a run of --training_mode progdist, which begins its averages anew"):
+    with pytest.raises(UserError, match="is a run of --training_mode progdist, which restarts its averages"):
         manifest.save(str(tmp_path), 1, {"ema_power0.1": {}}, {"training_mode": "progdist"}, 8)
         find_snapshots(str(tmp_path))
 
@@ -139,7 +139,7 @@ def test_buffers_are_copied_and_parameters_are_summed_in_float64():
 
 
 def test_snapshots_that_are_missing_or_damaged(images, tmp_path):
-    with pytest.raises(UserError, match="holds no power-function averages: train with --ema_rate power0.05,power0.10"):
+    with pytest.raises(UserError, match="has no power-function averages: train with --ema_rate power0.05,power0.10"):
         find_snapshots(str(tmp_path))
     run(images, tmp_path, 2, ema_rate=RATES, callbacks=[EmaSnapshots(1)])
     snapshots = find_snapshots(str(tmp_path))

@@ -126,7 +126,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_ends_the_step_on_all(pairs):
 
 def test_ranks_with_unequal_numbers_of_passes_are_refused(pairs):
     for said in json.loads((pairs / "errors.json").read_text()):
-        assert said["passes"].startswith("UserError: the ranks' images make 3, 1 passes a step")
+        assert said["passes"].startswith("UserError: the ranks need 3, 1 passes per step")
 
 
 def test_four_ranks_in_two_replicas_are_one_process(tmp_path):

@@ -220,7 +220,7 @@ def test_a_fresh_optimizer_is_never_silent(images, tmp_path, name):
             ema_rate="0.5", log_interval=1, save_interval=1, resume_checkpoint=str(path),
         )
     assert second.step == 0 and not second.opt.state
-    message = f"starting at step 0 from the weights of {path}; optimizer and averages start afresh"
+    message = f"starting at step 0 from the weights of {path}, with a new optimizer and new averages"
     assert message in said.read_text()
 
 
@@ -234,7 +234,7 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(images, tmp_path, name
 
 def test_an_average_that_was_never_made_is_named(images, tmp_path):
     run(images, tmp_path, 1, ema_rate="0.5")
-    with pytest.raises(UserError, match="no 'ema_0.9': .*--ema_rate.*begin a new run.*another --log_dir"):
+    with pytest.raises(UserError, match="no 'ema_0.9': .*--ema_rate.*start a new run.*another --log_dir"):
         loop(images, tmp_path, 2, ema_rate="0.5,0.9")
 
 

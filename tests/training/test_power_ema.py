@@ -19,7 +19,7 @@ def test_exponents_of_widths():
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 0.289, 1.0, math.nan])
 def test_what_is_no_width(std):
-    with pytest.raises(UserError, match="is no width of a power-function average: those are above 0 and below 0.289"):
+    with pytest.raises(UserError, match="is not a width of a power-function average: it must be above 0 and below"):
         gamma_of(std)
 
 
@@ -125,7 +125,7 @@ def test_the_error_of_a_profile_is_its_distance_from_the_one_asked_for(count, st
 
 
 def test_snapshots_that_determine_nothing():
-    with pytest.raises(UserError, match="there is no snapshot"):
+    with pytest.raises(UserError, match="there are no snapshots"):
         mix([], Profile.of(1, 0.05))
-    with pytest.raises(UserError, match="two of them are of the same time and width"):
+    with pytest.raises(UserError, match="two of them have the same step and width"):
         mix([Profile.of(1, 0.05)] * 2, Profile.of(1, 0.05))

@@ -101,8 +101,8 @@ def _network(config: Mapping[str, Any], folder: str) -> nn.Module:
     try:
         return AutoencoderKL(**known)
     except Exception as error:                                      # settings from anybody can lead to any
-        raise UserError(f"{os.path.join(folder, SETTINGS_FILE)} describes no {KIND} that the installed diffusers can "
-                        f"make: {type(error).__name__}: {error}") from None
+        raise UserError(f"{os.path.join(folder, SETTINGS_FILE)} does not describe an {KIND} that the installed "
+                        f"diffusers can create: {type(error).__name__}: {error}") from None
 
 
 def _look_at(folder: str, flag: str) -> tuple[dict[str, Any], str]:
@@ -111,8 +111,8 @@ def _look_at(folder: str, flag: str) -> tuple[dict[str, Any], str]:
     try:
         config = read_json(place, SETTINGS)
     except (OSError, ValueError) as error:
-        raise UserError(f"--{flag} {folder} is no folder of a VAE: {place} cannot be read: {error}. Give the folder of "
-                        f"a diffusers {KIND}, such as a download of stabilityai/sd-vae-ft-mse") from None
+        raise UserError(f"--{flag} {folder} is not a folder of a VAE: {place} cannot be read: {error}. Give the "
+                        f"folder of a diffusers {KIND}, such as a download of stabilityai/sd-vae-ft-mse") from None
     kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if kind != KIND:
         raise UserError(f"--{flag} {folder} holds a {shown(kind)}, not an {KIND}")
@@ -131,14 +131,14 @@ def _check(config: Mapping[str, Any], place: str) -> None:
     few = 0 < len(levels) <= LARGEST_COUNT and all(type(n) is int and n > 0 for n in counts) and blocks <= LARGEST_COUNT
     if not few:
         raise UserError(f"{place}: block_out_channels {shown(widths)}, layers_per_block {shown(blocks)}, "
-                        "latent_channels or norm_num_groups are no counts of a network; fetch it again")
+                        "latent_channels or norm_num_groups are not valid sizes of a network; download it again")
     for name in ("down_block_types", "up_block_types"):
         kinds = config.get(name)
         if not isinstance(kinds, list) or len(kinds) != len(levels) or not set(map(str, kinds)) <= set(BLOCKS):
             raise UserError(f"{place}: {name} {shown(kinds)} is not one of {', '.join(BLOCKS)} for each level")
     if config.get("latent_channels", 4) in (1, 3):
-        raise UserError(f"{place}: latents of {config['latent_channels']} channels cannot be told from pictures: take "
-                        "a VAE of another number")
+        raise UserError(f"{place}: latents of {config['latent_channels']} channels look like images: use a "
+                        "VAE with another number of channels")
     colours = [config.get(name, 3) for name in ("in_channels", "out_channels")]
     if colours != [3, 3]:
         raise UserError(f"{place}: it is for images of {shown(colours[0])} channels, and this toolkit makes latents of "
@@ -152,7 +152,7 @@ def _tensors_of(path: str) -> Mapping[str, Tensor]:
     """
     tensors = dist.load_state_dict(path) if path.endswith(".bin") else safetensor_files.read(path)
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is no dict of tensors; fetch it again")
+        raise UserError(f"{path} does not contain a dict of tensors; download it again")
     return tensors
 
 

@@ -23,8 +23,8 @@ def refuse(content: Any, source: str) -> None:
     if any(isinstance(part, Mapping) and _has_names(part) for part in parts):
         raise UserError(
             f"{source} holds the U-Net of the published code of DDIM and SA-DPM (such as model_N_ema.pth), which is "
-            "none of the networks here and cannot be converted to one exactly: sample it with the code it came from "
-            "and evaluate its images here (evaluations/evaluator.py), or train anew with --objective sadpm"
+            "not a network of this toolkit and cannot be converted exactly: sample it with the code it came from and "
+            "evaluate its images here (evaluations/evaluator.py), or train a new model with --objective sadpm"
         )
 
 

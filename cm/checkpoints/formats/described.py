@@ -74,7 +74,7 @@ class Description:
             return cls(content["config"], checked(content.get("class_names", ())),
                        RunFacts.from_json(content.get("run", {})), crc32)
         except ValueError as error:
-            raise UserError(f"{source} holds no description of a network that can be used: {error}. Fetch or write it "
+            raise UserError(f"{source} contains no valid description of a network: {error}. Download or write it "
                             "again") from None
 
 
@@ -97,7 +97,7 @@ def description(path: str) -> Description | None:
         text = safetensor_files.metadata(path).get(KEY)
         content = None if text is None else parse_json(text, MANIFEST)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Fetch or write it again") from None
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}. Download or write it again") from None
     return None if text is None else Description.from_json(content, path)
 
 

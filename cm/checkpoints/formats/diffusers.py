@@ -159,10 +159,10 @@ def _unet_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     :raises UserError: where they have no such network, or their pipeline would use it wrongly.
     """
     if flags.get("time_scale", 0) not in (0, 1000):
-        raise UserError(f"diffusers has consistency models that are told 250 ln(sigma) alone, not with --time_scale "
-                        f"{flags['time_scale']:g}")
+        raise UserError(f"consistency models of diffusers are conditioned on 250 ln(sigma); they do not support "
+                        f"--time_scale {flags['time_scale']:g}")
     if flags["arch"] != "unet" or flags["precond"] != "edm":
-        raise UserError(f"diffusers has consistency models with --arch unet and --precond edm alone, not with "
+        raise UserError(f"consistency models of diffusers have --arch unet and --precond edm; they do not support "
                         f"{flags['arch']} and {flags['precond']}")
     widths = _level_widths(flags)
     if widths[0] != flags["num_channels"]:
@@ -200,12 +200,13 @@ def _head_width(flags: Mapping[str, Any], widths: set[int]) -> int | None:
         return flags["num_head_channels"]
     heads = flags["num_heads"]
     if flags["num_heads_upsample"] not in (-1, heads):
-        raise UserError(f"diffusers has the same heads on both ways, not {heads} and {flags['num_heads_upsample']}")
+        raise UserError(f"diffusers has equally many heads in encoder and decoder, not {heads} and "
+                        f"{flags['num_heads_upsample']}")
     if heads == 1:
         return None
     if len(widths) > 1:
-        raise UserError(f"diffusers has attention heads of one width; num_heads={heads} at levels of "
-                        f"{', '.join(map(str, sorted(widths)))} channels makes several")
+        raise UserError(f"diffusers needs attention heads of one width; num_heads={heads} at levels of "
+                        f"{', '.join(map(str, sorted(widths)))} channels gives several")
     return widths.pop() // heads
 
 
@@ -227,13 +228,13 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     is_pickle = file.endswith(".bin")
     theirs = dist.load_state_dict(path) if is_pickle else safetensor_files.read(path)
     if not isinstance(theirs, dict) or not all(isinstance(value, Tensor) for value in theirs.values()):
-        raise UserError(f"{path} is no dict of tensors; fetch it again")
+        raise UserError(f"{path} does not contain a dict of tensors; download it again")
     flags = _flags_of(config, folder)
     demand_held(flags, size_of(theirs), folder)
     try:
         return flags, _renamed(theirs, flags)
     except RuntimeError as error:                                   # parts of other shapes
-        raise UserError(f"{path} does not hold the network of its config.json: {error}") from None
+        raise UserError(f"{path} does not contain the network of its config.json: {error}") from None
 
 
 def _renamed(theirs: dict[str, Tensor], flags: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -270,7 +271,7 @@ def _read_settings(folder: str) -> tuple[dict[str, Any], str]:
         config = read_object("unet", "config.json")
         scheduler = read_object("scheduler", "scheduler_config.json")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no complete folder of diffusers: {error}") from None
+        raise UserError(f"{folder} is not a complete folder of diffusers: {error}") from None
     if pipeline != PIPELINE or config.get("_class_name") != UNET:
         raise UserError(f"{folder} holds a {str(pipeline)[:100]} with a {str(config.get('_class_name'))[:100]}, not a "
                         f"{PIPELINE} with a {UNET}")
@@ -286,7 +287,8 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     def count(name: str, may_be_none: bool = False) -> None:
         value = config.get(name)
         if not (type(value) is int and value > 0 or may_be_none and value is None):
-            raise UserError(f"{folder}: {name} is {shown(value)}, not a whole number above 0; fetch config.json again")
+            raise UserError(f"{folder}: {name} is {shown(value)}, not a whole number above 0; download config.json "
+                            "again")
 
     for name in ("sample_size", "layers_per_block"):
         count(name)
@@ -298,7 +300,7 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     if not (isinstance(widths, list) and isinstance(downs, list) and 0 < len(widths) == len(downs)
             and all(type(width) is int and width > 0 for width in widths)):
         raise UserError(f"{folder}: block_out_channels {shown(widths)} and down_block_types {shown(downs)} do not "
-                        "describe the levels of a network; fetch config.json again")
+                        "describe the levels of a network; download config.json again")
     for name in ("sigma_min", "sigma_max"):
         if type(config[name]) not in (int, float) or not 0 < config[name] < float("inf"):
             raise UserError(f"{folder}: {name} is {shown(config[name])}, not a number above 0")
@@ -315,7 +317,8 @@ def _flags_of(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     updown = config.get("downsample_type", "conv") == "resnet"
     legal = (WITH_ATTENTION["down"], PLAIN["down", updown])
     if strange := [kind for kind in downs if kind not in legal]:
-        raise UserError(f"{folder} has blocks of kind {str(strange[0])[:100]}; this toolkit has {' and '.join(legal)}")
+        raise UserError(f"{folder} has blocks of kind {str(strange[0])[:100]}; this toolkit supports "
+                        f"{' and '.join(legal)}")
     classes, head = config.get("num_class_embeds"), config.get("attention_head_dim")
     return {
         "arch": "unet",
@@ -350,4 +353,4 @@ def _names_of(id2label: Any, folder: str) -> ClassNames:
     try:
         return checked([id2label[str(number)] for number in range(len(id2label or ()))])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: id2label in model_index.json is no table of class names: {error!r}") from None
+        raise UserError(f"{folder}: id2label in model_index.json is not a table of class names: {error!r}") from None

@@ -125,7 +125,8 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
         net = content.get("ema") if isinstance(content, Mapping) else None
         if not isinstance(net, Record) or _network_in(net) is None:
             names = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-            raise UserError(f"{source} holds no EDM network: it has no 'ema' with a 'model', only {names or 'nothing'}")
+            raise UserError(f"{source} contains no EDM network: it has no 'ema' with a 'model', only "
+                            f"{names or 'nothing'}")
         converted = _convert(net, source)
         converted.flags.update(_latents_of(content.get("encoder"), converted.flags["channels"]))
         torch_files.check_extent(converted.weights, file.seek(0, io.SEEK_END) or file.tell())
@@ -134,8 +135,8 @@ def read(file: IO[bytes] | mmap.mmap, source: str) -> EDMNet:
         raise
     except Exception as error:                              # a damaged or hostile file can lead to any
         reason = str(error).strip().split("\n")[0] or "it is damaged"
-        raise UserError(f"{source} is not read as an EDM pickle: {reason} ({type(error).__name__}). Nothing in it was "
-                        "run") from None
+        raise UserError(f"{source} cannot be read as an EDM pickle: {reason} ({type(error).__name__}). Nothing in it "
+                        "was run") from None
 
 
 def read_path(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -314,7 +315,7 @@ def _arguments_of(model: Record, source: str) -> dict[str, Any]:
     strange += [f"number {number}" for number in range(len(in_order), len(positional))]
     missing = [name for name, value in (defaults | given).items() if value is REQUIRED]
     if strange or missing:
-        raise UserError(f"{source} holds a {model.class_name} of another kind than EDM's: "
+        raise UserError(f"{source} contains a {model.class_name} that differs from EDM's: "
                         f"unknown arguments {strange}, missing {missing}")
     for name, value in fixed.items():
         _demand(given.get(name, value) == value, source, name, given.get(name), value)
@@ -345,4 +346,4 @@ def _arch_of(class_name: str, arguments: Mapping[str, Any], source: str) -> str:
 def _demand(holds: bool, source: str, name: str, value: Any, legal: Any) -> None:
     """:raises UserError: unless a value is the legal one."""
     if not holds:
-        raise UserError(f"{source} was made with {name}={value!r}; this toolkit knows {legal!r} alone")
+        raise UserError(f"{source} was made with {name}={value!r}; this toolkit supports only {legal!r}")

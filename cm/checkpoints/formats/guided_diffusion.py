@@ -39,7 +39,8 @@ def to_published_layout(
             heads = count_heads(weight.shape[1], num_heads_upsample if in_decoder else num_heads, num_head_channels)
             bias = name.removesuffix("weight") + "bias"
             if len(weight) != 3 * weight.shape[1] or bias not in weights or weights[bias].shape != weight.shape[:1]:
-                raise UserError(f"{name} {list(weight.shape)} and {bias} are no attention of guided-diffusion")
+                raise UserError(f"{name} {list(weight.shape)} and {bias} do not belong to an attention layer of "
+                                "guided-diffusion")
             converted[name] = _heads_last(converted[name], heads)
             converted[bias] = _heads_last(weights[bias], heads)
     return converted

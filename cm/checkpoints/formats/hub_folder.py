@@ -54,7 +54,7 @@ def description(folder: str) -> Description:
     for name in {*about.config, *said.config}:
         if about.config.get(name) != said.config.get(name):
             raise UserError(f"{config} and the metadata of {weights} differ in {name[:100]!r}: one of them was edited, "
-                            "or belongs to another model. Fetch the folder again, or load the file of weights alone")
+                            "or belongs to another model. Download the folder again, or load the file of weights alone")
     return about
 
 
@@ -98,14 +98,14 @@ def check_free(folder: str) -> None:
     :raises UserError: if it holds checkpoints of a run, or files of these names that this module has not written.
     """
     if storage.is_remote(folder):
-        raise UserError(f"{folder}: such a folder is written to a local path; copy it from there")
+        raise UserError(f"{folder}: a model folder can only be written to a local path; copy it from there")
     if not os.path.isdir(folder):
         return
     taken = [name for name in (WEIGHTS, CONFIG, CARD) if os.path.exists(os.path.join(folder, name))]
     if manifest.steps(folder):
-        raise UserError(f"{folder} holds checkpoints of a run: choose another folder")
+        raise UserError(f"{folder} contains checkpoints of a run: choose another folder")
     if taken and not _config_of(folder):
-        raise UserError(f"{folder} holds {taken[0]} of something else, which would be lost: choose another folder")
+        raise UserError(f"{folder} contains another {taken[0]}, which would be overwritten: choose another folder")
 
 
 def _is_edited(folder: str, before: Mapping[str, Any]) -> bool:

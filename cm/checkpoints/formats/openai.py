@@ -54,7 +54,7 @@ def architecture(weights: Mapping[str, Tensor], source: str, null_class: bool = 
     """
     def shape(name: str) -> tuple[int, ...]:
         if not is_plain or name not in weights or weights[name].ndim == 0 or 0 in weights[name].shape:
-            raise UserError(f"{source} is no U-Net of this toolkit or guided-diffusion: it has no {name!r}; "
+            raise UserError(f"{source} is not a U-Net of this toolkit or guided-diffusion: it has no {name!r}; "
                             f"{_describe(weights)}")
         return tuple(weights[name].shape)
 

@@ -31,7 +31,8 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     """
     texts = METADATA | dict(metadata or {})
     if sum(len(text.encode()) for text in texts.values()) > HEADER.bytes // 2:      # quoted they are longer
-        raise UserError(f"{path}: the header of a safetensors file holds {HEADER.bytes // 2:,} bytes of text at most")
+        raise UserError(f"{path}: the header of a safetensors file can hold at most {HEADER.bytes // 2:,} bytes of "
+                        "text")
     owned = {name: value.detach().cpu().clone(memory_format=th.contiguous_format) for name, value in tensors.items()}
     storage.write_bytes(path, safetensors.torch.save(owned, texts))
 
@@ -86,7 +87,7 @@ def parse(data: bytes, source: str) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(data)
     except DAMAGE as error:
         raise UserError(
-            f"{source} is no complete safetensors file ({len(data):,} bytes): {error}. Fetch or write it again"
+            f"{source} is not a complete safetensors file ({len(data):,} bytes): {error}. Download or write it again"
         ) from None
     return tensors
 

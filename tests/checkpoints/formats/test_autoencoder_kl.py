@@ -60,13 +60,13 @@ def test_other_weights_have_another_digest(folder, tmp_path):
 @pytest.mark.parametrize("settings, says", [
     (dict(_class_name="UNet2DModel"), "holds a 'UNet2DModel', not an AutoencoderKL"),
     (dict(in_channels=1), "RGB images"),
-    (dict(latent_channels=3), "cannot be told from pictures"),
-    (dict(block_out_channels=[8, -1]), "no counts of a network"),
-    (dict(layers_per_block=10**9), "no counts of a network"),
+    (dict(latent_channels=3), "look like images"),
+    (dict(block_out_channels=[8, -1]), "not valid sizes of a network"),
+    (dict(layers_per_block=10**9), "not valid sizes of a network"),
     (dict(down_block_types=["os.system", "x"]), "is not one of DownEncoderBlock2D"),
-    (dict(act_fn="nothing"), "describes no AutoencoderKL"),
-    (dict(strange=1), "describes no AutoencoderKL"),
-    (dict(block_out_channels=[8, 10**12], norm_num_groups=1), "describes no AutoencoderKL"),
+    (dict(act_fn="nothing"), "does not describe an AutoencoderKL"),
+    (dict(strange=1), "does not describe an AutoencoderKL"),
+    (dict(block_out_channels=[8, 10**12], norm_num_groups=1), "does not describe an AutoencoderKL"),
     (dict(block_out_channels=[8, 10**6], norm_num_groups=1), "does not fit"),
 ])
 def test_settings_of_no_vae_are_refused(folder, settings, says):
@@ -76,10 +76,10 @@ def test_settings_of_no_vae_are_refused(folder, settings, says):
 
 
 def test_folders_without_a_part_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="--vae .*nowhere is no folder of a VAE"):
+    with pytest.raises(UserError, match="--vae .*nowhere is not a folder of a VAE"):
         read(str(tmp_path / "nowhere"), "vae")
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:1000])
-    with pytest.raises(UserError, match="no complete safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         read(str(folder), "vae")
     (folder / FILE).unlink()
     with pytest.raises(UserError, match="has no weights"):

@@ -11,7 +11,8 @@ from cm.errors import UserError
 from support.as_module import as_module
 from support.mpi import ROOT
 
-SAYS = "model_5_ema.pth holds the U-Net of the published code of DDIM and SA-DPM .*or train anew with --objective sadpm"
+SAYS = ("model_5_ema.pth holds the U-Net of the published code of DDIM and SA-DPM "
+        ".*or train a new model with --objective sadpm")
 NAMES = [*ddim_unet.NAMES, "down.0.downsample.conv.weight", "norm_out.weight", "conv_out.weight"]
 
 

@@ -97,12 +97,12 @@ def test_files_of_others_are_not_claimed(tmp_path):
     (tmp_path / "c.pt").write_bytes(Path(written(tmp_path)).read_bytes())
     assert not any(described.claims(str(tmp_path / name)) for name in ("a.safetensors", "b.safetensors", "c.pt", "d"))
     assert described.description(str(tmp_path / "a.safetensors")) is None
-    with pytest.raises(UserError, match="no complete safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         adopt(tmp_path / "b.safetensors")
 
 
 def test_more_text_than_a_reader_takes_is_not_written(tmp_path):
-    with pytest.raises(UserError, match="holds 8,388,608 bytes of text at most"):
+    with pytest.raises(UserError, match="can hold at most 8,388,608 bytes of text"):
         safetensor_files.write(str(tmp_path / "x.safetensors"), {}, {"a": "b" * 2**23})
 
 

@@ -115,11 +115,11 @@ def test_how_edm2s_latents_are_scaled_is_read_off_the_encoder(tmp_path, encoder,
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(changes={"clip_act": None}), "clip_act=None; this toolkit knows 256 alone"),
-    (dict(changes={"res_balance": 0.5}), "res_balance=0.5; this toolkit knows 0.3"),
-    (dict(changes={"channel_mult_emb": 8}), "channel_mult_emb=8; this toolkit knows None"),
-    (dict(changes={"use_flash": True}), r"of another kind than EDM's: unknown arguments \['use_flash'\]"),
-    (dict(sigma_data=1.0), "sigma_data=1.0; this toolkit knows 0.5"),
+    (dict(changes={"clip_act": None}), "clip_act=None; this toolkit supports only 256"),
+    (dict(changes={"res_balance": 0.5}), "res_balance=0.5; this toolkit supports only 0.3"),
+    (dict(changes={"channel_mult_emb": 8}), "channel_mult_emb=8; this toolkit supports only None"),
+    (dict(changes={"use_flash": True}), r"that differs from EDM's: unknown arguments \['use_flash'\]"),
+    (dict(sigma_data=1.0), "sigma_data=1.0; this toolkit supports only 0.5"),
 ])
 def test_an_edm2_network_of_another_kind_is_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=f"net.pkl.*{message}"):
@@ -201,12 +201,12 @@ def test_it_serves_as_a_teacher_and_as_a_start(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(changes={"decoder_type": "skip"}), "decoder_type='skip'; this toolkit knows 'standard' alone"),
-    (dict(changes={"channel_mult_emb": 2}), "channel_mult_emb=2; this toolkit knows 4"),
+    (dict(changes={"decoder_type": "skip"}), "decoder_type='skip'; this toolkit supports only 'standard'"),
+    (dict(changes={"channel_mult_emb": 2}), "channel_mult_emb=2; this toolkit supports only 4"),
     (dict(changes={"resample_filter": [1, 2, 1]}), "neither DDPM.. nor NCSN.."),
-    (dict(changes={"use_flash": True}), r"of another kind than EDM's: unknown arguments \['use_flash'\]"),
-    (dict(sigma_data=1.0), "sigma_data=1.0; this toolkit knows 0.5"),
-    (dict(precond="VPPrecond", beta_d=19.1), "beta_d=19.1; this toolkit knows 19.9"),
+    (dict(changes={"use_flash": True}), r"that differs from EDM's: unknown arguments \['use_flash'\]"),
+    (dict(sigma_data=1.0), "sigma_data=1.0; this toolkit supports only 0.5"),
+    (dict(precond="VPPrecond", beta_d=19.1), "beta_d=19.1; this toolkit supports only 19.9"),
 ])
 def test_a_network_of_another_kind_is_refused(tmp_path, options, message):
     path = pickled(tmp_path / "net.pkl", **options)
@@ -296,7 +296,7 @@ ATTACKS = {
 def test_a_hostile_pickle_runs_nothing(tmp_path, name):
     trace, path = tmp_path / "trace", tmp_path / "net.pkl"
     path.write_bytes(ATTACKS[name](trace))
-    with pytest.raises(UserError, match="net.pkl is not read as an EDM pickle: .*Nothing in it was run"):
+    with pytest.raises(UserError, match="net.pkl cannot be read as an EDM pickle: .*Nothing in it was run"):
         read(path)
     assert not trace.exists()
 
@@ -334,7 +334,7 @@ def test_a_truncated_file(tmp_path, share):
     path = pickled(tmp_path / "net.pkl")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(UserError, match="net.pkl is not read as an EDM pickle"):
+    with pytest.raises(UserError, match="net.pkl cannot be read as an EDM pickle"):
         read(path)
 
 
@@ -354,11 +354,11 @@ def test_flipped_bytes_are_at_worst_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (pickle.dumps({"a": 1}), "holds no EDM network: it has no 'ema' with a 'model', only a"),
+    (pickle.dumps({"a": 1}), "contains no EDM network: it has no 'ema' with a 'model', only a"),
     (pickle.dumps([1]), "only list"),
     (pickle.dumps({"ema": 3}), "only ema"),
     (pickle.dumps({"net": {}, "optimizer_state": {}}), "only net, optimizer_state"),   # a training-state file
-    (b"hello", "is not read as an EDM pickle"),
+    (b"hello", "cannot be read as an EDM pickle"),
 ])
 def test_other_pickles(content, message):
     with pytest.raises(UserError, match=message):

@@ -65,12 +65,12 @@ def test_a_card_that_was_edited_stays(folder):
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
 def test_files_of_something_else_are_not_lost(tmp_path, name):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"holds {name} of something else"):
+    with pytest.raises(UserError, match=f"contains another {name}"):
         hub_folder.write(str(tmp_path), {}, Description(CONFIG), "")
     assert [path.name for path in tmp_path.iterdir()] == [name] and not hub_folder.is_folder(str(tmp_path))
 
 
 def test_a_run_is_not_covered(tmp_path):
     manifest.save(str(tmp_path), 1, {"model": {}}, CONFIG, 8)
-    with pytest.raises(UserError, match="holds checkpoints of a run"):
+    with pytest.raises(UserError, match="contains checkpoints of a run"):
         hub_folder.check_free(str(tmp_path))

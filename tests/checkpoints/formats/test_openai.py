@@ -182,7 +182,7 @@ CONTENTS = {
 def test_files_of_torch_that_hold_something_else(tmp_path, name):
     content, message = CONTENTS[name]
     th.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt is no U-Net .*{message}"):
+    with pytest.raises(UserError, match=f"x.pt is not a U-Net .*{message}"):
         adopt(tmp_path / "x.pt", *TOLD, "--training_mode", "edm")
 
 
@@ -207,7 +207,7 @@ def test_files_that_are_not_of_torch(tmp_path, name):
 def test_a_truncated_file(bare, part):
     whole = bare.read_bytes()
     bare.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match="l2.pt cannot be loaded: .*fetch or write it again"):
+    with pytest.raises(UserError, match="l2.pt cannot be loaded: .*download or write it again"):
         adopt(bare)
 
 

@@ -65,7 +65,7 @@ def test_damaged_and_made_up_files_are_refused(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     safetensor_files.write(str(path), {"a": th.randn(3, 4)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"x.safetensors is no complete safetensors file \([\d,]+ bytes\): .*again"):
+    with pytest.raises(UserError, match=r"x.safetensors is not a complete safetensors file \([\d,]+ bytes\): .*again"):
         safetensor_files.read(str(path))
 
 
@@ -91,7 +91,7 @@ def test_only_rank_0_needs_the_file_and_all_ranks_hear_of_damage(tmp_path):
             try:
                 safetensor_files.read(folder + "/bad.safetensors")
             except UserError as error:
-                found.append("no complete safetensors file" in str(error))
+                found.append("not a complete safetensors file" in str(error))
             print(found, flush=True)
 
         dist.run(main)

@@ -30,7 +30,7 @@ def test_names_in_braces_and_folders_are_shards(tmp_path):
         assert len(every(name)) == expected
     with pytest.raises(UserError, match=r"set-003.tar does not exist; it stands for 4 shard\(s\), of which 1 are"):
         open_stream(f"{folder}/set-{{000..003}}.tar")
-    with pytest.raises(UserError, match="are a stream, which can only be trained on; unpack them into a folder"):
+    with pytest.raises(UserError, match="are a stream, which only training can read; unpack them into a folder"):
         open_source(folder, 8)
 
 

@@ -1,5 +1,6 @@
 """A metric that comes with one file and one line in `METRICS`: the same number everywhere."""
 
+import inspect
 import json
 import textwrap
 
@@ -15,23 +16,7 @@ from evaluations.metrics.base import POOLED, Metric, Number
 from evaluations.th_evaluator import ThEvaluator
 from support.warm import mpi_program
 
-TOY = '''
-    import numpy as np
-    from evaluations.metrics.base import POOLED, Metric, Number
-
-    class MeanDistance(Metric):
-        """Distance of the means of the pooled features."""
-
-        results = {"mean_distance": ("Inception mean distance", "Mean distance")}
-        moments = POOLED
-
-        def least(self, settings):
-            return 2
-
-        def measure(self, ref, sample, settings, ranks):
-            gap = ref.gaussian(POOLED).mu - sample.gaussian(POOLED).mu
-            return {"mean_distance": Number(float(np.linalg.norm(gap)))}
-'''
+IMPORTS = "import numpy as np\nfrom evaluations.metrics.base import POOLED, Metric, Number"
 
 
 class MeanDistance(Metric):
@@ -138,7 +123,7 @@ def test_the_command_line_knows_it(folder, with_toys, tmp_path, capsys):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_evaluator_gives_it_on_any_number_of_ranks(folder, tmp_path, ranks):
     """With every other metric, in the numbers of one process to 1e-9."""
-    done = mpi_program(tmp_path, ranks, textwrap.dedent(TOY) + textwrap.dedent(f"""
+    done = mpi_program(tmp_path, ranks, "\n".join([IMPORTS, inspect.getsource(MeanDistance), textwrap.dedent(f"""
         import json
         from cm.distributed import setup as dist
         from evaluations import evaluator
@@ -152,7 +137,7 @@ def test_the_evaluator_gives_it_on_any_number_of_ranks(folder, tmp_path, ranks):
                             "off", "--batch_size", "7", "--split_size", "10", "--json", "{tmp_path}/{ranks}.json"])
 
         dist.run(main)
-    """))
+    """)]))
     assert done.rc == 0, done
     written = json.loads((tmp_path / f"{ranks}.json").read_text())
     assert written["settings"]["ranks"] == ranks and done.stdout.count("Mean distance") == 1

@@ -49,9 +49,9 @@ def test_files_are_neither_written_nor_read(tiny, tmp_path, monkeypatch):
             tf.identity(tf.io.read_file(str(victim), name="evil/read"), name="evil/out")
 
     graph = joined(tiny, write)
-    refused(graph, tmp_path, monkeypatch, "the node 'evil/write' is of the operation 'WriteFile'.*it was not run")
+    refused(graph, tmp_path, monkeypatch, "the node 'evil/write' has the operation 'WriteFile'.*it was not run")
     graph.node.remove(next(node for node in graph.node if node.op == "WriteFile"))
-    refused(graph, tmp_path, monkeypatch, "the node 'evil/read' is of the operation 'ReadFile'")
+    refused(graph, tmp_path, monkeypatch, "the node 'evil/read' has the operation 'ReadFile'")
     assert victim.read_text() == "a month of work"
 
 
@@ -73,7 +73,7 @@ def test_functions_loops_and_python_are_refused(tiny, tmp_path, monkeypatch):
     refused(joined(tiny, loop), tmp_path, monkeypatch, "of the operation '(StatelessWhile|While|Enter|Less)'")
     refused(joined(tiny, branch), tmp_path, monkeypatch, "of the operation '(StatelessIf|If|Switch)'")
     python = joined(tiny, lambda: tf.compat.v1.py_func(lambda: np.float32(0), [], tf.float32, name="evil/python"))
-    refused(python, tmp_path, monkeypatch, "'evil/python' is of the operation 'PyFunc'")
+    refused(python, tmp_path, monkeypatch, "'evil/python' has the operation 'PyFunc'")
 
 
 def test_a_function_that_nobody_calls_yet_is_looked_through(tiny, tmp_path, monkeypatch):
@@ -81,10 +81,10 @@ def test_a_function_that_nobody_calls_yet_is_looked_through(tiny, tmp_path, monk
     function = graph.library.function.add()
     function.signature.name = "hidden"
     function.node_def.add(name="inside", op="WriteFile")
-    refused(graph, tmp_path, monkeypatch, "the node 'inside' of the function 'hidden' is of the operation 'WriteFile'")
+    refused(graph, tmp_path, monkeypatch, "the node 'inside' of the function 'hidden' has the operation 'WriteFile'")
     del function.node_def[:]
     graph.node.add(name="call", op="hidden")                # a function is called by its name, as an operation
-    refused(graph, tmp_path, monkeypatch, "the node 'call' is of the operation 'hidden'")
+    refused(graph, tmp_path, monkeypatch, "the node 'call' has the operation 'hidden'")
     graph.node[-1].op = "Identity"
     graph.node[-1].attr["f"].func.name = "hidden"
     refused(graph, tmp_path, monkeypatch, "the node 'call' calls a function by its attribute 'f'")
