@@ -58,8 +58,8 @@ def parse_widths(text: str) -> list[float]:
                 raise ValueError
             count = int((high - low) / step) + 1
         except (ValueError, InvalidOperation, OverflowError):
-            raise UserError(f"--std {text!r}: {part!r} is not a width such as 0.05, nor a rising range such as 0.02:0.2 "
-                            "or 0.02:0.2:0.02") from None
+            raise UserError(f"--std {text!r}: {part!r} is not a width such as 0.05, nor a rising range such as "
+                            "0.02:0.2 or 0.02:0.2:0.02") from None
         found += [float(low + i * step) for i in range(count)]
     for std in found:
         gamma_of(std)                                       # raises for what is none
