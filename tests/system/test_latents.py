@@ -157,7 +157,7 @@ def test_a_picture_is_edited_through_the_vae(command, place):
     command("scripts/image_sample.py", "--num_samples", 1, "--log_dir", place / "drawn", *options)
     drawn = np.load(place / "drawn/samples_1x16x16x3.npz")["arr_0"]
     assert abs(between.astype(int) - drawn).max() <= 1, "the ends of an arc are the samples themselves"
-    with pytest.raises(UserError, match="--task colorize is defined on pixels.*or take a model of images"):
+    with pytest.raises(UserError, match="--task colorize is defined on pixels.*or use a model of images"):
         command("scripts/image_edit.py", "--task", "colorize", "--images", place / "images", *options)
     with pytest.raises(UserError, match="leaves no square of 2x2 pixels known"):
         command("scripts/image_edit.py", "--images", place / "images", "--mask_box", "0,0,16,15", *options)
