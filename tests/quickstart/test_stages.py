@@ -68,7 +68,7 @@ def test_ranks_need_mpiexec(monkeypatch, capsys):
         mpiexec(2)
     with pytest.raises(SystemExit) as ended:
         run_chain(lambda: mpiexec(2))
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: 2 ranks")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: mpiexec, which starts 2 ranks")
     with pytest.raises(SystemExit) as ended:
         run_chain(interrupted)
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command resumes from here\n"

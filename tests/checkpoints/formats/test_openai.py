@@ -277,5 +277,5 @@ def test_published_imagenet64_is_recognised():
 
 
 def test_foreign_weights_are_refused():
-    with pytest.raises(UserError, match="no U-Net of this toolkit.*time_embed.0.weight.*conv_in.weight"):
+    with pytest.raises(UserError, match="not a U-Net of this toolkit.*time_embed.0.weight.*conv_in.weight"):
         openai.architecture({"conv_in.weight": th.zeros(1)}, "x.pt")
