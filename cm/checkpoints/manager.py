@@ -129,7 +129,7 @@ class CheckpointManager:
                     path = storage.join(self.directory, manifest.manifest_name(step))
                     self._runs[step] = manifest.read(path).run
                 except UserError as error:
-                    logger.warn(f"the files of step {step} stay, whatever --keep_checkpoints says: {error}")
+                    logger.warn(f"the files of step {step} are kept, despite --keep_checkpoints: {error}")
                     self._runs[step] = None
         return [step for step in found if self._runs[step] == self.run]
 

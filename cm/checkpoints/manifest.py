@@ -296,7 +296,7 @@ def _check_files(files: dict[str, dict[str, Any]]) -> None:
     """
     for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
         if untrusted.escapes(name) or "/" in name or "\\" in name:
-            raise ValueError(f"{untrusted.shown(name)} is no name of a file next to it")
+            raise ValueError(f"{untrusted.shown(name)} is not the name of a file next to it")
         if not isinstance(facts, dict) or [type(facts.get(key)) for key in ("size", "crc32")] != [int, int]:
             raise ValueError(f"{untrusted.shown(name)} has no size and checksum")
         if "files" in facts:

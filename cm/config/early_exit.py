@@ -61,7 +61,7 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
     openmp.wait_shortly()                                   # read when torch is imported
     if (mistake := restarts.note()) is not None:
         if launcher_rank() == 0:
-            failure.say(f"not tried again, for it would end as before: {mistake or 'see the message above'}")
+            failure.say(f"not tried again, because it would fail in the same way: {mistake or 'see the message above'}")
         leave(failure.USER_STATUS)
     try:
         flags = read_flags()

@@ -13,9 +13,9 @@ class Whole(int):
     text: str
 
     def __new__(cls, text: str) -> Whole:
-        """:raises ValueError: for what YAML, and nobody else, takes for another number: 010 for 8, 1:30 for 90."""
+        """:raises ValueError: for text that only YAML reads as another number: 010 as 8, 1:30 as 90."""
         if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
-            raise ValueError(f"{text} is no whole number that everybody reads alike: write it with the digits 0 to 9 "
+            raise ValueError(f"{text} is ambiguous as a whole number: write it with the digits 0 to 9 "
                              f'and no leading 0, or in quotes, "{text}", if it is a word')
         self = super().__new__(cls, text)
         self.text = text
@@ -33,7 +33,7 @@ class Fraction(float):
     def __new__(cls, text: str) -> Fraction:
         """:raises ValueError: as `Whole`."""
         if ":" in text:
-            raise ValueError(f'{text} is no number that everybody reads alike: write it with the digits 0 to 9 and a '
+            raise ValueError(f'{text} is ambiguous as a number: write it with the digits 0 to 9 and a '
                              f'point, or in quotes, "{text}", if it is a word')
         self = super().__new__(cls, re.sub(r"\.(?=inf|nan)", "", text.lower().replace("_", "")))
         self.text = text

@@ -47,7 +47,7 @@ def load(path: str) -> None:
     name = f"cm_plugin_{len(_loaded)}_{os.path.splitext(os.path.basename(real))[0]}"
     spec = importlib.util.spec_from_file_location(name, real)
     if spec is None or spec.loader is None:
-        raise UserError(f"{FLAG} {path} is no Python file: its name must end in .py")
+        raise UserError(f"{FLAG} {path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module                              # where pickles and dataclasses look for its classes
     try:

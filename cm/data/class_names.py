@@ -31,7 +31,7 @@ def checked(names: Any, least: int = 0) -> ClassNames:
     :raises ValueError: if it is no list of different words, or too short.
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError("class_names is no list of words")
+        raise ValueError("class_names is not a list of names")
     if len(set(names)) < len(names):
         raise ValueError("class_names has a name twice")
     if names and len(names) < least:

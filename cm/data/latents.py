@@ -100,7 +100,7 @@ def from_content(content: Any) -> LatentRecord:
     :raises ValueError: if it is none.
     """
     if not isinstance(content, Mapping):
-        raise ValueError(f"{shown(content)} is no record of latents")
+        raise ValueError(f"{shown(content)} is not a record of latents")
     numbers = {name: _numbers(content.get(name), name) for name in ("mean", "std")}
     words = {name: content[name] for name in ("pixels", "vae", "sha256") if name in content}
     strange = set(content) - set(numbers) - set(words)

@@ -267,8 +267,8 @@ class BatchStream:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise RuntimeError(
-                f"{error}\nA process that reads images died, most often for want of memory (or of /dev/shm in a "
-                "container): use fewer workers, --num_workers 0 for none, or a smaller batch."
+                f"{error}\nA process that reads images died, usually because memory (or /dev/shm in a container) "
+                "ran out: use fewer workers, --num_workers 0 for none, or a smaller batch."
             ) from error
         if isinstance(batch, UserError):
             self.close()

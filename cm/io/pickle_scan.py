@@ -61,7 +61,7 @@ def scan(file: IO[bytes], budget: Budget = PICKLE) -> list[Any]:
                 if name in ("PERSID", "BINPERSID"):
                     persistent.append(values[0].plain if values else argument)
     except (IndexError, KeyError) as error:
-        raise ValueError(f"it takes a value that is not there ({error!r})") from None
+        raise ValueError(f"it uses a value that does not exist ({error!r})") from None
     return persistent
 
 

@@ -66,7 +66,7 @@ def _check_legacy(stream: IO[bytes], size: int) -> int:
         for reference in scan(stream):
             numbers = [value for value in reference if isinstance(value, int)] if isinstance(reference, tuple) else []
             if max(numbers, default=0) > size:
-                raise ValueError(f"it claims {max(numbers):,} numbers, and has {size:,} bytes")
+                raise ValueError(f"it declares {max(numbers):,} numbers, and has {size:,} bytes")
     return size
 
 

@@ -157,7 +157,7 @@ def read_header(stream: IO[bytes], size: int) -> Header:
     except Exception as error:                              # numpy's parser raises many kinds, for want of stack too
         raise ValueError(str(error) or repr(error)) from None
     if any(length < 0 for length in shape) or dtype.itemsize == 0:
-        raise ValueError(f"{dtype} {list(shape)} can be no array")
+        raise ValueError(f"{dtype} {list(shape)} cannot be an array")
     stream.seek(front.tell())
     return Header(shape, fortran_order, dtype, front.tell(), math.prod(shape) * dtype.itemsize + front.tell() - size)
 

@@ -71,8 +71,8 @@ def local_copy(
     wanted = pin[1].lower() if pin else ""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme.lower() == "http" and parts.hostname not in LOOPBACK and not wanted:
-        raise UserError(f"{path}: anybody on the way can change what plain http brings; give https, or the hash of the "
-                        "file: #sha256=...")
+        raise UserError(f"{path}: anybody on the network can change a download over plain http; give https, or the "
+                        "hash of the file: #sha256=...")
     name = re.sub(r"[^\w.+=-]", "_", urllib.parse.unquote(os.path.basename(parts.path)))[-100:] or "file"
     folder = cache_folder() / hashlib.sha256(address.encode()).hexdigest()[:16]
     file = folder / name
@@ -90,7 +90,7 @@ def local_copy(
                         "another folder") from None
     if not facts["sha256"].startswith(wanted):
         raise UserError(f"{file}, downloaded from {address}, has the SHA-256 {facts['sha256']}, not {wanted}...: it is "
-                        "another file than the one that was meant; delete it to download it again")
+                        "not the expected file; delete it to download it again")
     return str(file)
 
 

@@ -255,7 +255,7 @@ def _read_grids(folder: Path, problems: list[str]) -> list[Grid]:
                 size = image.size
                 image.verify()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problems.append(f"samples/{path.name} is no complete PNG ({type(error).__name__}), left out")
+            problems.append(f"samples/{path.name} is not a complete PNG ({type(error).__name__}), left out")
             continue
         grids[int(number[1])] = Grid(int(number[1]), png, *size)
     if not grids:

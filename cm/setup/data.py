@@ -125,12 +125,12 @@ def _warn_of_cost(num_workers: int, references: int, source: ImageSource | Image
     """Say what a large number makes slow."""
     cores = len(usable_cores())
     if num_workers > WORKERS_PER_CORE * cores:
-        logger.warn(f"--num_workers {num_workers} starts {num_workers} processes beside each rank, each with memory of "
-                    f"its own, and this machine has {cores} core{'s' * (cores > 1)} for them: the start will be slow; "
-                    "-1 chooses a number")
+        logger.warn(f"--num_workers {num_workers} starts {num_workers} processes per rank, each with its own memory, "
+                    f"but this machine has {cores} core{'s' * (cores > 1)}: the start will be slow; -1 chooses a "
+                    "number")
     if isinstance(source, ImageSource) and references > len(source):
-        logger.warn(f"--num_references {references} is more than the {len(source)} images there are: every step reads "
-                    f"and compares {references}, most of them several times; {len(source)} are as good")
+        logger.warn(f"--num_references {references} is more than the {len(source)} images of the data set: every step "
+                    f"reads and compares most of them several times; {len(source)} are enough")
 
 
 def _loader_options(settings: Settings) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def _warn_of_odd_classes(source: ImageSource) -> None:
     if source.labels is not None and "" in source.class_names:
         count = int(np.count_nonzero(source.labels == source.class_names.index("")))
         logger.warn(
-            f"{count} of {len(source)} images lie in no sub-folder, or have nothing before the first _ of their name: "
-            "they are a class of their own, without a name. If they belong to none of the classes, move them away"
+            f"{count} of {len(source)} images are in no sub-folder, or have nothing before the first _ of their name: "
+            "they form a class without a name. If they belong to none of the classes, move them to another folder"
         )
 
 
@@ -226,8 +226,9 @@ def augment(settings: Settings, data: Batches, model: nn.Module) -> Batches:
         raise UserError(f"--augment {p:g} is a probability: at most 1, such as 0.12")
     if getattr(model, "augment_dim", 0) != AUGMENT_LABELS:
         raise UserError(
-            f"--augment {p:g} needs a network that is told how its images were augmented, by {AUGMENT_LABELS} numbers, "
-            f"and this one is not: take --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop --augment"
+            f"--augment {p:g} needs a network that is conditioned on the augmentation, by {AUGMENT_LABELS} numbers, "
+            f"and this one is not: choose --arch ddpmpp or ncsnpp with --augment_dim {AUGMENT_LABELS}, or drop "
+            "--augment"
         )
     seed = settings.values["seed"]
     if isinstance(data, RunBatches) and data.references and settings.values["augment_references"]:

@@ -30,7 +30,7 @@ def resolve_durations(settings: Settings, batch: int) -> None:
     values = settings.values
     ticks = [values[flag] for flag in ("snapshot_ticks", "state_dump_ticks") if values[flag]]
     if ticks and not values["tick_kimg"]:
-        raise UserError("--snapshot_ticks and --state_dump_ticks count ticks: give --tick_kimg, the kimg of one, "
+        raise UserError("--snapshot_ticks and --state_dump_ticks count ticks: give the length of one, "
                         "such as --tick_kimg 50")
     if values["total_kimg"]:
         set_steps(settings, "total_training_steps", "total_kimg", steps_of(values["total_kimg"], batch), batch)
@@ -44,7 +44,7 @@ def resolve_durations(settings: Settings, batch: int) -> None:
             set_steps(settings, "save_interval", flag, tick * values[flag], batch)
     total, annealed = values["total_training_steps"], values["lr_anneal_steps"]
     if 0 < annealed < total:
-        logger.warn(f"training ends at step {annealed}, where the learning rate is 0, and not at step {total}: "
+        logger.warn(f"training ends at step {annealed}, where the learning rate is 0, not at step {total}: "
                     f"--lr_anneal_steps {annealed} is less than --total_training_steps {total}")
     if values["ema_halflife_kimg"]:
         name = f"{values['ema_halflife_kimg']:g}{HALF_LIFE}"
@@ -68,7 +68,7 @@ def set_steps(settings: Settings, name: str, flag: str, steps: int, batch: int) 
         if value != steps and typed[0] == typed[1]:
             raise UserError(
                 f"{by_steps} asks for {name}={value}, and {by_flag} for {flag}={settings.values[flag]}, which at "
-                f"{batch} images a step is {name}={steps}: give one of them on the command line"
+                f"{batch} images per step is {name}={steps}: give one of them on the command line"
             )
         if typed[0] and not typed[1]:
             return

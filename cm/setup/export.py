@@ -69,7 +69,8 @@ def save_safetensors(path: str, weights: Mapping[str, Tensor], about: Descriptio
     :raises UserError: if it has another ending than .safetensors, by which readers know it, or cannot be written.
     """
     if not path.endswith(described.SUFFIX):
-        raise UserError(f"{path}: a safetensors file is known by its name; give one that ends in {described.SUFFIX}")
+        raise UserError(f"{path}: a safetensors file is recognised by its name; give one that ends in "
+                        f"{described.SUFFIX}")
     storage.make_folder(os.path.dirname(path) or ".")
     described.write(path, weights, about)
 
@@ -146,7 +147,7 @@ def save_diffusers(
     """
     mode = settings.values["training_mode"]
     if not kind_of_result(mode).distillation:
-        raise UserError(f"a {diffusers.PIPELINE} holds consistency models alone; this one was trained as {mode}")
+        raise UserError(f"a {diffusers.PIPELINE} contains only consistency models; this model was trained as {mode}")
     known = about.config.get("scale_mode") == "fixed" and about.config.get("start_scales")
     if num_train_timesteps and type(known) is int and 0 < known != num_train_timesteps:
         raise UserError(f"--num_train_timesteps {num_train_timesteps}: this model was trained with --start_scales "

@@ -160,8 +160,8 @@ def choose_guide(settings: Settings, flags: GuideFlags) -> Guide | None:
 def _check_reach(interval: tuple[float, float], values: Mapping[str, Any], flags: GuideFlags) -> None:
     """:raises UserError: if the guide acts at no noise level of the network."""
     if interval[0] >= values["sigma_max"] or interval[1] < values["sigma_min"]:
-        raise UserError(f"--{flags.interval} {values[flags.interval]} lies outside of the noise levels "
-                        f"{values['sigma_min']:g} to {values['sigma_max']:g}, so the guide would act nowhere: give "
+        raise UserError(f"--{flags.interval} {values[flags.interval]} is outside the noise levels "
+                        f"{values['sigma_min']:g} to {values['sigma_max']:g}, so the guide would have no effect: give "
                         "levels among these")
 
 
@@ -186,7 +186,7 @@ def parse_interval(text: str, flag: str) -> tuple[float, float]:
     except ValueError:
         lowest = highest = math.nan
     if not 0 <= lowest < highest:
-        raise UserError(f"--{flag} {text!r} is no pair lo,hi of noise levels with 0 <= lo < hi, such as 0.1,3")
+        raise UserError(f"--{flag} {text!r} is not a pair lo,hi of noise levels with 0 <= lo < hi, such as 0.1,3")
     return lowest, highest
 
 
@@ -198,8 +198,8 @@ def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
     path = find_weights(settings, flags.path)
     kind, checkpoint = dist.on_main(look_at, path)
     if kind == "file of weights" and checkpoint is None and not openai.published_mode(path):
-        raise UserError(f"--{flags.path} {path} has no manifest beside it, which says what network it is: "
-                        "convert_checkpoint.py writes it with one")
+        raise UserError(f"--{flags.path} {path} has no manifest next to it that describes its network: "
+                        "convert_checkpoint.py writes one")
     of_run = ("verify_weights", "compile", "precision", "use_fp16")
     known = defaults_of(ModelConfig) | defaults_of(DiffusionConfig) | defaults_of(LatentConfig)
     values = known | {"training_mode": "edm", flags.path: path}
@@ -225,9 +225,9 @@ def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
         raise UserError(f"--{flags.path} {path} is class-conditional, {flags.guided} is not; choose another guide")
     classes, known = (values["num_classes"] or PUBLISHED_CLASSES for values in (model, own))
     if known != classes:
-        raise UserError(f"--{flags.path} {path} knows {known} classes, {flags.guided} {classes}; choose another guide")
+        raise UserError(f"--{flags.path} {path} has {known} classes, {flags.guided} {classes}; choose another guide")
     if model.get("label_dropout") and not own["null_class"]:
-        raise UserError(f"--{flags.path} {path} has no label for images that --label_dropout takes the class from; "
+        raise UserError(f"--{flags.path} {path} has no label for images without a class, as --label_dropout makes; "
                         "choose another guide, or drop --label_dropout")
 
 

@@ -96,7 +96,7 @@ def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) ->
         return
     found = safetensor_files.checksum(source.weights or {})
     if found != crc32:
-        raise UserError(f"{source.path} is damaged: its tensors are of CRC-32 {found:08x}, its description says "
+        raise UserError(f"{source.path} is damaged: its tensors have CRC-32 {found:08x}, its description says "
                         f"{crc32:08x}. Copy the file again; --verify_weights False loads it without this check")
 
 
@@ -131,7 +131,7 @@ def without_wrappers(weights: Any, path: str) -> Any:
     """A state dict without the prefixes that DDP and torch.compile put before every name."""
     for prefix in WRAPPERS:
         while isinstance(weights, Mapping) and weights and all(str(name).startswith(prefix) for name in weights):
-            logger.log(f"{path}: the names of the weights begin with {prefix}, which is left out")
+            logger.log(f"{path}: the names of the weights begin with {prefix}, which is removed")
             weights = {str(name).removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
@@ -278,5 +278,5 @@ def require_unknown_flags(settings: Settings, known: Mapping[str, Any], also: tu
         f"--training_mode ({', '.join(TRAINING_MODES)})": "training_mode" in also and "training_mode" not in given,
     }
     if flags := [flag for flag, is_missing in unsaid.items() if is_missing]:
-        raise UserError(f"{path} has no manifest beside it, and its weights do not tell everything about the network: "
-                        f"give also {', '.join(flags)}")
+        raise UserError(f"{path} has no manifest next to it, and its weights do not determine the network completely: "
+                        f"also give {', '.join(flags)}")

@@ -35,8 +35,8 @@ def take_latents(settings: Settings) -> None:
                     f"{source.data_dir} have {name}={value}; drop the flag or choose other data"
                 )
         if are_pictures(shape["channels"]):
-            raise UserError(f"{source.data_dir} has latents of {shape['channels']} channels, which cannot be told from "
-                            "pictures: this toolkit takes latents of any other number")
+            raise UserError(f"{source.data_dir} has latents of {shape['channels']} channels, which cannot be "
+                            "distinguished from images: this toolkit supports latents with any other number")
         settings.replace(**shape)
         _warn_of_unknown_scale(settings, source)
         given_by = str(settings.given.get(RECORD, f"--{RECORD}"))
@@ -66,7 +66,7 @@ def check_record(settings: Settings) -> None:
     """:raises UserError: if the record of the latents is none, or of other channels than the network's."""
     record, channels = latents.parse(settings.values[RECORD], f"--{RECORD}"), settings.values["channels"]
     if record and record.channels != channels:
-        raise UserError(f"--{RECORD} is of latents of {record.channels} channels, and --channels is {channels}")
+        raise UserError(f"--{RECORD} is for latents of {record.channels} channels, but --channels is {channels}")
 
 
 def load_decoder(settings: Settings, device: th.device | None = None) -> Decoder | None:

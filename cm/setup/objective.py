@@ -116,8 +116,8 @@ def check_noise_levels(settings: Settings) -> None:
         largest = min(math.log(LARGEST_SIGMA) - m, m - math.log(LEAST_SIGMA)) / REACH
         if s > largest:
             raise UserError(f"--{std} {s:g} is the standard deviation of ln sigma: around --{mean} {m:g} there would "
-                            f"be noise levels beyond {LEAST_SIGMA:g} to {LARGEST_SIGMA:g}, whose squares are no "
-                            f"numbers in float32; choose --{std} up to {largest:.1f}")
+                            f"be noise levels beyond {LEAST_SIGMA:g} to {LARGEST_SIGMA:g}, whose squares are "
+                            f"out of range in float32; choose --{std} up to {largest:.1f}")
 
 
 def check_teacher(settings: Settings) -> None:

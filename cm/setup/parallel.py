@@ -36,6 +36,6 @@ def check_parallel(settings: Settings) -> None:
     })
     guide = settings.sources.get("teacher_guide")
     if guide is not None and guide.settings is None and values[DISTILLING.interval]:
-        raise UserError(f"--{DISTILLING.interval} {values[DISTILLING.interval]} and --parallel {train.parallel}: the "
-                        "teacher guides itself where a rank has noise levels in the interval, and in shards all ranks "
-                        f"must take each of its passes together; give --{DISTILLING.path}, or drop one of them")
+        raise UserError(f"--{DISTILLING.interval} {values[DISTILLING.interval]} and --parallel {train.parallel}: a "
+                        "rank evaluates the guide only if it has noise levels in the interval, but all ranks must run "
+                        f"each pass of a sharded network together; give --{DISTILLING.path}, or drop one of them")

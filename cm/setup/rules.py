@@ -50,8 +50,8 @@ def resolve_durations(settings: Settings) -> None:
     _, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
     typed = all(settings.provenance(name) == Provenance.COMMAND_LINE for name in ("batch_size", "global_batch_size"))
     if typed and global_batch != train.global_batch_size:
-        raise UserError(f"--batch_size {train.batch_size} on {world_size} rank(s) is {global_batch} images a step, and "
-                        f"--global_batch_size asks for {train.global_batch_size}: give one of them")
+        raise UserError(f"--batch_size {train.batch_size} on {world_size} rank(s) is {global_batch} images per step, "
+                        f"but --global_batch_size asks for {train.global_batch_size}: give one of them")
     durations.resolve_durations(settings, global_batch)
 
 

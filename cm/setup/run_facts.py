@@ -64,7 +64,7 @@ def measured_in(paths: Iterable[str]) -> list[Measurement]:
             raise UserError(f"{path} cannot be read: {error}") from None
         rows = list(measurements_of(content)) if isinstance(content, dict) else []
         if not rows:
-            raise UserError(f"{path} holds no result: give a file that evaluator.py or fid.py wrote with "
+            raise UserError(f"{path} contains no result: give a file that evaluator.py or fid.py wrote with "
                             "--json")
         found += rows
     return found

@@ -44,7 +44,7 @@ def choose_sampler(settings: Settings) -> None:
         settings.replace(sampler=usual)
     elif not fits(kind, values["sampler"]):
         logger.warn(f"--sampler {values['sampler']} does not fit this model, which was trained by "
-                    f"{values['training_mode']}: take --sampler {usual}")
+                    f"{values['training_mode']}: use --sampler {usual}")
     if edits and values["sampler"] == "multistep" and not values["ts"]:
         levels = settings.sources["model_path"].levels
         if levels and not settings.is_given("steps"):
@@ -112,7 +112,7 @@ def _check_second_time(sampler: str, second_time: bool) -> None:
     networks = SAMPLERS[sampler].networks
     if networks == ("flow_map",) and not second_time:
         raise UserError(f"--sampler {sampler} is for flow maps (cm_train.py --training_mode meanflow or alphaflow), "
-                        "and this model is none; choose onestep for a consistency model, heun for a diffusion model")
+                        "and this model is not one; choose onestep for a consistency model, heun for a diffusion model")
     if "consistency_function" in networks and second_time:
         raise UserError(f"--sampler {sampler} is for consistency models, and this is a flow map: choose --sampler "
                         "flowmap with --steps 1 or more")

@@ -27,7 +27,7 @@ def find_weights(settings: Settings, flag: str) -> str:
     asked = settings.values[flag]
     path = dist.on_main(weights_in, asked, flag, settings.values.get("verify_weights", True))
     if path != asked:
-        logger.log(f"--{flag} {asked}: taking {path}")
+        logger.log(f"--{flag} {asked}: using {path}")
         settings.replace(**{flag: path})
     return path
 

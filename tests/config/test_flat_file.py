@@ -10,10 +10,10 @@ from cm.config.schema import RunConfig, TrainConfig
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lr: 1\nseed: 010", "line 2: 010 is no whole number that everybody reads alike"),
+    ("lr: 1\nseed: 010", "line 2: 010 is ambiguous as a whole number"),
     ("save_interval: 1:30", "line 1: 1:30 is no whole number"),
     ("seed: 0x10", "0x10 is no whole number"),
-    ("lr: 1:30.5", "1:30.5 is no number that everybody reads alike"),
+    ("lr: 1:30.5", "1:30.5 is ambiguous as a number"),
 ])
 def test_numbers_that_yaml_reads_otherwise_are_refused(text, message):
     """YAML 1.1 takes 010 for 8, and 1:30 for 90."""

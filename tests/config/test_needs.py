@@ -100,7 +100,7 @@ def test_what_is_not_known_is_not_judged():
     ("--training_mode ict --teacher_dropout 0.5", "--teacher_dropout 0.5 has no effect without an objective that asks"),
     ("--training_mode ict --scale_mode fixed --stage_steps 5", "--stage_steps 5 has no effect without --pairs"),
     ("--training_mode ict --distill_steps_per_iter 5", "--distill_steps_per_iter 5 has no effect without --scale_mode"),
-    ("--batch_size 3 --global_batch_size 8", "--batch_size 3 on 1 rank.* is 3 images a step, and --global_batch_size"),
+    ("--batch_size 3 --global_batch_size 8", "--batch_size 3 on 1 rank.* is 3 images per step, but --global"),
     ("--sample_interval 1 --eval_ts 0,5", "--eval_ts 0,5 is for --sampler multistep"),
 ])
 def test_a_training_refuses_a_flag_that_it_would_ignore(words, message):

@@ -43,7 +43,7 @@ def test_torchrun_does_not_repeat_a_mistake_and_promises_no_checkpoint(tmp_path)
     done = torchrun(ROOT / "scripts/edm_train.py", "--data_dir", tmp_path / "nowhere", "--log_dir", tmp_path / "run",
                     "--image_size", 8, "--num_channels", 32, "--channel_mult", "1", restarts=1)
     assert done.rc != 0
-    assert done.stderr.count("not tried again, for it would end as before: error: ") == 1, done
+    assert done.stderr.count("not tried again, because it would fail in the same way: error: ") == 1, done
     assert "with a checkpoint" not in done.stderr
 
 

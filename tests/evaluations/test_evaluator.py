@@ -112,7 +112,7 @@ def test_classes_without_names_go_by_number(folder):
 @pytest.mark.parametrize("names, message", [
     (["a", "a", "b", "c"], "class_names has a name twice"),
     (["a", "b"], "class_names has 2 names, and there are 3 classes"),
-    ([0, 1, 2, 3], "class_names is no list of words"),
+    ([0, 1, 2, 3], "class_names is not a list of names"),
 ])
 def test_class_names_that_cannot_be_are_refused(named, tmp_path, names, message):
     with np.load(named) as batch:

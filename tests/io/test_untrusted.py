@@ -229,7 +229,7 @@ GOOD = {"format": 1, "step": 10, "images_seen": 40, "config": {"image_size": 8},
 def test_a_manifest_speaks_of_its_own_folder_only(tmp_path, name):
     path = tmp_path / "checkpoint_000010.json"
     path.write_text(json.dumps(GOOD | {"files": {name: {"size": 1, "crc32": 1}}}))
-    refused(manifest.read, path, "is no name of a file next to it")
+    refused(manifest.read, path, "is not the name of a file next to it")
     assert manifest.newest(str(tmp_path)) is None
 
 

@@ -89,7 +89,7 @@ DAMAGES = {
     "classes that are no JSON": (damage("classes.json", b"{"), "classes.json cannot be read", "loss", 3),
     "classes that are no object": (damage("classes.json", b'{"classes": 3}'), "no numbers of images", "loss", 3),
     "classes without numbers": (damage("classes.json", b'{"classes": {"a": "b"}}'), "no numbers of images", "loss", 3),
-    "no picture": (damage("samples/samples_000001.png", b"GIF89a"), "samples_000001.png is no complete PNG", "loss", 3),
+    "no picture": (damage("samples/samples_000001.png", b"GIF89a"), "000001.png is not a complete PNG", "loss", 3),
     "picture without a step": (damage("samples/grid.png", b""), "samples/grid.png names no step", "loss", 3),
 }
 

@@ -215,7 +215,7 @@ def test_the_training_grid_comes_along(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change, mode, message", [
-    ({}, "edm", "holds consistency models alone; this one was trained as edm"),
+    ({}, "edm", "contains only consistency models; this model was trained as edm"),
     ({"arch": "adm"}, "consistency_distillation", "--arch unet and --precond edm alone"),
     ({"channel_mult": "2,2"}, "consistency_distillation", "needs a first level of num_channels=32"),
     ({"num_head_channels": -1, "num_heads": 2, "attention_resolutions": "16,8"}, "consistency_distillation",

@@ -29,8 +29,8 @@ def test_what_large_numbers_cost_is_said(capsys):
         return "".join(capsys.readouterr())
 
     assert told() == ""
-    assert "--num_references 5000 is more than the 1797 images there are: every step reads" in told(num_references=5000)
-    assert "--num_workers 256 starts 256 processes beside each rank" in told(num_workers=256)
+    assert "--num_references 5000 is more than the 1797 images of the data set: every step" in told(num_references=5000)
+    assert "--num_workers 256 starts 256 processes per rank" in told(num_workers=256)
     with pytest.raises(UserError, match="num_workers=1000 is too large; the largest is 256"):
         told(num_workers=1000)
 
@@ -46,6 +46,6 @@ def test_images_beside_the_folders_of_classes_are_told(tmp_path, capsys):
         open_data(parse("", ModelConfig, ObjectiveConfig, DataConfig, TrainConfig, RunConfig, argv=flags))
         return "".join(capsys.readouterr())
 
-    assert "1 of 4 images lie in no sub-folder" in told()
+    assert "1 of 4 images are in no sub-folder" in told()
     (tmp_path / "loose.png").unlink()
-    assert "lie in no sub-folder" not in told()
+    assert "are in no sub-folder" not in told()

@@ -41,7 +41,7 @@ def test_flags_of_edm_become_steps():
 @pytest.mark.parametrize(("argv", "message"), [
     (["--total_kimg", 100, "--total_training_steps", 7],
      "--total_training_steps asks for total_training_steps=7, and --total_kimg for total_kimg=100.0, which at 512 "
-     "images a step is total_training_steps=196: give one"),
+     "images per step is total_training_steps=196: give one"),
     (["--tick", 1, "--log_interval", 10], "log_interval=10, and --tick"),
     (["--tick", 1, "--snap", 2, "--save_interval", 10], "save_interval=10, and --snap for snapshot_ticks=2"),
     (["--snap", 2], "--snapshot_ticks and --state_dump_ticks count ticks: give --tick_kimg"),

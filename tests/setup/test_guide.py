@@ -319,7 +319,7 @@ def test_a_guide_that_is_asked_in_full_precision_keeps_it():
 
 
 @pytest.mark.parametrize("classes, known, message", [
-    (10, 7, "g.pt knows 7 classes, .* 10; choose another guide"), (0, 7, "g.pt is class-conditional, .* is not"),
+    (10, 7, "g.pt has 7 classes, .* 10; choose another guide"), (0, 7, "g.pt is class-conditional, .* is not"),
 ])
 def test_a_guide_with_classes_has_those_of_the_model(classes, known, message):
     model, own = ({"image_size": 8, "channels": 3, "class_cond": count > 0, "num_classes": count, "guide_path": "g.pt"}
@@ -339,7 +339,7 @@ def test_a_guide_with_classes_has_those_of_the_model(classes, known, message):
     (("--guide_scale", 2, "--guide_path", "CLASSES"), "is class-conditional, this model is not"),
     (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "3,1"), "'3,1' is no pair lo,hi of noise"),
     (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "500,900"),
-     "--guide_interval 500,900 lies outside of the noise levels 0.002 to 80"),
+     "--guide_interval 500,900 is outside the noise levels 0.002 to 80"),
 ])
 def test_guides_that_cannot_be(runs, command, options, message):
     files = {"CLASSES": weights(runs / "classes"), "PLAIN": weights(runs / "plain")}
@@ -351,7 +351,7 @@ def test_a_guide_needs_a_manifest_and_images_of_the_same_size(runs, command, tmp
     bare = tmp_path / "bare.pt"
     bare.write_bytes(weights(runs / "plain").read_bytes())
     options = ("--model_path", weights(runs / "plain"), "--guide_scale", 2, "--guide_path")
-    with pytest.raises(UserError, match="bare.pt has no manifest beside it.*convert_checkpoint.py writes it with one"):
+    with pytest.raises(UserError, match="bare.pt has no manifest next to it.*convert_checkpoint.py writes one"):
         sample(command, *options, bare)
     with pytest.raises(UserError, match="has image_size=16, this model has 8; choose another guide"):
         sample(command, *options, another(runs / "plain", tmp_path / "large", image_size=16))

@@ -54,12 +54,12 @@ def test_a_checkpoint_without_a_record_leaves_it_to_the_flag(tmp_path, capsys):
 
 def test_latents_that_could_be_pictures_are_refused(tmp_path):
     path = edm2_zip(tmp_path / "set.zip", np.zeros((2, 6, 8, 8)))
-    with pytest.raises(UserError, match="latents of 3 channels, which cannot be told from pictures"):
+    with pytest.raises(UserError, match="latents of 3 channels, which cannot be distinguished from images"):
         training("--data_dir", path)
 
 
 def test_a_record_of_other_channels_is_refused():
-    with pytest.raises(UserError, match="--latents is of latents of 4 channels, and --channels is 3"):
+    with pytest.raises(UserError, match="--latents is for latents of 4 channels, but --channels is 3"):
         training("--latents", EDM2.text())
 
 

@@ -73,7 +73,7 @@ def test_a_sampler_that_does_not_fit_is_a_warning_that_names_the_fit_one(mode, a
     assert inherit_model(sampling("--model_path", trained[mode], "--sampler", asked)).sampler == asked
     told = capsys.readouterr()
     assert f"--sampler {asked} does not fit this model" in told.out + told.err
-    assert f"take --sampler {fit}" in told.out + told.err
+    assert f"use --sampler {fit}" in told.out + told.err
 
 
 @pytest.mark.parametrize("mode", OBJECTIVES)

@@ -70,7 +70,7 @@ def test_every_flag_takes_a_run_and_says_what_it_took(run, capsys, flag, section
     read(settings)
     assert settings.values[flag] == newest(run)
     told = capsys.readouterr()
-    assert f"--{flag} {run}: taking {newest(run)}" in told.out + told.err
+    assert f"--{flag} {run}: using {newest(run)}" in told.out + told.err
 
 
 def test_a_damaged_newest_is_passed_over(run, tmp_path, capsys):

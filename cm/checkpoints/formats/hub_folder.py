@@ -84,7 +84,7 @@ def write(folder: str, weights: Mapping[str, Tensor], about: Description, card: 
         storage.write_bytes(os.path.join(folder, PICTURE_FILE), picture)
     crc32 = zlib.crc32(card.encode())
     if _is_edited(folder, before):
-        logger.log(f"{os.path.join(folder, CARD)} was edited since it was written: it stays")
+        logger.log(f"{os.path.join(folder, CARD)} was edited since it was written, so it is kept")
         crc32 = before[CARD_CRC32]
     else:
         storage.write_bytes(os.path.join(folder, CARD), card.encode())

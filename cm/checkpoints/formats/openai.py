@@ -67,7 +67,7 @@ def architecture(weights: Mapping[str, Tensor], source: str, null_class: bool = 
     ups = [name for name in weights if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", name)]
     levels = len(ups) + 1
     if blocks % levels:
-        raise UserError(f"{source}: {blocks} encoder blocks do not divide into {levels} levels")
+        raise UserError(f"{source}: {blocks} encoder blocks cannot be divided into {levels} levels")
     per_level = blocks // levels                            # R residual blocks, and one that halves the side
     first_blocks = [1 + level * per_level for level in range(levels)]
     widths = [shape(f"input_blocks.{block}.0.out_layers.3.weight")[0] for block in first_blocks]

@@ -100,6 +100,6 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the name {untrusted.shown(name)} stands in its header twice")
+            raise ValueError(f"the name {untrusted.shown(name)} appears twice in its header")
         found[name] = value
     return found

@@ -107,8 +107,8 @@ def _members(shard: str, place: _Place) -> Iterator[dict[str, Any]]:
         for member in archive:
             place.last = f"member {untrusted.shown(member.name)}"
             if member.size > IMAGE_BYTES or member.issparse():
-                raise UserError(f"{shard}: {place.last} has {member.size:,} bytes, more than an image may have, or "
-                                "holes; remove it")
+                raise UserError(f"{shard}: {place.last} has {member.size:,} bytes, more than an image may have, or is "
+                                "sparse; remove it")
             if member.isreg() and not META.match(member.name):
                 yield {"fname": member.name, "data": b"", "__url__": shard}
         file.seek(archive.offset)                                   # tarfile takes an unreadable header for the end
@@ -159,7 +159,7 @@ def _label(sample: dict[str, Any], shard: str) -> int | None:
         reason = f"{untrusted.shown(label)} is no class number"
     except (ValueError, TypeError) as error:
         reason = str(error)
-    raise UserError(f"{shard}: member '{sample['__key__']}.{suffix}' holds no class: {reason}; correct or remove it")
+    raise UserError(f"{shard}: member '{sample['__key__']}.{suffix}' contains no class: {reason}; correct or remove it")
 
 
 def _claims(data_dir: str) -> bool:

@@ -68,7 +68,7 @@ def test_a_changed_value_is_refused(tmp_path):
     data = bytearray(Path(path).read_bytes())
     data[-5] ^= 1
     Path(path).write_bytes(data)
-    with pytest.raises(UserError, match="x.safetensors is damaged: its tensors are of CRC-32"):
+    with pytest.raises(UserError, match="x.safetensors is damaged: its tensors have CRC-32"):
         adopt(path)
     adopt(path, "--verify_weights", False)
 
