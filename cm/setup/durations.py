@@ -30,7 +30,7 @@ def resolve_durations(settings: Settings, batch: int) -> None:
     values = settings.values
     ticks = [values[flag] for flag in ("snapshot_ticks", "state_dump_ticks") if values[flag]]
     if ticks and not values["tick_kimg"]:
-        raise UserError("--snapshot_ticks and --state_dump_ticks count ticks: give the length of one, "
+        raise UserError("--snapshot_ticks and --state_dump_ticks count ticks: give --tick_kimg, the length of one, "
                         "such as --tick_kimg 50")
     if values["total_kimg"]:
         set_steps(settings, "total_training_steps", "total_kimg", steps_of(values["total_kimg"], batch), batch)

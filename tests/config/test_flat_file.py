@@ -11,8 +11,8 @@ from cm.config.schema import RunConfig, TrainConfig
 
 @pytest.mark.parametrize("text, message", [
     ("lr: 1\nseed: 010", "line 2: 010 is ambiguous as a whole number"),
-    ("save_interval: 1:30", "line 1: 1:30 is no whole number"),
-    ("seed: 0x10", "0x10 is no whole number"),
+    ("save_interval: 1:30", "line 1: 1:30 is ambiguous as a whole number"),
+    ("seed: 0x10", "0x10 is ambiguous as a whole number"),
     ("lr: 1:30.5", "1:30.5 is ambiguous as a number"),
 ])
 def test_numbers_that_yaml_reads_otherwise_are_refused(text, message):

@@ -54,8 +54,8 @@ BAD = {
     "large memo": (bombs.large_memo(), "memo has a place"),
     "many operations": (b"N0" * 1_100_000 + b"N.", "more than 2,000,000 values"),
     "cut off": (pickle.dumps([1, 2])[:-3], "."),
-    "empty stack": (b"\x80\x02a.", "not there"),
-    "unknown memo": (b"\x80\x02h\x05.", "not there"),
+    "empty stack": (b"\x80\x02a.", "does not exist"),
+    "unknown memo": (b"\x80\x02h\x05.", "does not exist"),
     "claimed text": (b"\x80\x04\x8d" + b"\xff" * 6 + b"\0\0.", "."),
     "no pickle": (b"hello", "."),
 }

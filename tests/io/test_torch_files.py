@@ -66,5 +66,5 @@ def test_an_older_file_claims_no_more_than_it_has():
     data = saved({"a": th.ones(300)}, _use_new_zipfile_serialization=False)
     forged = data.replace(b"M\x2c\x01", b"J\xff\xff\xff\x7f", 1)            # 300 numbers -> 2^31 - 1
     assert forged != data
-    with pytest.raises(ValueError, match="claims 2,147,483,647 numbers"):
+    with pytest.raises(ValueError, match="declares 2,147,483,647 numbers"):
         load(forged)

@@ -75,7 +75,7 @@ def test_a_file_is_downloaded_once_and_its_hash_is_told(address, server, tmp_pat
 
 
 def test_another_file_than_the_one_that_was_meant(address):
-    with pytest.raises(UserError, match=f"has the SHA-256 {SHA256}, not 00000000...: it is another file"):
+    with pytest.raises(UserError, match=f"has the SHA-256 {SHA256}, not 00000000...: it is not the expected file"):
         web.local_copy(address("model.pkl#sha256=00000000"), print)
     with pytest.raises(UserError, match="what follows # must be sha256= and at least 8"):
         web.local_copy(address("model.pkl#sha256=00"), print)
@@ -103,7 +103,7 @@ def test_which_paths_are_addresses():
     assert web.is_address("https://host/x.pkl") and web.is_address("HTTP://host/x")
     for path in ("runs/x.pt", "az://account/x", "https://openaipublic.blob.core.windows.net/x.npz", "", "https"):
         assert not web.is_address(path)
-    with pytest.raises(UserError, match="anybody on the way can change what plain http brings"):
+    with pytest.raises(UserError, match="anybody on the network can change a download over plain http"):
         web.local_copy("http://example.org/x.pkl", print)
 
 

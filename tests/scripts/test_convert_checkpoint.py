@@ -85,7 +85,7 @@ def test_guided_diffusions_weights_become_a_checkpoint(tmp_path, monkeypatch):
             value = value.unflatten(0, (3, -1, 16)).transpose(0, 1).flatten(0, 2)
         rows[name] = value[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else value
     th.save(rows, tmp_path / "guided.pt")
-    with pytest.raises(UserError, match="give also --image_size, --num_head_channels .*--training_mode"):
+    with pytest.raises(UserError, match="also give --image_size, --num_head_channels .*--training_mode"):
         convert(monkeypatch, tmp_path / "guided.pt", tmp_path / "native")
     convert(monkeypatch, tmp_path / "guided.pt", tmp_path / "native", "--image_size", 8, "--num_head_channels", 16,
             "--training_mode", "edm")
@@ -216,12 +216,12 @@ def test_the_training_grid_comes_along(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, mode, message", [
     ({}, "edm", "contains only consistency models; this model was trained as edm"),
-    ({"arch": "adm"}, "consistency_distillation", "--arch unet and --precond edm alone"),
+    ({"arch": "adm"}, "consistency_distillation", "have --arch unet and --precond edm"),
     ({"channel_mult": "2,2"}, "consistency_distillation", "needs a first level of num_channels=32"),
     ({"num_head_channels": -1, "num_heads": 2, "attention_resolutions": "16,8"}, "consistency_distillation",
      "heads of one width; num_heads=2 at levels of 32, 64"),
     ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "consistency_distillation",
-     "the same heads on both ways, not 2 and 4"),
+     "equally many heads in encoder and decoder, not 2 and 4"),
 ])
 def test_what_diffusers_cannot_have(tmp_path, monkeypatch, change, mode, message):
     path, _ = checkpoint(tmp_path / "run", COMMON | change, mode)
@@ -251,7 +251,7 @@ def test_a_folder_is_told_from_another_by_its_content(folder):
 
 def test_folders_that_do_not_fit(folder):
     change(folder / "unet" / "config.json", down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"])
-    with pytest.raises(UserError, match="CrossAttnDownBlock2D; this toolkit has AttnDownBlock2D and DownBlock2D"):
+    with pytest.raises(UserError, match="CrossAttnDownBlock2D; this toolkit supports AttnDownBlock2D and DownBlock2D"):
         diffusers_folder.read(str(folder))
     change(folder / "model_index.json", _class_name="DDPMPipeline")
     with pytest.raises(UserError, match="holds a DDPMPipeline with a UNet2DModel, not a ConsistencyModelPipeline"):

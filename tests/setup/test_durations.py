@@ -66,7 +66,7 @@ def test_training_that_ends_before_its_last_step_says_so(capsys):
     """The learning rate is 0 there."""
     resolved("--lr_anneal_steps", 10, "--total_training_steps", 30)
     told = capsys.readouterr()
-    assert "training ends at step 10, where the learning rate is 0, and not at step 30" in told.out + told.err
+    assert "training ends at step 10, where the learning rate is 0, not at step 30" in told.out + told.err
     for words in (["--lr_anneal_steps", 10], ["--lr_anneal_steps", 30, "--total_training_steps", 10]):
         resolved(*words)
         assert not any(capsys.readouterr())

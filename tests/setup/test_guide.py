@@ -337,7 +337,7 @@ def test_a_guide_with_classes_has_those_of_the_model(classes, known, message):
     (("--guide_scale", 2, "--classifier_path", "c.pt"), "--classifier_path c.pt and --guide_scale 2.0 are two ways of"),
     (("--guide_scale", 2, "--guide_path", "nowhere.pt"), "--guide_path nowhere.pt: no such file"),
     (("--guide_scale", 2, "--guide_path", "CLASSES"), "is class-conditional, this model is not"),
-    (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "3,1"), "'3,1' is no pair lo,hi of noise"),
+    (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "3,1"), "'3,1' is not a pair lo,hi of noise"),
     (("--guide_scale", 2, "--guide_path", "PLAIN", "--guide_interval", "500,900"),
      "--guide_interval 500,900 is outside the noise levels 0.002 to 80"),
 ])
@@ -361,5 +361,5 @@ def test_intervals():
     assert parse_interval("", "x") == (0, float("inf")) == parse_interval("0,inf", "x")
     assert parse_interval("0.1, 3", "x") == (0.1, 3)
     for text in ("1", "1,2,3", "-1,2", "2,2", "a,b", "nan,1"):
-        with pytest.raises(UserError, match=f"--x '{text}' is no pair lo,hi"):
+        with pytest.raises(UserError, match=f"--x '{text}' is not a pair lo,hi"):
             parse_interval(text, "x")

@@ -94,7 +94,7 @@ def test_results_are_read_or_refused(tmp_path):
     (tmp_path / "r.json").write_text('{"label": "FID", "value": 2, "num_images": 5}')
     assert measured_in([str(tmp_path / "r.json")]) == [Measurement("FID", 2.0, 5)]
     (tmp_path / "s.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="s.json holds no result"):
+    with pytest.raises(UserError, match="s.json contains no result"):
         measured_in([str(tmp_path / "s.json")])
     with pytest.raises(UserError, match="t.json cannot be read"):
         measured_in([str(tmp_path / "t.json")])

@@ -103,10 +103,10 @@ def test_a_published_file_comes_by_url(bare, monkeypatch):
 
 def test_a_file_of_another_name_asks_for_what_weights_do_not_tell(bare):
     other = bare.rename(bare.with_name("mine.pt"))
-    with pytest.raises(UserError, match=r"mine.pt has no manifest.*give also --image_size, --num_head_channels \(or "
+    with pytest.raises(UserError, match=r"mine.pt has no manifest.*also give --image_size, --num_head_channels \(or "
                                         r"--num_heads\), --training_mode \(edm, consistency_distillation, "):
         adopt(other)
-    with pytest.raises(UserError, match=r"give also --num_head_channels \(or --num_heads\)$"):
+    with pytest.raises(UserError, match=r"also give --num_head_channels \(or --num_heads\)$"):
         adopt(other, "--image_size", 8, "--training_mode", "edm")
     settings, source = adopt(other, *TOLD, "--training_mode", "progdist")
     assert {name: settings.values[name] for name in TINY} == TINY

@@ -102,7 +102,7 @@ def test_a_damaged_shard_is_named_with_the_member(tmp_path, how, message):
 @pytest.mark.parametrize("members, message", [
     ({"a.png": b"hello"}, "x.tar: member 'a.png' cannot be read: it is not an image. Replace or remove it"),
     ({"a.png": picture(1), "a.cls": b"cat"}, "x.tar: member 'a.cls' contains no class: invalid literal"),
-    ({"a.png": picture(1), "a.json": b"["}, "x.tar: member 'a.json' holds no class"),
+    ({"a.png": picture(1), "a.json": b"["}, "x.tar: member 'a.json' contains no class"),
     ({"a.png": picture(1), "a.json": b'{"label": -1}'}, "member 'a.json' contains no class: -1 is no class number"),
     ({"a.png": picture(1), "a.PNG": picture(1)}, "x.tar is damaged after .*duplicate file name"),
 ])
