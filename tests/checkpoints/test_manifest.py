@@ -51,7 +51,7 @@ def test_class_names_are_kept_and_older_manifests_have_none(tmp_path):
     path = tmp_path / "checkpoint_000010.json"
     assert manifest.read(str(path)).class_names == ("ant", "cat")
     content = json.loads(path.read_text())
-    for names, message in ((["ant", "ant"], "a name twice"), ("ant", "not a list of names"), ([1], "not a list of names")):
+    for names, message in ((["ant", "ant"], "a name twice"), ("ant", "not a list"), ([1], "not a list")):
         changed = content | {"class_names": names}
         path.write_text(json.dumps(changed | {manifest.CHECKSUM: manifest.checksum(changed)}))
         with pytest.raises(UserError, match=message):

@@ -24,7 +24,7 @@ MANY = tuple(f"n{number:04d}" for number in range(1000))
 
 def test_names_out_of_a_file_are_different_words():
     assert checked(["cat", "dog"], 2) == ("cat", "dog") and checked([]) == ()
-    for bad, why in ((["cat", 1], "not a list of names"), ("cat", "not a list of names"), ({"0": "cat"}, "not a list of names"),
+    for bad, why in ((["cat", 1], "not a list"), ("cat", "not a list"), ({"0": "cat"}, "not a list"),
                      (["cat", "cat"], "a name twice")):
         with pytest.raises(ValueError, match=why):
             checked(bad)
