@@ -45,7 +45,7 @@ def test_seeds_say_how_many_images(tmp_path):
     assert choose("--seeds", "4-6", "--num_samples", "3") == ((4, 5, 6), 3)
     with pytest.raises(UserError, match="--seeds 4-6 lists 3 images, but --num_samples asks for num_samples=50"):
         choose("--seeds", "4-6", "--num_samples", "50")
-    with pytest.raises(UserError, match="--generator dummy knows no seeds.*or drop --seeds"):
+    with pytest.raises(UserError, match="--generator dummy has no seeds.*or drop --seeds"):
         choose("--seeds", "4-6", "--generator", "dummy")
 
 
