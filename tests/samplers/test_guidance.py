@@ -308,7 +308,7 @@ def test_a_guide_must_fit_the_model(command, tmp_path_factory):
     with pytest.raises(UserError, match="large.pt is for images of side 16, the model makes them of side 8; train a"):
         command("image_sample.py", "--classifier_path", path, "--num_samples", 1)
     th.save(to_content(NoisyClassifier(NoisyClassifierConfig(8, 3, channels=1))), path)
-    with pytest.raises(UserError, match="large.pt is for images of 1 channels, .* train a classifier with --channels 3"):
+    with pytest.raises(UserError, match="large.pt is for images of 1 channels, .*train a classifier with --channels 3"):
         command("image_sample.py", "--classifier_path", path, "--num_samples", 1)
 
 
