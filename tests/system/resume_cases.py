@@ -21,7 +21,7 @@ from cm.setup.data import RunBatches
 from cm.training.non_finite import NonFiniteError
 from support.training import MODES, digest, loop, second_moment
 
-BATCH, STEPS, STOPS = 8, 7, (2, 3)                          # over all ranks; progdist changes its stage after 2 steps
+BATCH, STEPS, STOPS = 8, 5, (2, 3)                          # over all ranks; progdist changes its stage after 2 steps
 
 CASES = {
     "edm": {},
