@@ -14,7 +14,8 @@ from cm.config.flags import parse
 from cm.config.sampling_schema import SampleConfig
 from cm.distributed import launchers
 from cm.errors import UserError
-from support.mpi import ROOT, start
+from support.mpi import ROOT
+from support.warm import python
 
 PAGE = (ROOT / "docs/extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -29,7 +30,7 @@ def folder(tmp_path_factory):
     for name, text in FILES.items():
         (folder / name).write_text(text)
     (folder / "commands.json").write_text(json.dumps(COMMANDS))
-    done = start([sys.executable, str(ROOT / "tests/support/page_commands.py"), "commands.json"], cwd=folder)
+    done = python([ROOT / "tests/support/page_commands.py", "commands.json"], cwd=folder)
     assert done.rc == 0 and done.stdout.count("\n$ ") == len(COMMANDS) - 1, done
     return folder
 

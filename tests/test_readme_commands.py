@@ -14,6 +14,7 @@ from support import edm_pickles
 from support.mpi import ROOT, start
 from support.nets import plain_state_dict
 from support.page_lines import commands
+from support.warm import python_words
 from support.weights import tiny as small
 
 TOGETHER = ("README.md", "docs/features.md", "docs/tutorial.md")
@@ -154,7 +155,7 @@ def folder(tmp_path_factory):
     lines = ["python scripts/classifier_train.py --data_dir IMAGES --image_size 8 --epochs 1 --out classifier.ts"]
     lines += [line for page in PAGES for line in lines_of(page)]
     (folder / "commands.json").write_text(json.dumps(lines))
-    command = [sys.executable, str(ROOT / "tests/support/page_commands.py"), "commands.json"]
+    command = [*python_words(), str(ROOT / "tests/support/page_commands.py"), "commands.json"]
     done = start(command, cwd=folder, timeout=300, env={"OPENAI_LOG_FORMAT": "log,csv", "PYTHON": sys.executable})
     assert done.rc == 0 and [line for line in done.stdout.splitlines() if line.startswith("$ ")] == [
         f"$ {line}" for line in lines], f"{done.stdout[-1500:]}\n{done.stderr[-3000:]}"

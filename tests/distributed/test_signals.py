@@ -15,7 +15,7 @@ from cm.checkpoints import manifest
 from cm.distributed import signals
 from support.commands import NETWORK, QUIET, TRAIN, curve, files_of, is_rank
 from support.mpi import ROOT, clean_environment, descendants, find_mpiexec, kill_tree, program
-from support.warm import mpiexec
+from support.warm import mpiexec, python_words
 
 STEPS = 40
 COMMAND = [str(ROOT / "scripts/edm_train.py"), *NETWORK, *TRAIN, "--global_batch_size", "16", "--save_interval", "100",
@@ -70,14 +70,15 @@ def rows(directory):
 def test_stops_and_starts_leave_no_trace_in_the_result(tmp_path):
     """SIGTERM and SIGINT to mpiexec, SIGUSR1 to a single rank, each at some step; then the bytes of an undisturbed run.
 
-    With two loader processes on each rank.
+    With two loader processes on each rank. The second and third time the ranks are forked.
     """
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     workers = ("--num_workers", "2")
     assert mpiexec(2, [*COMMAND, *workers, "--log_dir", straight], timeout=120, env=QUIET).rc == 0
     for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         begun = rows(stopped)
-        with Job([find_mpiexec(), "-n", "2", sys.executable, *COMMAND, *workers, "--log_dir", stopped]) as job:
+        python = [sys.executable] if kind == signal.SIGTERM else python_words()
+        with Job([find_mpiexec(), "-n", "2", *python, *COMMAND, *workers, "--log_dir", stopped]) as job:
             job.await_true(lambda: rows(stopped) >= begun + 4)  # noqa: B023 (waited for here)
             os.kill(job.ranks()[-1] if kind == signal.SIGUSR1 else job.process.pid, kind)
             rc, said = job.end()
@@ -166,7 +167,7 @@ HANG = """
 
 @pytest.mark.mpi
 def test_a_rank_that_hangs_holds_up_the_end_for_the_grace_period_only(tmp_path):
-    with Job([find_mpiexec(), "-n", "2", sys.executable, program(tmp_path, HANG), "2", tmp_path / "hangs"]) as job:
+    with Job([find_mpiexec(), "-n", "2", *python_words(), program(tmp_path, HANG), "2", tmp_path / "hangs"]) as job:
         job.await_true((tmp_path / "hangs").exists)
         begun = time.monotonic()
         os.kill(job.process.pid, signal.SIGTERM)
@@ -180,7 +181,7 @@ def test_a_rank_that_hangs_holds_up_the_end_for_the_grace_period_only(tmp_path):
 def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path, ranks):
     launcher = [find_mpiexec(), "-n", "2"] if ranks == 2 else []
     source = HANG if ranks == 2 else HANG.replace("get_rank() == 1", "get_rank() == 0")
-    with Job([*launcher, sys.executable, program(tmp_path, source), "600", tmp_path / "hangs"]) as job:
+    with Job([*launcher, *python_words(), program(tmp_path, source), "600", tmp_path / "hangs"]) as job:
         job.await_true((tmp_path / "hangs").exists)
         os.kill(job.process.pid, signal.SIGINT)
         time.sleep(0.5)
@@ -247,7 +248,7 @@ def test_a_signal_during_a_save_waits_for_it(tmp_path):
 
         dist.run(main)
     """
-    with Job([sys.executable, program(tmp_path, source), tmp_path / "run"]) as job:
+    with Job([*python_words(), program(tmp_path, source), tmp_path / "run"]) as job:
         assert job.process.stdout.readline() == "writing\n"
         os.kill(job.process.pid, signal.SIGTERM)
         rc, said = job.end()

@@ -6,6 +6,7 @@ folder and open streams to the process that listens at NAME, passes signals on, 
 killed, so is the program.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -20,12 +21,13 @@ ABOVE = 1000                                                # streams are kept f
 
 def stand_in(name: str, words: list[str]) -> None:
     """Have the program run elsewhere, and end like it."""
+    streams = [0, 1, 2, *(int(os.environ[each]) for each in ["PMI_FD"] if each in os.environ)]
+    streams = [fd for fd in streams if os.path.exists(f"/proc/self/fd/{fd}")]
     link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)     # until there is somebody to pass them on to
     for signum in PASSED_ON:
         signal.signal(signum, lambda signum, _: link.send(bytes([signum])))
     link.connect(f"\0{name}{('even', 'odd')[int(os.environ.get('PMI_RANK', 0)) % 2]}")
-    streams = [0, 1, 2, *(int(os.environ[each]) for each in ["PMI_FD"] if each in os.environ)]
     request = {"words": words, "variables": dict(os.environ), "folder": os.getcwd(), "streams": streams}
     socket.send_fds(link, [json.dumps(request).encode()], streams)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
@@ -80,6 +82,12 @@ def become(
     for fd, place in zip(received, streams, strict=True):
         os.dup2(ABOVE + fd, place)
         os.close(ABOVE + fd)
+    for place, name in enumerate(("stdin", "stdout", "stderr")):
+        if place not in streams:
+            with contextlib.suppress(OSError):
+                os.close(place)
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
     os.setsid()
     os.environ.clear()
     os.environ.update(variables)

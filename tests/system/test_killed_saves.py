@@ -10,7 +10,8 @@ import pytest
 
 from cm.checkpoints import manifest
 from cm.setup.weights_path import weights_in
-from support.mpi import clean_environment, find_mpiexec, kill_tree, mpi_program, program
+from support.mpi import clean_environment, find_mpiexec, kill_tree, program
+from support.warm import mpi_program
 
 RUN = """
     import sys, time

@@ -18,8 +18,8 @@ from cm.training.ema import EMA
 from cm.training.loop import as_batch
 from evaluations.metrics.frechet import Moments, frechet_distance
 
-BATCH = 64
-SAMPLES = 500
+BATCH = 32
+SAMPLES = 300
 
 
 def network():

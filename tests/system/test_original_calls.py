@@ -98,7 +98,7 @@ def test_ternary_search(tmp_path: Path, ranks: int) -> None:
     np.savez(tmp_path / "ref.npz", mu=points.mean(0), sigma=np.cov(points, rowvar=False))
     finished = run(
         "ternary_search", ranks, tmp_path, {"CM_INCEPTION": str(tmp_path / "inception.pth")}, model_path=model_path,
-        ref_batch=tmp_path / "ref.npz", num_samples=2 * ranks, batch_size=2, steps=4, begin=0, end=3,
+        ref_batch=tmp_path / "ref.npz", num_samples=2 * ranks, batch_size=2, steps=4, begin=1, end=2,
     )
     found = re.search(r"best (\d) fid (\S+) score (\S+)", finished.stdout)
-    assert found and int(found[1]) in range(4) and float(found[2]) > 0 and float(found[3]) >= 1, finished
+    assert found and int(found[1]) in (1, 2) and float(found[2]) > 0 and float(found[3]) >= 1, finished

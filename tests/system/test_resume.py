@@ -19,7 +19,7 @@ from cm.training.state import load_part
 from support.mpi import ROOT
 from support.training import digest, loop, run
 from support.warm import mpiexec
-from system.resume_cases import CASES, STEPS, prepare
+from system.resume_cases import CASES, prepare
 
 LONG = 10                                                   # steps of the run that changes its number of ranks
 
@@ -103,7 +103,7 @@ def test_a_run_that_forgets_something_is_another_run(images, tmp_path, monkeypat
     mode, options = ITEMS[item]
     prepare(images, tmp_path / "start", 1, mode, **options).save()             # what a run holds before its first step
     start = manifest.newest(str(tmp_path / "start"))
-    stop = 5                                                # progdist has had its second stage by then
+    stop, steps = 5, 7                                      # progdist has had its second stage by then
     for directory in ("kept", "forgotten"):
         prepare(images, tmp_path / directory, stop, mode, **options).run_loop()
 
@@ -114,14 +114,14 @@ def test_a_run_that_forgets_something_is_another_run(images, tmp_path, monkeypat
             return fresh
         return content | {item: fresh[item]} if name == "trainer" and item in fresh else content
 
-    prepare(images, tmp_path / "kept", STEPS, mode, **options).run_loop()
+    prepare(images, tmp_path / "kept", steps, mode, **options).run_loop()
     monkeypatch.setattr(state, "load_part", forgetful)
     if item == "images_seen":
         kind = manager.CheckpointManager
         find = kind.find
         monkeypatch.setattr(kind, "find", lambda *args: dataclasses.replace(find(*args), images_seen=0))
-    prepare(images, tmp_path / "forgotten", STEPS, mode, **options).run_loop()
-    assert digest(tmp_path / "kept", STEPS) != digest(tmp_path / "forgotten", STEPS)
+    prepare(images, tmp_path / "forgotten", steps, mode, **options).run_loop()
+    assert digest(tmp_path / "kept", steps) != digest(tmp_path / "forgotten", steps)
 
 
 # --- shares and flags -------------------------------------------------------------------------------------------------

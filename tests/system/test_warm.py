@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +55,18 @@ def test_a_module_an_error_and_a_signal_end_as_in_a_new_process(tmp_path):
     assert failed.rc == 1 and failed.stderr.endswith("RuntimeError: why\n"), failed
     killed = warm.python([program(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGABRT)")])
     assert killed.rc == -signal.SIGABRT, killed
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&-"])
+def test_streams_that_are_closed_are_none(tmp_path, closed):
+    found = program(tmp_path, "import sys; streams = sys.stdin, sys.stdout, sys.stderr, sys.__stderr__\n"
+                    "open(sys.argv[1], 'w').write(str([each is None for each in streams]))")
+    said = []
+    for words in [sys.executable], warm.python_words():
+        done = subprocess.run(["bash", "-c", f"{shlex.join(map(str, [*words, found, tmp_path / 'said']))} {closed}"],
+                              env=clean_environment(), timeout=60)
+        said.append((done.returncode, (tmp_path / "said").read_text()))
+    assert said[0] == said[1] and "True" in said[0][1]
 
 
 def test_what_a_program_leaves_to_its_end_is_done(tmp_path):
