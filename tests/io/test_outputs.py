@@ -35,6 +35,19 @@ def test_what_is_refused(place, name, kind, source, message):
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["ema_0.9999_000006.pt", "checkpoint_000006.json", "config.json", "progress.csv"])
+def test_a_file_that_a_run_keeps_is_no_output(place, name):
+    """--out runs/edm/ema_0.9999_000006.pt in the place of --model_path, or --json runs/edm/config.json."""
+    output = Output("--out", place / name, beside_input=True)
+    check_outputs([output], {"--run": place})               # where there is no such file
+    (place / name).write_bytes(b"work of a month")
+    if name not in ("checkpoint_000006.json", "progress.csv"):
+        check_outputs([output], {"--run": place})           # and no run
+    (place / "checkpoint_000002.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--out .*{name} is a file of the training run in .*, which would be lost"):
+        check_outputs([output], {"--run": place})
+
+
 def test_what_is_allowed(place):
     outputs = [
         Output("--out", place / "new" / "x.ts"), Output("--json", place / "data" / "x.json", beside_input=True),
