@@ -114,14 +114,15 @@ def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
 
     :raises UserError: for a flag that none of them uses, at another value than its default.
     """
-    names = tuple(dict.fromkeys([*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]))
+    asked: list[str] = [*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]
+    names = tuple(dict.fromkeys(asked))
     settings = Settings(args.split_size, args.k, args.pr_dtype)
     used_by = {option: [name for name, metric in METRICS.items() if option in metric.reported(settings, 0)]
                for option in OPTIONS}
     for option, default in OPTIONS.items():
         if getattr(args, option) != default and not set(names) & set(used_by[option]):
-            raise UserError(f"--{option} {getattr(args, option)} is for {', '.join(used_by[option])}, and --metrics asks "
-                            f"for {', '.join(names)}: add the one or leave out the other")
+            raise UserError(f"--{option} {getattr(args, option)} is for {', '.join(used_by[option])}, and --metrics "
+                            f"asks for {', '.join(names)}: add the one or leave out the other")
     return names
 
 

@@ -40,7 +40,7 @@ def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | os.PathL
     :raises UserError: if an output is an input or lies in one, is another output or a file that a training run keeps,
         has the wrong kind, or its folder cannot be written.
     """
-    here = [each for each in outputs if _is_local(each.path)]
+    here = [each for each in outputs if _is_local(each.path) or each.kind == "folder" and _is_stream(each.path)]
     read = {flag: path for flag, path in inputs.items() if path and _is_local(path) and os.path.exists(path)}
     taken: dict[str, Output] = {}
     for output in here:
@@ -56,7 +56,11 @@ def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | os.PathL
 
 
 def _is_local(path: str | os.PathLike[str]) -> bool:
-    return bool(os.fspath(path)) and not storage.is_remote(path) and not atomic.is_stream(os.fspath(path))
+    return bool(os.fspath(path)) and not storage.is_remote(path) and not _is_stream(path)
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    return atomic.is_stream(os.fspath(path))
 
 
 def _real(path: str | os.PathLike[str]) -> str:

@@ -14,6 +14,7 @@ def place(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"zip")
     os.link(tmp_path / "a.zip", tmp_path / "hard.zip")
     (tmp_path / "soft.zip").symlink_to("a.zip")
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -26,6 +27,7 @@ def place(tmp_path):
     ("data", "file", "a.zip", "is a folder: give the name of a file"),
     ("new/", "file", "a.zip", "is a folder: give the name of a file"),
     ("hard.zip", "folder", "data", "is a file: give the name of a folder"),
+    ("pipe", "folder", "data", "is a file: give the name of a folder"),
     ("a.zip/b/c.npz", "file", "data", "cannot create the folder .*a.zip is a file"),
 ])
 def test_what_is_refused(place, name, kind, source, message):
