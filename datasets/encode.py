@@ -77,7 +77,10 @@ class Encoder:
         return np.asarray(image), label
 
     def parts(self, parts: list[range]) -> Iterator[tuple[range, np.ndarray, list[Any]]]:
-        """For each part its means and standard deviations [N,2C,H,W] and its labels; the next one is read meanwhile."""
+        """For each part its means and standard deviations [N,2C,H,W] and its labels; the next one is read meanwhile.
+
+        :raises UserError: if the VAE makes no numbers of an image.
+        """
         import torch as th
 
         with ThreadPoolExecutor(1) as reader:
@@ -88,8 +91,17 @@ class Encoder:
                     waiting.append(reader.submit(self.pixels, following))
                 images = th.from_numpy(pixels).permute(0, 3, 1, 2)
                 chunks = images.split(self.vae.batch_size)          # as floats, a part would be large
-                moments = [self.vae.encode(chunk.float() / 127.5 - 1).cpu().numpy() for chunk in chunks]
-                yield part, np.concatenate(moments), labels
+                moments = np.concatenate([self.vae.encode(chunk.float() / 127.5 - 1).cpu().numpy() for chunk in chunks])
+                self._check(part, moments)
+                yield part, moments, labels
+
+    def _check(self, part: range, moments: np.ndarray) -> None:
+        """:raises UserError: if the VAE makes no numbers of an image."""
+        bad = ~np.isfinite(moments).all(axis=(1, 2, 3))
+        if bad.any():
+            name = self.images.name(part[int(bad.argmax())])
+            raise UserError(f"the VAE makes NaN or infinite latents of {int(bad.sum())} of {len(part)} images, the "
+                            f"first is {name}: its weights are damaged or too large; fetch it again")
 
 
 def make_encoder(images: LabelledImages, vae: Vae, resolution: int | None) -> Encoder:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cm.config.parser import Parser
+from cm.errors import UserError
 from evaluations import command
 from evaluations.defaults import BATCH_SIZE, NUM_IMAGES
 from evaluations.flags import fid_parser
@@ -107,6 +108,8 @@ def _run(args: argparse.Namespace) -> None:
     extractor = load_extractor(args.inception, dist.dev(), trusted=args.trust_extractor)
     if args.command == "ref":
         command.prepare_output(args, "--dest")
+        if args.seed and not args.images:
+            raise UserError(f"--seed {args.seed} chooses the --images that the file holds: give both, or neither")
         text = ref(args.data, args.dest, extractor, num_images=args.images, seed=args.seed, batch_size=args.batch,
                    image_size=args.image_size)
     else:

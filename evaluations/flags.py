@@ -20,6 +20,10 @@ from evaluations.defaults import (
     cache_folder,
 )
 from evaluations.metrics import METRICS, default_names
+from evaluations.metrics.base import Settings
+
+OPTIONS = {"split_size": SPLIT_SIZE, "k": NEIGHBOURS, "pr_dtype": PR_DTYPES[0]}
+"""Of single metrics."""
 
 
 def evaluator_parser(description: str) -> Parser:
@@ -106,8 +110,20 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 
 def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
-    """Those of --metrics and --class_accuracy."""
-    return tuple(dict.fromkeys([*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]))
+    """Those of --metrics and --class_accuracy.
+
+    :raises UserError: for a flag that none of them uses, at another value than its default.
+    """
+    asked: list[str] = [*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]
+    names = tuple(dict.fromkeys(asked))
+    settings = Settings(args.split_size, args.k, args.pr_dtype)
+    used_by = {option: [name for name, metric in METRICS.items() if option in metric.reported(settings, 0)]
+               for option in OPTIONS}
+    for option, default in OPTIONS.items():
+        if getattr(args, option) != default and not set(names) & set(used_by[option]):
+            raise UserError(f"--{option} {getattr(args, option)} is for {', '.join(used_by[option])}, and --metrics "
+                            f"asks for {', '.join(names)}: add the one or leave out the other")
+    return names
 
 
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:

@@ -51,6 +51,8 @@ def main(settings: Settings) -> None:
     dist.on_main(check_outputs, [Output("--dest", config.dest, kind)], {"--source": config.source})
     if config.format in ("files", "dcp"):
         return convert_whole(settings, config)
+    if config.format == "native":
+        dist.on_main(check_no_run, config.dest)
     options = dist.on_main(card_options, config)
     source = inherit_checkpoint(settings, "source", also=("training_mode",))
     refuse_idle(settings, {})
@@ -69,6 +71,14 @@ def main(settings: Settings) -> None:
         dist.on_main(save, config.dest, weights, about)
     parameters = sum(param.numel() for param in model.parameters())
     logger.log(f"{parameters:,} parameters of {source.path} written to {config.dest}")
+
+
+def check_no_run(dest: str) -> None:
+    """:raises UserError: if the folder holds checkpoints of a run, among which the weights would get lost."""
+    from cm.checkpoints import manifest
+
+    if any(manifest.steps(dest)):                           # weights alone are saved as of step 0
+        raise UserError(f"--dest {dest} holds checkpoints of a run: choose another folder")
 
 
 def convert_whole(settings: Settings, config: ConvertConfig) -> None:

@@ -22,6 +22,7 @@ from cm.config.sampling_schema import PosthocConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.errors import UserError
 from cm.io import storage
+from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_bytes, write_json
 from cm.logging import logger
 
@@ -57,8 +58,9 @@ def main(settings: Settings) -> None:
     decoder = decoder_for(settings)
     if settings.dry_run:
         return dry_run(settings)
+    folder = os.path.abspath(settings.values["log_dir"])
+    checkpoint = dist.on_main(checkpoint_for, folder, step, images, snapshots[-1])
     open_log(settings)
-    checkpoint = dist.on_main(checkpoint_for, logger.get_dir(), step, images, snapshots[-1])
     for average in averages:
         checkpoint = write_average(settings, average, snapshots, checkpoint)
         logger.log(f"width {average.std:g}: {checkpoint.path(average.name)}, profile error {average.mix.error:.2g}")
@@ -71,6 +73,9 @@ def check_flags(settings: Settings) -> None:
 
     :raises UserError: for flags that are missing, or belong to other commands.
     """
+    from cm.distributed import setup as dist
+    from cm.training.ema_snapshots import FOLDER
+
     values = settings.values
     if not values["run"]:
         raise UserError("--run is missing: posthoc_ema.py RUN, the folder of a training run")
@@ -83,6 +88,8 @@ def check_flags(settings: Settings) -> None:
         raise UserError(f"--log_dir is missing: averages of {values['run']} go to a local folder")
     if not values["log_dir"]:
         settings.replace(log_dir=os.path.join(values["run"], "posthoc"))
+    taken = {"the snapshots of --run": os.path.join(values["run"], FOLDER)}
+    dist.on_main(check_outputs, [Output("--log_dir", values["log_dir"], "folder")], taken)
 
 
 def inherit(settings: Settings, path: str) -> None:

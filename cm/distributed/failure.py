@@ -34,6 +34,9 @@ USER_STATUS = 2
 INTERRUPTED_STATUS = 130
 OVERDUE_STATUS = 75                             # EX_TEMPFAIL: the same command may well succeed
 
+CUT_OFF = ("connection reset by peer", "connection closed by peer", "broken pipe")
+"""What gloo says on the other ranks when the process of one has ended without a word."""
+
 HINTS = {
     "out of memory": "Smaller --microbatch, --use_checkpoint True or more ranks need less memory on each GPU.",
     "DataLoader worker": "A worker killed by a signal usually means that main memory or /dev/shm ran out.",
@@ -76,6 +79,9 @@ def short_report(error: BaseException) -> str | None:
     """The report of a failure that needs no traceback; None if it needs one."""
     if isinstance(error, (UserError, Overdue, RanksMissing)):
         return f"error: {error}"
+    if isinstance(error, RuntimeError) and "gloo" in str(error) and any(it in str(error).lower() for it in CUT_OFF):
+        return ("error: another rank is gone: it was killed or has crashed, for example because memory ran out; what "
+                "it said itself and the system's log tell more")
     if isinstance(error, USER_ERRORS):
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from cm.errors import UserError
 from cm.io import atomic, storage
+
+OF_A_RUN = re.compile(r"\w[\w.]*\d{6,}\.pt|checkpoint_\d{6,}\.json|(config|best|classes|status|progress)\.json|"
+                      r"progress\.csv|log\.txt|stats\.jsonl")
+"""The files that a training run keeps in its folder."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,17 @@ def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | os.PathL
     Empty and remote paths are left out.
 
     :param inputs: flag -> the file or folder it names.
-    :raises UserError: if an output is an input or lies in one, is another output, has the wrong kind, or its folder
-        cannot be written.
+    :raises UserError: if an output is an input or lies in one, is another output or a file that a training run keeps,
+        has the wrong kind, or its folder cannot be written.
     """
-    here = [each for each in outputs if _is_local(each.path)]
+    here = [each for each in outputs if _is_local(each.path) or each.kind == "folder" and _is_stream(each.path)]
     read = {flag: path for flag, path in inputs.items() if path and _is_local(path) and os.path.exists(path)}
     taken: dict[str, Output] = {}
     for output in here:
         for flag, path in read.items():
             _check_against_input(output, flag, os.fspath(path))
         _check_kind(output)
+        _check_no_run_keeps_it(output)
         _check_writable(output)
         place = _real(output.path)
         if place in taken:
@@ -50,7 +56,11 @@ def check_outputs(outputs: Iterable[Output], inputs: Mapping[str, str | os.PathL
 
 
 def _is_local(path: str | os.PathLike[str]) -> bool:
-    return bool(os.fspath(path)) and not storage.is_remote(path) and not atomic.is_stream(os.fspath(path))
+    return bool(os.fspath(path)) and not storage.is_remote(path) and not _is_stream(path)
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    return atomic.is_stream(os.fspath(path))
 
 
 def _real(path: str | os.PathLike[str]) -> str:
@@ -75,6 +85,17 @@ def _check_kind(output: Output) -> None:
     if output.kind == "folder" and os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{output.flag} {output.path} is a file: give the name of a folder, such as "
                         f"{output.path}_files, or choose another {output.flag}")
+
+
+def _check_no_run_keeps_it(output: Output) -> None:
+    """A slip of the command line must not cost a checkpoint, whatever the command reads."""
+    path = _real(output.path)
+    folder, name = os.path.split(path)
+    if output.kind != "file" or not os.path.exists(path) or not OF_A_RUN.fullmatch(name):
+        return
+    if any(re.fullmatch(r"progress\.(csv|json)|checkpoint_\d+\.json", other) for other in os.listdir(folder)):
+        raise UserError(f"{output.flag} {output.path} is a file of the training run in {folder}, which would be lost: "
+                        f"choose another {output.flag}")
 
 
 def _check_writable(output: Output) -> None:

@@ -122,11 +122,17 @@ def write_average(
 
 
 def checkpoint_for(folder: str, step: int, images: int, snapshot: Snapshot) -> manifest.Checkpoint:
-    """The checkpoint that the averages of a step go to: the one there, with its files, or a new one. For one rank."""
+    """The checkpoint that the averages of a step go to: the one there, with its files, or a new one. For one rank.
+
+    :raises UserError: if the one there is of another run, which would lose its files.
+    """
     source = snapshot.checkpoint
     path = storage.join(folder, manifest.manifest_name(step))
-    if storage.exists(path) and (found := manifest.read(path)).config == source.config:
-        return found
+    if storage.exists(path):
+        if (found := manifest.read(path)).config == source.config:
+            return found
+        raise UserError(f"--log_dir {folder} has a checkpoint of step {step} of another run, {path}, whose files would "
+                        "be lost: choose another --log_dir")
     return manifest.Checkpoint(folder, step, images, dict(source.config), {}, class_names=source.class_names)
 
 

@@ -193,3 +193,18 @@ def test_mistakes_are_named(encode, tmp_path):
         encode(images, tmp_path / "c.zip")
     with pytest.raises(SystemExit):
         encode(images, tmp_path / "d.zip", "--batch-size", 0)
+
+
+def test_a_vae_that_makes_no_numbers_is_refused(tool, tmp_path):
+    """Its latents would end the training, days later."""
+    import torch as th
+
+    model = tiny_vae()
+    with th.no_grad():
+        model.encoder.conv_in.weight.fill_(th.nan)
+    model.save_pretrained(tmp_path / "vae")
+    pictures(tmp_path / "images")
+    words = ["--vae", tmp_path / "vae", "--source", tmp_path / "images", "--dest", tmp_path / "x.zip"]
+    with pytest.raises(UserError, match="the VAE makes NaN or infinite latents of 5 of 5 images, the first is cat/000"):
+        tool.encode(tool.parse(list(map(str, words))))
+    assert not (tmp_path / "x.zip").exists()

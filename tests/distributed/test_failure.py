@@ -262,6 +262,19 @@ def test_a_failed_thread_ends_a_single_process(tmp_path):
     assert "ZeroDivisionError" in finished.stderr, finished
 
 
+@pytest.mark.parametrize("text, short", [
+    ("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is", True),
+    ("[../gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:1", True),
+    ("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1ms for recv operation", False),
+    ("Connection reset by peer", False),
+])
+def test_a_rank_that_was_killed_is_one_line_on_the_others(text, short):
+    """Not the traceback of the collective that waited for it, which is not where the mistake is."""
+    report = failure.short_report(RuntimeError(text))
+    assert (report is not None) == short and failure.status_of(RuntimeError(text)) == 1
+    assert not short or "another rank is gone: it was killed or has crashed" in str(report)
+
+
 def test_statuses():
     statuses = {SystemExit(3): 3, SystemExit(): 0, SystemExit("text"): 1, KeyboardInterrupt(): 130, UserError("x"): 2,
                 FileNotFoundError(): 2, ValueError(): 1, failure.Overdue(): 75}

@@ -1,5 +1,6 @@
 """The evaluator: files in, named numbers and refusals out."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from cm.errors import UserError
 from evaluations.engine.readers import BatchFile
 from evaluations.evaluator import evaluate, main, report
 from evaluations.features import Features, load_extractor, save_torchscript
+from evaluations.flags import asked_metrics, evaluator_parser
 from evaluations.metrics import default_names
 from evaluations.metrics.frechet import frechet_distance
 from evaluations.metrics.inception_score import inception_score
@@ -348,3 +350,15 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["ref.npz", "sample.npz", *flags])
     assert leaving.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--metrics", "fid", "--k", "4"], "--k 4 is for precision_recall, and --metrics asks for fid"),
+    (["--metrics", "fid,kid", "--pr_dtype", "float16"], "--pr_dtype float16 is for precision_recall"),
+    (["--metrics", "precision_recall", "--split_size", "7"], "--split_size 7 is for inception_score"),
+    (["--metrics", "fid", "--k", "3"], ""), (["--k", "4", "--split_size", "7"], ""),
+])
+def test_a_flag_of_a_metric_that_is_not_asked_for_is_refused(words, message):
+    args = evaluator_parser("").parse_args(["a.npz", "b.npz", *words])
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        asked_metrics(args)

@@ -380,3 +380,11 @@ def test_a_result_does_not_replace_the_extractor(data, tmp_path, monkeypatch, wo
     monkeypatch.setenv("CM_INCEPTION", f"torchscript:{tmp_path}/0.ts" if by_kind else f"{tmp_path}/0.ts")
     with pytest.raises(UserError, match=f"{flag} .*{loses} is also the input .*, which would be lost"):
         prepare_output(args, flag)
+
+
+def test_a_seed_without_a_choice_is_refused(data, monkeypatch, tmp_path):
+    monkeypatch.setattr("evaluations.fid.ref", lambda *_, **__: pytest.fail("it was taken"))
+    words = ["ref", "--data", str(data / "samples.npz"), "--dest", str(tmp_path / "r.npz"), "--seed", "4",
+             "--inception", str(data / "0.ts"), "--trust_extractor"]
+    with pytest.raises(UserError, match="--seed 4 chooses the --images that the file holds: give both, or neither"):
+        main(words)

@@ -14,6 +14,7 @@ def place(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"zip")
     os.link(tmp_path / "a.zip", tmp_path / "hard.zip")
     (tmp_path / "soft.zip").symlink_to("a.zip")
+    os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
 
@@ -26,6 +27,7 @@ def place(tmp_path):
     ("data", "file", "a.zip", "is a folder: give the name of a file"),
     ("new/", "file", "a.zip", "is a folder: give the name of a file"),
     ("hard.zip", "folder", "data", "is a file: give the name of a folder"),
+    ("pipe", "folder", "data", "is a file: give the name of a folder"),
     ("a.zip/b/c.npz", "file", "data", "cannot create the folder .*a.zip is a file"),
 ])
 def test_what_is_refused(place, name, kind, source, message):
@@ -33,6 +35,19 @@ def test_what_is_refused(place, name, kind, source, message):
     with pytest.raises(UserError, match=f"^--dest .*{message}"):
         check_outputs([Output("--dest", f"{place}/{name}", kind)], {"--source": f"{place}/{source}"})
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["ema_0.9999_000006.pt", "checkpoint_000006.json", "config.json", "progress.csv"])
+def test_a_file_that_a_run_keeps_is_no_output(place, name):
+    """--out runs/edm/ema_0.9999_000006.pt in the place of --model_path, or --json runs/edm/config.json."""
+    output = Output("--out", place / name, beside_input=True)
+    check_outputs([output], {"--run": place})               # where there is no such file
+    (place / name).write_bytes(b"work of a month")
+    if name not in ("checkpoint_000006.json", "progress.csv"):
+        check_outputs([output], {"--run": place})           # and no run
+    (place / "checkpoint_000002.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--out .*{name} is a file of the training run in .*, which would be lost"):
+        check_outputs([output], {"--run": place})
 
 
 def test_what_is_allowed(place):

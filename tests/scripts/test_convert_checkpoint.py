@@ -347,3 +347,10 @@ def test_what_fits_no_export_is_refused(tmp_path, monkeypatch, trained, dest, wo
     with pytest.raises(UserError, match=message):
         convert(monkeypatch, trained, tmp_path / dest, *words)
     assert not (tmp_path / dest).exists()
+
+
+def test_weights_do_not_get_lost_among_those_of_a_run(tmp_path, monkeypatch, trained):
+    other = state.save(str(tmp_path), 10, {"model": {"w": th.ones(1)}}, {"lr": 1.0}, 240)
+    with pytest.raises(UserError, match="--dest .* holds checkpoints of a run: choose another folder"):
+        convert(monkeypatch, trained, tmp_path)
+    assert state.newest(str(tmp_path)) == other and len(list(tmp_path.iterdir())) == 2

@@ -164,6 +164,17 @@ def test_mistakes(trained, monkeypatch, tmp_path, words, message):
     assert not (tmp_path / "made").exists()
 
 
+def test_no_other_files_are_taken_over(trained, monkeypatch, tmp_path):
+    """The snapshots keep their folder, and another run its checkpoint of the same step."""
+    with pytest.raises(UserError, match="--log_dir .*ema_snapshots is also the input the snapshots of --run"):
+        posthoc(monkeypatch, trained / "run", "--log_dir", trained / "run" / FOLDER)
+    other = manifest.save(str(tmp_path), 8, {"model": {"w": th.ones(1)}}, {"lr": 7.0}, 16)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="has a checkpoint of step 8 of another run, .*checkpoint_000008.json"):
+        posthoc(monkeypatch, trained / "run", "--log_dir", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and other.problem() is None
+
+
 def test_snapshots_need_power_functions(tmp_path):
     argv = overridden([*TRAIN, "--ema_rate", "0.9", "--ema_snapshot_interval", 1, "--log_dir", tmp_path / "run"])
     with pytest.raises(UserError, match="--ema_snapshot_interval 1 is for power-function averages, and --ema_rate 0.9"):
