@@ -29,11 +29,13 @@ from cm.data.destinations import Destination, output_of, write_labels, writing
 from cm.data.raw import open_raw
 from cm.data.raw_images import RawImages
 from cm.errors import UserError
+from cm.io import terminal
 from cm.io.outputs import check_outputs
 from cm.io.progress import progress, say
 from cm.io.terminal import without_controls
 
 TRANSFORMS = ("none", "center-crop", "center-crop-wide")
+MOST_WORKERS = 256
 SOME_UNREADABLE = 3                             # exit status
 CHUNK = 16                                      # images that a process is given at a time
 
@@ -243,6 +245,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.resolution and args.transform != "center-crop-wide" and args.resolution.width != args.resolution.height:
         raise UserError(f"--resolution {args.resolution.width}x{args.resolution.height}: images must be square; only "
                         "--transform center-crop-wide, which adds black bars, takes another shape")
+    if args.workers > MOST_WORKERS:
+        raise UserError(f"--workers {args.workers}: each is a process; at most {MOST_WORKERS}")
     if args.workers < 1 or (args.max_images is not None and args.max_images < 1):
         raise UserError(f"--workers {args.workers} and --max-images {args.max_images} must be at least 1")
 
@@ -265,7 +269,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    terminal.guard()
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
+    sys.exit(status)

@@ -9,6 +9,8 @@ interrupted conversion.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import os
 import sys
 from collections import Counter
@@ -20,13 +22,15 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cm.data.decode import centre_crop, decode
+from cm.data.decode import centre_crop, decode, why_unreadable
 from cm.data.lmdb_file import LmdbFile
 from cm.errors import UserError
 from cm.generate.grids import save_picture
-from cm.io import atomic, storage
+from cm.io import atomic, storage, terminal
 from cm.io.outputs import Output, check_outputs
 from cm.io.progress import progress, say
+
+MOST_WORKERS = 256
 
 
 class Entry(NamedTuple):
@@ -42,12 +46,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.image_size < 1 or args.workers < 1:
         raise UserError(f"--image-size {args.image_size} and --workers {args.workers} must be at least 1")
+    if args.workers > MOST_WORKERS:
+        raise UserError(f"--workers {args.workers}: each is a thread; at most {MOST_WORKERS}")
     if os.sep in args.prefix:
         raise UserError(f"--prefix {args.prefix!r} is the start of a file's name and cannot have a {os.sep}")
     check_outputs([Output("OUT", args.out, "folder")], {"LMDB": args.lmdb})
     database = LmdbFile(args.lmdb)
     storage.make_folder(args.out)
     atomic.remove_old_temporaries(args.out)
+    check_side(args.out, args.prefix, args.image_size)
     count = export(database, args.out, args.image_size, args.prefix, args.workers)
     print(
         f"{args.out}: {count['written']} images written, {count['there']} were there already, "
@@ -66,6 +73,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefix", default="bedroom", help="class; file names start with it [default: bedroom]")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="parallel threads [default: one per core]")
     return parser.parse_args(argv)
+
+
+def check_side(out: Path, prefix: str, image_size: int) -> None:
+    """:raises UserError: if the images that are there already have another side, which would stay as they are."""
+    there, side = next(iter(sorted(out.glob(f"{glob.escape(prefix)}_*.png"))), None), image_size
+    with contextlib.suppress(OSError):                      # which is left alone, too
+        side = Image.open(there).width if there else side
+    if side != image_size:
+        raise UserError(f"--image-size {image_size}: {there} has side {side}, from an earlier conversion, and images "
+                        "that are there are kept: choose another folder, or the same size")
 
 
 def export(database: LmdbFile, out: Path, image_size: int, prefix: str, workers: int) -> Counter:
@@ -103,13 +120,15 @@ def convert(entry: Entry, image_size: int) -> tuple[str, str]:
     except MemoryError:
         raise
     except Exception as error:                                      # decoders raise many kinds
-        return "unreadable", f"{entry.key} ({entry.path.name}) cannot be read: {error}: skipped"
+        return "unreadable", f"{entry.key} ({entry.path.name}) cannot be read: {why_unreadable(error)}: skipped"
     save_picture(entry.path, Image.fromarray(pixels))
     return "written", ""
 
 
 if __name__ == "__main__":
+    terminal.guard()
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cm.config.sampling_schema import EditConfig
-from cm.data.decode import IMAGE_BYTES, decode
+from cm.data.decode import IMAGE_BYTES, decode, why_unreadable
 from cm.errors import UserError
 from cm.io import budget, untrusted
 from cm.io.storage import open_file
@@ -42,7 +42,7 @@ def read_mask(path: str, size: int) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:                              # decoders raise many kinds
-        raise UserError(f"--mask {path} cannot be read as a picture or npy: {error}") from None
+        raise UserError(f"--mask {path} cannot be read as a picture or npy: {why_unreadable(error)}") from None
     if mask.shape != (size, size):
         raise UserError(f"--mask {path} is {list(mask.shape)}; the network's images need a mask of [{size}, {size}]")
     if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
@@ -72,7 +72,7 @@ def find_arcs(config: EditConfig) -> Arcs:
     :raises UserError: for weights or pairs that are none.
     """
     weights = _parse_numbers("interpolate_weights", config.interpolate_weights, float, "0,0.5,1")
-    if not weights or min(weights) < 0 or max(weights) > 1:
+    if not weights or not all(0 <= weight <= 1 for weight in weights):
         raise UserError(f"--interpolate_weights {config.interpolate_weights!r} must lie between 0 and 1")
     pairs = np.array(_find_pairs(config), np.int64)          # [P,2]
     return Arcs(pairs.repeat(len(weights), axis=0), np.tile(np.array(weights), len(pairs)), len(weights))

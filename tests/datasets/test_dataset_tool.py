@@ -303,6 +303,28 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, dest):
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_what_it_says_may_not_arrive(tmp_path):
+    """On a full disk that is one line; a reader who has gone misses nothing."""
+    source = cifar10(tmp_path, CIFAR, CLASSES)
+    command = [sys.executable, str(SCRIPT), "--source", str(source), "--workers", "1", "--dest"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, str(tmp_path / "a.zip")], env=clean_environment(), stdout=full, text=True,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done
+    assert done.stderr.splitlines()[-1] == "error: stdout cannot be written: No space left on device", done
+    job = subprocess.Popen([*command, str(tmp_path / "b.zip")], env=clean_environment(), stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    job.stdout.close()
+    assert "Traceback" not in job.stderr.read() and job.wait() == 0
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_more_processes_than_any_machine_has_are_refused(tool, tmp_path):
+    with pytest.raises(UserError, match="--workers 100000: each is a process; at most 256"):
+        tool.main(["--source", "x", "--dest", str(tmp_path / "out.zip"), "--workers", "100000"])
+
+
 def test_killed_it_leaves_no_destination_and_the_next_run_is_whole(tool, tmp_path):
     big = RNG.integers(0, 256, (512, 512, 3), dtype=np.uint8)
     put(tmp_path / "set", {f"{i}.png": png(big, compress_level=0) for i in range(40)})

@@ -70,6 +70,7 @@ def test_corrupt_entries_are_named_counted_and_keep_their_number(lsun, tmp_path,
     lsun.main([str(database(tmp_path / "lmdb", broken)), str(tmp_path / "out"), "--image-size", "8"])
     assert names(tmp_path / "out") == ["bedroom_0000000.png", "bedroom_0000002.png"]
     told = capsys.readouterr()
+    assert "it is not an image" in told.err and "BytesIO" not in told.err
     assert all(key in told.err for key in ("001_hash", "003_hash", "004_hash")) and "000_hash" not in told.err
     assert "2 images written, 0 were there already, 3 could not be read" in told.out
 
@@ -91,6 +92,15 @@ def test_it_goes_on_where_it_was(lsun, tmp_path, capsys):
     }
 
 
+def test_images_of_another_size_are_not_taken_for_done(lsun, tmp_path):
+    folder, out = str(database(tmp_path / "lmdb", pictures())), tmp_path / "out"
+    lsun.main([folder, str(out), "--image-size", "8"])
+    with pytest.raises(UserError, match="--image-size 16: .*bedroom_0000000.png has side 8, from an earlier"):
+        lsun.main([folder, str(out), "--image-size", "16"])
+    lsun.main([folder, str(out), "--image-size", "16", "--prefix", "other"])
+    assert len(names(out)) == 10
+
+
 def test_more_images_than_one_chunk(lsun, tmp_path):
     lsun.main([str(database(tmp_path / "lmdb", pictures() * 8)), str(tmp_path / "out"), "--image-size", "4",
                "--workers", "2"])
@@ -109,6 +119,7 @@ BAD = {
     "empty": (lambda tmp: database(tmp / "lmdb", []), [], "is empty"),
     "no pictures": (lambda tmp: database(tmp / "lmdb", [b"x", b"y"]), [], "none of 2 entries"),
     "no size": (lambda tmp: database(tmp / "lmdb", pictures()), ["--image-size", "0"], "--image-size 0"),
+    "workers": (lambda tmp: database(tmp / "lmdb", pictures()), ["--workers", "1000"], "--workers 1000: .* 256"),
     "path as prefix": (lambda tmp: database(tmp / "lmdb", pictures()), ["--prefix", "a/b"], "--prefix 'a/b'"),
 }
 
