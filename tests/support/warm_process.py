@@ -114,7 +114,9 @@ def main() -> None:
     import gc
     import runpy
 
-    import numpy
+    import numpy.ma
+    import PIL.ImageDraw
+    import safetensors.torch
     import torch._dynamo  # which the first optimizer of a process imports
 
     gc.collect()
