@@ -371,7 +371,7 @@ class TrainLoop:
             self.checkpoints.save(state.checkpoint_of(self), state.state_dict(self), is_last)
 
     def resume(self) -> None:
-        """Load the newest checkpoint of the run, or the one that `resume` names, else the weights of `resume_checkpoint`;
+        """Load the newest checkpoint of the run, or the one that `resume` names, else weights of `resume_checkpoint`;
         then open the data at the position of the run.
         """
         found = self.checkpoints.find(self.config.resume)
