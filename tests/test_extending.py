@@ -116,7 +116,7 @@ def test_a_name_exists_only_with_its_plugin_and_only_once(folder, loaded, tmp_pa
         assert parse("", SampleConfig, argv=[*argv, "--plugin", str(folder / "midpoint.py")]).values["sampler"]
     copy = tmp_path / "copy.py"
     copy.write_text(FILES["midpoint.py"])
-    with pytest.raises(UserError, match="copy.py, line 22: UserError: there is a sampler 'midpoint' already"):
+    with pytest.raises(UserError, match="copy.py, line 22: UserError: the sampler 'midpoint' already exists"):
         plugins.load(str(copy))
 
 

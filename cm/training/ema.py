@@ -76,7 +76,7 @@ class EMA:
         update_emas(self._local, values, decays)
 
     def restart(self) -> None:
-        """Begin anew from the present values."""
+        """Restart from the current values."""
         for rate in self.rates:
             self._take(rate, self.shares.mine(self.all), 1.0)
 

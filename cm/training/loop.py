@@ -1,8 +1,8 @@
 """The training loop: data in, objective, gradients averaged over ranks, optimizer, averages, checkpoints.
 
-The loop never names an objective: what is minimised, which networks that takes, and what happens to them after a step,
-is declared by the objective. B is the batch over all ranks; a step uses the next B samples of the run, whose positions
-count on over restarts, and rank r has those with position r, r + W, r + 2W ... of the step.
+The loop names no objective. The objective declares the loss, the networks that it needs, and what happens to them after
+a step. B is the global batch size. A step uses the next B samples of the run; their positions continue over restarts,
+and of W ranks, rank r has the positions r, r + W, r + 2W, ... of the step.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, LossTerms
 
 ENDLESS = 600_000
-"""Steps of a run that names no end, as in the published commands."""
+"""The number of steps of a run without a given end, as in the published commands."""
 
 
 class TrainLoop:
     """Train the networks of an objective.
 
-    Call `resume` before `run_loop`: it takes over the newest checkpoint, or the weights to start from, and opens the
-    data where the run stands.
+    Call `resume` before `run_loop`: it loads the newest checkpoint, or the weights to start from, and opens the data at
+    the position of the run.
 
     :raises UserError: if the objective cannot be trained for so many steps, or a companion that it declares is missing.
     """
@@ -72,7 +72,7 @@ class TrainLoop:
             config.on_save_error, config.verify_weights, class_names=parts.class_names,
         )
         self.writer = ShareWriter(self.checkpoints, config.async_save) if config.checkpoint_format == "dcp" else None
-        self.is_written = False                             # by all ranks, the checkpoint whose save has begun
+        self.is_written = False                             # whether all ranks have written the checkpoint
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self.engine = make_engine(config, self.device, self.objective.full_precision_passes)
         self.engine.check_passes(ceil(config.batch_size / self.microbatch))
@@ -199,10 +199,10 @@ class TrainLoop:
         signals.stepping()
 
     def update_averages(self, moved: bool) -> None:
-        """Let the averages follow the weights.
+        """Update the weight averages.
 
-        :param moved: whether the step changed the online network. A power function weighs every image, so its averages
-            follow after a step of another network, or one that was skipped, too.
+        :param moved: whether the step changed the online network. Power-function averages weigh every image, so they
+            are also updated after a step of another network, or after a skipped step.
         """
         if self.averages_began is None:
             self.averages_began = self.images_seen
@@ -244,8 +244,8 @@ class TrainLoop:
         return terms
 
     def _warm_up(self, batch: Batch, network: TrainedNetwork) -> None:
-        """Two passes that are thrown away: after its first, DDP regroups its messages, and with them the order in
-        which three or more ranks add up their gradients. So a resumed run adds in the same order from its first step.
+        """Run two passes and discard them: after its first pass, DDP regroups its messages, and with them the order in
+        which three or more ranks add their gradients. So a resumed run adds in the same order from its first step.
         """
         for _ in range(2):
             self.forward_backward_micro(batch.rows(0, self.microbatch), network)
@@ -253,10 +253,10 @@ class TrainLoop:
         network.ddp_warmed_up = True
 
     def agree_on_finite_and_stop(self, network: TrainedNetwork) -> bool:
-        """Whether every loss on every rank and every gradient is finite; learns of requests to stop, too.
+        """Whether every loss and every gradient on every rank is finite; also agrees on requests to stop.
 
-        One message a step between the ranks, by the device's backend, and the only time that a step waits for its
-        device. Its numbers are 1 where all is well, and the least of all ranks counts.
+        This is one message per step between the ranks, by the device's backend, and the only time that a step waits for
+        its device. Its numbers are 1 if all is well, and the minimum over the ranks counts.
         """
         going_on = th.full((1,), 1 - signals.requested(), dtype=th.int32, device=self.device)
         finite = th.stack([non_finite.all_finite(self.microbatches), network.trainer.grads_finite()])
@@ -270,7 +270,7 @@ class TrainLoop:
         return bool(losses and gradients)
 
     def update_loss_history(self) -> None:
-        """Hand the losses of all ranks to the objective's history, in the order of the samples."""
+        """Pass the losses of all ranks to the objective's history, in the order of the samples."""
         history = self.objective.history
         if history is None:
             return
@@ -289,14 +289,14 @@ class TrainLoop:
             group["lr"] = rate * decay(self.step, config.lr_decay_steps)
 
     def reset_optimizer_and_ema(self) -> None:
-        """A new stage: fresh optimizers, averages that start from the present weights."""
+        """Start a new stage: new optimizers, and averages that start from the current weights."""
         for network in self.trained.values():
             network.reset_optimizer()
         self.averages.restart()
         self.averages_began = None
 
     def non_finite_error(self, network: TrainedNetwork) -> NonFiniteError:
-        """What to tell about the latest step; one call of all ranks together."""
+        """The error for the latest step. All ranks must call it."""
         if self.writer:
             self.writer.finish()                            # a save that has begun
         trainer = network.trainer
@@ -307,14 +307,14 @@ class TrainLoop:
         )
 
     def _suspect(self) -> str:
-        """What to look at after a loss that is not finite."""
+        """The remedy after a loss that is not finite."""
         for each in self.objective.companions:
             if each.origin == "teacher" and not self.engine.is_finite(self.parts.companions[each.name].model):
                 return f"The weights of {each.name} are not finite: look at the file that they come from"
         return "Lower --lr, or look at these images"
 
     def _saved_so_far(self) -> str:
-        """What a run that ends here leaves; on one rank."""
+        """The state of the checkpoints if the run ends now; call it on one rank."""
         directory = self.checkpoints.directory
         if manifest.steps(directory):
             return f"the newest checkpoint in {directory} is good"
@@ -323,7 +323,7 @@ class TrainLoop:
     # --- the log ---------------------------------------------------------------------------------------------------
 
     def run_callbacks(self) -> dict[str, float]:
-        """What they have found after this step, for the log; their time is not the training's."""
+        """Run the callbacks after this step; returns values for the log. Their time does not count as training."""
         begun, found = time.monotonic(), {}
         with signals.unhurried():                           # a measurement may take longer than any step
             for callback in self.callbacks:
@@ -358,7 +358,7 @@ class TrainLoop:
         return means
 
     def elapsed_seconds(self) -> float:
-        """That the run has trained, over all its starts."""
+        """Seconds of training so far, over all starts of the run."""
         return self.seconds_before + time.monotonic() - self.begun
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ class TrainLoop:
             self.checkpoints.save(state.checkpoint_of(self), state.state_dict(self), is_last)
 
     def resume(self) -> None:
-        """Take over the newest checkpoint of the run or the one asked for, else the weights of `resume_checkpoint`;
-        then open the data where the run stands.
+        """Load the newest checkpoint of the run, or the one that `resume` names, else weights of `resume_checkpoint`;
+        then open the data at the position of the run.
         """
         found = self.checkpoints.find(self.config.resume)
         if "keep_checkpoints" in self.flags:
@@ -391,7 +391,7 @@ class TrainLoop:
         self.begun = time.monotonic()
 
     def _start_from(self, path: str) -> None:
-        """Weights of a file of another run; optimizer, averages and step where they are next to it."""
+        """Load the weights of another run, and its optimizer, averages and step if they are next to them."""
         beside = dist.on_main(manifest.beside, path)
         if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
             state.load_state_dict(self, beside)
@@ -409,7 +409,7 @@ class TrainLoop:
 
 
 def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
-    """Where training ends: never after the learning rate has reached 0."""
+    """The last step of training: never after the learning rate has reached 0."""
     total = total_training_steps or lr_anneal_steps or ENDLESS
     return min(total, lr_anneal_steps) if lr_anneal_steps else total
 

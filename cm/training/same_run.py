@@ -20,7 +20,7 @@ METHOD = ("training_mode", "objective")
 
 
 def require_same_run(checkpoint: Checkpoint, flags: Mapping[str, Any], resume: str) -> None:
-    """Refuse to go on from a checkpoint with flags that belong to another run.
+    """Refuse to resume from a checkpoint with flags of another run.
 
     :param flags: those of this run; what they or the checkpoint leave out is not compared.
     :param resume: "auto", or the path that was asked for: with it, the method may become another of the same kind.

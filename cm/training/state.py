@@ -66,7 +66,7 @@ class TrainingRun(Protocol):
         ...
 
     def elapsed_seconds(self) -> float:
-        """That the run has trained, over all its starts."""
+        """Seconds of training so far, over all starts of the run."""
         ...
 
 
@@ -106,7 +106,7 @@ def pieces_of(loop: TrainingRun) -> dict[str, dict[str, Piece]]:
 
 
 def plain_state(loop: TrainingRun) -> dict[str, Any]:
-    """What a resumed run needs beside networks, averages and optimizers."""
+    """The state that a resumed run needs besides networks, averages and optimizers."""
     objective = loop.objective
     began = loop.images_seen if loop.averages_began is None else loop.averages_began
     # The keys "memory" and "watchers" are those of every checkpoint so far.
@@ -121,7 +121,7 @@ def plain_state(loop: TrainingRun) -> dict[str, Any]:
 
 
 def save_in_shares(loop: TrainingRun, is_last: bool) -> None:
-    """Let every rank write what it holds; one call of all ranks together, in a run with such a writer."""
+    """Let every rank write its share of a checkpoint. All ranks must call it, in a run with such a writer."""
     assert loop.writer is not None, "--checkpoint_format dcp"
     groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.nets.trained.items()}
     plain = {"trainer": plain_state(loop) | {GROUPS: groups}}
@@ -146,7 +146,7 @@ def file_of(role: str) -> str:
 
 
 def load_state_dict(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
-    """Take over the state of a checkpoint, on every rank.
+    """Load the state of a checkpoint, on every rank.
 
     :raises UserError: if the checkpoint lacks a part or does not fit the networks.
     """
@@ -185,7 +185,7 @@ def load_state_dict(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
 
 
 def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, Any]] | None) -> None:
-    """Take over the saved optimizer of a network.
+    """Load the saved optimizer of a network.
 
     :param saved: its state dict, or the tensors of a folder.
     :param groups: its settings, where there is a folder.

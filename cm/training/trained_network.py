@@ -13,14 +13,14 @@ from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import Optimizer
 
 SETTINGS = ("weight_decay", "betas", "eps")
-"""Those of an optimizer that files hold, too, but that a resumed run may change; each step sets its learning rate."""
+"""Settings of an optimizer that files contain, but that a resumed run may change; each step sets the learning rate."""
 
 
 class TrainedNetwork:
-    """One network with what training it needs.
+    """One network, with its optimizer and its precision.
 
-    :param trainer: its masters and precision.
-    :param make_optimizer: from master parameters to a fresh optimizer of them.
+    :param trainer: its master parameters and precision.
+    :param make_optimizer: makes a new optimizer for master parameters.
     :param engine: how the run is divided among ranks.
     """
 
@@ -34,14 +34,14 @@ class TrainedNetwork:
         self.ddp_warmed_up = True
 
     def load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Go on from what an optimizer has learnt, with the settings of this run."""
+        """Restore the state of an optimizer, with the settings of this run."""
         settings = [{name: group[name] for name in SETTINGS} for group in self.opt.param_groups]
         self.opt.load_state_dict(saved)
         for group, own in zip(self.opt.param_groups, settings, strict=True):
             group.update(own)
 
     def reset_optimizer(self) -> None:
-        """Forget what the optimizer has learnt."""
+        """Reset the state of the optimizer."""
         self.opt = self.make_optimizer(self.trainer.master_params)
 
     def distribute(self) -> None:

@@ -64,7 +64,7 @@ def test_at_its_own_side_a_network_is_the_presets():
 
 
 def test_a_side_that_no_network_can_halve():
-    with pytest.raises(UserError, match="--image_size 9: .*give an even number from 8 on"):
+    with pytest.raises(UserError, match="--image_size 9: .*give an even number of at least 8"):
         candidates(PHOTOS, image_size=9)
 
 

@@ -70,8 +70,8 @@ def test_functions_loops_and_python_are_refused(tiny, tmp_path, monkeypatch):
         tf.cond(tf.compat.v1.placeholder(tf.bool, ()), lambda: tf.constant(1), lambda: tf.constant(2))
 
     refused(joined(tiny, function), tmp_path, monkeypatch, "(StatefulPartitionedCall|PartitionedCall)")
-    refused(joined(tiny, loop), tmp_path, monkeypatch, "of the operation '(StatelessWhile|While|Enter|Less)'")
-    refused(joined(tiny, branch), tmp_path, monkeypatch, "of the operation '(StatelessIf|If|Switch)'")
+    refused(joined(tiny, loop), tmp_path, monkeypatch, "the operation '(StatelessWhile|While|Enter|Less)'")
+    refused(joined(tiny, branch), tmp_path, monkeypatch, "the operation '(StatelessIf|If|Switch)'")
     python = joined(tiny, lambda: tf.compat.v1.py_func(lambda: np.float32(0), [], tf.float32, name="evil/python"))
     refused(python, tmp_path, monkeypatch, "'evil/python' has the operation 'PyFunc'")
 
