@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch as th
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ from bench.lines import Line
 from bench.network import NetworkSpec
 from bench.sample import HEUN_STEPS, toolkit_way
 from cm.karras_diffusion import KarrasDenoiser
+from cm.networks.held import weights_held
 from cm.train_util import TrainLoop
 from cm.training.memory_estimate import AsOnGpu
 
@@ -67,10 +68,19 @@ class LaunchCounter(TorchDispatchMode):
             return th.ones((), dtype=args[0].dtype).item()  # a value of a device that has none
         if is_here and name == "_to_copy" and th.device(kwargs.get("device") or META) != META:
             return th.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
-        if is_here and func is aten.convolution.default and suggest_memory_format(args[1]) == th.channels_last:
-            return result.contiguous(memory_format=th.channels_last)        # a GPU's convolutions write that at once
-        return result
+        if is_here and func is aten.convolution.default:
+            return self._convolution(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As torch asks cuDNN: in the memory format of one of them, in which both then are; the bias is added after it."""
+        is_last = th.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+        memory_format = th.channels_last if is_last else th.contiguous_format
+        self.names["bias of convolution"] += bias is not None
+        self.names["copy for convolution"] += sum(
+            not each.is_contiguous(memory_format=memory_format) for each in (x, weight)
+        )
+        return aten.convolution.default(x, weight, bias, *args, **kwargs).contiguous(memory_format=memory_format)
 
 
 class FusedAttention(th.autograd.Function):
@@ -193,12 +203,18 @@ def one_step(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     model, noise = spec.build(META).eval(), spec.images(META)
     diffusion = KarrasDenoiser(distillation=True, loss_norm="l2")
     plain = partial(plain_one_step, diffusion, plain_copy(model), noise)
-    return launches_of(plain), launches_of(partial(toolkit_way, model, diffusion, "onestep", 1, noise.shape, "fp32"))
+    return launches_of(plain), sampling_launches(model, diffusion, "onestep", 1, noise.shape)
 
 
 def heun(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     """The operations of Heun's method, the plain way's and the toolkit's."""
     model, diffusion, noise = spec.build(META).eval(), KarrasDenoiser(loss_norm="l2"), spec.images(META)
     plain, levels = plain_copy(model), [*diffusion.noise_levels(HEUN_STEPS).tolist(), 0.0]
-    own = partial(toolkit_way, model, diffusion, "heun", HEUN_STEPS, noise.shape, "fp32")
-    return launches_of(lambda: plain_heun(diffusion, plain, noise, levels)), launches_of(own)
+    own = sampling_launches(model, diffusion, "heun", HEUN_STEPS, noise.shape)
+    return launches_of(lambda: plain_heun(diffusion, plain, noise, levels)), own
+
+
+def sampling_launches(model: nn.Module, diffusion: KarrasDenoiser, sampler: str, steps: int, shape: th.Size) -> Counter:
+    """The toolkit's operations for one of the batches of a command, which holds what depends on the weights alone."""
+    with th.no_grad(), weights_held(model):
+        return launches_of(partial(toolkit_way, model, diffusion, sampler, steps, shape, "fp32"))

@@ -12,30 +12,38 @@ from cm.networks.unet_blocks import ResBlock
 
 def blocks_of(has_gain: list[bool]) -> list[ResBlock]:
     th.manual_seed(0)
-    return [ResBlock(32, 16, 0.0, 32 * (1 + i), use_scale_shift_norm=gain) for i, gain in enumerate(has_gain)]
+    blocks = [ResBlock(32, 16, 0.0, 32 * (1 + i % 2), use_scale_shift_norm=gain) for i, gain in enumerate(has_gain)]
+    for block in blocks:
+        nn.init.normal_(block.modulated_norm.weight)
+        nn.init.normal_(block.modulated_norm.bias)
+    return blocks
 
 
-@pytest.mark.parametrize("has_gain", [[True, True], [False, False], [True, False, True]])
+@pytest.mark.parametrize("has_gain", [[True, True], [False, False], [True, False, True, True]])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_joint_is_each(has_gain, autocast):
     blocks, emb = blocks_of(has_gain), th.randn(3, 16)
     with th.no_grad(), th.autocast("cpu", th.bfloat16, enabled=autocast):
         joint = JointModulation(blocks, silu)(emb)
         for block in blocks:
-            (gain, shift), (own_gain, own_shift) = (modulation(block, given, emb.dtype) for given in (joint, emb))
-            assert (gain is None) == (own_gain is None) == (not block.use_scale_shift_norm)
-            digits = {"rtol": 2**-7, "atol": 2**-8} if autocast else {"rtol": 1e-5, "atol": 1e-6}
-            th.testing.assert_close(shift, own_shift, check_dtype=False, **digits)
+            gain, shift, whole = modulation(block, joint, emb.dtype)
+            right_gain, right_shift, _ = modulation(block, emb, emb.dtype)
+            assert (gain is None) == (right_gain is None) == (not block.use_scale_shift_norm) == (not whole)
+            digits = {"rtol": 2**-7, "atol": 2**-7} if autocast else {"rtol": 1e-5, "atol": 1e-6}
             if gain is not None:
-                assert gain.dtype == th.float32
-                th.testing.assert_close(gain, own_gain, **digits)
+                norm = block.modulated_norm
+                right_shift = norm.bias * right_gain + right_shift
+                th.testing.assert_close(gain, norm.weight * right_gain, **digits)
+            assert shift.dtype == th.float32 and shift.is_contiguous()
+            th.testing.assert_close(shift, right_shift, check_dtype=False, **digits)
 
 
 def test_gain_is_one_more_than_the_scale_of_the_first_rows():
     block, = blocks_of([True])
     emb = th.randn(3, 16)
     rows = block.emb_layers[1](emb * emb.sigmoid())
-    gain, shift = modulation(block, emb, emb.dtype)
+    gain, shift, whole = modulation(block, emb, emb.dtype)
+    assert not whole
     th.testing.assert_close(gain, 1 + rows[:, :32])
     th.testing.assert_close(shift, rows[:, 32:])
 
