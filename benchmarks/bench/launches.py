@@ -3,6 +3,7 @@
 On a GPU each is at least one launch, which costs some microseconds of the host whatever its size; a small network waits
 for them. They are counted on the device "meta", which has shapes and no values, so the paths are those of a GPU and no
 GPU is needed. Of an operation on a list of tensors a GPU makes one launch for some dozens of them; here it counts once.
+A convolution in a forward pass counts with the launches that torch makes around cuDNN's.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class LaunchCounter(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As torch asks cuDNN: in the memory format of one of them, in which both then are; the bias is added after it."""
+        """As torch asks cuDNN: in the memory format of one of them, to which both are brought; the bias is added after."""
         is_last = th.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
         memory_format = th.channels_last if is_last else th.contiguous_format
         self.names["bias of convolution"] += bias is not None

@@ -138,6 +138,24 @@ def test_a_step_is_given_to_the_device_in_few_operations():
     assert 0 < rest < 100, "optimizer, averages and norms, whatever the number of parameters"
 
 
+def test_a_convolution_counts_what_torch_does_around_it():
+    weight, bias = th.empty(8, 4, 3, 3, device="meta"), th.empty(8, device="meta")
+    last = {"memory_format": th.channels_last}
+    for x, w, copies in ((th.empty(2, 4, 6, 6, device="meta"), weight, 0),
+                         (th.empty(2, 4, 6, 6, device="meta"), weight.to(**last), 1),
+                         (th.empty(2, 4, 6, 6, device="meta", **last), weight.to(**last), 0)):
+        with launches.LaunchCounter() as counter:
+            th.conv2d(x, w, bias)
+        assert counter.names.total() == 2 + copies and counter.names["copy for convolution"] == copies
+
+
+def test_no_layer_of_a_block_copies_its_input():
+    """The image is copied for the first convolution, and the result of that one for the first norm."""
+    plain, own = launches.one_step(SPEC)
+    assert own["clone"] + own["copy for convolution"] <= 2
+    assert own.total() < 0.8 * plain.total()
+
+
 def test_launches_have_a_line_for_every_way(monkeypatch):
     monkeypatch.setattr(launches, "launches_of", lambda step, *args, **options: Counter(x=10))
     lines = launches.launches_suite(SPEC)

@@ -87,7 +87,7 @@ def test_a_network_has_the_same_result(changes, here, monkeypatch):
 
 
 def test_a_network_under_autocast_differs_by_its_rounding(here, monkeypatch):
-    """The layers round once more, before SiLU, than the one operation for CPUs: the error grows by less than a third."""
+    """The layers round once more, before SiLU, than the one operation for CPUs: the error grows by under a third."""
     model = network()
     x, time = th.randn(8, 3, 16, 16), th.linspace(-3, 3, 8)
     exact = model(x, time).detach()
