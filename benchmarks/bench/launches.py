@@ -74,7 +74,7 @@ class LaunchCounter(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As torch asks cuDNN: in the memory format of one of them, to which both are brought; the bias is added after."""
+        """As torch asks cuDNN: both in the memory format of one of them; the bias is added to the result."""
         is_last = th.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
         memory_format = th.channels_last if is_last else th.contiguous_format
         self.names["bias of convolution"] += bias is not None

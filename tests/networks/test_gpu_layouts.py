@@ -5,7 +5,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from cm.networks import fused_conv, gpu_layouts
+from cm.networks import gpu_layouts
 from cm.networks.held import weights_held
 from cm.script_util import create_model
 
@@ -35,28 +35,6 @@ def test_norms_of_all_images_are_one_of_many_groups(dtype, tolerance, each_image
     assert plain.dtype == bent.dtype == dtype and plain.is_contiguous() and is_last(bent)
     for found, right in ((plain, expected), (bent, F.silu(expected))):
         assert (found.double() - right).abs().max() <= tolerance * right.abs().max()
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("memory_format", [th.contiguous_format, th.channels_last])
-def test_a_convolution_and_what_is_added(kernel, bias, memory_format, here):
-    th.manual_seed(0)
-    conv = nn.Conv2d(8, 16, kernel, padding=kernel // 2, bias=bias).double().to(memory_format=th.channels_last)
-    x, plus = th.randn(2, 8, 4, 6, dtype=th.float64), th.randn(2, 16, 4, 6, dtype=th.float64)
-    with th.no_grad():
-        for others in ((), (plus,), (plus, plus)):
-            found = fused_conv.conv_plus(conv, x, *others, memory_format=memory_format)
-            th.testing.assert_close(found, conv(x) + len(others) * plus, rtol=1e-12, atol=1e-12)
-            assert found.is_contiguous(memory_format=memory_format)
-
-
-def test_a_convolution_that_is_watched_is_called(here):
-    conv, calls = nn.Conv2d(8, 8, 3), []
-    conv.register_forward_hook(lambda *_: calls.append(1))
-    with th.no_grad():
-        fused_conv.conv_plus(conv, th.randn(1, 8, 4, 4))
-    assert calls
 
 
 def network(**changes):
