@@ -98,6 +98,7 @@ class _Product:
         layers, norms = [_linear_of(block) for block in blocks], [block.modulated_norm for block in blocks]
         weights, biases = th.stack([layer.weight for layer in layers]), th.stack([layer.bias for layer in layers])
         rows = th.cat([weights, biases[..., None]], dim=2)          # [K,C,D+1], or [K/2,2C,D+1]: scale, then shift
+        rows = rows.to(th.promote_types(rows.dtype, th.float32))
         if self.has_gain:
             w, b = (th.stack(each)[..., None] for each in zip(*((norm.weight, norm.bias) for norm in norms)))
             scale, shift = rows.chunk(2, dim=1)
@@ -106,7 +107,8 @@ class _Product:
         self.weight, self.bias = rows[..., :-1].mT.contiguous(), rows[:, None, :, -1]       # [K,D,C], [K,1,C]
 
     def __call__(self, emb: Tensor) -> Iterator[tuple[Modulated, Modulation]]:
-        rows = iter(th.baddbmm(self.bias, emb.expand(len(self.bias), -1, -1), self.weight))     # [N,C] each
+        emb = emb.to(self.weight.dtype).expand(len(self.weight), -1, -1)                        # [K,N,D]
+        rows = iter(th.baddbmm(self.bias, emb, self.weight))                                    # [N,C] each
         for block in self.blocks:
             yield block, Modulation(next(rows) if self.has_gain else None, next(rows), is_whole=self.has_gain)
 

@@ -54,3 +54,14 @@ def test_what_is_not_plain_is_not_joined():
     other.emb_layers[1] = nn.Sequential(other.emb_layers[1], nn.Identity())
     assert [can_join(block) for block in (watched, other, plain)] == [False, False, True]
     assert UNetBlock.projection.fget is not None, "EDM's blocks have one, too"
+
+
+def test_a_product_of_half_precision_weights_is_float32():
+    """A network that is stored as autocast would cast it has an embedding in float32 still."""
+    block, = blocks_of([True])
+    block.emb_layers[1].bfloat16()
+    emb = th.randn(3, 16)
+    with th.no_grad():
+        gain, *_ = modulation(block, JointModulation([block], silu)(emb), emb.dtype)
+        expected = block.modulated_norm.weight * (1 + block.emb_layers[1].float()(silu(emb))[:, :32])
+    th.testing.assert_close(gain, expected, rtol=1e-5, atol=1e-6)
