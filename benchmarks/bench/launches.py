@@ -8,6 +8,7 @@ A convolution in a forward pass counts with the launches that torch makes around
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,11 +29,12 @@ from bench.lines import Line
 from bench.network import NetworkSpec
 from bench.sample import HEUN_STEPS, toolkit_way
 from cm.karras_diffusion import KarrasDenoiser
+from cm.networks.compile import compile_network
 from cm.networks.held import weights_held
 from cm.train_util import TrainLoop
 from cm.training.memory_estimate import AsOnGpu
 
-META = th.device("meta")
+META, CPU = th.device("meta"), th.device("cpu")
 aten = th.ops.aten
 COMPOSITE = th._C.DispatchKey.CompositeImplicitAutograd
 NO_LAUNCH = {
@@ -42,6 +44,9 @@ NO_LAUNCH = {
 }
 """Operations that compute nothing: other views of the same numbers, and memory without values."""
 
+
+CALL = re.compile(r"\s*(\w+ = )?(cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.\w+\.\w+\.\w+)\(")
+"""A line of generated code that computes."""
 
 AGE = 100                                                   # steps after which an optimizer does what it always does
 
@@ -147,7 +152,8 @@ def launches_suite(spec: NetworkSpec) -> list[Line]:
     for mode in train.PASSES:
         for precision in ("fp32", "bf16"):
             lines += training_lines(mode, precision, spec)
-    lines += pair("onestep (1 NFE)", "fp32", *one_step(spec))
+    plain, own = one_step(spec)
+    lines += [*pair("onestep (1 NFE)", "fp32", plain, own), compiled_line(spec, plain)]
     lines += pair(f"heun ({2 * HEUN_STEPS - 1} NFE)", "fp32", *heun(spec))
     counts = {}
     for name, how in objectives.JOBS.items():
@@ -205,6 +211,39 @@ def one_step(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     diffusion = KarrasDenoiser(distillation=True, loss_norm="l2")
     plain = partial(plain_one_step, diffusion, plain_copy(model), noise)
     return launches_of(plain), sampling_launches(model, diffusion, "onestep", 1, noise.shape)
+
+
+def compiled_line(spec: NetworkSpec, plain: Counter[str]) -> Line:
+    """Sampling in one step with --compile."""
+    launches = compiled_pass(spec) + around_a_pass(spec)
+    return Line("launches", "onestep (1 NFE), toolkit compiled fp32", None, launches=launches,
+                launches_over_plain=launches / plain.total(), note="in code that is generated for a CPU")
+
+
+def compiled_pass(spec: NetworkSpec) -> int:
+    """The calls in the code that --compile generates for a pass: of its own kernels and of libraries."""
+    from torch._inductor.utils import run_and_get_code  # takes seconds
+
+    model, images = spec.build(CPU).eval(), spec.images(CPU)
+    compile_network(model, CPU)
+    with th.no_grad():
+        _, (code,) = run_and_get_code(model, images, images.new_ones(len(images)))
+    lines = code[code.index("def call("):].splitlines()
+    return sum(bool(CALL.match(line)) for line in lines)
+
+
+def around_a_pass(spec: NetworkSpec) -> int:
+    """The operations of sampling in one step beside the pass."""
+    diffusion, network = KarrasDenoiser(distillation=True, loss_norm="l2"), NoNetwork(1, 1, device=META)
+    step = partial(toolkit_way, network, diffusion, "onestep", 1, spec.images(META).shape, "fp32")
+    return launches_of(step).total()
+
+
+class NoNetwork(nn.Linear):
+    """Has a device, and no operations."""
+
+    def forward(self, input: Tensor, *_: Tensor) -> Tensor:
+        return input
 
 
 def heun(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
