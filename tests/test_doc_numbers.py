@@ -80,6 +80,8 @@ def test_operations_of_steps():
     assert f"EDM's step has {edm['launches']:,} operations, {parts}" in text
     assert (f"Sampling takes {heun['launches_over_plain']:.2f} of the plain implementation's operations with Heun's "
             f"method and {one['launches_over_plain']:.2f} in one step") in text
+    compiled = SUITES["launches"]["onestep (1 NFE), toolkit compiled fp32"]["launches_over_plain"]
+    assert f"one step then takes {compiled:.2f}, as counted in the code" in text
 
 
 def test_cost_of_the_objectives():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cm.networks.attention import AttentionBlock
 from cm.networks.layers import GroupNorm32
+from cm.networks.unet_blocks import ResBlock
 from cm.tensors import append_dims
 from cm.types import Batch
 
@@ -38,6 +39,23 @@ class PlainNorm(GroupNorm32):
         return nn.GroupNorm.forward(self, x.float()).type(x.dtype)
 
 
+class PlainBlock(ResBlock):
+    """Layer after layer."""
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        scale, shift = append_dims(self.emb_layers(emb), h.ndim).chunk(2, dim=1)
+        norm, *rest = self.out_layers
+        h = th.addcmul(shift, norm(h), 1 + scale)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """The same weights, computed the plain way."""
     model = copy.deepcopy(model).to(memory_format=th.contiguous_format)
@@ -46,6 +64,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
             module.__class__ = PlainAttention
         elif isinstance(module, GroupNorm32):
             module.__class__ = PlainNorm
+        elif isinstance(module, ResBlock):
+            module.__class__ = PlainBlock
     return model
 
 

@@ -3,10 +3,12 @@
 On a GPU each is at least one launch, which costs some microseconds of the host whatever its size; a small network waits
 for them. They are counted on the device "meta", which has shapes and no values, so the paths are those of a GPU and no
 GPU is needed. Of an operation on a list of tensors a GPU makes one launch for some dozens of them; here it counts once.
+A convolution in a forward pass counts with the launches that torch makes around cuDNN's.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch as th
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,10 +29,12 @@ from bench.lines import Line
 from bench.network import NetworkSpec
 from bench.sample import HEUN_STEPS, toolkit_way
 from cm.karras_diffusion import KarrasDenoiser
+from cm.networks.compile import compile_network
+from cm.networks.held import weights_held
 from cm.train_util import TrainLoop
 from cm.training.memory_estimate import AsOnGpu
 
-META = th.device("meta")
+META, CPU = th.device("meta"), th.device("cpu")
 aten = th.ops.aten
 COMPOSITE = th._C.DispatchKey.CompositeImplicitAutograd
 NO_LAUNCH = {
@@ -40,6 +44,9 @@ NO_LAUNCH = {
 }
 """Operations that compute nothing: other views of the same numbers, and memory without values."""
 
+
+CALL = re.compile(r"\s*(\w+ = )?(cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.\w+\.\w+\.\w+)\(")
+"""A line of generated code that computes."""
 
 AGE = 100                                                   # steps after which an optimizer does what it always does
 
@@ -67,10 +74,19 @@ class LaunchCounter(TorchDispatchMode):
             return th.ones((), dtype=args[0].dtype).item()  # a value of a device that has none
         if is_here and name == "_to_copy" and th.device(kwargs.get("device") or META) != META:
             return th.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
-        if is_here and func is aten.convolution.default and suggest_memory_format(args[1]) == th.channels_last:
-            return result.contiguous(memory_format=th.channels_last)        # a GPU's convolutions write that at once
-        return result
+        if is_here and func is aten.convolution.default:
+            return self._convolution(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As torch asks cuDNN: both in the memory format of one of them; the bias is added to the result."""
+        is_last = th.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+        memory_format = th.channels_last if is_last else th.contiguous_format
+        self.names["bias of convolution"] += bias is not None
+        self.names["copy for convolution"] += sum(
+            not each.is_contiguous(memory_format=memory_format) for each in (x, weight)
+        )
+        return aten.convolution.default(x, weight, bias, *args, **kwargs).contiguous(memory_format=memory_format)
 
 
 class FusedAttention(th.autograd.Function):
@@ -136,7 +152,8 @@ def launches_suite(spec: NetworkSpec) -> list[Line]:
     for mode in train.PASSES:
         for precision in ("fp32", "bf16"):
             lines += training_lines(mode, precision, spec)
-    lines += pair("onestep (1 NFE)", "fp32", *one_step(spec))
+    plain, own = one_step(spec)
+    lines += [*pair("onestep (1 NFE)", "fp32", plain, own), compiled_line(spec, plain)]
     lines += pair(f"heun ({2 * HEUN_STEPS - 1} NFE)", "fp32", *heun(spec))
     counts = {}
     for name, how in objectives.JOBS.items():
@@ -193,12 +210,51 @@ def one_step(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     model, noise = spec.build(META).eval(), spec.images(META)
     diffusion = KarrasDenoiser(distillation=True, loss_norm="l2")
     plain = partial(plain_one_step, diffusion, plain_copy(model), noise)
-    return launches_of(plain), launches_of(partial(toolkit_way, model, diffusion, "onestep", 1, noise.shape, "fp32"))
+    return launches_of(plain), sampling_launches(model, diffusion, "onestep", 1, noise.shape)
+
+
+def compiled_line(spec: NetworkSpec, plain: Counter[str]) -> Line:
+    """Sampling in one step with --compile."""
+    launches = compiled_pass(spec) + around_a_pass(spec)
+    return Line("launches", "onestep (1 NFE), toolkit compiled fp32", None, launches=launches,
+                launches_over_plain=launches / plain.total(), note="in code that is generated for a CPU")
+
+
+def compiled_pass(spec: NetworkSpec) -> int:
+    """The calls in the code that --compile generates for a pass: of its own kernels and of libraries."""
+    from torch._inductor.utils import run_and_get_code  # takes seconds
+
+    model, images = spec.build(CPU).eval(), spec.images(CPU)
+    compile_network(model, CPU)
+    with th.no_grad():
+        _, (code,) = run_and_get_code(model, images, images.new_ones(len(images)))
+    lines = code[code.index("def call("):].splitlines()
+    return sum(bool(CALL.match(line)) for line in lines)
+
+
+def around_a_pass(spec: NetworkSpec) -> int:
+    """The operations of sampling in one step beside the pass."""
+    diffusion, network = KarrasDenoiser(distillation=True, loss_norm="l2"), NoNetwork(1, 1, device=META)
+    step = partial(toolkit_way, network, diffusion, "onestep", 1, spec.images(META).shape, "fp32")
+    return launches_of(step).total()
+
+
+class NoNetwork(nn.Linear):
+    """Has a device, and no operations."""
+
+    def forward(self, input: Tensor, *_: Tensor) -> Tensor:
+        return input
 
 
 def heun(spec: NetworkSpec) -> tuple[Counter[str], Counter[str]]:
     """The operations of Heun's method, the plain way's and the toolkit's."""
     model, diffusion, noise = spec.build(META).eval(), KarrasDenoiser(loss_norm="l2"), spec.images(META)
     plain, levels = plain_copy(model), [*diffusion.noise_levels(HEUN_STEPS).tolist(), 0.0]
-    own = partial(toolkit_way, model, diffusion, "heun", HEUN_STEPS, noise.shape, "fp32")
-    return launches_of(lambda: plain_heun(diffusion, plain, noise, levels)), launches_of(own)
+    own = sampling_launches(model, diffusion, "heun", HEUN_STEPS, noise.shape)
+    return launches_of(lambda: plain_heun(diffusion, plain, noise, levels)), own
+
+
+def sampling_launches(model: nn.Module, diffusion: KarrasDenoiser, sampler: str, steps: int, shape: th.Size) -> Counter:
+    """The toolkit's operations for one of the batches of a command, which holds what depends on the weights alone."""
+    with th.no_grad(), weights_held(model):
+        return launches_of(partial(toolkit_way, model, diffusion, sampler, steps, shape, "fp32"))

@@ -23,6 +23,7 @@ from cm.generate.npz import NpzWriter, to_array, type_of
 from cm.generate.png import PngFolder, PngWriter
 from cm.generate.vae import Decoder
 from cm.io.progress import progress
+from cm.networks.held import weights_held
 from cm.random_util import get_generator, labels_for
 from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
@@ -234,7 +235,7 @@ def sample_to_npz(
         drawn = draw(model, diffusion, plan, indices, labels, options)
         return RankSamples({"samples": drawn.images}, labels, drawn.evaluations, drawn.finite)
 
-    with at_precision(model, precision):
+    with th.no_grad(), at_precision(model, precision), weights_held(model):
         return collect_to_npz(make, plan, directory)
 
 
@@ -291,7 +292,7 @@ def sample_to_pngs(
     per_round, non_finite = plan.batch_size * dist.get_world_size(), NonFiniteCount(plan.allow_non_finite)
     there = len(seeds) - len(missing)
     bar = progress(title="sampling", total=len(seeds), initial=there, unit="image", shown=main)
-    with at_precision(model, precision), PngWriter(folder) as writer, bar:
+    with th.no_grad(), at_precision(model, precision), weights_held(model), PngWriter(folder) as writer, bar:
         for done, rows in enumerate(rank_batches(rest, dist.get_rank(), dist.get_world_size())):
             own, images = rest.indices(rows), no_images(rest)
             if len(own):

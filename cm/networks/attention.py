@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch as th
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cm.errors import UserError
 from cm.networks import attention_cpu
+from cm.networks.fused_conv import conv_plus
 from cm.networks.fused_norm import norm_act
 from cm.networks.jvp import inside_jvp
 from cm.networks.layers import checkpoint, conv_nd, normalization, without_autocast, zero_module
@@ -76,7 +78,9 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return x + self.proj_out(qkv_attention(self.qkv(norm_act(self.norm, x, silu=False)), self.num_heads))
+        h = norm_act(self.norm, x, silu=False)
+        qkv = conv_plus(self.qkv, h, memory_format=th.channels_last)        # as attention reads it
+        return conv_plus(self.proj_out, qkv_attention(qkv, self.num_heads), x)
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cm.networks import gpu_layouts
 from cm.networks.jvp import inside_jvp, inside_transform
 from cm.networks.layers import silu as plain_silu
 from cm.tensors import append_dims
@@ -26,26 +27,44 @@ BLOCK = 2**20                                               # numbers processed 
 
 
 def norm_act(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None,
-             *, silu: bool = True) -> Tensor:
+             *, silu: bool = True, whole: bool = False) -> Tensor:
     """silu(norm(x) gain + shift), or without silu: [N,C,...] -> same, in the dtype of x.
 
     :param norm: its weights, number of groups and eps are used.
     :param gain, shift: [N,C]; neither or both.
+    :param whole: gain and shift take the place of the weights of the norm.
     """
+    if gpu_layouts.suits(x):
+        return gpu_layouts.norm_act(norm, x, *_affine_of(norm, gain, shift, whole), silu=silu)
     if not _is_fused(x):
         # torch's forward-mode rule does not support channels-last data
-        y = norm(x.contiguous() if inside_jvp() else x)
+        x = x.contiguous() if inside_jvp() else x
+        y = _x_hat(norm, x) if whole else norm(x)
         if gain is not None and shift is not None:
             y = th.addcmul(append_dims(shift.to(y.dtype), y.ndim), y, append_dims(gain.to(y.dtype), y.ndim))
         return plain_silu(y) if silu else y
     dtype = th.promote_types(x.dtype, th.float32)
     with th.autocast("cpu", enabled=False):
-        a = norm.weight.to(dtype).expand(len(x), -1)                # [N,C]
-        b = norm.bias.to(dtype).expand(len(x), -1)
-        if gain is not None and shift is not None:
-            gain = gain.to(dtype)
-            a, b = a * gain, th.addcmul(shift.to(dtype), b, gain)
+        a, b = (t.to(dtype).expand(len(x), -1) for t in _affine_of(norm, gain, shift, whole))       # [N,C]
         return _NormAct.apply(x, a, b, norm.num_groups, norm.eps, silu)
+
+
+def _x_hat(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 in each group."""
+    wide = x.to(th.promote_types(x.dtype, th.float32))
+    return F.group_norm(wide, norm.num_groups, eps=norm.eps).to(x.dtype)
+
+
+def _affine_of(
+    norm: nn.GroupNorm, gain: Tensor | None, shift: Tensor | None, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """What multiplies and what is added to normalised data, in float32 at least: [C] or [N,C] each."""
+    if gain is None or shift is None:
+        return norm.weight, norm.bias
+    if whole:
+        return gain, shift
+    gain = gain.to(th.promote_types(gain.dtype, th.float32))
+    return norm.weight * gain, th.addcmul(shift.to(gain.dtype), norm.bias, gain)
 
 
 def _is_fused(x: Tensor) -> bool:

@@ -1,18 +1,21 @@
 """How the embedding of time and class modulates a residual block: a gain and a shift for each channel.
 
-In training each block projects the embedding itself. While a network samples, one product does it for all of them.
+In training each block projects the embedding itself. While a network samples, one product does it for all that are
+alike.
 
 Shapes: N batch, C channels of a block, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast
 
 import torch as th
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cm.networks.layers import without_autocast
 
 
 class Modulation(NamedTuple):
@@ -20,6 +23,7 @@ class Modulation(NamedTuple):
 
     gain: Tensor | None                                             # [N,C], 1 + scale
     shift: Tensor                                                   # [N,C]
+    is_whole: bool = False                                          # the weights of the norm are in them
 
 
 class Modulated(Protocol):
@@ -33,6 +37,11 @@ class Modulated(Protocol):
     @property
     def has_gain(self) -> bool:
         """Whether the first half of the rows is a scale."""
+        ...
+
+    @property
+    def modulated_norm(self) -> nn.GroupNorm:
+        """The norm whose result has the gain and the shift."""
         ...
 
 
@@ -55,35 +64,53 @@ def modulation(block: Modulated, emb: Conditioning, dtype: th.dtype) -> Modulati
 
 
 class JointModulation:
-    """The projections of all blocks as one product: the same numbers up to rounding, in a few operations.
+    """The projections of all blocks of a width as one product: the same numbers up to rounding, in few operations.
 
-    It holds a copy of the weights as they are now, so it is of use while they do not change.
+    The weights of the norms are in them, so that a norm applies the modulation as its own weights. It holds a copy of
+    the weights as they are now, so it is of use while they do not change.
 
     :param blocks: their projections pass `can_join`.
     :param act: applied to the embedding before the product.
     """
 
     def __init__(self, blocks: Sequence[Modulated], act: Callable[[Tensor], Tensor]) -> None:
-        self.blocks, self.act = blocks, act
-        layers = [_linear_of(block) for block in blocks]
-        self.widths = [layer.out_features // (1 + block.has_gain) for block, layer in zip(blocks, layers)]   # C of each
-        self.gains = [width for block, width in zip(blocks, self.widths) if block.has_gain]
-        self.weight = self._sorted([layer.weight for layer in layers])
-        self.bias = self._sorted([layer.bias for layer in layers])
-
-    def _sorted(self, params: Sequence[Tensor]) -> Tensor:
-        """The rows of all scales, then those of all shifts."""
-        scales = [p[:c] for p, c, block in zip(params, self.widths, self.blocks) if block.has_gain]
-        return th.cat([*scales, *(p[-c:] for p, c in zip(params, self.widths))])
+        self.act = act
+        alike = defaultdict(list)
+        for block in blocks:
+            alike[block.has_gain, block.modulated_norm.num_channels].append(block)
+        self.products = [_Product(each) for each in alike.values()]
 
     def __call__(self, emb: Tensor) -> Mapping[Modulated, Modulation]:
         """[N,D] -> the modulation of each block."""
-        rows = F.linear(self.act(emb), self.weight, self.bias)      # [N, all rows]
-        scale, shift = rows.split([sum(self.gains), sum(self.widths)], dim=1)
-        gains = iter((1 + _as_applied(scale, scale.dtype)).split(self.gains, dim=1))
-        shifts = shift.split(self.widths, dim=1)
-        return {block: Modulation(next(gains) if block.has_gain else None, each)
-                for block, each in zip(self.blocks, shifts)}
+        with without_autocast(emb.device):
+            emb = self.act(emb)
+            return {block: each for product in self.products for block, each in product(emb)}
+
+
+class _Product:
+    """The projections of blocks that are alike; K matrices, one for each gain and each shift.
+
+    A gain is w (1 + scale), and its shift b (1 + scale) + shift, where w and b are the weights of the norm.
+    """
+
+    def __init__(self, blocks: Sequence[Modulated]) -> None:
+        self.blocks, self.has_gain = blocks, blocks[0].has_gain
+        layers, norms = [_linear_of(block) for block in blocks], [block.modulated_norm for block in blocks]
+        weights, biases = th.stack([layer.weight for layer in layers]), th.stack([layer.bias for layer in layers])
+        rows = th.cat([weights, biases[..., None]], dim=2)          # [K,C,D+1], or [K/2,2C,D+1]: scale, then shift
+        rows = rows.to(th.promote_types(rows.dtype, th.float32))
+        if self.has_gain:
+            w, b = (th.stack(each)[..., None] for each in zip(*((norm.weight, norm.bias) for norm in norms)))
+            scale, shift = rows.chunk(2, dim=1)
+            scale[..., -1] += 1
+            rows = th.stack([w * scale, b * scale + shift], dim=1).flatten(0, 1)
+        self.weight, self.bias = rows[..., :-1].mT.contiguous(), rows[:, None, :, -1]       # [K,D,C], [K,1,C]
+
+    def __call__(self, emb: Tensor) -> Iterator[tuple[Modulated, Modulation]]:
+        emb = emb.to(self.weight.dtype).expand(len(self.weight), -1, -1)                        # [K,N,D]
+        rows = iter(th.baddbmm(self.bias, emb, self.weight))                                    # [N,C] each
+        for block in self.blocks:
+            yield block, Modulation(next(rows) if self.has_gain else None, next(rows), is_whole=self.has_gain)
 
 
 def can_join(block: Modulated) -> bool:

@@ -12,6 +12,7 @@ from abc import abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cm.networks.fused_conv import conv_plus
 from cm.networks.fused_norm import norm_act
 from cm.networks.layers import (
     SiLU,
@@ -140,6 +141,13 @@ class ResBlock(TimestepBlock):
         """Whether the embedding scales the channels, too."""
         return self.use_scale_shift_norm
 
+    @property
+    def modulated_norm(self) -> nn.GroupNorm:
+        """The norm whose result the embedding scales and shifts."""
+        norm = self.out_layers[0]
+        assert isinstance(norm, nn.GroupNorm)
+        return norm
+
     def forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         """[N,C,H,W], [N,D] -> [N,out_channels,H',W']"""
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
@@ -150,12 +158,11 @@ class ResBlock(TimestepBlock):
         h = norm_act(norm_in, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = conv_in(h)
-        gain, shift = modulation(self, emb, h.dtype)
-        norm_out, _, dropout, conv_out = self.out_layers
-        assert isinstance(norm_out, nn.GroupNorm)
+        h = conv_plus(conv_in, h)
+        gain, shift, whole = modulation(self, emb, h.dtype)
+        _, _, dropout, conv_out = self.out_layers
         if gain is None:
-            h = norm_act(norm_out, h + append_dims(shift.to(h.dtype), h.ndim))
+            h = norm_act(self.modulated_norm, h + append_dims(shift.to(h.dtype), h.ndim))
         else:
-            h = norm_act(norm_out, h, gain, shift)
-        return self.skip_connection(x) + conv_out(dropout(h))
+            h = norm_act(self.modulated_norm, h, gain, shift, whole=whole)
+        return conv_plus(conv_out, dropout(h), conv_plus(self.skip_connection, x))

@@ -138,10 +138,44 @@ def test_a_step_is_given_to_the_device_in_few_operations():
     assert 0 < rest < 100, "optimizer, averages and norms, whatever the number of parameters"
 
 
+def test_a_convolution_counts_what_torch_does_around_it():
+    weight, bias = th.empty(8, 4, 3, 3, device="meta"), th.empty(8, device="meta")
+    last = {"memory_format": th.channels_last}
+    for x, w, copies in ((th.empty(2, 4, 6, 6, device="meta"), weight, 0),
+                         (th.empty(2, 4, 6, 6, device="meta"), weight.to(**last), 1),
+                         (th.empty(2, 4, 6, 6, device="meta", **last), weight.to(**last), 0)):
+        with launches.LaunchCounter() as counter:
+            th.conv2d(x, w, bias)
+        assert counter.names.total() == 2 + copies and counter.names["copy for convolution"] == copies
+
+
+def test_no_layer_of_a_block_copies_its_input():
+    """The image is copied for the first convolution, and the result of that one for the first norm."""
+    plain, own = launches.one_step(SPEC)
+    assert own["clone"] + own["copy for convolution"] <= 2
+    assert own.total() < 0.8 * plain.total()
+
+
+def test_calls_of_generated_code():
+    code = """
+        empty = empty_strided_cpu((2, 3), (3, 1), torch.float32)
+        extern_kernels.addmm(arg1, arg2, reinterpret_tensor(arg3, (2, 3), (1, 2), 0), alpha=1, beta=1, out=buf0)
+        # Topologically Sorted Source Nodes: [silu], Original ATen: [torch.ops.aten.silu.default]
+        cpp_fused_silu_0(buf0, buf1)
+        buf2 = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(buf1, buf1, buf1)
+        assert_size_stride(buf2, (2, 3), (3, 1), 'torch.ops.aten.mm.default')
+        buf3 = extern_kernels.convolution(buf2, arg4, arg5, stride=(1, 1))
+        del buf2
+        return (buf3, )
+    """
+    assert sum(bool(launches.CALL.match(line)) for line in code.splitlines()) == 4
+
+
 def test_launches_have_a_line_for_every_way(monkeypatch):
     monkeypatch.setattr(launches, "launches_of", lambda step, *args, **options: Counter(x=10))
+    monkeypatch.setattr(launches, "compiled_pass", lambda spec: 5)
     lines = launches.launches_suite(SPEC)
-    assert len(lines) == 3 * 2 * 2 + 2 * 2 + len(objectives.JOBS)
-    assert all(line.launches == 10 for line in lines)
-    assert [line.launches_over_plain for line in lines[:16]] == [None, 1] * 8
+    assert len(lines) == 3 * 2 * 2 + 2 * 2 + 1 + len(objectives.JOBS)
+    assert [line.launches_over_plain for line in lines[:17]] == [None, 1] * 7 + [1.5] + [None, 1]
+    assert all(line.launches == 10 for line in lines if line.launches_over_plain != 1.5)
     assert "operations / plain" in table(lines)

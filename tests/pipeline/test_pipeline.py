@@ -158,7 +158,9 @@ def test_guidance_by_another_checkpoint(runs, tmp_path):
     pipe, guide = cm.load(runs["edm"], precision="fp32"), cm.load(other, precision="fp32")
     how = {"steps": 3, "output": "tensor"}
     alone = pipe.sample(2, **how)
-    th.testing.assert_close(pipe.sample(2, guide_scale=0, guide_path=str(other), **how), guide.sample(2, **how))
+    # Only the network that samples holds products of its weights, which rounds otherwise.
+    by_guide, of_guide = pipe.sample(2, guide_scale=0, guide_path=str(other), **how), guide.sample(2, **how)
+    th.testing.assert_close(by_guide, of_guide, rtol=1e-4, atol=1e-4)
     between = pipe.sample(2, guide_scale=0.5, guide_path=str(other), **how)
     assert (between - alone).abs().mean() > 0.05
     assert th.equal(pipe.sample(2, **how), alone)                             # a guide leaves nothing behind

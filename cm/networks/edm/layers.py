@@ -214,6 +214,11 @@ class UNetBlock(Holds):
         """Whether the embedding scales the channels, too."""
         return self.options.adaptive_scale
 
+    @property
+    def modulated_norm(self) -> nn.GroupNorm:
+        """The norm whose result the embedding scales and shifts."""
+        return self.norm1
+
     def to_hold(self) -> tuple[Tensor, Tensor] | None:
         """The rows of the layer before attention in the order of a pass."""
         return self._sorted_qkv() if self.num_heads else None
@@ -224,11 +229,11 @@ class UNetBlock(Holds):
 
     def _forward(self, x: Tensor, emb: Conditioning) -> Tensor:
         h = self.conv0(norm_act(self.norm0, x))
-        gain, shift = modulation(self, emb, h.dtype)
+        gain, shift, whole = modulation(self, emb, h.dtype)
         if gain is None:
             h = norm_act(self.norm1, h + append_dims(shift.to(h.dtype), h.ndim))
         else:
-            h = norm_act(self.norm1, h, gain, shift)
+            h = norm_act(self.norm1, h, gain, shift, whole=whole)
         h = self.conv1(self.dropout(h))
         x = (h + (x if self.skip is None else self.skip(x))) * self.options.skip_scale
         if self.num_heads:
