@@ -112,13 +112,14 @@ def leave_at_the_end(inherited: dict[str, ModuleType]) -> None:
 def main() -> None:
     """Import once, and run a program in each fork as `python` does."""
     import gc
+    import importlib
     import runpy
 
-    import numpy.ma
-    import PIL.ImageDraw
-    import safetensors.torch
-    import torch._dynamo  # which the first optimizer of a process imports
+    import numpy
+    import torch
 
+    for name in ("numpy.ma", "PIL.ImageDraw", "safetensors.torch", "torch._dynamo"):
+        importlib.import_module(name)                       # which most programs of the toolkit import
     gc.collect()
     gc.freeze()                                             # pages that a collection does not touch are never copied
     inherited = dict(sys.modules)
