@@ -353,7 +353,7 @@ def test_class_names_of_arrays(tmp_path):
 @STORES
 @pytest.mark.parametrize(("content", "reason"), [
     (files(["a_0.png"]) | {"dataset.json": b'{"labels": [["a_0.png", 1]], "class_names": ["a"]}'}, "has 1 names"),
-    (files(["a_0.png"]) | {"dataset.json": b'{"labels": [["a_0.png", 0]], "class_names": {"0": "a"}}'}, "not a list of"),
+    (files(["a_0.png"]) | {"dataset.json": b'{"labels": [["a_0.png", 0]], "class_names": {"0": "a"}}'}, "not a list"),
     (files(["a_0.png", "b.png"]), "'b.png' has no class before an underscore"),
     (files(["a_0.png"], None), "dataset.json has no labels"),
     (files(["a_0.png", "b_0.png"], [["a_0.png", 1]]), "dataset.json has no label for 'b_0.png'"),
