@@ -59,10 +59,10 @@ def listen() -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     _state.receiver = receiver
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)        # first: `_ignore` alone would lose a signal
     for signum in SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _ignore)
-    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(receiver,), name="stopping", daemon=True).start()
     os.register_at_fork(after_in_child=_reset_in_child)
 

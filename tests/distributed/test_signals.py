@@ -113,18 +113,42 @@ def test_a_loader_process_outlives_the_signal_for_as_long_as_the_page_says():
 
 def test_a_signal_during_the_imports_is_not_lost(tmp_path):
     """One process; also that a signal to the whole process group does not take the loader processes first."""
-    with Job([sys.executable, *COMMAND, "--num_workers", "2", "--log_dir", tmp_path]) as job:
+    steps = 10 * STEPS                                      # not done before a busy machine has sent the signal
+    command = [sys.executable, *COMMAND[:-1], str(steps), "--num_workers", "2", "--log_dir", tmp_path]
+    with Job(command) as job:
         job.await_true(lambda: catches(job.process.pid, signal.SIGTERM), 20)
         assert not (tmp_path / ".lock").exists()            # far from the first step
         os.kill(job.process.pid, signal.SIGTERM)
         rc, said = job.end(60)
     assert rc == 0 and rows(tmp_path) == 1, said
-    with Job([sys.executable, *COMMAND, "--num_workers", "2", "--log_dir", tmp_path]) as job:
+    with Job(command) as job:
         job.await_true(lambda: rows(tmp_path) >= 3)
         os.killpg(job.process.pid, signal.SIGTERM)
         rc, said = job.end()
     assert rc == 0, said
-    assert 3 <= manifest.newest(str(tmp_path)).step == rows(tmp_path) < STEPS
+    assert 3 <= manifest.newest(str(tmp_path)).step == rows(tmp_path) < steps
+
+
+def test_a_signal_as_soon_as_it_is_caught_is_not_lost():
+    """It comes between the first handler and whatever is set up after it."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import os, signal, time
+        from cm.distributed import signals
+        catch = signal.signal
+
+        def catch_and_get(signum, handler):
+            catch(signum, handler)
+            if signum == signal.SIGTERM:
+                os.kill(os.getpid(), signum)
+
+        signal.signal = catch_and_get
+        signals.listen()
+        deadline = time.monotonic() + 20
+        while not signals.requested() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        print(signals.name_of(signals.requested()))
+    """)], env=clean_environment(QUIET), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == "SIGTERM\n", done
 
 
 def test_the_grace_period_is_a_flag(tmp_path):
