@@ -269,6 +269,7 @@ def encode(args: argparse.Namespace) -> None:
             parts.write(part, moments, labels)
             bar.update(len(part))
     dist.barrier()
+    dist.on_main(check_places, args)                        # another command may have been faster
     record = dist.on_main(finish, parts, args.dest, images.class_names, base, args.scaling)
     if dist.is_main():
         print(without_controls(f"{args.dest}: {count} latents of {record.channels} channels and side "

@@ -208,3 +208,13 @@ def test_a_vae_that_makes_no_numbers_is_refused(tool, tmp_path):
     with pytest.raises(UserError, match="the VAE makes NaN or infinite latents of 5 of 5 images, the first is cat/000"):
         tool.encode(tool.parse(list(map(str, words))))
     assert not (tmp_path / "x.zip").exists()
+
+
+def test_a_destination_that_has_appeared_meanwhile_is_kept(encode, tool, tmp_path, monkeypatch):
+    """Of two commands at once that write to one place, the second ends with an error."""
+    pictures(tmp_path / "images")
+    dest, missing = tmp_path / "x.zip", tool.Parts.missing
+    monkeypatch.setattr(tool.Parts, "missing", lambda self: (dest.write_bytes(b"another's"), missing(self))[1])
+    with pytest.raises(UserError, match="--dest .*x.zip already exists"):
+        encode(tmp_path / "images", dest)
+    assert dest.read_bytes() == b"another's"
