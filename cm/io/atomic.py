@@ -198,6 +198,9 @@ def free_bytes(directory: str) -> int | None:
 def write_failure(path: str | os.PathLike[str], error: Exception) -> UserError:
     """The one message about a file that cannot be written: its path, why, the space that is free, and the remedy."""
     folder = os.path.dirname(os.path.abspath(path))
+    if isinstance(error, FileNotFoundError) and os.path.isdir(folder):
+        return UserError(f"cannot write {os.fspath(path)}: what was written so far is gone; another command that "
+                         "writes to the same place may have removed it. Wait for that one, or choose another place")
     free = free_bytes(folder)
     space = "" if free is None else f". {free / 2**20:.1f} MiB are free in {folder}"
     number = error.errno if isinstance(error, OSError) else None

@@ -325,3 +325,13 @@ def test_a_file_of_a_fixed_name_is_no_link_and_no_pipe(tmp_path):
     assert victim.read_text() == "a month of work" and names(tmp_path) == ["log.txt", "pipe", "victim"]
     os.close(atomic.open_own(tmp_path / "new", append))
     assert (tmp_path / "new").read_bytes() == b""
+
+
+def test_a_file_that_another_command_has_removed_is_not_a_missing_folder(tmp_path):
+    writer = atomic.AtomicFile(tmp_path / "x.zip")
+    writer.file.write(b"half")
+    atomic.remove_temporaries(tmp_path / "x.zip")           # as a second command does at its start
+    with pytest.raises(UserError, match="x.zip: what was written so far is gone; another command that writes"):
+        writer.commit()
+    with pytest.raises(UserError, match="Create the folder"):
+        atomic.AtomicFile(tmp_path / "nowhere" / "x.zip")
