@@ -10,6 +10,7 @@ variables that libraries read when they are loaded, the moment at which a signal
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,8 +45,14 @@ def python_words() -> list[str]:
                 continue
             listener.listen(64)
             subprocess.Popen([sys.executable, STAND_IN, "--serve", str(controller)], stdin=listener,
-                             stdout=subprocess.DEVNULL, env=clean_environment(), start_new_session=True)
+                             stdout=subprocess.DEVNULL, env=clean_environment(), start_new_session=True,
+                             preexec_fn=hear_a_hangup)
     return [sys.executable, "-I", "-S", str(STAND_IN), name]
+
+
+def hear_a_hangup() -> None:
+    """In a new process: also where the tests themselves were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def checked(env: Mapping[str, str | None] | None) -> Mapping[str, str | None] | None:
