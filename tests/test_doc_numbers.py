@@ -68,6 +68,15 @@ def test_speed_beside_the_ceilings():
     assert f"at {min(conv):.0f} to {max(conv):.0f} % of the speed of its 3x3 convolutions" in text
 
 
+def test_what_convolutions_in_bf16_allow():
+    ceiling = results("benchmarks/results_cpu.json")["train"]["ceiling"]["conv"]
+    least = [1e9 * line["achieved_gflops"] / ceiling["bf16"] for suite in ("train", "sample")
+             for name, line in SUITES[suite].items() if name.endswith("plain fp32")]
+    text = page("docs/performance.md")
+    assert f"which are {ceiling['bf16'] / ceiling['fp32']:.1f} times as fast as in fp32 on this CPU" in text
+    assert f"the network's operations would take {span(least)} of the plain implementation's time" in text
+
+
 def test_operations_of_steps():
     lines = {name: line for name, line in SUITES["launches"].items() if line["launches_over_plain"]}
     fp32, bf16 = ([line["launches_over_plain"] for name, line in lines.items()
