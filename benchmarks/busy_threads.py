@@ -54,7 +54,8 @@ class BusyConfig:
 
 def main() -> None:
     config = parse(__doc__ or "", BusyConfig).section(BusyConfig)
-    rows = []
+    folder, rows = Path(config.log_dir), []
+    folder.mkdir(parents=True, exist_ok=True)               # before minutes of measurements
     for network in config.networks.split(","):
         for ranks in map(int, config.ranks.split(",")):
             for loops in (0, config.loops_per_core * cores()):
@@ -64,7 +65,8 @@ def main() -> None:
                     row = {"network": network, "ranks": ranks, "loops": loops, "way": way, "seconds": seconds}
                     rows.append(row)
                     print(row, flush=True)
-    write_json(Path(config.log_dir) / "busy_threads.json", {"cores": cores(), "rows": with_ratios(rows)})
+    used = " ".join(["python benchmarks/busy_threads.py", *sys.argv[1:]])
+    write_json(folder / "busy_threads.json", {"command": used, "cores": cores(), "rows": with_ratios(rows)})
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:

@@ -93,6 +93,17 @@ def test_operations_of_steps():
     assert f"one step then takes {compiled:.2f}, as counted in the code" in text
 
 
+def test_steps_on_busy_cores():
+    seconds = {(row["ranks"], row["loops"], row["way"]): row["seconds"]
+               for row in results("benchmarks/busy_threads.json")["rows"] if row["network"] == "demo"}
+    own, single, default = (seconds[1, 4, way] for way in ("toolkit", "one thread", "libgomp's default"))
+    text = page("docs/performance.md")
+    assert (f"takes {own:.2f} s on one rank with two threads, {single:.2f} s with one thread, and {default:.2f} s with "
+            f"the default of libgomp; on free cores it takes {seconds[1, 0, 'toolkit']:.2f} s. Two ranks with one "
+            f"thread each take {seconds[2, 4, 'toolkit']:.2f} s") in text
+    assert max(own / single, seconds[2, 4, "toolkit"] / seconds[2, 4, "one thread"]) < 2 < default / single
+
+
 def test_cost_of_the_objectives():
     # The median of ratios of neighbouring runs, which the benchmark writes as "1.02 of edm's time, ...".
     stf, sadpm, cdm, two = (SUITES["objectives"][name]["note"].split()[0] for name in (
