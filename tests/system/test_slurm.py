@@ -15,8 +15,8 @@ from support.one_machine_slurm import cluster, wait_until, why_not
 
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 TINY = [
-    "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1", "--num_head_channels",
-    "32", "--attention_resolutions", "8", "--global_batch_size", "8", "--precision", "fp32", "--log_interval", "5",
+    "--image_size", "8", "--num_channels", "32", "--num_res_blocks", "1", "--channel_mult", "1",
+    "--attention_resolutions", "8", "--global_batch_size", "8", "--precision", "fp32", "--log_interval", "5",
 ]
 
 
