@@ -21,6 +21,10 @@ FOREIGN_FLAGS = {
     "--stf": "--objective stf", "--transfer": "--resume_checkpoint", "--ls": "--fp16_scale_growth",
     "--fp16": "--use_fp16", "--ema": "--ema_halflife_kimg", "--data": "--data_dir", "--workers": "--num_workers",
     "--batch-size": "--batch_size", "--num-steps": "--steps", "--num_steps": "--steps",
+    "--learning_rate": "--lr", "--learning-rate": "--lr", "--resolution": "--image_size", "--output_dir": "--log_dir",
+    "--train_data_dir": "--data_dir", "--train_batch_size": "--batch_size", "--mixed_precision": "--precision",
+    "--max_train_steps": "--total_training_steps", "--resume_from_checkpoint": "--resume",
+    "--guidance_scale": "--guide_scale", "--cfg_scale": "--guide_scale", "--n_samples": "--num_samples",
 }
 """Flags of other tools -> ours, for a command that has ours and not theirs."""
 
@@ -84,10 +88,11 @@ class Parser(argparse.ArgumentParser):
             return ""
         known = self.all_flags()
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        meant = {name: own for name, own in FOREIGN_FLAGS.items() if own.split(" ")[0] in known}
         near = []
-        for word in unknown:
-            foreign = FOREIGN_FLAGS.get(word, "")
-            near += [foreign] if foreign.split(" ")[0] in known else get_close_matches(word, known, n=1)
+        for word in unknown:                                # the same name first, then a similar one
+            similar = get_close_matches(word, [*known, *meant], n=1)
+            near += [meant[word]] if word in meant else [meant.get(name, name) for name in similar]
         return f". Did you mean {' '.join(near)}?" if near else ""
 
     def all_flags(self) -> list[str]:

@@ -301,7 +301,9 @@ def test_a_flag_given_twice_is_refused(capsys):
 @pytest.mark.parametrize("sections, theirs, ours", [
     (SAMPLE, "--network", "--model_path"), (SAMPLE, "--class", "--class_label"), (EDM, "--cond", "--class_cond"),
     (EDM, "--fp16", "--use_fp16"), (EDM, "--batch", "--global_batch_size"), (EDM, "--stf", "--objective stf"),
-    (EDM, "--transfer", "--resume_checkpoint"),
+    (EDM, "--transfer", "--resume_checkpoint"), (EDM, "--resolution", "--image_size"), (EDM, "--learning_rate", "--lr"),
+    (EDM, "--learnin_rate", "--lr"), (EDM, "--max_train_step", "--total_training_steps"),
+    (SAMPLE, "--n_samples", "--num_samples"),
 ])
 def test_flags_of_other_tools_are_known(capsys, sections, theirs, ours):
     with pytest.raises(SystemExit):
