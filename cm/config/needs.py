@@ -1,12 +1,13 @@
-"""Which flags act only beside others: a table, and the refusal of one that would be ignored.
+"""Flags that have an effect only together with others: a table, and the refusal of a flag that would be ignored.
 
-A condition is one flag that is set ("vae"), that has one of some values ("arch=unet"), or not ("pairs!=grid"); or
-several of these with "and" between them, or with "or". Beside flags there may stand facts that a command finds out,
-the keys of `FACTS`. A condition on flags that a command does not have, and facts that it does not know, is not judged
-there.
+A condition is one flag that is set ("vae"), that has one of some values ("arch=unet"), or none of them
+("pairs!=grid"); several of these are joined by "and" or by "or". Conditions may also name facts that a command finds
+out, the keys of `FACTS`. A command does not judge a condition on flags that it does not have, or on facts that it does
+not know.
 
-What belongs to one objective, sampler or editing task stands with these (`options`, their fields, `TASKS`), and what
-takes more than a row to say is looked at where it is used (`ELSEWHERE`). All other flags act always (`ALWAYS`).
+Flags of a single objective, sampler or editing task are listed with it (`options`, their fields, `TASKS`). Flags whose
+condition does not fit into a row are checked where they are used (`ELSEWHERE`). All other flags always have an effect
+(`ALWAYS`).
 """
 
 from __future__ import annotations
