@@ -136,6 +136,11 @@ class Run:
             return []
         return [*self.files(manifests[-1].stem.removeprefix("checkpoint_")), manifests[-1]]
 
+    def resumable(self) -> int:
+        """How many checkpoints a run can resume from; of older ones only the averages are kept."""
+        steps = [path.stem.removeprefix("checkpoint_") for path in self.log_dir.glob("checkpoint_*.json")]
+        return sum(any("opt" in path.relative_to(self.log_dir).parts[0] for path in self.files(step)) for step in steps)
+
     def final_files(self) -> dict[str, bytes]:
         return {str(path.relative_to(self.log_dir)): path.read_bytes() for path in self.files(f"{STEPS:06d}")}
 
@@ -194,7 +199,7 @@ def terminate(run: Run) -> str:
 def truncate(run: Run) -> str:
     """A rank is killed, and of the newest checkpoint a file is cut off or has a bit changed."""
     outcome = kill(run)
-    if len(list(run.log_dir.glob("checkpoint_*.json"))) < 2:
+    if run.resumable() < 2:
         return f"{outcome}, no second checkpoint yet"       # damage to the only one is for the user to decide on
     path = run.rng.choice(run.newest()[:-1])
     data = bytearray(path.read_bytes())
@@ -212,6 +217,8 @@ def unmanifest(run: Run) -> str:
     outcome, files = kill(run), run.newest()
     if not files:
         return f"{outcome}, no checkpoint yet"
+    if run.resumable() == 1 and len(list(run.log_dir.glob("checkpoint_*.json"))) > 1:
+        return f"{outcome}, no second checkpoint to resume from"    # averages alone would be left
     files[-1].unlink()
     return f"{outcome}, deleted"
 

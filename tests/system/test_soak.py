@@ -1,5 +1,6 @@
 """The fault campaign in short: one run through each fault once (`make soak` goes on for as long as one likes)."""
 
+import random
 import re
 import shlex
 
@@ -7,7 +8,7 @@ import pytest
 
 from support import mpi, warm
 from support.mpi import ROOT
-from system.soak import FAULTS, differing_bytes, small_disk
+from system.soak import FAULTS, Run, differing_bytes, small_disk
 
 
 @pytest.mark.mpi
@@ -27,3 +28,13 @@ def test_bytes_that_differ_are_counted():
     assert differing_bytes({"a": b"123"}, {"a": b"193"}) == 1
     assert differing_bytes({"a": b"12"}, {"a": b"193"}) == 2
     assert differing_bytes({"a": b"12"}, {"a": b"12", "b": b"123"}) == 3
+
+
+def test_a_run_resumes_from_complete_checkpoints_alone(tmp_path):
+    """Of every tenth one the averages stay: the campaign must not damage the only one that is complete."""
+    run = Run(tmp_path, random.Random(0))
+    (run.log_dir / "opt000060.dcp").mkdir()
+    for name in ("checkpoint_000050.json", "ema_0.9_000050.pt", "checkpoint_000055.json", "opt000055.pt",
+                 "checkpoint_000060.json", "opt000060.dcp/__0_0.distcp", "opt000065.pt"):
+        (run.log_dir / name).touch()
+    assert run.resumable() == 2
