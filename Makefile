@@ -2,23 +2,25 @@
 # make demo DATA=IMAGES HOURS=2: the same with images of your own, in about so many hours, in runs/quickstart.
 # make browser: the browser in which the tests look at a report, where it can be installed; without it they skip that.
 # make slurm: srun and sbatch on a SLURM of this machine alone, which root can install (Debian); not a part of `test`.
+# make test-gpu: the tests that need a GPU, on one of this machine; ON=cpu tries them on the CPU. The others see no GPU.
 # make soak: training under faults, MINUTES=10 of it.    make test-slow: the slow tests.
 # make fuzz: damaged files to every reader, MINUTES=10 of it.
 # make install LOCKED=1: only files whose SHA-256 stands in requirements.lock.    make lock: write that file anew.
 # make docs: the pages of docs/, with the names to use from Python, as a web site in build/site.
 # make licences: the licence of every installed package.
-# PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks.
+# PYTHON=python3.11 make demo chooses the interpreter; RANKS=4 the number of ranks;
+# without it the demo has 2, and quickstart 1, or on a machine with GPUs one for each (the demo at most 2).
 
 PYTHON ?= python3
-RANKS ?= 2
 MINUTES ?= 10
+ON ?= cuda
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 QUICKSTART ?= runs/quickstart
 HOURS ?= 2
 
-.PHONY: demo demo-clean test test-slow slurm soak fuzz lint types docs install lock licences browser clean
+.PHONY: demo demo-clean test test-slow test-gpu slurm soak fuzz lint types docs install lock licences browser clean
 
 install: $(VENV)/.installed
 
@@ -40,9 +42,9 @@ licences: install
 
 demo: install
 ifdef DATA
-	$(BIN)/python scripts/quickstart.py --data_dir "$(DATA)" --hours $(HOURS) --ranks $(RANKS) --out $(QUICKSTART)
+	$(BIN)/python scripts/quickstart.py --data_dir "$(DATA)" --hours $(HOURS) $(if $(RANKS),--ranks $(RANKS) )--out $(QUICKSTART)
 else
-	$(BIN)/python scripts/demo.py --ranks $(RANKS) --out $(DEMO)
+	$(BIN)/python scripts/demo.py $(if $(RANKS),--ranks $(RANKS) )--out $(DEMO)
 endif
 
 demo-clean:
@@ -55,6 +57,9 @@ test: install lint
 # Tests of the mark `slow`: they take long, or need what a machine of continuous integration lacks, and say what.
 test-slow: install
 	$(BIN)/python -m pytest -m slow -rs
+
+test-gpu: install
+	$(BIN)/python -m pytest -m cuda -rs --on $(ON)
 
 slurm: install
 	@command -v srun slurmctld > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \

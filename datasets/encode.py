@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cm.config.parser import Parser, positive
+from cm.config.parser import Parser, add_device, positive
 from cm.data.decode import centre_crop
 from cm.data.destinations import output_of, write_labels, writing
 from cm.data.labelled import LabelledImages, open_labelled
@@ -248,7 +248,7 @@ def encode(args: argparse.Namespace) -> None:
     from cm.distributed import setup as dist
     from cm.generate.vae import load_vae
 
-    dist.setup_dist(WAIT_S)
+    dist.setup_dist(WAIT_S, args.device)
     dist.on_main(check_places, args)
     images = open_labelled(args.source)
     count = min(len(images), args.max_images or len(images))
@@ -304,6 +304,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="images per rank and pass [default: 8]")
     parser.add_argument("--max-images", type=positive, metavar="N",
                         help="encode only the first N images [default: all]")
+    add_device(parser)
     return parser.parse_args(argv)
 
 

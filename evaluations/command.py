@@ -21,7 +21,7 @@ def start(make_parser: Callable[[], Parser], run: Callable[[argparse.Namespace],
     from cm.distributed import setup as dist  # takes seconds
 
     def main() -> None:
-        dist.setup_dist()
+        dist.setup_dist(device=parsed[0].device)
         fetch_inputs(parsed[0])
         run(parsed[0])
 

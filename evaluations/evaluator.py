@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.engine.statistics_cache import open_cache
     from evaluations.features import load_extractor
 
-    dist.setup_dist()
+    dist.setup_dist(device=args.device)
     command.prepare_output(args, "--json", "ref_batch", "sample_batch")
     named = args.inception or os.environ.get(EXTRACTOR_VARIABLE)
     result = evaluate(

@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.engine.statistics_cache import open_cache
     from evaluations.features import load_extractor
 
-    dist.setup_dist()
+    dist.setup_dist(device=args.device)
     extractor = load_extractor(args.inception, dist.dev(), trusted=args.trust_extractor)
     if args.command == "ref":
         command.prepare_output(args, "--dest")

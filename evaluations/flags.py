@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cm.config import plugins
-from cm.config.parser import Parser, positive
+from cm.config.parser import Parser, add_device, positive
 from cm.errors import UserError
 from cm.registry import lookup
 from evaluations.defaults import (
@@ -127,12 +127,13 @@ def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def add_extractor(parser: argparse.ArgumentParser, default: str) -> None:
-    """The flags --inception and --trust_extractor, and --plugin, which may add kinds of them."""
+    """The flags of a feature extractor: --inception, --trust_extractor, --plugin, which may add kinds, and --device."""
     parser.add_argument("--inception", metavar="PATH",
                         help=f"feature extractor: {EXTRACTOR_CHOICES} [default: ${EXTRACTOR_VARIABLE}, or {default}]")
     parser.add_argument("--trust_extractor", action="store_true",
                         help="trust the extractor and run it: a TorchScript file is a program")
     plugins.add_flag(parser)
+    add_device(parser)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

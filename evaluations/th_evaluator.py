@@ -157,7 +157,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.features import load_extractor
     from evaluations.metrics import default_names
 
-    dist.setup_dist()
+    dist.setup_dist(device=args.device)
     begun = time.monotonic()
     command.prepare_output(args, "--json", "ref_batch", "sample_batch")
     samples, names = BatchFile(args.sample_batch), asked_metrics(args)

@@ -25,6 +25,7 @@ from cm.config.needs import refuse_idle
 from cm.data.class_names import ClassNames
 from cm.data.image_source import ImageSource
 from cm.data.sources import open_source
+from cm.distributed.launchers import DEVICES
 from cm.errors import UserError
 from cm.io.outputs import Output, check_outputs
 from cm.io.storage import write_json
@@ -59,6 +60,9 @@ class ClassifierConfig:
     epochs: int = option(15, "number of passes over the training images", minimum=1)
     batch_size: int = option(64, "images per step", minimum=2)
     holdout: float = option(0.25, "fraction of every class that is held out to measure the accuracy")
+    device: str = option(
+        "auto", "where to compute; auto: on a GPU if there is one, else on the CPU", choices=tuple(DEVICES)
+    )
     seed: int = option(0, "random seed of the split and of the training", minimum=0)
 
 
@@ -81,7 +85,7 @@ def main(settings: Settings) -> None:
     if config.channels != 3 and not config.noised:
         raise UserError(f"--channels {config.channels}: a feature extractor is for images of 3 channels, and sees grey "
                         "ones as RGB; drop the flag, or give --noised True")
-    dist.setup_dist()
+    dist.setup_dist(device=config.device)
     start = time.monotonic()
     out = config.out or ("noisy_classifier.pt" if config.noised else "classifier.ts")
     facts_path = Path(out).with_suffix(".json")

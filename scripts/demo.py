@@ -17,7 +17,7 @@ from cm.config import early_exit
 from cm.config.parser import Parser
 from cm.data.sources import open_source
 from cm.quickstart.results import picture, row, samples_in, table, write_real
-from cm.quickstart.stages import Commands, Stage, run_chain
+from cm.quickstart.stages import Commands, Stage, ranks_to_start, run_chain
 
 SCRIPTS = Path(__file__).resolve().parent                   # in the repository as in an installed package
 
@@ -27,7 +27,8 @@ def read_flags() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"),
                         help="folder for all files of the demo [default: runs/demo]")
-    parser.add_argument("--ranks", type=int, default=2, help="number of ranks for training and sampling [default: 2]")
+    parser.add_argument("--ranks", type=int, help="number of ranks for training and sampling "
+                        "[default: 2, or 1 on a machine with one GPU]")
     parser.add_argument("--num_samples", type=int, default=1000, help="images generated per method [default: 1000]")
     parser.add_argument("--train_options", default="", help="flags for every training stage, quoted as one argument")
     return parser.parse_args()
@@ -145,7 +146,13 @@ class Demo:
 def main() -> None:
     """Run the demo as the flags say."""
     args = early_exit.parse_or_exit(read_flags)
-    run_chain(Demo(args.out.resolve(), args.ranks, args.num_samples, shlex.split(args.train_options)).run)
+    run_chain(lambda: demo_of(args).run())
+
+
+def demo_of(args: argparse.Namespace) -> Demo:
+    """The demo that the flags describe."""
+    ranks = ranks_to_start(args.ranks, on_cpu=2, at_most=2)
+    return Demo(args.out.resolve(), ranks, args.num_samples, shlex.split(args.train_options))
 
 
 if __name__ == "__main__":

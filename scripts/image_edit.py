@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
     from cm.setup.sample import guided_diffusion, inherit_model, load_classifier, load_model, sampling_plan
     from cm.setup.sampler import sampler_of
 
-    dist.setup_dist()
+    dist.setup_dist(device=settings.values["device"])
     read = ("model_path", "images", "mask", "classifier_path", "guide_path", "vae")
     inputs = {f"--{name}": settings.values[name] for name in read}
     dist.on_main(check_outputs, [Output("--log_dir", settings.values["log_dir"], "folder")], inputs)

@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     )
     from cm.setup.sampler import sampler_options
 
-    dist.setup_dist()
+    dist.setup_dist(device=settings.values["device"])
     inputs = {f"--{name}": settings.values[name] for name in ("model_path", "classifier_path", "guide_path", "vae")}
     dist.on_main(check_outputs, [Output("--outdir", settings.values["outdir"], "folder")], inputs)
     config = inherit_model(settings)

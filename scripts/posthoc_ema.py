@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
     from cm.setup.run import open_log
     from cm.training.ema_snapshots import find_snapshots
 
-    dist.setup_dist()
+    dist.setup_dist(device=settings.values["device"])
     config = settings.section(PosthocConfig)
     check_flags(settings)
     widths = parse_widths(config.std)

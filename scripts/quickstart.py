@@ -16,7 +16,7 @@ from cm.config import early_exit
 from cm.config.flags import str2bool
 from cm.config.parser import Parser, positive
 from cm.io import storage
-from cm.quickstart.stages import run_chain
+from cm.quickstart.stages import ranks_to_start, run_chain
 
 SCRIPTS = Path(__file__).resolve().parent                   # in the repository as in an installed package
 
@@ -30,8 +30,8 @@ def read_flags() -> argparse.Namespace:
                         help="folder for all files [default: runs/quickstart]")
     parser.add_argument("--plan", action="store_true", help="only measure and plan; writes teacher.yaml and "
                         "student.yaml for --config of the training commands")
-    parser.add_argument("--ranks", type=positive, default=1,
-                        help="number of ranks; more than one are started by mpiexec [default: 1]")
+    parser.add_argument("--ranks", type=positive, help="number of ranks; more than one are started by "
+                        "mpiexec [default: one for each GPU, or 1 on the CPU]")
     parser.add_argument("--method", choices=("ect", "cd"), default="ect",
                         help="few-step method: easy consistency tuning or consistency distillation [default: ect]")
     parser.add_argument("--size", choices=("tiny", "small", "medium", "large"), default="",
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     )
     workflow = Workflow(Order(
         args.data_dir if place else os.path.abspath(args.data_dir), args.out.resolve(), wish,
-        args.ranks if args.ranks > 1 else 0, SCRIPTS, tuple(shlex.split(args.train_options)), args.inception,
+        ranks_to_start(args.ranks, on_cpu=1), SCRIPTS, tuple(shlex.split(args.train_options)), args.inception,
         args.trust_extractor,
     ))
     workflow.prepare()

@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
     from evaluations.features import load_extractor
     from evaluations.th_evaluator import ThEvaluator
 
-    dist.setup_dist()
+    dist.setup_dist(device=settings.values["device"])
     asked = tuple(settings.given)
     fetch_inputs(settings, "ref_batch", "inception")
     check_flags(settings)

@@ -29,15 +29,34 @@ LONGEST = (                                                 # by their CPU secon
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--on", choices=("cuda", "cpu"), help="run the tests of the mark `cuda` on this device; the CPU "
+                     "can stand in for a GPU, to try the tests; all other tests need a run without this option")
+
+
 def pytest_configure(config):
-    """pytest-xdist would begin with the files of many tests, and the longest have few."""
+    """Without --on, tests find no GPU: they start more ranks than a machine may have, and compare bytes.
+
+    pytest-xdist would begin with the files of many tests, and the longest have few.
+    """
+    if config.option.on is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""             # torch reads it when it first looks for a GPU
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The longest files first: whoever gets one last is waited for by all other processes."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if config.option.on is None and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu"))
+
+
+@pytest.fixture(scope="session")
+def gpu(pytestconfig):
+    """The device of --on."""
+    return pytestconfig.option.on
 
 
 def pytest_collection_finish():

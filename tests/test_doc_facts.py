@@ -42,14 +42,16 @@ def test_what_make_runs():
         return done.stdout
 
     assert plan("demo-clean").strip() == "rm -rf runs/demo"
-    assert "scripts/demo.py --ranks 2 --out runs/demo" in plan("demo")
-    words = "scripts/quickstart.py --data_dir \"my photos\" --hours 2 --ranks 2 --out runs/quickstart"
+    assert "scripts/demo.py --out runs/demo" in plan("demo")
+    assert "scripts/demo.py --ranks 4 --out runs/demo" in plan("demo", "RANKS=4")
+    words = "scripts/quickstart.py --data_dir \"my photos\" --hours 2 --out runs/quickstart"
     assert words in plan("demo", "DATA=my photos") and "--hours 0.5 " in plan("demo", "DATA=digits", "HOURS=0.5")
     assert "--require-hashes --requirement requirements.lock" in plan("-B", "install", "LOCKED=1")
     suite = plan("test")
     assert suite.index("/pyright ") < suite.index("ruff check .") < suite.index("-m pytest")
     assert re.search(r"-m pytest -n 4 --dist loadfile --durations 10$", suite, re.MULTILINE)
     assert "pytest -m slow -rs tests/system/test_slurm.py" in plan("slurm")
+    assert "pytest -m cuda -rs --on cuda" in plan("test-gpu") and "--on cpu" in plan("test-gpu", "ON=cpu")
     assert "soak.py --minutes 10" in plan("soak") and "pytest -m slow" in plan("test-slow")
     assert (ROOT / ".ci/run").read_text().endswith("make browser\nmake test\n")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from cm.config.parser import FOREIGN_FLAGS as FLAGS_OF_OTHER_TOOLS
+
 ROOT = Path(__file__).resolve().parents[1]
 FOREIGN = {".venv", ".pytest_cache", "runs"}
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not FOREIGN & {*path.relative_to(ROOT).parts})
@@ -43,13 +45,13 @@ def name_of(page: Path) -> str:
 
 
 @cache
-def known_flags() -> set[str]:
+def known_flags(folders: tuple[str, ...] = CODE_FOLDERS) -> set[str]:
     """The flags of all commands and their aliases: fields of config classes and arguments of parsers.
 
     The source code is parsed rather than imported, which would take seconds.
     """
     found = {"help", "config", "dry_run"}
-    for path in (path for folder in CODE_FOLDERS for path in (ROOT / folder).rglob("*.py")):
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 found |= argument_names(node)
@@ -94,6 +96,20 @@ def test_relative_links_exist(page):
 def test_flags_exist(page):
     unknown = {*FLAGS.findall(text_of(page))} - known_flags() - FOREIGN_FLAGS
     assert not unknown, f"{name_of(page)} names flags that no command has: {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("folder", ["cm", "scripts", "evaluations", "datasets"])
+def test_messages_name_flags_that_exist(folder):
+    """Of a command that is installed: a remedy that nobody has is none."""
+    known = known_flags(("scripts", "evaluations", "datasets", "cm/config"))
+    others = {word.removeprefix("--") for word in FLAGS_OF_OTHER_TOOLS} | FOREIGN_FLAGS | {"standalone"}    # torchrun's
+    unknown = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            words = FLAGS.findall(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+            if missing := {*words} - known - others:
+                unknown[f"{path.relative_to(ROOT)}:{node.lineno}"] = sorted(missing)
+    assert not unknown
 
 
 def test_the_list_of_foreign_flags_is_as_short_as_possible():

@@ -163,10 +163,10 @@ def test_dtypes_and_devices():
     assert streams().randn(2, 3, device="meta").device.type == "meta"
 
 
-@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gets_the_values_of_the_cpu():
-    draws = all_draws(SampleStreams(0, range(5), device="cuda"), 5, "cuda")
-    assert all(draw.is_cuda for draw in draws)
+@pytest.mark.cuda
+def test_a_gpu_gets_the_values_of_the_cpu(gpu):
+    draws = all_draws(SampleStreams(0, range(5), device=gpu), 5, gpu)
+    assert all(draw.device.type == gpu for draw in draws)
     assert_same([draw.cpu() for draw in draws], all_draws(SampleStreams(0, range(5)), 5))
 
 
@@ -293,11 +293,12 @@ def test_labels_belong_to_samples():
 # ---- the same dropout masks for two networks ----
 
 
-def devices():
-    return ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.cuda, pytest.mark.skipif(not th.cuda.is_available(), reason="this machine has no GPU"),
+])]
 
 
-@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("device", DEVICES)
 def test_networks_share_dropout_masks(device):
     def mask():
         return th.nn.functional.dropout(th.ones(64, device=device), 0.5)
@@ -314,7 +315,7 @@ def test_networks_share_dropout_masks(device):
     assert not th.equal(online, after)
 
 
-@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_network_without_dropout_does_not_turn_the_stream_back(device):
     """Else every step would see the masks of the one before."""
     state = rng_state(device)

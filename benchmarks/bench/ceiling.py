@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch as th
 import torch.nn.functional as F
@@ -11,6 +11,11 @@ from bench.timing import take_turns
 
 SIDE = {"cpu": 2048, "cuda": 8192}                          # of the square matrices: large enough to be compute-bound
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
+PUBLISHED_BF16 = {                                          # without sparsity; the first that fits counts
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12,
+}
+"""A part of a GPU's name -> FLOP/s that its maker states."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Ceiling:
 
     gemm: dict[str, float]
     conv: dict[str, float]                                  # a 3x3 convolution at the network's widest shape
+    published: dict[str, float] = field(default_factory=dict)       # stated by the maker, where it is known
 
     def best(self, dtype: str) -> float:
         """The higher of the two: on some CPUs torch's convolutions use wider instructions than its products."""
@@ -42,6 +48,14 @@ def measure_ceiling(
     with th.inference_mode():
         times = take_turns(jobs, device, repeats)
     speed = {name: flops[name] / min(times[name].rounds) for name in jobs}      # a ceiling is the best, not the median
+    name = th.cuda.get_device_name(device) if device.type == "cuda" else ""
     return Ceiling(
-        {name: speed[f"gemm {name}"] for name in DTYPES}, {name: speed[f"conv {name}"] for name in DTYPES}
+        {name: speed[f"gemm {name}"] for name in DTYPES}, {name: speed[f"conv {name}"] for name in DTYPES},
+        published_speed(name),
     )
+
+
+def published_speed(gpu: str) -> dict[str, float]:
+    """FLOP/s in bf16 that the maker of a GPU states; empty for one that is not in `PUBLISHED_BF16`."""
+    found = next((speed for part, speed in PUBLISHED_BF16.items() if part in gpu), None)
+    return {} if found is None else {"bf16": found}

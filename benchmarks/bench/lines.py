@@ -20,6 +20,7 @@ class Line:
     achieved_gflops: float | None = None                    # GFLOP/s of the network's matrix work
     share_of_gemm: float | None = None                      # of the measured ceiling of the same dtype
     share_of_conv: float | None = None
+    mfu: float | None = None                                # share of the speed that the GPU's maker states
     time_over_baseline: float | None = None                 # median of the ratios of neighbouring runs
     peak_mib: float | None = None                           # above what the process holds before
     launches: int | None = None                             # operations that the device is given
@@ -33,9 +34,10 @@ def speed_line(
 ) -> Line:
     """A line of a job that makes or trains on `images` images with `flops` operations in all."""
     speed = flops / times.median
+    mfu = speed / ceiling.published[dtype] if dtype in ceiling.published else None
     return Line(
         suite, name, times.median, images / times.median, speed / 1e9, speed / ceiling.gemm[dtype],
-        speed / ceiling.conv[dtype], None if baseline is None else times.ratio(baseline), peak_mib, note=note,
+        speed / ceiling.conv[dtype], mfu, None if baseline is None else times.ratio(baseline), peak_mib, note=note,
     )
 
 
@@ -46,6 +48,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "achieved_gflops": ("GFLOP/s", "{:.0f}"),
     "share_of_gemm": ("of GEMM", "{:.0%}"),
     "share_of_conv": ("of 3x3 conv", "{:.0%}"),
+    "mfu": ("MFU", "{:.0%}"),
     "time_over_baseline": ("time / plain", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
     "launches": ("operations", "{:,}"),

@@ -46,7 +46,7 @@ class NetworkSpec:
 
 SPECS = {
     "cpu": NetworkSpec(32, 64, "1,2,2", 2, 32, "16,8", 32),                     # 8.0 M parameters
-    "cuda": NetworkSpec(64, 192, "1,2,3,4", 3, 64, "32,16,8", 64),              # ImageNet-64, 295.9 M parameters
+    "cuda": NetworkSpec(64, 192, "1,2,3,4", 3, 64, "32,16,8", 32),              # ImageNet-64, 295.9 M parameters
 }
 
 

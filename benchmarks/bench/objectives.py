@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch as th
 from torch import Tensor
@@ -14,7 +15,7 @@ from bench.baseline import batch_of
 from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
-from bench.timing import take_turns
+from bench.timing import make_and_take_turns
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
@@ -37,8 +38,8 @@ def objectives_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, rep
     """A line for each objective, in float32; the note compares its time with EDM's."""
     images = spec.images(device)
     per_image = forward_flops(spec.build(device), images)
-    jobs = {name: job(*how[:3], spec, device, images) for name, how in JOBS.items()}
-    times, lines = take_turns(jobs, device, repeats), []
+    makers = {name: partial(job, *how[:3], spec, device, images) for name, how in JOBS.items()}
+    times, lines = make_and_take_turns(makers, device, repeats), []
     for name, (*_, passes) in JOBS.items():
         flops = passes * per_image * len(images)
         line = speed_line("objectives", name, times[name], len(images), flops, ceiling, "fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,23 @@ def take_turns(
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - begun)
     return {name: Times(tuple(each)) for name, each in seconds.items()}
+
+
+def make_and_take_turns(
+    makers: Mapping[str, Callable[[], Callable[[], None]]], device: th.device, repeats: int = 5
+) -> dict[str, Times]:
+    """`take_turns` of contestants that hold networks and optimizers, each made by a function.
+
+    On a GPU one after the other: together they would not fit its memory, and its speed drifts less than a CPU's.
+    """
+    if device.type == "cpu":
+        return take_turns({name: make() for name, make in makers.items()}, device, repeats)
+    times = {}
+    for name, make in makers.items():
+        times |= take_turns({name: make()}, device, repeats)
+        gc.collect()
+        th.cuda.empty_cache()
+    return times
 
 
 def wait_for(device: th.device) -> None:

@@ -15,7 +15,7 @@ from bench.ceiling import Ceiling
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.peer import MISSING, peer_of
-from bench.timing import take_turns
+from bench.timing import make_and_take_turns
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.objectives.curricula import ema_and_scales
@@ -35,14 +35,15 @@ def train_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats:
     per_image = forward_flops(spec.build(device), images)
     peer = peer_of(spec)
     for mode, passes in PASSES.items():
-        jobs = {
-            "plain fp32": plain_job(mode, spec, device, images),
-            **{f"toolkit {dtype}": toolkit_job(mode, spec, device, images, dtype) for dtype in ("fp32", "bf16")},
+        common = mode, spec, device, images
+        makers: dict[str, Callable[[], Callable[[], None]]] = {
+            "plain fp32": partial(plain_job, *common),
+            **{f"toolkit {dtype}": partial(toolkit_job, *common, dtype) for dtype in ("fp32", "bf16")},
         }
         if peer is not None:
-            jobs |= {f"diffusers' network {dtype}": toolkit_job(mode, spec, device, images, dtype, build=peer)
-                     for dtype in ("fp32", "bf16")}
-        times = take_turns(jobs, device, repeats)
+            makers |= {f"diffusers' network {dtype}": partial(toolkit_job, *common, dtype, build=peer)
+                       for dtype in ("fp32", "bf16")}
+        times = make_and_take_turns(makers, device, repeats)
         for name, each in times.items():
             dtype = name.split()[-1]
             lines.append(speed_line(

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from cm.config import plugins
-from cm.distributed.launchers import launcher_rank
+from cm.distributed.launchers import DEVICES, launcher_rank
 from cm.io import terminal
 
 FOREIGN_FLAGS = {
@@ -122,6 +122,13 @@ def with_names(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     named = [part for pair in zip(flags, arguments[:count]) for part in pair]
     return [*named, *arguments[min(count, len(flags)):]]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The flag --device, as `cm.config.schema.RunConfig` has it."""
+    parser.add_argument("--device", choices=tuple(DEVICES), default="auto",
+                        help="where each rank computes; auto: on a GPU if there is one, else on the CPU "
+                        "[default: auto]")
 
 
 def positive(word: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cm.config.flags import option
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
+from cm.distributed.launchers import DEVICES
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
                  "ito", "ablation", "flowmap")
@@ -156,6 +157,9 @@ class RunConfig(WeightsConfig):
     precision: str = option(
         "", "precision of the network; auto: bf16 if the hardware supports it efficiently; empty: set by use_fp16",
         choices=("", "auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = option(
+        "auto", "where each rank computes; auto: on a GPU if there is one, else on the CPU", choices=tuple(DEVICES)
     )
     compile: bool = option(
         False, "compile the networks before their first step: this takes seconds to minutes, later steps are faster; "

@@ -11,13 +11,11 @@ import torch as th
 from cm.distributed import launchers
 from cm.errors import UserError
 
-DEVICES = {"auto": "a GPU if there is one", "cuda": "a GPU", "cpu": "the CPU"}
-
 _wanted = "auto"
 
 
 def prefer(name: str) -> None:
-    """Set which of `DEVICES` the next call of `choose` uses.
+    """Set which of `launchers.DEVICES` the next call of `choose` uses.
 
     :raises UserError: for "cuda" where PyTorch sees no GPU.
     """

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from cm.errors import UserError
 from cm.registry import Table
 
+DEVICES = {"auto": "a GPU if there is one", "cuda": "a GPU", "cpu": "the CPU"}
+"""What a rank can be told to compute on -> what it then takes."""
 LOOPBACK = "127.0.0.1"
 BACKLOG = 4096
 """Connections that may wait at once: every rank's may."""

@@ -58,22 +58,25 @@ def set_device(name: str) -> None:
     :raises UserError: for another name, or for "cuda" where PyTorch sees no GPU.
     :raises RuntimeError: if `setup_dist` has already taken another device.
     """
-    lookup(devices.DEVICES, name, "device")
+    lookup(launchers.DEVICES, name, "device")
     if _job is not None and _job.ready and name not in ("auto", _job.device.type):
         raise RuntimeError(f"set_device({name!r}) must come before setup_dist, which has taken {_job.device}")
     devices.prefer(name)
 
 
-def setup_dist(timeout_s: float = TIMEOUT_S) -> None:
+def setup_dist(timeout_s: float = TIMEOUT_S, device: str | None = None) -> None:
     """Find the other ranks, take a device and a share of the cores, and open the process group. May be called again.
 
     Tried in this order: torch.distributed if it is already initialised; MPI, if an MPI launcher started the process;
     torchrun's variables; a single process. gloo sends tensors on the CPU, and NCCL those on GPUs.
 
     :param timeout_s: how long a collective waits for a missing rank before it fails.
+    :param device: see `set_device`, which is called first; None if the device is chosen already, or is "auto".
     :raises UserError: on every rank, if a launcher announces ranks that cannot be reached, if there are more ranks
-        than GPUs on a machine, or if only some ranks see a GPU.
+        than GPUs on a machine, if only some ranks see a GPU, or if there is none and "cuda" is wanted.
     """
+    if device is not None:
+        set_device(device)
     job = _join(timeout_s)
     if job.ready:
         return

@@ -150,6 +150,23 @@ def execute(command: Sequence[str], **variables: str) -> int:
             signal.signal(signum, handler)
 
 
+def ranks_to_start(wanted: int | None, *, on_cpu: int, at_most: int = sys.maxsize) -> int:
+    """How many ranks mpiexec starts; 0 for a single one, which is started without it.
+
+    :param wanted: the user's number; None for one rank per GPU.
+    :param on_cpu: the number on a machine without GPUs, if none is wanted.
+    :param at_most: the largest number that is chosen for the user.
+    :raises UserError: for a negative number.
+    """
+    if wanted is None:
+        from torch.cuda import device_count  # takes a second
+
+        wanted = min(device_count() or on_cpu, at_most)
+    if wanted < 0:
+        raise UserError(f"--ranks {wanted}: it must be at least 1")
+    return wanted if wanted > 1 else 0
+
+
 def mpiexec(ranks: int) -> list[str]:
     """The start of a command on several ranks, by the mpiexec of this Python environment if it has one.
 

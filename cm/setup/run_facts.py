@@ -26,7 +26,7 @@ COMMANDS: dict[bool, tuple[str, dict[str, Any]]] = {
     False: ("cm-distill", {"schedule_sampler": "uniform", "total_training_steps": 600_000}),
 }
 """Whether it is a diffusion model -> the command that trains it, and its defaults where they differ from the flags'."""
-OF_THE_MACHINE = ("log_dir", "checkpoint_dir", "resume", "log_formats")
+OF_THE_MACHINE = ("log_dir", "checkpoint_dir", "resume", "log_formats", "device")
 
 
 def facts_of(path: str) -> RunFacts:

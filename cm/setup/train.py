@@ -36,7 +36,7 @@ def train(settings: Settings) -> None:
 
     :raises UserError: on every rank, for flags that do not go together and files that cannot be used.
     """
-    dist.setup_dist(settings.values["timeout_seconds"])
+    dist.setup_dist(settings.values["timeout_seconds"], settings.values["device"])
     rules.resolve(settings, rules.TRAINING)
     if settings.dry_run:
         return dry_run(settings)

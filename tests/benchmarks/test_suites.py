@@ -10,10 +10,10 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from bench import children, launches, loading, objectives, peer, results, sample, scale, train
-from bench.ceiling import Ceiling
+from bench import children, launches, loading, objectives, peer, results, sample, scale, timing, train
+from bench.ceiling import Ceiling, published_speed
 from bench.evaluation import Sizes, eval_suite
-from bench.lines import Line, table
+from bench.lines import Line, speed_line, table
 from bench.network import NetworkSpec
 
 CPU = th.device("cpu")
@@ -47,6 +47,37 @@ def test_without_diffusers_a_line_says_so(monkeypatch):
     monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
     assert "diffusers is not installed" in table(train.train_suite(SPEC, CPU, CEILING, repeats=1))
+
+
+def test_on_a_gpu_one_contestant_is_there_at_a_time(monkeypatch):
+    """Five trainings of the ImageNet-64 network do not fit the memory of any."""
+    alive, most = [], []
+
+    class Contestant:
+        def __init__(self):
+            alive.append(self)
+
+        def __call__(self):
+            most.append(len(alive))
+
+    monkeypatch.setattr(timing, "wait_for", lambda device: None)
+    monkeypatch.setattr(th.cuda, "empty_cache", alive.clear)
+    times = timing.make_and_take_turns({name: Contestant for name in "abc"}, th.device("cuda"), 2)
+    assert [len(each.rounds) for each in times.values()] == [2, 2, 2] and set(most) == {1}
+    timing.make_and_take_turns({name: Contestant for name in "abc"}, CPU, 2)
+    assert max(most) == 3
+
+
+@pytest.mark.parametrize("gpu, speed", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("", None),
+    ("Tesla T4", None),
+])
+def test_mfu_is_of_the_speed_that_the_maker_states(gpu, speed):
+    ceiling = replace(CEILING, published=published_speed(gpu))
+    line, other = (speed_line("train", "edm", timing.Times((2.0,)), 4, 1e14, ceiling, dtype)
+                   for dtype in ("bf16", "fp32"))
+    assert line.mfu == (speed and 5e13 / speed) and other.mfu is None
+    assert ("MFU" in table([line])) == (speed is not None)
 
 
 def test_every_objective_has_a_line_and_the_weights_of_its_command():

@@ -339,7 +339,8 @@ def test_other_errors_get_no_hint(npz):
         next(stream)
 
 
-@pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(not th.cuda.is_available(), reason="pinned memory needs a GPU")
 def test_pinned_images_are_the_same(npz):
     plain, = take(1, data_dir=npz, batch_size=8)
     pinned, = take(1, data_dir=npz, batch_size=8, pin_memory=True)

@@ -376,6 +376,13 @@ def test_the_cpu_can_be_asked_for(gpus):
         dist.set_device("cuda")
 
 
+def test_setup_takes_the_device_that_a_command_was_told(gpus):
+    dist.setup_dist(device="cpu")
+    assert dist.dev() == th.device("cpu") and gpus == []
+    dist.setup_dist()                                       # by code that does not know of it
+    assert dist.dev() == th.device("cpu")
+
+
 def test_ranks_of_each_machine_count_from_its_first_gpu(gpus):
     ranks = [("left", ["a", "b"]), ("left", ["a", "b"]), ("right", ["a", "b"]), ("right", ["a", "b"])]
     assert [devices.choose(*rank_of(rank, ranks)).index for rank in range(4)] == [0, 1, 0, 1]

@@ -8,10 +8,11 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from cm.errors import UserError
 from cm.quickstart import stages
-from cm.quickstart.stages import Commands, Stage, execute, mpiexec, run_chain
+from cm.quickstart.stages import Commands, Stage, execute, mpiexec, ranks_to_start, run_chain
 
 
 def test_a_training_that_was_stopped_is_not_finished(tmp_path, monkeypatch, capsys):
@@ -74,6 +75,21 @@ def test_ranks_need_mpiexec(monkeypatch, capsys):
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command resumes from here\n"
     monkeypatch.setattr(stages.shutil, "which", lambda name: "/usr/bin/mpiexec")
     assert mpiexec(2) == ["mpiexec", "-n", "2"]
+
+
+@pytest.mark.parametrize("gpus, wanted, demo, quickstart", [
+    (0, None, 2, 0), (1, None, 0, 0), (2, None, 2, 2), (8, None, 2, 8), (1, 4, 4, 4), (8, 1, 0, 0), (8, 0, 0, 0),
+])
+def test_a_gpu_has_at_most_one_rank(monkeypatch, gpus, wanted, demo, quickstart):
+    """As the demo and quickstart ask; 0 is a start without mpiexec."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert ranks_to_start(wanted, on_cpu=2, at_most=2) == demo
+    assert ranks_to_start(wanted, on_cpu=1) == quickstart
+
+
+def test_ranks_are_no_negative_number():
+    with pytest.raises(UserError, match="--ranks -3: it must be at least 1"):
+        ranks_to_start(-3, on_cpu=2)
 
 
 def interrupted():

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "HYDI_", "OMPI_", "MPI_", "SLURM_", "MV2_", "TORCHELASTIC_", "GLOO_", "MASTER_")
-OWN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
-                 "OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI",
+OWN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENAI_LOGDIR",
+                 "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI",
                  "PYTHONUNBUFFERED")           # it splits a print into pieces, which mix with those of other ranks
 
 
