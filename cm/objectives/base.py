@@ -22,6 +22,8 @@ from cm.types import Batch, LossHistory, LossTerms, Networks, NoiseSource, Resul
 
 ONLINE = "online"
 """The role of the main network of a run: samples are drawn from its averages."""
+ENDLESS = 600_000
+"""The number of steps of a run without a given end, as in the published commands."""
 
 
 @dataclass(frozen=True)
@@ -220,12 +222,23 @@ class GridObjective(Objective):
         return {"target_ema": target_ema, "num_scales": num_scales}
 
 
+def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
+    """Where training ends, and what a schedule has to fit into: never after the learning rate has reached 0."""
+    total = total_training_steps or lr_anneal_steps or ENDLESS
+    return min(total, lr_anneal_steps) if lr_anneal_steps else total
+
+
+def length_of(values: Mapping[str, Any]) -> int:
+    """The number of steps of the run that resolved flags describe."""
+    return last_step(values["total_training_steps"], values.get("lr_anneal_steps", 0))
+
+
 def curriculum_of(values: Mapping[str, Any]) -> Curriculum:
     """The curriculum that resolved flags describe.
 
     :raises UserError: for values that cannot be combined.
     """
-    total = values["total_training_steps"]
+    total = length_of(values)
     if values["scale_mode"] == "doubling" and values["stage_steps"]:
         total = values["stage_steps"] * doublings(values["start_scales"], values["end_scales"])
     return ema_and_scales(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.networks.layers import without_autocast
 from cm.objectives.lpips import check_lpips_channels, lpips_network
 from cm.registry import lookup
 
@@ -65,7 +66,9 @@ def lpips(a: Tensor, b: Tensor) -> Tensor:
         a, b = (images.expand(-1, 3, -1, -1) for images in (a, b))
     if a.shape[-1] < 256:
         a, b = (F.interpolate(images, size=224, mode="bilinear", align_corners=False) for images in (a, b))
-    return lpips_network(a.device, a.dtype)((a + 1) / 2, (b + 1) / 2)
+    # bfloat16 features of neighbours on a grid of noise levels would differ by their rounding more than by themselves
+    with without_autocast(a.device):
+        return lpips_network(a.device, a.dtype)((a + 1) / 2, (b + 1) / 2)
 
 
 DISTANCES: dict[str, Distance] = {

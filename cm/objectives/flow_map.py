@@ -24,6 +24,7 @@ from cm.diffusion.denoiser import Diffusion
 from cm.errors import UserError
 from cm.networks.layers import without_autocast
 from cm.objectives import tangents
+from cm.objectives.base import length_of
 from cm.objectives.paths import PathObjective
 from cm.random_util import SharedDropout
 from cm.tensors import append_dims
@@ -139,7 +140,8 @@ class AlphaFlow(FlowMap):
     """The residual (u - sg(alpha v + (1 - alpha) u(y_m, m, r))) / alpha, where m = s - alpha (s - r) and y_m is
     y - (s - m) v.
 
-    Up to O(alpha), it equals MeanFlow's residual. alpha falls from 1 along a sigmoid during training, and stays above
+    Up to O(alpha), it equals MeanFlow's residual. Its gradient is that of u, as there: the gradient of its square is
+    that of the paper's |u - target|^2 / alpha. alpha falls from 1 along a sigmoid during training, and stays above
     alpha_end.
 
     :param alpha_steps: number of steps over which alpha falls.
@@ -152,7 +154,7 @@ class AlphaFlow(FlowMap):
 
     @classmethod
     def settings_of(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        return super().settings_of(values) | {"alpha_steps": values["alpha_steps"] or values["total_training_steps"]}
+        return super().settings_of(values) | {"alpha_steps": values["alpha_steps"] or length_of(values)}
 
     def alpha(self, step: int) -> float:
         """1 at the start, alpha_end at the end."""
@@ -165,7 +167,8 @@ class AlphaFlow(FlowMap):
             later = self.velocity(nets, batch, y - append_dims(s - m, y.ndim) * v, m, r)
         target = alpha * v + (1 - alpha) * later
         with masks:
-            return (self.velocity(nets, batch, y, s, r) - target) / alpha
+            u = self.velocity(nets, batch, y, s, r)
+        return (u.detach() - target) / alpha + (u - u.detach())
 
     def logs(self, step: int) -> dict[str, float]:
         return {"alpha": self.alpha(step)}

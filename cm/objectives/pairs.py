@@ -20,6 +20,7 @@ import torch as th
 from torch import Tensor
 
 from cm.errors import UserError
+from cm.objectives.base import length_of
 from cm.objectives.curricula import Curriculum
 from cm.types import NoiseSource
 
@@ -174,7 +175,7 @@ class ShrinkingPairs(Pairs):
     @classmethod
     def from_flags(cls, levels: Levels, curriculum: Curriculum, values: Mapping[str, Any]) -> Pairs:
         stages = values["stages"]
-        steps = values["stage_steps"] or max(1, math.ceil(values["total_training_steps"] / stages))
+        steps = values["stage_steps"] or math.ceil(length_of(values) / stages)
         return cls(values["p_mean"], values["p_std"], values["shrink_q"], values["shrink_k"], values["shrink_b"],
                    stages, steps)
 

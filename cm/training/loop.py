@@ -25,7 +25,7 @@ from cm.distributed.core_share import CoreWatch
 from cm.distributed.sharding import Sharding, partition
 from cm.io.progress import progress
 from cm.logging import logger
-from cm.objectives.base import ONLINE
+from cm.objectives.base import ONLINE, last_step
 from cm.random_util import SampleStreams, stream_seed
 from cm.training import non_finite, state
 from cm.training.config import LoopConfig, RunParts
@@ -42,9 +42,6 @@ from cm.training.same_run import require_same_run
 from cm.training.throughput import Ticks, status_line
 from cm.training.trained_network import TrainedNetwork
 from cm.types import Batch, LossTerms
-
-ENDLESS = 600_000
-"""The number of steps of a run without a given end, as in the published commands."""
 
 
 class TrainLoop:
@@ -406,12 +403,6 @@ class TrainLoop:
         for each in self.objective.companions:
             if each.origin == ONLINE and each.name in self.moving:
                 self.moving[each.name].copy_masters(self.trainer)
-
-
-def last_step(total_training_steps: int, lr_anneal_steps: int) -> int:
-    """The last step of training: never after the learning rate has reached 0."""
-    total = total_training_steps or lr_anneal_steps or ENDLESS
-    return min(total, lr_anneal_steps) if lr_anneal_steps else total
 
 
 def as_batch(item: Any, images_seen: int, rank: int, world_size: int) -> Batch:

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from cm.config.objective_schema import ConsistencyConfig
+from cm.objectives.base import last_step
+from cm.objectives.consistency import ConsistencyTraining
 from cm.objectives.curricula import EMA_MODES, SCALE_MODES, ema_and_scales
+from cm.objectives.ect import ECT
+from cm.objectives.flow_map import AlphaFlow
+from cm.objectives.ict import ICT
 from support.gaussian import stored
+from support.objectives import objective_of
 
 
 @cache
@@ -101,6 +107,32 @@ def test_combinations_of_modes(combination, verdict):
 def test_errors_come_at_construction(changes, message):
     with pytest.raises(ValueError, match=message):
         ema_and_scales(**{**VALID, **changes})
+
+
+def test_where_training_ends():
+    assert [last_step(*case) for case in [(5, 0), (0, 7), (0, 0), (15, 5), (5, 15)]] == [5, 7, 600_000, 5, 5]
+
+
+SHORT, LONG = ("--lr_anneal_steps", "4000"), ("--total_training_steps", "0")
+
+
+@pytest.mark.parametrize("kind, name, argv, shares, expected", [
+    (ECT, "ect", SHORT, (0, 0.5, 1), [{"stage": 0}, {"stage": 4}, {"stage": 7}]),
+    (ECT, "ect", LONG, (0, 0.5, 1), [{"stage": 0}, {"stage": 4}, {"stage": 7}]),
+    (ICT, "ict", SHORT, (0, 0.5, 1), [{"num_scales": 11}, {"num_scales": 161}, {"num_scales": 1281}]),
+    (ICT, "ict", LONG, (0, 0.5, 1), [{"num_scales": 11}, {"num_scales": 161}, {"num_scales": 1281}]),
+    (AlphaFlow, "alphaflow", SHORT, (0.5, 1), [{"alpha": 0.5}, {"alpha": 0.005}]),
+    (AlphaFlow, "alphaflow", LONG, (0.5, 1), [{"alpha": 0.5}, {"alpha": 0.005}]),
+    (ConsistencyTraining, "consistency_training",
+     (*SHORT, "--scale_mode", "progressive", "--start_scales", "2", "--end_scales", "150", "--loss_norm", "l2"),
+     (0, 1), [{"target_ema": 0, "num_scales": 2}, {"target_ema": 0, "num_scales": 151}]),
+])
+def test_a_schedule_fits_into_the_steps_that_the_run_takes(kind, name, argv, shares, expected):
+    """It ends with the learning rate, or with the endless run that no length stands for."""
+    objective, values = objective_of(kind, "--training_mode", name, *argv)
+    end = 4000 if argv is not LONG else 600_000
+    assert last_step(values["total_training_steps"], values["lr_anneal_steps"]) == end
+    assert [objective.logs(int(share * end)) for share in shares] == expected
 
 
 def test_the_flags_offer_the_tables():

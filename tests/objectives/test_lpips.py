@@ -132,6 +132,23 @@ def test_it_is_the_lpips_of_piq(installed):
     assert th.equal(network(a, b), original(a, b))
 
 
+def test_under_autocast_it_is_the_same_number(monkeypatch):
+    """Of images that differ by less than bfloat16 resolves, as neighbours on a grid of noise levels do."""
+    monkeypatch.setattr(distances, "lpips_network", lambda device, dtype: network)
+    kernel = th.randn(8, 3, 3, 3, generator=th.Generator().manual_seed(0))
+
+    def network(a, b):
+        return (F.conv2d(a, kernel) - F.conv2d(b, kernel)).square().mean((1, 2, 3))
+
+    a = images(256, dtype=th.float32)[0].requires_grad_(True)
+    b = a.detach() + 1e-3 * th.ones_like(a)
+    plain = distances.lpips(a, b)
+    with th.autocast("cpu", dtype=th.bfloat16):
+        cast = distances.lpips(a, b)
+    assert th.equal(cast, plain)
+    assert th.equal(*(th.autograd.grad(value.sum(), a)[0] for value in (cast, plain)))
+
+
 @pytest.mark.parametrize("side, seen", [(8, 224), (64, 224), (256, 256)])
 def test_the_distance_enlarges_small_images_and_shifts_their_range(monkeypatch, side, seen):
     given = []

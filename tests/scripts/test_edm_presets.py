@@ -33,6 +33,8 @@ def test_published_runs(name, arch):
     argv = ["--config", str(CONFIGS / f"{name}.yaml"), *(["--arch", "ncsnpp"] if arch == "ncsnpp" else [])]
     settings = parse("", ModelConfig, DiffusionConfig, DataConfig, TrainConfig, RunConfig, argv=argv)
     assert recipe.items() <= settings.values.items() and settings.values["arch"] == arch
+    numbers = 3 * settings.values["image_size"] ** 2                # over which EDM's loss is a sum, and ours a mean
+    assert settings.values["adam_eps"] * numbers == pytest.approx(1e-8, rel=2e-3)
     with th.device("meta"):
         model = model_from(settings)
     assert round(sum(param.numel() for param in model.parameters()) / 1e6, 2) == millions

@@ -35,6 +35,15 @@ COMMON = {"dropout": 0.0, "weight_schedule": "uniform", "optimizer": "radam", "w
 CD = COMMON | {"training_mode": "consistency_distillation", "target_ema_mode": "fixed", "scale_mode": "fixed"}
 CT = COMMON | {"training_mode": "consistency_training", "target_ema_mode": "adaptive", "scale_mode": "progressive",
                "start_scales": 2, "loss_norm": "lpips", "teacher_model_path": ""}
+
+
+def summed(side: int) -> dict[str, float]:
+    """Clipping at 1 and Adam's eps of 1e-8 of a loss that is a sum over the numbers of an image, for one that is their
+    mean; to three digits.
+    """
+    return {name: float(f"{value / (3 * side**2):.3g}") for name, value in (("grad_clip", 1), ("adam_eps", 1e-8))}
+
+
 # The authors' runs: EDM's with a term more (2302.09057, 2302.00670), and DDPM's (2312.12431).
 EDM_RUN = {"objective": "", "precond": "edm", "optimizer": "adam", "lr": 1e-3, "global_batch_size": 512,
            "dropout": 0.13, "augment": 0.12, "total_kimg": 200_000, "ema_halflife_kimg": 500}
@@ -42,13 +51,13 @@ DENOISERS = {
     "cdm_cifar10": EDM_RUN | {"objective": "cdm", "arch": "ddpmpp", "martingale_lambda": 10, "martingale_steps": 6},
     "stf_cifar10": EDM_RUN | {"objective": "stf", "arch": "ncsnpp", "num_references": 4096},
     "sadpm_cifar10": {"objective": "sadpm", "precond": "ddpm", "arch": "unet", "optimizer": "adam", "lr": 2e-4,
-                      "global_batch_size": 128, "num_consecutive_steps": 2, "sa_lambda": 0.2, "grad_clip": 1.0},
+                      "global_batch_size": 128, "num_consecutive_steps": 2, "sa_lambda": 0.2, **summed(32)},
 }
 for data, dropout in (("ffhq64", 0.05), ("afhqv2", 0.25)):
     DENOISERS[f"cdm_{data}"] = DENOISERS["cdm_cifar10"] | {
         "lr": 2e-4, "global_batch_size": 256, "augment": 0.15, "dropout": dropout}
 for data, sa_lambda in (("celeba64", 1.0), ("ffhq64", 0.5), ("afhqv2", 0.2)):
-    DENOISERS[f"sadpm_{data}"] = DENOISERS["sadpm_cifar10"] | {"sa_lambda": sa_lambda, "image_size": 64}
+    DENOISERS[f"sadpm_{data}"] = DENOISERS["sadpm_cifar10"] | {"sa_lambda": sa_lambda, "image_size": 64, **summed(64)}
 TABLE_3 = {
     "cd_cifar10": CD | {"lr": 4e-4, "global_batch_size": 512, "start_ema": 0.0, "start_scales": 18, "use_fp16": False,
                         "total_training_steps": 800_000},

@@ -14,7 +14,7 @@ from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.script_util import create_model
 from cm.train_util import TrainLoop
-from cm.training.loop import as_batch, last_step
+from cm.training.loop import as_batch
 from cm.types import Batch
 from support.commands import curve
 from support.mpi import program
@@ -141,10 +141,6 @@ def test_learning_rate_falls_to_zero_and_never_below(images, tmp_path):
         training.run_step(as_batch(next(training.data), training.step, 0, 1))
         rates.append(training.opt.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-
-
-def test_where_training_ends():
-    assert [last_step(*case) for case in [(5, 0), (0, 7), (0, 0), (15, 5), (5, 15)]] == [5, 7, 600_000, 5, 5]
 
 
 def test_checkpoints_are_plain_float32_state_dicts(images, tmp_path):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import numpy as np
 
 from cm.training.loop import as_batch
+from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import rampup
 from support.training import loop
 
@@ -107,3 +108,24 @@ def test_the_learning_rate_falls_with_the_root_of_the_step(images, tmp_path):
         rates.append(training.opt.param_groups[0]["lr"])
     np.testing.assert_allclose(rates, [1e-3, 1e-3, 1e-3, 5e-4], rtol=1e-12)
     assert decay(10**9, 0) == 1
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_mean_over_pixels_learns_as_their_sum_does_with_eps_and_clipping_over_their_number(grad_clip):
+    """What the presets of EDM, EDM2 and SA-DPM, whose published losses are sums, rely on."""
+    n, inputs = 12288, th.randn(2, 8, generator=th.Generator().manual_seed(0), dtype=th.float64)
+
+    def weights_after(reduce, divisor):
+        model = th.nn.Linear(8, n, bias=False, dtype=th.float64)
+        th.nn.init.constant_(model.weight, 0.1)
+        trainer = MixedPrecisionTrainer(model=model, grad_clip=grad_clip / divisor)
+        opt = make_optimizer("adam", trainer.master_params, lr=1e-3, weight_decay=0.0, eps=1e-8 / divisor)
+        for step in range(5):
+            trainer.zero_grad()
+            trainer.backward(1e-4 * reduce((model(inputs) - step).square()))
+            trainer.optimize(opt)
+        return model.weight.detach()
+
+    published, ours, wrong = (weights_after(*way) for way in ((th.sum, 1), (th.mean, 2 * n), (th.mean, 1)))
+    th.testing.assert_close(ours, published, rtol=1e-9, atol=0)
+    assert (wrong - published).abs().max() > 1e-4
