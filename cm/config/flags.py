@@ -97,6 +97,14 @@ class Settings:
         """Whether the command line, a file or a checkpoint sets the flag."""
         return name in self.given
 
+    def is_typed(self, name: str) -> bool:
+        """Whether the command line sets the flag: a file may hold every flag of another run."""
+        return self.provenance(name) == Provenance.COMMAND_LINE
+
+    def spelling(self, name: str) -> str:
+        """The flag as a message names it: as it was typed, which may be an alias, or else --name."""
+        return str(self.given[name]) if self.is_typed(name) else f"--{name}"
+
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
         return kind(**{name: self.values[name] for name in defaults_of(kind)})
