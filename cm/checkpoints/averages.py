@@ -10,7 +10,8 @@ import os
 import re
 
 from cm.checkpoints import manifest
-from cm.checkpoints.manifest import Checkpoint, parse_name
+from cm.checkpoints.file_names import parse_name
+from cm.checkpoints.manifest import Checkpoint
 from cm.logging import logger
 
 TOO_MUCH = 0.05

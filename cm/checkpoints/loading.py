@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names, manifest
 from cm.checkpoints.formats import FORMATS, ddim_unet
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
@@ -108,7 +108,7 @@ def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
     if not storage.exists(path):
         return "", None
     kind = format_of(path) or "file of weights"
-    return kind, None if os.path.isdir(path) and not manifest.parse_name(path) else manifest.beside(path)
+    return kind, None if os.path.isdir(path) and not file_names.parse_name(path) else manifest.beside(path)
 
 
 def format_of(path: str) -> str:

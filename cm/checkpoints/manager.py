@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, leftovers, manifest
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -122,11 +122,11 @@ class CheckpointManager:
 
     def _own_steps(self) -> list[int]:
         """The steps that this run has saved, ascending. Those of other runs may lie beside them."""
-        found = manifest.steps(self.directory)
+        found = file_names.steps(self.directory)
         for step in found:
             if step not in self._runs:
                 try:
-                    path = storage.join(self.directory, manifest.manifest_name(step))
+                    path = storage.join(self.directory, file_names.manifest_name(step))
                     self._runs[step] = manifest.read(path).run
                 except UserError as error:
                     logger.warn(f"the files of step {step} are kept, despite --keep_checkpoints: {error}")
@@ -145,7 +145,7 @@ def resolve_resume(
     :raises UserError: as `CheckpointManager.find`.
     """
     if not looks_only:
-        manifest.remove_partial(directory)
+        leftovers.remove_partial(directory)
     own = manifest.newest(directory, verify)
     if own and resume == "never":
         raise UserError(
@@ -154,7 +154,7 @@ def resolve_resume(
         )
     path = storage.absolute(resume)
     if resume in ("auto", "never") or path == storage.absolute(directory):
-        if own is None and resume != "never" and manifest.steps(directory):
+        if own is None and resume != "never" and file_names.steps(directory):
             raise UserError(
                 f"{directory} holds checkpoints, but none that a run can resume from (the warnings above say what is "
                 "wrong with each): restore one from a copy, choose another --log_dir, or start again here with "
@@ -182,7 +182,7 @@ def _refuse_left_run(directory: str, log_dir: str) -> None:
     try:
         config = budget.read_json(os.path.join(log_dir, CONFIG), budget.SETTINGS)
         before = str(config.get("checkpoint_dir") or log_dir)
-        is_left = storage.absolute(before) != storage.absolute(directory) and bool(manifest.steps(before))
+        is_left = storage.absolute(before) != storage.absolute(directory) and bool(file_names.steps(before))
     except (OSError, UserError, ValueError, AttributeError):
         return                                              # no run, or none that can be read
     if is_left:
@@ -195,9 +195,9 @@ def _refuse_left_run(directory: str, log_dir: str) -> None:
 
 def archive_after(directory: str, step: int) -> None:
     """Rename the checkpoints after `step`, which are no longer part of the run, to names ending in .aside."""
-    for later in manifest.steps(directory):
+    for later in file_names.steps(directory):
         if later > step:
-            path = storage.join(directory, manifest.manifest_name(later))
+            path = storage.join(directory, file_names.manifest_name(later))
             storage.rename(path, path + ".aside")
             logger.log(f"going back to step {step}: {path} is now {path}.aside")
 
@@ -216,7 +216,7 @@ def _thin(directory: str, step: int, milestone_interval: int) -> None:
 
     :raises UserError: if its manifest cannot be read.
     """
-    checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
+    checkpoint = manifest.read(storage.join(directory, file_names.manifest_name(step)))
     if not checkpoint.can_resume():
         return
     is_milestone = milestone_interval > 0 and step % milestone_interval == 0
@@ -227,9 +227,9 @@ def _thin(directory: str, step: int, milestone_interval: int) -> None:
     else:
         storage.rename(checkpoint.manifest, going)
     for file in checkpoint.files.keys() - kept.keys():
-        parsed = manifest.parse_name(file)
+        parsed = file_names.parse_name(file)
         if parsed and parsed[1] == step:            # a manifest that was written by others may list any file
-            manifest.remove_part(storage.join(directory, file))
+            leftovers.remove_part(storage.join(directory, file))
     storage.remove(going)
 
 

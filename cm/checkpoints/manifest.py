@@ -12,60 +12,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from cm.checkpoints import dcp, serialization
+from cm.checkpoints.file_names import MANIFEST, file_name, manifest_name, parse_name, steps
+from cm.checkpoints.leftovers import give_up
 from cm.data import class_names
 from cm.data.class_names import ClassNames
 from cm.errors import UserError
 from cm.io import budget, storage, untrusted
-from cm.io.atomic import PARTIAL, written_for
+from cm.io.atomic import PARTIAL
 from cm.logging import logger
 
 FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
 CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
-MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(
-    r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_(?:power|posthoc)?[\d.]+(?:kimg)?_)(\d{6,})\.(?:pt|dcp)"
-)
-
-
-def file_name(name: str, step: int, suffix: str = ".pt") -> str:
-    """('model', 10) -> 'model000010.pt'; ('ema_0.9999', 10) -> 'ema_0.9999_000010.pt'."""
-    return f"{name}_{step:06d}{suffix}" if name.startswith("ema_") else f"{name}{step:06d}{suffix}"
-
-
-def parse_name(path: str) -> tuple[str, int] | None:
-    """The inverse of `file_name`; None for a file of another name. Folders do not matter."""
-    match = WEIGHTS.fullmatch(os.path.basename(path))
-    return (match[1].removesuffix("_"), int(match[2])) if match else None
-
-
-def manifest_name(step: int) -> str:
-    """10 -> 'checkpoint_000010.json'."""
-    return f"checkpoint_{step:06d}.json"
-
-
-def belongs(name: str) -> bool:
-    """Whether a file of that name is one of a checkpoint."""
-    return bool(MANIFEST.fullmatch(name) or parse_name(name))
-
-
-def final_name(name: str) -> str:
-    """The name that a file will have once it is complete; its own if it is."""
-    return (written_for(name) or name).removesuffix(PARTIAL)
-
-
-def list_files(directory: str) -> list[str]:
-    """Names of all files of checkpoints there, complete or not."""
-    return [name for name in storage.list_names(directory) if belongs(final_name(name))]
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """One complete step of a run."""
@@ -206,13 +170,6 @@ def _begin(directory: str, step: int, needed: int) -> None:
         storage.write_bytes(storage.join(directory, manifest_name(step) + PARTIAL), b"")
 
 
-def give_up(directory: str, step: int, files: Iterable[str]) -> None:
-    """Leave nothing of a save that failed: what nobody can use must not fill a full disk."""
-    for path in (*files, manifest_name(step) + PARTIAL):
-        with contextlib.suppress(Exception):
-            remove_part(storage.join(directory, path))
-
-
 def save_failure(directory: str, step: int, needed: int, error: Exception) -> UserError:
     """The message of a checkpoint that cannot be written."""
     free = storage.free_bytes(directory)
@@ -307,11 +264,6 @@ def _check_files(files: dict[str, dict[str, Any]]) -> None:
                 raise ValueError(f"{untrusted.shown(name)} holds files of other names")
 
 
-def steps(directory: str) -> list[int]:
-    """The steps that have a manifest, ascending."""
-    return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))
-
-
 def newest(directory: str, verify: bool = True) -> Checkpoint | None:
     """The newest complete checkpoint of a folder, None without one; damaged ones are skipped with a warning.
 
@@ -371,39 +323,3 @@ def beside(path: str) -> Checkpoint | None:
         return None
     manifest = storage.join(os.path.dirname(path), manifest_name(parsed[1]))
     return read(manifest) if storage.exists(manifest) else None
-
-
-def remove_partial(directory: str) -> None:
-    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
-
-    Files of other programs stay, whatever their names end in, and so do folders.
-    """
-    if storage.is_remote(directory):
-        return
-    complete, names = set(steps(directory)), storage.list_names(directory)
-    unfinished = {
-        int(match[1]) for name in names
-        if (match := MANIFEST.fullmatch(final_name(name))) and is_file(os.path.join(directory, name))
-    } - complete
-    for name in names:
-        parsed, final = parse_name(name), final_name(name)
-        path = os.path.join(directory, name)
-        is_left = (final != name and belongs(final)) or (parsed and parsed[1] in unfinished)
-        if is_left and (is_file(path) or name.endswith(dcp.SUFFIX)):
-            try:
-                remove_part(path)
-            except OSError as error:                        # superfluous files are no reason to end a run
-                logger.warn(f"cannot remove {path}, left by an interrupted save: {error.strerror}")
-
-
-def remove_part(path: str) -> None:
-    """Remove a file, or a folder of shares, of a checkpoint.
-
-    :raises OSError, UserError: if that cannot be done.
-    """
-    dcp.remove(path) if path.endswith(dcp.SUFFIX) else storage.remove(path)
-
-
-def is_file(path: str) -> bool:
-    """Whether a file or a link lies there, and no folder."""
-    return os.path.islink(path) or not os.path.isdir(path)

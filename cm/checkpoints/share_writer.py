@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names, leftovers, manifest
 from cm.checkpoints.dcp import Piece, Share
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.manifest import Checkpoint
@@ -90,7 +90,7 @@ class ShareWriter:
     def _complete(self, pending: Pending, outcomes: list[dict[str, Share] | str]) -> None:
         """Make the checkpoint exist, or leave nothing of it; on rank 0."""
         step = pending.checkpoint.step
-        folders = {name: manifest.file_name(name, step, dcp.SUFFIX) for name in pending.parts}
+        folders = {name: file_names.file_name(name, step, dcp.SUFFIX) for name in pending.parts}
         paths = {name: storage.join(self.manager.directory, folder) for name, folder in folders.items()}
         try:
             for outcome in outcomes:
@@ -101,7 +101,7 @@ class ShareWriter:
                 folders[name]: dcp.complete(path, [each[name] for each in shares]) for name, path in paths.items()
             }
         except UserError as error:
-            manifest.give_up(self.manager.directory, step, folders.values())
+            leftovers.give_up(self.manager.directory, step, folders.values())
             raise manifest.save_failure(self.manager.directory, step, pending.needed, error) from error
         self.manager.write(pending.checkpoint, pending.plain, written)
 
@@ -113,7 +113,7 @@ def prepare(directory: str, step: int, parts: list[str], needed: int) -> None:
     """
     manifest.begin(directory, step, needed)
     for name in parts:
-        folder = storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX))
+        folder = storage.join(directory, file_names.file_name(name, step, dcp.SUFFIX))
         dcp.remove(folder)                                  # of an earlier attempt, on more ranks
         storage.make_folder(folder)
 
@@ -128,5 +128,5 @@ def write_shares(directory: str, step: int, parts: Parts, rank: int) -> dict[str
 
     :raises UserError: if it cannot be written.
     """
-    names = {name: storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX)) for name in parts}
+    names = {name: storage.join(directory, file_names.file_name(name, step, dcp.SUFFIX)) for name in parts}
     return {name: dcp.write_share(names[name], rank, pieces) for name, pieces in parts.items()}

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import loading, manifest
+from cm.checkpoints import file_names, loading, manifest
 from cm.checkpoints.averages import TOO_MUCH
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
@@ -187,15 +187,15 @@ class Evaluation:
         """Save the average that was measured, then name it, then remove the one that was best before."""
         folder, name = self.folder(), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
-        before = manifest.list_files(folder)
+        before = file_names.list_files(folder)
         kept = manifest.save(
             folder, loop.step, {name: average}, loop.flags, loop.images_seen, classes=loop.checkpoints.class_names,
             initial_weight={name: state.initial_weights(loop)[name]},
         )
-        file = manifest.file_name(name, loop.step)
+        file = file_names.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)
-        for old in set(before) - {*kept.files, manifest.manifest_name(loop.step)}:
+        for old in set(before) - {*kept.files, file_names.manifest_name(loop.step)}:
             os.remove(os.path.join(folder, old))
 
     def state_dict(self) -> dict[str, Any]:

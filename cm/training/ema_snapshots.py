@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.checkpoints.manager import archive_after
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -108,8 +108,8 @@ def find_snapshots(run: str) -> list[Snapshot]:
     """
     found: dict[tuple[int, str], Snapshot] = {}
     for folder in (run, storage.join(run, FOLDER)):
-        for step in manifest.steps(folder):
-            checkpoint = manifest.read(storage.join(folder, manifest.manifest_name(step)))
+        for step in file_names.steps(folder):
+            checkpoint = manifest.read(storage.join(folder, file_names.manifest_name(step)))
             for name in checkpoint.names():
                 if name.startswith(f"ema_{POWER}"):
                     found[step, name] = Snapshot(checkpoint, name)

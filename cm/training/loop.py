@@ -15,7 +15,7 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter
@@ -316,7 +316,7 @@ class TrainLoop:
     def _saved_so_far(self) -> str:
         """The state of the checkpoints if the run ends now; call it on one rank."""
         directory = self.checkpoints.directory
-        if manifest.steps(directory):
+        if file_names.steps(directory):
             return f"the newest checkpoint in {directory} is good"
         return f"no checkpoint has been saved in {directory} yet"
 
@@ -393,7 +393,7 @@ class TrainLoop:
     def _start_from(self, path: str) -> None:
         """Load the weights of another run, and its optimizer, averages and step if they are next to them."""
         beside = dist.on_main(manifest.beside, path)
-        if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
+        if beside and file_names.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
             state.load_state_dict(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}, with a new optimizer and new averages")
