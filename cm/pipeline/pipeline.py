@@ -25,7 +25,7 @@ from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.data.class_names import number_of_name
 from cm.errors import UserError
-from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke
+from cm.generate.editing import EDITS, Denoise, Edit, Inpaint, Stroke, SuperRes
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, run_picture_edit
@@ -47,7 +47,7 @@ from cm.setup.sampler import sampler_of, sampler_options
 SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 LEVELS = 40
 """Noise levels of the grid for several steps of a consistency model; the published number."""
-EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
+TASKS = tuple(name for name in EDITS if name != "interpolate")      # which is between samples
 FACTOR, SIGMA = 8, 0.5
 TASKS_OF = {"mask": ("inpaint",), "factor": ("superres",), "sigma": ("stroke", "denoise")}
 """Argument of an edit -> the tasks that use it."""
@@ -174,13 +174,13 @@ class Pipeline:
         """
         _check_output(output)
         _check_options(options, labels)
-        lookup(EDITS, task, "task")
+        lookup(dict.fromkeys(TASKS), task, "task")
         self._check_parts(task, mask, factor, sigma)
         all_levels = LEVELS - 1 if self._kind.sampler == "onestep" and "ts" not in options else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
         decoder = self._decoder(settings)
         if decoder is not None:
-            check_latent_task(task, EDITS, "task")
+            check_latent_task(task, TASKS, "task")
         plan = replace(sampling_plan(settings), decoder=decoder)
         known = to_tensor(images, plan.side, plan.result_channels)
         check_range(known, noisy=task == "denoise")
@@ -346,11 +346,13 @@ def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float
     if task == "inpaint":
         if mask is None:
             raise UserError("inpaint needs mask: [H,W], 1 or white where a pixel is known, 0 where it is filled in")
-        return CONSTRAINTS[task](images, th.as_tensor(known_pixels(mask)))
+        return Inpaint(images, th.as_tensor(known_pixels(mask)))
     if task == "superres":
-        return CONSTRAINTS[task](images, factor)
-    if task in ("stroke", "denoise"):
-        return EDITS[task](images, sigma)
+        return SuperRes(images, factor)
+    if task == "stroke":
+        return Stroke(images, sigma)
+    if task == "denoise":
+        return Denoise(images, sigma)
     return EDITS[task](images)
 
 
