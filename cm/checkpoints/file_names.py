@@ -20,7 +20,7 @@ def file_name(name: str, step: int, suffix: str = ".pt") -> str:
 
 
 def parse_name(path: str) -> tuple[str, int] | None:
-    """The inverse of `file_name`; None for a file of another name. Folders do not matter."""
+    """The inverse of `file_name`, from a name or a path; None for any other file."""
     match = WEIGHTS.fullmatch(os.path.basename(path))
     return (match[1].removesuffix("_"), int(match[2])) if match else None
 
@@ -31,20 +31,20 @@ def manifest_name(step: int) -> str:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of that name is one of a checkpoint."""
+    """Whether a file of this name belongs to a checkpoint."""
     return bool(MANIFEST.fullmatch(name) or parse_name(name))
 
 
 def final_name(name: str) -> str:
-    """The name that a file will have once it is complete; its own if it is."""
+    """The name that an unfinished file will have when it is complete; the name itself for any other file."""
     return (written_for(name) or name).removesuffix(PARTIAL)
 
 
 def list_files(directory: str) -> list[str]:
-    """Names of all files of checkpoints there, complete or not."""
+    """Names of all files of checkpoints in a folder, complete or not."""
     return [name for name in storage.list_names(directory) if belongs(final_name(name))]
 
 
 def steps(directory: str) -> list[int]:
-    """The steps that have a manifest, ascending."""
+    """The steps with a manifest in a folder, ascending."""
     return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))

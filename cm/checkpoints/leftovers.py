@@ -1,4 +1,4 @@
-"""Removes what a save leaves that failed or was killed."""
+"""Removes the files of a save that failed or was killed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cm.logging import logger
 
 
 def give_up(directory: str, step: int, files: Iterable[str]) -> None:
-    """Leave nothing of a save that failed: what nobody can use must not fill a full disk."""
+    """Remove the files of a save that failed, so that they do not fill the disk."""
     for path in (*files, manifest_name(step) + PARTIAL):
         with contextlib.suppress(Exception):
             remove_part(storage.join(directory, path))
 
 
 def remove_partial(directory: str) -> None:
-    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
+    """Remove the files of a save that was killed: unfinished files, and complete ones without a manifest.
 
-    Files of other programs stay, whatever their names end in, and so do folders.
+    Files of other programs and other folders are kept, whatever their names are.
     """
     if storage.is_remote(directory):
         return
@@ -39,18 +39,18 @@ def remove_partial(directory: str) -> None:
         if is_left and (is_file(path) or name.endswith(dcp.SUFFIX)):
             try:
                 remove_part(path)
-            except OSError as error:                        # superfluous files are no reason to end a run
+            except OSError as error:                        # a run need not end because of superfluous files
                 logger.warn(f"cannot remove {path}, left by an interrupted save: {error.strerror}")
 
 
 def remove_part(path: str) -> None:
-    """Remove a file, or a folder of shares, of a checkpoint.
+    """Remove a file of a checkpoint, or a folder to which all ranks have written.
 
-    :raises OSError, UserError: if that cannot be done.
+    :raises OSError, UserError: if it cannot be removed.
     """
     dcp.remove(path) if path.endswith(dcp.SUFFIX) else storage.remove(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether a file or a link lies there, and no folder."""
+    """Whether the path is a file or a link, not a folder."""
     return os.path.islink(path) or not os.path.isdir(path)

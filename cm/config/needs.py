@@ -80,7 +80,7 @@ NEEDS_OF_DATA = (
     Need("single_images", ("cache_gib",)),
     Need("shards", ("shuffle_window",)),
 )
-"""Those that are only known when the data are open."""
+"""Rows whose facts are known only after the data set has been opened."""
 
 ELSEWHERE = (
     "learn_sigma", "null_class", "augment_dim",
@@ -115,14 +115,14 @@ ALWAYS = (
 
 
 class Atom(NamedTuple):
-    """A part of a condition: that a flag or a fact has one of some values, or none of them; without any, is set."""
+    """One part of a condition: a flag or a fact has one of these values, or none of them; without values, it is set."""
 
     name: str
     values: tuple[str, ...] = ()
     excluded: bool = False
 
     def holds(self, known: Mapping[str, Any]) -> bool:
-        """Whether it is so, as far as what is known says."""
+        """Whether the condition is met by these flags and facts."""
         value = known[self.name]
         return (str(value) in self.values) != self.excluded if self.values else bool(value)
 
@@ -150,7 +150,9 @@ def atoms_of(condition: str) -> tuple[list[Atom], bool]:
 
 
 def missing(condition: str, known: Mapping[str, Any]) -> list[Atom]:
-    """The parts of a condition of which one more, or each, would have to hold; none if it holds or cannot be judged.
+    """The parts of a condition that are not met; empty if the condition is met or cannot be judged.
+
+    If the parts are joined by "or", one of those that are returned would be enough.
 
     :param known: flags and facts -> their values.
     """

@@ -52,7 +52,7 @@ FACTOR, SIGMA = 8, 0.5
 TASKS_OF = {"mask": ("inpaint",), "factor": ("superres",), "sigma": ("stroke", "denoise")}
 """Argument of an edit -> the tasks that use it."""
 ELSEWHERE = {"num_samples": "count", "model_path": "cm.load", "training_mode": "cm.load"}
-"""Flags of image_sample.py -> what a pipeline has instead."""
+"""Flags of image_sample.py that have another name in a pipeline -> that name."""
 
 
 Labels = int | str | Sequence[int] | Sequence[str]
@@ -75,7 +75,7 @@ class Pipeline:
         self._guides: dict[tuple[Any, ...], BindsNetworks] = {}
         self._computes: AbstractContextManager = at_precision(model, precision)
 
-    # --- what it is ----------------------------------------------------------------------------------------------
+    # --- properties ----------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Pipeline:
         return self._guides[asked]
 
     def _decoder(self, settings: Settings) -> Decoder | None:
-        """The decoder that the options select; it is loaded only once."""
+        """The decoder of latents that the options select; it is loaded only once."""
         asked = json.dumps([settings.values[name] for name in defaults_of(VaeConfig)])
         if asked not in self._decoders:
             self._decoders[asked] = load_decoder(settings, self.device)
@@ -313,7 +313,7 @@ class Pipeline:
 
 
 def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The flags for a number of steps, if no sampler is given.
+    """The options, with a sampler and its steps if the user gave no sampler.
 
     For a consistency model `steps` is the number of evaluations: one step, or evenly spaced levels of its grid.
 
@@ -362,7 +362,7 @@ def batches(count: int, size: int) -> list[np.ndarray]:
 
 
 def finite(images: Tensor, plan: SamplingPlan) -> Tensor:
-    """The images themselves.
+    """The images, unchanged.
 
     :raises UserError: if some are not finite, unless the plan allows them.
     """
