@@ -17,13 +17,14 @@ __version__ = "0.2.0"
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Pipeline:
-    """A trained model of any format that the toolkit reads.
+    """Load a trained model from any format that the toolkit reads.
 
     :param path: a file of weights, the folder of a run, a safetensors file or a folder that `Pipeline.save` wrote, a
-        pickle of EDM, a folder of diffusers, or an address of a file.
+        pickle of EDM, a folder of diffusers, or the URL of a file.
     :param options: see `cm.pipeline.loading.load_pipeline`: precision, device, and flags of the network.
-    :return: what samples, edits and saves.
-    :raises UserError: if there is no such file, it is damaged, or it leaves something open that no option says.
+    :return: the model, with methods to sample, edit and save.
+    :raises UserError: if there is no such file, it is damaged, or neither the file nor an option has a flag of the
+        network that is needed.
     """
     from cm.pipeline.loading import load_pipeline  # torch is slow to import, and --help does without it
 
@@ -35,7 +36,7 @@ def train(log_dir: str | os.PathLike[str], **flags: Any) -> Pipeline:
 
     :param log_dir: folder of the run.
     :param flags: see `cm.pipeline.training.train_model`: training_mode, and those of edm_train.py and cm_train.py.
-    :return: the run's best average, else its newest.
+    :return: the average of the weights with the best evaluation of the run, or else the newest average.
     :raises UserError: for a flag that does not exist or cannot be used, and for files that cannot be used.
     """
     from cm.pipeline.training import train_model

@@ -10,13 +10,14 @@ from cm.errors import UserError
 
 Entry = TypeVar("Entry")
 
-_added: dict[str, list[str]] = {}                           # names of what was registered, by what the tables list
+_added: dict[str, list[str]] = {}                           # `Table.what` -> registered names
 
 
 class Table(dict[str, Entry]):
-    """A literal table that code of the user's may add to, see docs/extending.md.
+    """A table of components by name, to which a plugin may add entries; see docs/extending.md.
 
-    :param what: what it lists, as in messages: "sampler", "log format". `cm.config.schema` refers to it by this word.
+    :param what: the kind of its entries, as in messages: "sampler", "log format". `option(table=...)` of
+        `cm.config.flags` refers to the table by this word.
     """
 
     def __init__(self, what: str, entries: Mapping[str, Entry]):
@@ -24,7 +25,7 @@ class Table(dict[str, Entry]):
         self.what = what
 
     def register(self, name: str, entry: Entry) -> Entry:
-        """Add an entry, before those that are there: where several could open a file, it is asked first.
+        """Add an entry before the existing ones: if several formats could open a file, the new one is used.
 
         :raises UserError: if the name is taken.
         """
@@ -37,7 +38,7 @@ class Table(dict[str, Entry]):
         return entry
 
     def unregister(self, name: str) -> None:
-        """Take out what `register` has added."""
+        """Remove an entry that `register` has added."""
         _added[self.what].remove(name)
         del self[name]
 
@@ -45,7 +46,6 @@ class Table(dict[str, Entry]):
 def added(what: str) -> tuple[str, ...]:
     """The names that were registered in the table of this word, so far."""
     return tuple(_added.get(what, ()))
-
 
 
 def lookup(table: Mapping[str, Entry], name: str, what: str = "name") -> Entry:

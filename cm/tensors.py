@@ -62,7 +62,7 @@ def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
         th._foreach_lerp_(every, values, weights)  # pyright: ignore[reportPrivateImportUsage]
 
 
-# torch's operations on lists of tensors, one launch for all of them; its stubs do not export these names.
+# Operations of torch on lists of tensors, with one kernel launch for all; its type stubs do not export these names.
 
 
 def copy_tensors(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

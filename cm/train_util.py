@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names
 from cm.checkpoints.loading import WeightsFile
 from cm.io import storage
 from cm.logging import logger
@@ -152,7 +152,7 @@ def find_ema_checkpoint(main_checkpoint: str, step: int, rate: str | float) -> s
     """The path of an average next to a model file; None where there is none."""
     if not main_checkpoint:
         return None
-    path = storage.join(os.path.dirname(main_checkpoint), manifest.file_name(f"ema_{rate}", step))
+    path = storage.join(os.path.dirname(main_checkpoint), file_names.file_name(f"ema_{rate}", step))
     return path if storage.exists(path) else None
 
 

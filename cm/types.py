@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.types import Device
 
 Result = Literal["denoiser", "consistency_function", "progressive_student", "flow_map"]
-"""What training makes of a network: D(x, sigma) at all levels; the image from any level; a denoiser for the steps of
-progressive distillation; D(x, sigma, gap), which is conditioned on the length of a step."""
+"""The kind of a trained network. denoiser: D(x, sigma) at all noise levels. consistency_function: the image from any
+level. progressive_student: a denoiser for the steps of progressive distillation. flow_map: D(x, sigma, gap), which is
+also conditioned on the length of a step."""
 
 
 class Scalings(NamedTuple):
@@ -38,7 +39,7 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class NoiseSource(Protocol):
-    """Random numbers whose first axis is the batch; row i is used for sample i only. The calls are those of torch."""
+    """A source of random numbers with the batch as first axis: row i is used for sample i only. Called as in torch."""
 
     def randn(self, *shape: int, dtype: th.dtype | None = None, device: Device = None) -> Tensor:
         """Standard normal numbers of a shape [N, ...]."""
@@ -68,8 +69,8 @@ class Batch:
 
     images: Tensor                                                  # [N,C,H,W] in [-1, 1]
     cond: dict[str, Tensor] = field(default_factory=dict)           # {"y": [N] int64} when class-conditional
-    positions: Tensor | None = None                                 # [N] int64: the samples' places in the run
-    indices: Tensor | None = None                                   # [N] int64: the images' places in the data set
+    positions: Tensor | None = None                                 # [N] int64: numbers of the samples in the run
+    indices: Tensor | None = None                                   # [N] int64: numbers of the images in the data set
     references: Batch | None = None                                 # images of all ranks, uint8 or float, if asked for
 
     def __iter__(self) -> Iterator[Any]:
@@ -158,7 +159,7 @@ def _own_params(model: nn.Module | None) -> list[Tensor]:
 
 @dataclass
 class LossTerms:
-    """What an objective returns."""
+    """The result of an objective for one batch."""
 
     loss: Tensor                                                    # [N], differentiable
     sigma: Tensor                                                   # [N], the noise levels that were used
@@ -167,7 +168,7 @@ class LossTerms:
 
 
 class LossHistory(Protocol):
-    """What an objective records of the losses of all ranks; it is part of a checkpoint."""
+    """A record of the losses of all ranks that an objective keeps; it is part of a checkpoint."""
 
     def update_loss_history(self, sigma: Tensor, loss: Tensor) -> None:
         """Record noise levels and losses of a step's samples, [B] each, in the order of their positions in the run."""
@@ -201,7 +202,7 @@ class Callback(Protocol):
 
 
 class Sampler(Protocol):
-    """A solver: its noise levels and its steps; `integrate` owns the loop. `cm.samplers.base` has the base class."""
+    """A solver: its noise levels and its steps; `integrate` runs the loop. `cm.samplers.base` has the base class."""
 
     order: ClassVar[float]                                          # claimed; the tests measure it
     accepts_churn: ClassVar[bool]                                   # whether `integrate` may add noise before a step

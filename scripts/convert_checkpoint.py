@@ -75,9 +75,9 @@ def main(settings: Settings) -> None:
 
 def check_no_run(dest: str) -> None:
     """:raises UserError: if the folder holds checkpoints of a run, among which the weights would get lost."""
-    from cm.checkpoints import manifest
+    from cm.checkpoints import file_names
 
-    if any(manifest.steps(dest)):                           # weights alone are saved as of step 0
+    if any(file_names.steps(dest)):                         # weights alone are saved as of step 0
         raise UserError(f"--dest {dest} holds checkpoints of a run: choose another folder")
 
 

@@ -240,5 +240,6 @@ def sampling_command(settings: Settings, asked: Sequence[str], ts: Schedule, ran
     arguments = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
     return shlex.join([*launcher, "python", "scripts/image_sample.py", *arguments])
 
+
 if __name__ == "__main__":
     early_exit.run_script(read_flags, main)

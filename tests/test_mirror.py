@@ -24,6 +24,7 @@ ELSEWHERE = {
     "cm/distributed/fsdp.py": "training/test_engine.py",
     "cm/distributed/process_exit.py": "distributed/test_setup.py",
     "cm/distributed/rendezvous.py": "distributed/test_setup.py",
+    "cm/checkpoints/leftovers.py": "checkpoints/test_manifest.py",
     "cm/checkpoints/formats/diffusers.py": "scripts/test_convert_checkpoint.py",
     "cm/config/early_exit.py": "system/test_start_up.py",
     "cm/checkpoints/formats/pickled_numbers.py": "checkpoints/formats/test_edm_pickle.py",

@@ -10,19 +10,20 @@ import os
 import re
 
 from cm.checkpoints import manifest
-from cm.checkpoints.manifest import Checkpoint, parse_name
+from cm.checkpoints.file_names import parse_name
+from cm.checkpoints.manifest import Checkpoint
 from cm.logging import logger
 
 TOO_MUCH = 0.05
-"""The share of the initial weights above which whoever samples an average is warned."""
+"""If an average still contains more than this fraction of the initial weights, sampling from it gives a warning."""
 HALF_LIFE = "kimg"                                          # the end of a half-life's name, as in ema_500kimg
 
 
 def initial_weight(checkpoint: Checkpoint, name: str) -> float | None:
-    """The share of the initial weights in an average such as "ema_0.9999"; None where it is not known.
+    """The fraction of the initial weights in an average such as "ema_0.9999"; None if it is not known.
 
-    Older manifests do not record it. Their runs had no warm-up of decay rates, and progressive distillation restarted
-    its averages at steps that are not known any more.
+    Older manifests do not contain it. Their runs had no warm-up of decay rates, and progressive distillation restarted
+    its averages at steps that are not recorded.
     """
     if name in checkpoint.initial_weight:
         return checkpoint.initial_weight[name]
@@ -44,7 +45,7 @@ def is_immature(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def best_name(checkpoint: Checkpoint) -> str:
-    """What of a checkpoint to sample: its first average that holds little of the initial weights, else the model."""
+    """The part of a checkpoint to sample: the first average with little of the initial weights, else the model."""
     averages = [name for name in checkpoint.names() if name.startswith("ema_")]
     fit = [name for name in averages if not is_immature(checkpoint, name)]
     if fit or "model" in checkpoint.names() or not averages:
@@ -53,10 +54,11 @@ def best_name(checkpoint: Checkpoint) -> str:
 
 
 def newest_weights(directory: str, verify: bool = True) -> str | None:
-    """The file to sample of the newest checkpoint of a folder, also of one of which only averages were kept; None
-    without one. What is incomplete or damaged is skipped with a warning; one rank.
+    """The file to sample from the newest checkpoint of a folder, which may be a milestone; None without a checkpoint.
 
-    :param verify: compare the checksum of the file, for which it is read; of the others the sizes are compared.
+    Incomplete and damaged checkpoints are skipped with a warning. Call it on one rank.
+
+    :param verify: compare the checksum of this file, which reads it; for the other files, only sizes are compared.
     """
     for checkpoint in manifest.newest_first(directory):
         path = checkpoint.path(best_name(checkpoint))
@@ -70,7 +72,7 @@ def newest_weights(directory: str, verify: bool = True) -> str | None:
 
 
 def warning(checkpoint: Checkpoint, path: str) -> str:
-    """What to say to whoever samples a file of the checkpoint; empty if there is nothing wrong with it."""
+    """A warning for sampling from a file of the checkpoint; empty if there is nothing to warn of."""
     parsed = parse_name(path)
     if parsed is None or not is_immature(checkpoint, parsed[0]):
         return ""

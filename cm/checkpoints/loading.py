@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names, manifest
 from cm.checkpoints.formats import FORMATS, ddim_unet
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
@@ -45,7 +45,7 @@ def check(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 @th.no_grad()
 def copy_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy what is part of a network but no parameter, such as the random frequencies of NCSN++."""
+    """Copy the buffers of a network, such as the random frequencies of NCSN++."""
     for name, buffer in model.named_buffers():
         buffer.copy_(weights[name][...])
 
@@ -60,7 +60,7 @@ def fit(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 
 def make(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
-    """Give a network on the meta device these tensors, in its own dtypes: none is initialized first, and none copied.
+    """Use these tensors as the weights of a network on the meta device, in its own dtypes, without copies.
 
     :raises UserError: if they do not fit, see `check`.
     """
@@ -70,21 +70,21 @@ def make(model: nn.Module, weights: Mapping[str, Any], source: str) -> None:
 
 @dataclass
 class WeightsFile:
-    """A file of weights; it holds them if they had to be read already to know the network."""
+    """A file of weights, with what is known of its network."""
 
     path: str
-    training_mode: str | None = None                        # what the network was trained as, where that is known
-    levels: int | None = None                               # of its training, where that is known and they were fixed
-    weights: Mapping[str, Tensor] | None = None
-    class_names: ClassNames = ()                            # of the classes that it knows, where that is known
-    expected: Mapping[str, Any] | None = None               # its size and CRC-32, of which `take` makes sure
+    training_mode: str | None = None                        # how the network was trained; None: not known
+    levels: int | None = None                               # noise levels of training, if they were a fixed number
+    weights: Mapping[str, Tensor] | None = None             # if the file had to be read to know the network
+    class_names: ClassNames = ()                            # of the network's classes; empty: not known
+    expected: Mapping[str, Any] | None = None               # size and CRC-32 of the file, which `take` checks
 
     def take(self) -> Mapping[str, Tensor]:
-        """The weights, on every rank; only rank 0 reads a file, and every rank a folder.
+        """The weights, on every rank. Rank 0 reads a file; every rank reads a folder.
 
-        To be called once: no copy is kept here.
+        Call it once: no copy is kept.
 
-        :raises UserError: on every rank, if the file cannot be loaded, or is not the one that its manifest lists.
+        :raises UserError: on every rank, if the file cannot be loaded, or differs from its entry in the manifest.
         """
         if self.weights is None:
             if self.path.endswith(dcp.SUFFIX):
@@ -95,22 +95,22 @@ class WeightsFile:
 
 
 def read_folder(folder: str, facts: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    """The tensors of a folder into which several ranks have written.
+    """The tensors of a folder to which several ranks have written.
 
-    :param facts: what its manifest lists for it; None to compare nothing.
+    :param facts: its entry in the manifest, to compare it with; None: compare nothing.
     :raises UserError: if it is damaged.
     """
     return dict(dcp.whole(dcp.open_part(folder, facts, verify=facts is not None)))
 
 
 def look_at(path: str) -> tuple[str, manifest.Checkpoint | None]:
-    """The kind of file at a path, empty if there is none, and the manifest next to it; for one rank."""
+    """The format of the file at a path, empty without a file, and the manifest next to it. Call it on one rank."""
     if not storage.exists(path):
         return "", None
     kind = format_of(path) or "file of weights"
-    return kind, None if os.path.isdir(path) and not manifest.parse_name(path) else manifest.beside(path)
+    return kind, None if os.path.isdir(path) and not file_names.parse_name(path) else manifest.beside(path)
 
 
 def format_of(path: str) -> str:
-    """The name in `FORMATS` of what is at a path; empty for weights of this toolkit. For one rank."""
+    """The name in `FORMATS` of the format of a path; empty for weights of this toolkit. Call it on one rank."""
     return next((name for name, each in FORMATS.items() if each.claims(path)), "")

@@ -1,4 +1,4 @@
-"""A lock on a run's folder: a second job is refused as long as the first one lives."""
+"""A lock on a run's folder: a second job is refused while the first one runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cm.logging import logger
 
 NAME = ".lock"
 PATIENCE_S = 3.0
-"""For the processes of a job that was just killed to disappear."""
+"""Time that the processes of a job that was just killed may take to end."""
 
 _held: dict[str, IO[str]] = {}
 

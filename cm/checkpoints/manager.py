@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, leftovers, manifest
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -18,9 +18,9 @@ from cm.logging import logger
 from cm.registry import lookup
 
 ON_SAVE_ERROR = {"stop": "end the run", "continue": "train on, and try again at the next save"}
-CONFIG = "config.json"                                      # the flags of the run, beside its log
+CONFIG = "config.json"                                      # flags of the run, next to its log
 BEST = "best.json"                                          # {"step": ...}: the checkpoint with the best evaluation
-KEEP = 3                                                    # newest checkpoints of a new run that does not say
+KEEP = 3                                                    # default number of newest checkpoints of a new run
 
 
 @dataclass
@@ -28,10 +28,10 @@ class CheckpointManager:
     """Finds, writes and removes the checkpoints of a run.
 
     :param directory: a folder, or a URL that blobfile knows.
-    :param keep: how many of the newest are kept; 0 for all; None for as many as before in a run that is resumed, `KEEP`
-        in a new one. So is the one that best.json in the log directory names. What another run has saved is never
-        removed.
-    :param milestone_interval: averages of steps that are multiples of it are kept, for good; 0 for none.
+    :param keep: number of newest checkpoints to keep; 0: all; None: as many as before in a resumed run, `KEEP` in a new
+        one. The checkpoint that best.json in the log directory names is kept as well. Checkpoints of other runs are
+        never removed.
+    :param milestone_interval: averages of steps that are multiples of it are always kept; 0: none.
     :param on_save_error: "stop" or "continue".
     :param verify: compare the checksums of what is read with those of the manifests.
     """
@@ -53,7 +53,7 @@ class CheckpointManager:
         """The checkpoint to resume from, on every rank; None at the start of a run.
 
         :param resume: "auto" for the newest of the run, "never" to refuse one, or the path of a checkpoint.
-        :raises UserError: on every rank, if there is no such checkpoint, or one although `resume` is "never".
+        :raises UserError: on every rank, if there is no such checkpoint, or if there is one and `resume` is "never".
         """
         found = dist.on_main(resolve_resume, self.directory, resume, self.verify)
         if found is None:
@@ -76,12 +76,12 @@ class CheckpointManager:
         )
 
     def save(self, checkpoint: manifest.Checkpoint, content: Mapping[str, Any], is_last: bool) -> None:
-        """Write a checkpoint on rank 0; a failure is raised on every rank. To be called on all ranks.
+        """Write a checkpoint on rank 0; a failure is raised on every rank. Call it on all ranks.
 
-        :param checkpoint: from the method of that name.
+        :param checkpoint: the result of the method `checkpoint`.
         :param content: see `manifest.write`.
-        :param is_last: whether it is the last save of the run: then a failure is an error whatever `on_save_error` is.
-        :raises UserError: if it cannot be written and the run must not continue without it.
+        :param is_last: whether it is the last save of the run; then a failure is always an error.
+        :raises UserError: if it cannot be written and the run must not continue without it, see `on_save_error`.
         """
         try:
             dist.on_main(self.write, checkpoint, content)
@@ -89,7 +89,7 @@ class CheckpointManager:
             self.failed(checkpoint.step, error, is_last)
 
     def failed(self, step: int, error: UserError, is_last: bool) -> None:
-        """What a save means that has failed.
+        """Handle a failed save: warn or raise, as `on_save_error` says.
 
         :raises UserError: if the run must not continue without it.
         """
@@ -101,7 +101,7 @@ class CheckpointManager:
         self, checkpoint: manifest.Checkpoint, content: Mapping[str, Any],
         written: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        """As `save`, on rank 0 only; old checkpoints are removed afterwards.
+        """Write a checkpoint, then remove old ones; call it on rank 0 only.
 
         :param written: see `manifest.write`.
         :raises UserError: if it cannot be written.
@@ -112,7 +112,7 @@ class CheckpointManager:
         names = ", ".join(saved.names())
         logger.log(f"saved step {step} in {terminal.printable(self.directory)}: {names} ({size})")
         if self.keep:
-            try:                                            # superfluous files are no reason to end a run
+            try:                                            # a run need not end because of superfluous files
                 spared = {step, _best_step(logger.get_dir())}
                 for old in self._own_steps()[: -self.keep]:
                     if old not in spared:
@@ -121,12 +121,12 @@ class CheckpointManager:
                 logger.warn(f"cannot remove old checkpoints in {self.directory}: {type(error).__name__}: {error}")
 
     def _own_steps(self) -> list[int]:
-        """The steps that this run has saved, ascending. Those of other runs may lie beside them."""
-        found = manifest.steps(self.directory)
+        """The steps that this run has saved, ascending. The folder may also contain steps of other runs."""
+        found = file_names.steps(self.directory)
         for step in found:
             if step not in self._runs:
                 try:
-                    path = storage.join(self.directory, manifest.manifest_name(step))
+                    path = storage.join(self.directory, file_names.manifest_name(step))
                     self._runs[step] = manifest.read(path).run
                 except UserError as error:
                     logger.warn(f"the files of step {step} are kept, despite --keep_checkpoints: {error}")
@@ -141,11 +141,11 @@ def resolve_resume(
 
     :param resume: see `CheckpointManager.find`.
     :param verify: see `CheckpointManager`.
-    :param looks_only: leave every file as it is.
-    :raises UserError: as `CheckpointManager.find`.
+    :param looks_only: change no file.
+    :raises UserError: for the reasons of `CheckpointManager.find`.
     """
     if not looks_only:
-        manifest.remove_partial(directory)
+        leftovers.remove_partial(directory)
     own = manifest.newest(directory, verify)
     if own and resume == "never":
         raise UserError(
@@ -154,7 +154,7 @@ def resolve_resume(
         )
     path = storage.absolute(resume)
     if resume in ("auto", "never") or path == storage.absolute(directory):
-        if own is None and resume != "never" and manifest.steps(directory):
+        if own is None and resume != "never" and file_names.steps(directory):
             raise UserError(
                 f"{directory} holds checkpoints, but none that a run can resume from (the warnings above say what is "
                 "wrong with each): restore one from a copy, choose another --log_dir, or start again here with "
@@ -175,14 +175,16 @@ def resolve_resume(
 
 
 def _refuse_left_run(directory: str, log_dir: str) -> None:
-    """A run whose log is here, and whose checkpoints lie elsewhere, is not begun anew for want of a flag.
+    """Refuse to start a new run in the log directory of a run that has its checkpoints in another folder.
 
-    :raises UserError: naming where they lie.
+    Otherwise a forgotten --checkpoint_dir would restart such a run from step 0.
+
+    :raises UserError: naming that folder.
     """
     try:
         config = budget.read_json(os.path.join(log_dir, CONFIG), budget.SETTINGS)
         before = str(config.get("checkpoint_dir") or log_dir)
-        is_left = storage.absolute(before) != storage.absolute(directory) and bool(manifest.steps(before))
+        is_left = storage.absolute(before) != storage.absolute(directory) and bool(file_names.steps(before))
     except (OSError, UserError, ValueError, AttributeError):
         return                                              # no run, or none that can be read
     if is_left:
@@ -195,41 +197,41 @@ def _refuse_left_run(directory: str, log_dir: str) -> None:
 
 def archive_after(directory: str, step: int) -> None:
     """Rename the checkpoints after `step`, which are no longer part of the run, to names ending in .aside."""
-    for later in manifest.steps(directory):
+    for later in file_names.steps(directory):
         if later > step:
-            path = storage.join(directory, manifest.manifest_name(later))
+            path = storage.join(directory, file_names.manifest_name(later))
             storage.rename(path, path + ".aside")
             logger.log(f"going back to step {step}: {path} is now {path}.aside")
 
 
 def _kept_before(found: manifest.Checkpoint) -> int:
-    """How many checkpoints the run of this one kept; all, as runs did once, where its manifest says nothing of it."""
+    """The number of checkpoints that the run has kept so far; 0 (all, the former default) in older manifests."""
     keep = found.config.get("keep_checkpoints", 0)
     return keep if type(keep) is int and keep >= 0 else 0
 
 
 def _thin(directory: str, step: int, milestone_interval: int) -> None:
-    """Remove a checkpoint, or all but the averages of a milestone; a milestone stays one.
+    """Remove a checkpoint; of a milestone, keep the averages. Calling it again changes nothing.
 
     A manifest is changed or removed before its files are, so that a checkpoint is complete or absent if the process is
     killed in between.
 
     :raises UserError: if its manifest cannot be read.
     """
-    checkpoint = manifest.read(storage.join(directory, manifest.manifest_name(step)))
+    checkpoint = manifest.read(storage.join(directory, file_names.manifest_name(step)))
     if not checkpoint.can_resume():
         return
     is_milestone = milestone_interval > 0 and step % milestone_interval == 0
     kept = {file: facts for file, facts in checkpoint.files.items() if is_milestone and file.startswith("ema_")}
-    going = checkpoint.manifest + PARTIAL           # which `manifest.remove_partial` recognizes
+    going = checkpoint.manifest + PARTIAL           # a name that `leftovers.remove_partial` recognizes
     if kept:
         replace(checkpoint, files=kept).write_manifest()
     else:
         storage.rename(checkpoint.manifest, going)
     for file in checkpoint.files.keys() - kept.keys():
-        parsed = manifest.parse_name(file)
-        if parsed and parsed[1] == step:            # a manifest that was written by others may list any file
-            manifest.remove_part(storage.join(directory, file))
+        parsed = file_names.parse_name(file)
+        if parsed and parsed[1] == step:            # a manifest from elsewhere may list any file
+            leftovers.remove_part(storage.join(directory, file))
     storage.remove(going)
 
 

@@ -1,10 +1,9 @@
-"""The checkpoints of a run.
+"""The checkpoints of a run: what they contain, writing, reading, and finding them.
 
-A checkpoint is the files of one step, under the names that guided-diffusion's users know (model000010.pt,
-ema_0.9999_000010.pt, opt000010.pt, target_model000010.pt), and a manifest, checkpoint_000010.json, that is written
-last. The manifest lists the files with size and checksum and holds the resolved flags of the run, so it is also the
-sidecar from which a sampler learns the architecture. A step whose manifest is missing or does not match its files
-does not exist.
+A checkpoint consists of the files of one step, with the names of guided-diffusion (model000010.pt,
+ema_0.9999_000010.pt, opt000010.pt, target_model000010.pt), and a manifest, checkpoint_000010.json, which is written
+last. The manifest lists the files with size and checksum, and contains the resolved flags of the run, from which
+samplers learn the architecture. If the manifest of a step is missing or does not match the files, the step is not used.
 """
 
 from __future__ import annotations
@@ -12,58 +11,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from cm.checkpoints import dcp, serialization
+from cm.checkpoints.file_names import MANIFEST, file_name, manifest_name, parse_name, steps
+from cm.checkpoints.leftovers import give_up
 from cm.data import class_names
 from cm.data.class_names import ClassNames
 from cm.errors import UserError
 from cm.io import budget, storage, untrusted
-from cm.io.atomic import PARTIAL, written_for
+from cm.io.atomic import PARTIAL
 from cm.logging import logger
 
-FORMAT = 2                                      # 1 had no checksum of its own, and reads as 2 does
-CHECKSUM = "manifest_crc32"                     # of everything else in the manifest
-MANIFEST = re.compile(r"checkpoint_(\d{6,})\.json")
-WEIGHTS = re.compile(
-    r"((?:opt_)?(?:[a-z]+_)*model|opt|trainer|ema_(?:power|posthoc)?[\d.]+(?:kimg)?_)(\d{6,})\.(?:pt|dcp)"
-)
-
-
-def file_name(name: str, step: int, suffix: str = ".pt") -> str:
-    """('model', 10) -> 'model000010.pt'; ('ema_0.9999', 10) -> 'ema_0.9999_000010.pt'."""
-    return f"{name}_{step:06d}{suffix}" if name.startswith("ema_") else f"{name}{step:06d}{suffix}"
-
-
-def parse_name(path: str) -> tuple[str, int] | None:
-    """The inverse of `file_name`; None for a file of another name. Folders do not matter."""
-    match = WEIGHTS.fullmatch(os.path.basename(path))
-    return (match[1].removesuffix("_"), int(match[2])) if match else None
-
-
-def manifest_name(step: int) -> str:
-    """10 -> 'checkpoint_000010.json'."""
-    return f"checkpoint_{step:06d}.json"
-
-
-def belongs(name: str) -> bool:
-    """Whether a file of that name is one of a checkpoint."""
-    return bool(MANIFEST.fullmatch(name) or parse_name(name))
-
-
-def final_name(name: str) -> str:
-    """The name that a file will have once it is complete; its own if it is."""
-    return (written_for(name) or name).removesuffix(PARTIAL)
-
-
-def list_files(directory: str) -> list[str]:
-    """Names of all files of checkpoints there, complete or not."""
-    return [name for name in storage.list_names(directory) if belongs(final_name(name))]
+FORMAT = 2                                      # format 1 has no checksum of its own, and is still read
+CHECKSUM = "manifest_crc32"                     # key of the checksum of everything else in the manifest
 
 
 @dataclass(frozen=True)
@@ -76,12 +41,12 @@ class Checkpoint:
     config: dict[str, Any]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> {"size": bytes, "crc32": checksum}; see `dcp.facts_of`. None before they are written."""
-    seconds: float = 0.0                        # that the run has trained so far, over all its starts
-    origin: str = ""                            # the --resume PATH that the run began from, if there was one
-    class_names: ClassNames = ()                # which class each number is; empty where that is not known
+    seconds: float = 0.0                        # of training so far, over all starts of the run
+    origin: str = ""                            # the --resume PATH from which the run started; empty: none
+    class_names: ClassNames = ()                # names of the classes by number; empty if they are not known
     initial_weight: dict[str, float] = field(default_factory=dict)
-    """Average ("ema_0.9999") -> the share that it still holds of the weights that it started from."""
-    run: str = ""                               # which run saved it; empty in older manifests
+    """Average ("ema_0.9999") -> the fraction of the initial weights that it still contains."""
+    run: str = ""                               # identifier of the run that saved it; empty in older manifests
 
     @property
     def manifest(self) -> str:
@@ -104,11 +69,11 @@ class Checkpoint:
         return storage.join(self.directory, files[0]) if files else None
 
     def names(self) -> list[str]:
-        """What it holds: 'model', 'ema_0.9999', 'opt', ..."""
+        """The names of its parts: 'model', 'ema_0.9999', 'opt', ..."""
         return [parsed[0] for file in self.files if (parsed := parse_name(file))]
 
     def can_resume(self) -> bool:
-        """Whether training can resume from it; of an old milestone only the averages are kept."""
+        """Whether training can resume from it. An old milestone contains only the averages."""
         return "model" in self.names()
 
     def facts(self, path: str) -> dict[str, Any] | None:
@@ -118,7 +83,7 @@ class Checkpoint:
     def problem(self, verify: bool = True) -> str | None:
         """What is wrong with the files, or None.
 
-        :param verify: compare checksums, too, for which all files are read.
+        :param verify: also compare checksums, which reads all files.
         """
         problems = (self.problem_of(file, verify) for file in self.files)
         return next((problem for problem in problems if problem), None)
@@ -126,7 +91,7 @@ class Checkpoint:
     def problem_of(self, file: str, verify: bool = True) -> str | None:
         """What is wrong with one of the files, or folders, or None.
 
-        :param verify: compare its checksum, too, for which it is read.
+        :param verify: also compare its checksum, which reads the file.
         """
         path, expected = storage.join(self.directory, file), self.files[file]
         if "files" in expected:
@@ -143,9 +108,9 @@ def save(
     directory: str, step: int, content: Mapping[str, Any], config: Mapping[str, Any], images_seen: int,
     seconds: float = 0.0, classes: ClassNames = (), initial_weight: Mapping[str, float] | None = None,
 ) -> Checkpoint:
-    """`write` for what belongs to no run that goes on; call it on one rank.
+    """Write a checkpoint that does not belong to a training run; call it on one rank.
 
-    :param classes: the names of the classes that the network knows, where it knows any.
+    :param classes: names of the network's classes; empty without classes.
     :param seconds, initial_weight: see `Checkpoint`.
     """
     checkpoint = Checkpoint(
@@ -161,8 +126,8 @@ def write(
     """Write the files of a checkpoint, then its manifest; call it on one rank.
 
     :param checkpoint: without files.
-    :param content: name ('model', 'ema_0.9999', 'opt', ...) -> what `torch.save` is to write.
-    :param written: the folders that other ranks have written too, and their facts.
+    :param content: name ('model', 'ema_0.9999', 'opt', ...) -> content of its file, for `torch.save`.
+    :param written: folders that the ranks have already written -> their sizes and checksums.
     :returns: the checkpoint with its files.
     :raises UserError: if it cannot be written; earlier checkpoints are unchanged, and nothing of this one is left.
     """
@@ -178,7 +143,7 @@ def write(
         saved = replace(checkpoint, files=files, class_names=names)
         saved.write_manifest()
         if not storage.is_remote(directory):
-            with contextlib.suppress(OSError):              # the checkpoint is complete without that
+            with contextlib.suppress(OSError):              # the checkpoint is complete even if this fails
                 storage.remove(storage.join(directory, manifest_name(step) + PARTIAL))
     except (UserError, OSError) as error:
         give_up(directory, step, files)
@@ -187,9 +152,9 @@ def write(
 
 
 def begin(directory: str, step: int, needed: int) -> None:
-    """Make room for a checkpoint of so many bytes; call it on one rank, before several write.
+    """Make the folder, and check that there is space for `needed` bytes; call it on one rank, before several write.
 
-    :raises UserError: if there is none.
+    :raises UserError: if there is not enough space, or the folder cannot be made.
     """
     try:
         _begin(directory, step, needed)
@@ -206,15 +171,8 @@ def _begin(directory: str, step: int, needed: int) -> None:
         storage.write_bytes(storage.join(directory, manifest_name(step) + PARTIAL), b"")
 
 
-def give_up(directory: str, step: int, files: Iterable[str]) -> None:
-    """Leave nothing of a save that failed: what nobody can use must not fill a full disk."""
-    for path in (*files, manifest_name(step) + PARTIAL):
-        with contextlib.suppress(Exception):
-            remove_part(storage.join(directory, path))
-
-
 def save_failure(directory: str, step: int, needed: int, error: Exception) -> UserError:
-    """The message of a checkpoint that cannot be written."""
+    """The error for a checkpoint that cannot be written."""
     free = storage.free_bytes(directory)
     space = "" if free is None else f", and {free:,} bytes are free there"
     return UserError(
@@ -224,9 +182,9 @@ def save_failure(directory: str, step: int, needed: int, error: Exception) -> Us
 
 
 def add(checkpoint: Checkpoint, name: str, tensors: Any) -> Checkpoint:
-    """Write one more file of a checkpoint, or write it anew, and list it in the manifest; call it on one rank.
+    """Add a file to a checkpoint, or replace it, and list it in the manifest; call it on one rank.
 
-    :param checkpoint: one without files, to begin with.
+    :param checkpoint: may have no files yet.
     :raises UserError: if it cannot be written.
     """
     file = file_name(name, checkpoint.step)
@@ -240,7 +198,7 @@ def add(checkpoint: Checkpoint, name: str, tensors: Any) -> Checkpoint:
 def read(path: str) -> Checkpoint:
     """Read a manifest.
 
-    :raises UserError: if it is not one, or its store cannot be reached.
+    :raises UserError: if it is not a manifest, is damaged, or its object store cannot be reached.
     """
     try:
         with storage.open_file(path) as file:
@@ -262,7 +220,7 @@ def read(path: str) -> Checkpoint:
 
 
 def checksum(content: Mapping[str, Any]) -> int:
-    """CRC-32 of a manifest, of whatever spelling, without the checksum that it holds."""
+    """CRC-32 of the values in a manifest, without its own checksum. White space and the order of keys do not matter."""
     plain = json.loads(json.dumps({name: value for name, value in content.items() if name != CHECKSUM}))
     return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
@@ -291,8 +249,8 @@ def _say_unprotected(path: str) -> None:
 
 
 def _check_files(files: dict[str, dict[str, Any]]) -> None:
-    """:raises ValueError: unless each is a plain name, of a file in the same folder, with size and checksum; or of a
-        folder of such files.
+    """:raises ValueError: unless each entry is a file in the same folder with size and checksum, or a folder of such
+        files.
     """
     for name, facts in files.items() if isinstance(files, dict) else [("files", None)]:
         if untrusted.escapes(name) or "/" in name or "\\" in name:
@@ -307,13 +265,8 @@ def _check_files(files: dict[str, dict[str, Any]]) -> None:
                 raise ValueError(f"{untrusted.shown(name)} holds files of other names")
 
 
-def steps(directory: str) -> list[int]:
-    """The steps that have a manifest, ascending."""
-    return sorted(int(match[1]) for name in storage.list_names(directory) if (match := MANIFEST.fullmatch(name)))
-
-
 def newest(directory: str, verify: bool = True) -> Checkpoint | None:
-    """The newest complete checkpoint of a folder, None without one; damaged ones are skipped with a warning.
+    """The newest complete checkpoint of a folder; None if there is none. Damaged ones are skipped with a warning.
 
     :param verify: see `Checkpoint.problem`.
     """
@@ -340,7 +293,7 @@ def newest_first(directory: str) -> Iterator[Checkpoint]:
 
 
 def find(path: str, verify: bool = True) -> Checkpoint:
-    """The checkpoint that a path stands for: its manifest, one of its files, or the folder whose newest it is.
+    """The checkpoint at a path: a manifest, a file of the checkpoint, or a folder, which means its newest checkpoint.
 
     :param verify: see `Checkpoint.problem`.
     :raises UserError: if there is none, or it is damaged.
@@ -371,39 +324,3 @@ def beside(path: str) -> Checkpoint | None:
         return None
     manifest = storage.join(os.path.dirname(path), manifest_name(parsed[1]))
     return read(manifest) if storage.exists(manifest) else None
-
-
-def remove_partial(directory: str) -> None:
-    """Remove the files of a save that was killed: unfinished files, and complete ones that got no manifest.
-
-    Files of other programs stay, whatever their names end in, and so do folders.
-    """
-    if storage.is_remote(directory):
-        return
-    complete, names = set(steps(directory)), storage.list_names(directory)
-    unfinished = {
-        int(match[1]) for name in names
-        if (match := MANIFEST.fullmatch(final_name(name))) and is_file(os.path.join(directory, name))
-    } - complete
-    for name in names:
-        parsed, final = parse_name(name), final_name(name)
-        path = os.path.join(directory, name)
-        is_left = (final != name and belongs(final)) or (parsed and parsed[1] in unfinished)
-        if is_left and (is_file(path) or name.endswith(dcp.SUFFIX)):
-            try:
-                remove_part(path)
-            except OSError as error:                        # superfluous files are no reason to end a run
-                logger.warn(f"cannot remove {path}, left by an interrupted save: {error.strerror}")
-
-
-def remove_part(path: str) -> None:
-    """Remove a file, or a folder of shares, of a checkpoint.
-
-    :raises OSError, UserError: if that cannot be done.
-    """
-    dcp.remove(path) if path.endswith(dcp.SUFFIX) else storage.remove(path)
-
-
-def is_file(path: str) -> bool:
-    """Whether a file or a link lies there, and no folder."""
-    return os.path.islink(path) or not os.path.isdir(path)

@@ -11,11 +11,11 @@ import torch as th
 from cm.io.storage import write_atomically
 
 PLAIN = (type(None), bool, int, float, str, bytes, tuple, collections.OrderedDict)
-"""Types of what a checkpoint may hold other than tensors, dicts and lists."""
+"""Types that a checkpoint may contain besides tensors, dicts and lists."""
 
 
 def save_tensors(path: str, content: Any) -> dict[str, int]:
-    """`torch.save` that gives the same bytes on whatever device the tensors are; returns size and CRC-32 of the file.
+    """`torch.save` with the same bytes for tensors on any device; returns size and CRC-32 of the file.
 
     :raises UserError: if it cannot be written.
     """
@@ -39,7 +39,7 @@ def _on_cpu(content: Any) -> Any:
 
 
 def size_of(content: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists; a file of them is hardly larger."""
+    """The size of the tensors in nested dicts and lists, in bytes; a file with them is hardly larger."""
     if isinstance(content, th.Tensor):
         return content.nbytes
     if isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""Checkpoints to which every rank writes its share, at once or in the background: --checkpoint_format dcp.
+"""Checkpoints to which every rank writes its share, in the foreground or background: --checkpoint_format dcp.
 
 In the background, a save begins with a copy of what the rank holds. Rank 0 writes the manifest after the last rank has
 written its share. If the job is killed before that, the checkpoint does not exist, and the earlier ones are unchanged.
@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names, leftovers, manifest
 from cm.checkpoints.dcp import Piece, Share
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.manifest import Checkpoint
@@ -26,19 +26,19 @@ Parts = Mapping[str, Mapping[str, Piece]]
 
 @dataclass
 class Pending:
-    """A save that has begun."""
+    """A save that is not complete yet."""
 
     checkpoint: Checkpoint
     parts: list[str]
-    plain: Mapping[str, Any]                                # what rank 0 writes to files of its own
-    needed: int                                             # bytes of all ranks together
+    plain: Mapping[str, Any]                                # content of the files that rank 0 writes alone
+    needed: int                                             # bytes, summed over the ranks
     shares: Future[dict[str, Share]]
 
 
 class ShareWriter:
-    """Writes the checkpoints of a run in shares; every method but `is_writing` is one call of all ranks together.
+    """Writes the checkpoints of a run in shares. All ranks must call every method but `is_writing` together.
 
-    :param in_background: the run goes on while a checkpoint is written, but for its last one.
+    :param in_background: train on while a checkpoint is written, except for the last one.
     """
 
     def __init__(self, manager: CheckpointManager, in_background: bool):
@@ -47,9 +47,10 @@ class ShareWriter:
         self.pending: Pending | None = None
 
     def save(self, checkpoint: Checkpoint, parts: Parts, plain: Mapping[str, Any], is_last: bool) -> None:
-        """Begin to write a checkpoint, after the one before is complete; where the run shall not go on, write it.
+        """Start to write a checkpoint after the previous one is complete; without `in_background`, wait for its end.
 
-        :param plain: what rank 0 writes to files of its own; see `CheckpointManager.save` for the rest, and for errors.
+        :param plain: content of the files that rank 0 writes alone; for the rest, see `CheckpointManager.save`.
+        :raises UserError: for the reasons of `CheckpointManager.save`.
         """
         step = checkpoint.step
         self.finish()
@@ -67,13 +68,13 @@ class ShareWriter:
             self.finish(is_last)
 
     def is_writing(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return self.pending is not None and not self.pending.shares.done()
 
     def finish(self, is_last: bool = False) -> None:
-        """Wait until all ranks have written, and write the manifest; nothing where no save has begun.
+        """Wait until all ranks have written, then write the manifest; without an unfinished save, do nothing.
 
-        :raises UserError: as `CheckpointManager.save`.
+        :raises UserError: for the reasons of `CheckpointManager.save`.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -88,9 +89,9 @@ class ShareWriter:
             self.manager.failed(pending.checkpoint.step, error, is_last)
 
     def _complete(self, pending: Pending, outcomes: list[dict[str, Share] | str]) -> None:
-        """Make the checkpoint exist, or leave nothing of it; on rank 0."""
+        """Complete the checkpoint, or remove its files if a rank has failed; on rank 0."""
         step = pending.checkpoint.step
-        folders = {name: manifest.file_name(name, step, dcp.SUFFIX) for name in pending.parts}
+        folders = {name: file_names.file_name(name, step, dcp.SUFFIX) for name in pending.parts}
         paths = {name: storage.join(self.manager.directory, folder) for name, folder in folders.items()}
         try:
             for outcome in outcomes:
@@ -101,7 +102,7 @@ class ShareWriter:
                 folders[name]: dcp.complete(path, [each[name] for each in shares]) for name, path in paths.items()
             }
         except UserError as error:
-            manifest.give_up(self.manager.directory, step, folders.values())
+            leftovers.give_up(self.manager.directory, step, folders.values())
             raise manifest.save_failure(self.manager.directory, step, pending.needed, error) from error
         self.manager.write(pending.checkpoint, pending.plain, written)
 
@@ -113,7 +114,7 @@ def prepare(directory: str, step: int, parts: list[str], needed: int) -> None:
     """
     manifest.begin(directory, step, needed)
     for name in parts:
-        folder = storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX))
+        folder = storage.join(directory, file_names.file_name(name, step, dcp.SUFFIX))
         dcp.remove(folder)                                  # of an earlier attempt, on more ranks
         storage.make_folder(folder)
 
@@ -128,5 +129,5 @@ def write_shares(directory: str, step: int, parts: Parts, rank: int) -> dict[str
 
     :raises UserError: if it cannot be written.
     """
-    names = {name: storage.join(directory, manifest.file_name(name, step, dcp.SUFFIX)) for name in parts}
+    names = {name: storage.join(directory, file_names.file_name(name, step, dcp.SUFFIX)) for name in parts}
     return {name: dcp.write_share(names[name], rank, pieces) for name, pieces in parts.items()}

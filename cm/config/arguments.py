@@ -1,7 +1,7 @@
-"""Functions that take one configuration object but are called with its fields: a published argument list in one place.
+"""Functions that are called with many published arguments, but take them as one dataclass.
 
-The list is a dataclass, in the order of the original. The implementation takes one object, and passes parts of it to
-other configurations by the names of their fields.
+The fields of the dataclass are the arguments, in their published order. The implementation takes one object, and passes
+parts of it to other dataclasses by the names of their fields.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def takes_fields(kind: Callable[P, Config]) -> Callable[[Callable[[Config], Resu
 def method_takes_fields(
     kind: Callable[P, Config],
 ) -> Callable[[Callable[[Self, Config], Result]], Callable[Concatenate[Self, P], Result]]:
-    """As `takes_fields`, for a method, whose `self` comes first."""
+    """`takes_fields` for a method."""
 
     def decorate(method: Callable[[Self, Config], Result]) -> Callable[Concatenate[Self, P], Result]:
         @functools.wraps(method)

@@ -41,7 +41,7 @@ def run_script(read_flags: Callable[[], Flags], main: Callable[[Flags], None]) -
 
 
 def run_training(read_flags: Callable[[], Settings], main: Callable[[Settings], None]) -> None:
-    """As `run_script`, for a run that saves and stops at a signal, and whose flags say how long ranks wait."""
+    """`run_script` for training: it also saves and stops at a signal, and flags set how long ranks wait."""
     signals.listen()                                        # before the imports that take seconds
     settings = parse_or_exit(read_flags)
     from cm.distributed import setup

@@ -1,7 +1,7 @@
 """Frozen config dataclasses become command-line flags, a config file's keys, and back.
 
-A section of flags is a frozen dataclass whose fields are made with `option`. Where a value comes from, and which source
-wins over which, is its `Provenance`.
+A section of flags is a frozen dataclass; its fields are made with `option`. `Provenance` says where a value comes from,
+and which source wins over which.
 """
 
 from __future__ import annotations
@@ -96,6 +96,14 @@ class Settings:
     def is_given(self, name: str) -> bool:
         """Whether the command line, a file or a checkpoint sets the flag."""
         return name in self.given
+
+    def is_typed(self, name: str) -> bool:
+        """Whether the command line sets the flag: a file may hold every flag of another run."""
+        return self.provenance(name) == Provenance.COMMAND_LINE
+
+    def spelling(self, name: str) -> str:
+        """The flag as a message names it: as it was typed, which may be an alias, or else --name."""
+        return str(self.given[name]) if self.is_typed(name) else f"--{name}"
 
     def section(self, kind: type[Section]) -> Section:
         """The part of the settings that a section describes."""
@@ -246,7 +254,7 @@ def convert(kind: type, value: Any, where: str) -> Any:
     try:
         if kind is bool:
             return str2bool(value)
-        if isinstance(value, bool):                         # true is no number, and a word only where it is quoted
+        if isinstance(value, bool):                         # YAML's true is not a number, and not a word unless quoted
             raise ValueError
         if kind is str and isinstance(value, str):
             return expand_home(value)
@@ -279,7 +287,7 @@ def check(field: dataclasses.Field, value: Any, where: str) -> None:
 
 
 def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
-    """What the field lists, and what was added to the table behind it; empty if any value will do."""
+    """The choices of a field, with those that plugins added to its table; empty if any value is allowed."""
     return (*field.metadata["choices"], *added(field.metadata["table"]))
 
 

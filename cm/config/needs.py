@@ -13,10 +13,10 @@ condition does not fit into a row are checked where they are used (`ELSEWHERE`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cm.config.flags import Provenance, Settings, same
+from cm.config.flags import Settings, same
 from cm.config.sampling_schema import SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.errors import UserError
@@ -80,7 +80,7 @@ NEEDS_OF_DATA = (
     Need("single_images", ("cache_gib",)),
     Need("shards", ("shuffle_window",)),
 )
-"""Those that are only known when the data are open."""
+"""Rows whose facts are known only after the data set has been opened."""
 
 ELSEWHERE = (
     "learn_sigma", "null_class", "augment_dim",
@@ -115,25 +115,28 @@ ALWAYS = (
 
 
 class Atom(NamedTuple):
-    """A part of a condition: that a flag or a fact has one of some values, or none of them; without any, is set."""
+    """One part of a condition: a flag or a fact has one of these values, or none of them; without values, it is set."""
 
     name: str
     values: tuple[str, ...] = ()
     excluded: bool = False
 
     def holds(self, known: Mapping[str, Any]) -> bool:
-        """Whether it is so, as far as what is known says."""
+        """Whether the condition is met by these flags and facts."""
         value = known[self.name]
         return (str(value) in self.values) != self.excluded if self.values else bool(value)
 
-    def __str__(self) -> str:
-        """As a message asks for it."""
+    def text(self, spelling: Callable[[str], str]) -> str:
+        """The words of a message that asks for it.
+
+        :param spelling: the name of a flag -> how the message writes it, see `Settings.spelling`.
+        """
         if self.name in FACTS:
             return FACTS[self.name]
-        named = f"--{self.name}"
+        flag = spelling(self.name)
         if self.excluded:
-            return f"another {named} than {' and '.join(self.values)}"
-        return f"{named} {' or '.join(self.values)}".rstrip()
+            return f"another {flag} than {' and '.join(self.values)}"
+        return f"{flag} {' or '.join(self.values)}".rstrip()
 
 
 def atoms_of(condition: str) -> tuple[list[Atom], bool]:
@@ -147,7 +150,9 @@ def atoms_of(condition: str) -> tuple[list[Atom], bool]:
 
 
 def missing(condition: str, known: Mapping[str, Any]) -> list[Atom]:
-    """The parts of a condition of which one more, or each, would have to hold; none if it holds or cannot be judged.
+    """The parts of a condition that are not met; empty if the condition is met or cannot be judged.
+
+    If the parts are joined by "or", one of those that are returned would be enough.
 
     :param known: flags and facts -> their values.
     """
@@ -160,7 +165,7 @@ def missing(condition: str, known: Mapping[str, Any]) -> list[Atom]:
 
 
 def refuse_idle(settings: Settings, facts: Mapping[str, bool], needs: Sequence[Need] = NEEDS) -> None:
-    """Refuse a flag of the command line that would be ignored; a file may hold every flag of another run.
+    """Refuse a flag of the command line that would be ignored.
 
     :param facts: those of `FACTS` that the command knows.
     :raises UserError: for one that has another value than its default, naming what it would act beside.
@@ -169,12 +174,13 @@ def refuse_idle(settings: Settings, facts: Mapping[str, bool], needs: Sequence[N
     for need in needs:
         wanted = missing(need.condition, known)
         for name in need.flags if wanted else ():
-            if settings.provenance(name) != Provenance.COMMAND_LINE:
+            if not settings.is_typed(name):
                 continue
             if name in settings.defaults and same(settings.values[name], settings.defaults[name]):
                 continue
-            has = [f"--{each.name} {known[each.name]}" for each in wanted if each.values]
+            has = [f"{settings.spelling(each.name)} {known[each.name]}" for each in wanted if each.values]
             here = f", and this run has {' and '.join(has)}" if has else ""
             joined = " and " if " and " in need.condition else " or "
-            raise UserError(f"{settings.given[name]} {settings.values[name]} has no effect without "
-                            f"{joined.join(map(str, wanted))}{here}: give that, too, or leave it out")
+            asked = joined.join(each.text(settings.spelling) for each in wanted)
+            raise UserError(f"{settings.given[name]} {settings.values[name]} has no effect without {asked}{here}: "
+                            "give that, too, or leave it out")

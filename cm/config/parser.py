@@ -26,7 +26,7 @@ FOREIGN_FLAGS = {
     "--max_train_steps": "--total_training_steps", "--resume_from_checkpoint": "--resume",
     "--guidance_scale": "--guide_scale", "--cfg_scale": "--guide_scale", "--n_samples": "--num_samples",
 }
-"""Flags of other tools -> ours, for a command that has ours and not theirs."""
+"""Flag of another tool -> the flag of this toolkit, to suggest it where the first does not exist."""
 
 
 class Parser(argparse.ArgumentParser):

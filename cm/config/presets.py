@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder() -> Path:
-    """Where the presets lie: in an installed package, or beside it in the repository."""
+    """The folder of the presets: inside an installed package, or next to it in the repository."""
     installed = PACKAGE / "presets"
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
 

@@ -18,11 +18,11 @@ SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "p
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
 LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
-"""Of what every generator takes."""
+"""The largest seed that every random generator accepts."""
 LARGEST_SIDE, LARGEST_BATCH, MOST_STEPS = 2**15, 2**24, 10**6
-"""What no machine could hold is a slip of the keyboard, and is told before it is tried."""
+"""Larger values are typing errors: no machine could hold them. They are refused before anything is allocated."""
 MOST_WORKERS = 256                                          # processes that read images, beside each rank
-LEAST_SIGMA, LARGEST_SIGMA = 1e-12, 1e12                    # whose squares float32 still holds
+LEAST_SIGMA, LARGEST_SIGMA = 1e-12, 1e12                    # their squares are still in the range of float32
 LONGEST_WAIT_S = 1e9
 
 
@@ -385,4 +385,4 @@ FIRST_OF_TRAINING = ("data_dir", "log_dir", "image_size", "class_cond", "num_cha
                      "microbatch", "lr", "total_training_steps", "precision")
 FIRST_OF_DISTILLATION = ("data_dir", "log_dir", "training_mode", "teacher_model_path", "loss_norm",
                          "global_batch_size", "microbatch", "lr", "total_training_steps", "precision")
-"""What --help shows of them."""
+"""The flags of each command that --help shows without `all`."""

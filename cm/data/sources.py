@@ -86,6 +86,8 @@ def may_hold_moments(data_dir: str) -> bool:
 def _is_array(name: str) -> bool | None:
     """Whether a file is an array and no image; None if it is neither."""
     return True if arrays_among([name]) else False if images_among([name]) else None
+
+
 def open_everywhere(
     data_dir: str, image_size: int, labels: str = "auto", channels: int = 3, latents: bool = False
 ) -> ImageSource:

@@ -61,7 +61,7 @@ class Diffusion:
         self.plain: Precond = lookup(PRECONDS, self.precond, "precond")(self.sigma_data, self.sigma_min)
         lowest, highest = self.plain.levels
         self.sigma_min, self.sigma_max = max(self.sigma_min, lowest), min(self.sigma_max, highest)
-        is_edm = self.precond == "edm"                              # whose published boundary condition differs
+        is_edm = self.precond == "edm"                              # its published boundary condition is another one
         self.boundary: Precond = (
             ConsistencyPrecond(self.sigma_data, self.sigma_min) if is_edm
             else BoundaryPrecond(self.plain, self.sigma_min)

@@ -202,8 +202,8 @@ SCHEDULE_SAMPLERS = {
 def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     """The noise distribution `name`.
 
-    :param diffusion: a KarrasDenoiser, whose grid of `num_timesteps` levels the distributions on a grid use, or a grid
-        [K].
+    :param diffusion: a `Diffusion`, or a grid of noise levels [K]. Distributions on a grid use the grid, or the Karras
+        grid of `num_timesteps` levels of the diffusion.
     :raises UserError: for a name that is not in SCHEDULE_SAMPLERS.
     """
     kind = lookup(SCHEDULE_SAMPLERS, name, "schedule_sampler")

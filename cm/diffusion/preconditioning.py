@@ -175,11 +175,11 @@ class BoundaryPrecond(Precond):
         return Scalings(c_skip=kept + (1 - kept) * c_skip, c_out=(1 - kept) * c_out, c_in=c_in)
 
     def c_noise(self, sigma: Tensor) -> Tensor:
-        """That of `plain`."""
+        """The noise conditioning of `plain`."""
         return self.plain.c_noise(sigma)
 
     def grid(self, sigmas: Tensor) -> Tensor:
-        """That of `plain`."""
+        """The noise levels that `plain` makes of them."""
         return self.plain.grid(sigmas)
 
 

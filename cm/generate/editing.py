@@ -8,7 +8,7 @@ Shapes: N batch, C channels, H and W height and width. Images are in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,7 +237,10 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 # --- running them ----------------------------------------------------------------------------------------------------
 
 CONSTRAINTS = {"inpaint": Inpaint, "colorize": Colorize, "superres": SuperRes}
-EDITS = {**CONSTRAINTS, "stroke": Stroke, "interpolate": Interpolate, "denoise": Denoise}
+EDITS: dict[str, Callable[..., Edit]] = {
+    **CONSTRAINTS, "stroke": Stroke, "interpolate": Interpolate, "denoise": Denoise,
+}
+"""--task -> the edit, made of images and the options of the task."""
 
 
 def constrained(D: Denoiser, edit: Edit, clip: bool = True) -> Denoiser:

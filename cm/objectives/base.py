@@ -76,7 +76,7 @@ class Objective(ABC):
     result: ClassVar[Result] = "denoiser"
     """The kind of the trained network; a sampler lists the kinds that it can sample."""
     sampler: ClassVar[str] = "heun"
-    """The usual sampler of the result."""
+    """The default sampler of the result."""
 
     @classmethod
     @abstractmethod
@@ -162,7 +162,7 @@ class GridObjective(Objective):
     """A loss over one random interval of a grid of noise levels; the curriculum sets the number of levels.
 
     :param curriculum: step -> (target decay rate, num_scales).
-    :param levels: (number, device, dtype) -> that many falling noise levels.
+    :param levels: (n, device, dtype) -> n decreasing noise levels.
     :param weight: the loss weight at noise levels, [N] -> [N].
     :param distance: two batches of images -> [N].
     """
@@ -193,19 +193,19 @@ class GridObjective(Objective):
 
     @classmethod
     def on_grid(cls, diffusion: Diffusion, curriculum: Curriculum) -> GridObjective:
-        """With the noise levels, the weights and the distance of a diffusion."""
+        """The objective with the noise levels, the loss weights and the distance of a diffusion."""
         return cls(curriculum, diffusion.noise_levels, diffusion.weight, get_distance(diffusion.loss_norm))
 
     @abstractmethod
     def intervals(self, num_scales: int) -> int:
-        """How many intervals the loss is over.
+        """The number of intervals that the loss is over.
 
-        :raises UserError: if num_scales leaves none.
+        :raises UserError: if there is none for this num_scales.
         """
 
     @abstractmethod
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, index: Tensor, num_scales: int) -> LossTerms:
-        """The loss of given noise [N,C,H,W] over the intervals `index` [N]; 0 is the noisiest."""
+        """The loss for given noise [N,C,H,W] and intervals `index` [N]; interval 0 is the noisiest."""
 
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
         _, num_scales = self.curriculum(step)
@@ -214,7 +214,7 @@ class GridObjective(Objective):
         return self.terms(nets, batch, noise, index, num_scales)
 
     def check(self, total_steps: int) -> None:
-        for step in (0, total_steps - 1):                   # rather than hours later in the curriculum
+        for step in (0, total_steps - 1):                   # an error here, not hours later in the curriculum
             self.intervals(self.curriculum(step)[1])
 
     def logs(self, step: int) -> dict[str, float]:

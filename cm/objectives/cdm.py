@@ -23,7 +23,7 @@ from cm.tensors import append_dims, mean_flat
 from cm.types import Batch, Denoiser, LossTerms, Networks, NoiseSource
 
 LONGEST = 0.05                                                      # s - s' is uniform in 0..LONGEST
-LOWEST = 0.002                                                      # of s'
+LOWEST = 0.002                                                      # lowest s'
 
 
 @dataclass
@@ -84,5 +84,5 @@ def in_u(t: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
     return h / t**2, h
 
 
-# (t, t2) -> the share of the way to D(x, t) that a step goes, and the variance of its noise, [N] each.
+# (t, t2) -> the fraction of the way to D(x, t) that a step goes, and the variance of its noise, [N] each.
 BACKWARD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"t": in_t, "u": in_u}

@@ -43,7 +43,7 @@ def _by_level(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tenso
 
 
 def _over_gap(weight: Callable[[Tensor], Tensor], t: Tensor, r: Tensor) -> Tensor:
-    """That weight divided by t - r: the loss keeps its size while t and r move closer."""
+    """The weight of `_by_level` divided by t - r, so that the size of the loss does not depend on t - r."""
     return weight(t) / (t - r)
 
 
@@ -164,14 +164,14 @@ class Consistency(GridObjective):
         return self.compare(nets, batch, noise, grid[index], grid[index + 1])
 
     def compare(self, nets: Networks, batch: Batch, noise: Tensor, t: Tensor, r: Tensor) -> LossTerms:
-        """The loss of given noise [N,C,H,W] and levels t > r [N]."""
+        """The loss for given noise [N,C,H,W] and levels t > r [N]."""
         f_target = self.target.network(nets)
         if f_target is None:
             raise UserError("consistency losses compare with a target network: give a target_model")
         x0, cond = batch.images, batch.cond
         x_t = x0 + noise * append_dims(t, x0.ndim)
         masks = SharedDropout(x0.device)
-        # Without gradients first: this memory is free again before the online network keeps its activations.
+        # The passes without gradients first: their memory is free again when the online network keeps its activations.
         with th.no_grad():
             x_r = land(self.path, nets, batch, noise, x_t, t, r, self.pairs.reaches_zero)
             with masks:

@@ -37,8 +37,8 @@ def ema_and_scales(
     target_ema_mode `fixed`: start_ema (but 1 with progdist, which has no target). `adaptive`, with progressive only:
     exp(s0 ln(start_ema) / (N - 1)).
 
-    :raises ValueError: here, not at some later step, for unknown modes, modes that cannot be combined, and values
-        that the modes cannot use.
+    :raises UserError: for unknown modes, modes that cannot be combined, and values that the modes cannot use. All are
+        checked here, not at a later step.
     """
     scales = lookup(SCALE_MODES, scale_mode, "scale_mode")(
         start_scales, end_scales, total_steps, distill_steps_per_iter
@@ -101,14 +101,14 @@ def doubling_scales(start: int, end: int, total_steps: int, steps_per_iter: int)
     at_least("total_steps", total_steps, 1)
 
     def scales(step: int) -> int:
-        stage = min(step // stage_steps, end.bit_length())          # a power beyond end is not needed, nor is it small
+        stage = min(step // stage_steps, end.bit_length())          # a larger power of two would be above end anyway
         return min(start << stage, end) + 1
 
     return scales
 
 
 def doublings(start: int, end: int) -> int:
-    """How many stages a doubling N has from start to end intervals: floor(log2(end / start)) + 1.
+    """The number of stages in which N doubles from start to end intervals: floor(log2(end / start)) + 1.
 
     :raises UserError: unless 1 <= start <= end.
     """

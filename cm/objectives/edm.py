@@ -43,7 +43,7 @@ class EDM(Objective):
 
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> EDM:
-        """With the weights of a diffusion, a distribution of noise levels, and values for the other fields by name."""
+        """The objective with the loss weights of a diffusion, noise levels from a distribution, and these options."""
         return cls(diffusion.weight, noise_distribution, **options)
 
     def __call__(self, nets: Networks, batch: Batch, step: int, rng: NoiseSource) -> LossTerms:
@@ -54,7 +54,7 @@ class EDM(Objective):
         return terms
 
     def terms(self, nets: Networks, batch: Batch, noise: Tensor, sigma: Tensor, rng: NoiseSource) -> LossTerms:
-        """The loss of given noise [N,C,H,W] at given levels [N]; whatever else is random comes from rng."""
+        """The loss for given noise [N,C,H,W] at given levels [N]; any other random numbers come from rng."""
         return edm_terms(nets.online, batch.images, noise, sigma, self.weight, batch.cond)
 
     @property
@@ -66,7 +66,7 @@ class EDM(Objective):
 def edm_terms(
     D: Denoiser, x0: Tensor, noise: Tensor, sigma: Tensor, weight: Callable[[Tensor], Tensor], cond: dict[str, Any]
 ) -> LossTerms:
-    """The loss of given noise at given levels; logs as `error_terms`."""
+    """The loss for given noise [N,C,H,W] at given levels [N]; it logs the values of `error_terms`."""
     x = x0 + noise * append_dims(sigma, x0.ndim)
     return error_terms(D(x, sigma, **cond), x0, sigma, weight)
 

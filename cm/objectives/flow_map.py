@@ -77,7 +77,7 @@ class FlowMap(PathObjective):
 
     @classmethod
     def settings_of(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The other fields."""
+        """The fields that are options of this objective, by name."""
         return {name: values[name] for name in cls.options if name != "pair_path"}
 
     @abstractmethod

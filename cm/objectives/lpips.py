@@ -41,8 +41,8 @@ def lpips_network(device: Device, dtype: th.dtype = th.float32) -> nn.Module:
     """
     prepare_lpips()
     ContentLoss = import_content_loss()
-    # piq.LPIPS is this ContentLoss on weights that it fetches and unpickles itself, the unused 123 million of VGG's
-    # classifier among them. Given the layers and weights, it is spared both.
+    # piq.LPIPS is this ContentLoss, but it downloads and unpickles its weights itself, including the unused 123 million
+    # of VGG's classifier. Here it gets the layers and weights as arguments.
     network = ContentLoss(
         vgg_features(), layers=list(LAYERS), weights=[weight.to(device, dtype) for weight in layer_weights()],
         replace_pooling=True, normalize_features=True, reduction="none",
@@ -63,7 +63,7 @@ def prepare_lpips() -> None:
 
     :raises UserError: if a package is missing, or a file is and cannot be downloaded; the message says what to do.
     """
-    import_content_loss()                                           # no use of weights without it
+    import_content_loss()                                           # the weights are useless without it
     for file in WEIGHT_FILES:
         path = path_of(file)
         if path.exists():
@@ -94,7 +94,7 @@ def vgg_features() -> nn.Module:
     """The convolutions of VGG-16. The classifier may be missing from the file."""
     from torchvision.models import vgg16
 
-    with th.device("meta"):                                         # nothing is drawn only to be overwritten
+    with th.device("meta"):                                         # no random weights that would be overwritten
         features = vgg16(weights=None).features
     state = load(VGG_WEIGHTS)
     names = {name: f"features.{name}" for name in features.state_dict()}

@@ -21,7 +21,7 @@ class NoiseBinWeights:
     equation 8): exp(-w) = E[L | t]. It needs no network, optimizer or gradient, and is saved in checkpoints. It
     satisfies `cm.types.LossHistory`.
 
-    :param sigma_min, sigma_max: ends of the bins, which are equal in ln sigma; levels beyond count to the last ones.
+    :param sigma_min, sigma_max: ends of the bins, which are equal in ln sigma; levels outside belong to the outer bins.
     """
 
     def __init__(self, sigma_min: float, sigma_max: float):

@@ -51,23 +51,23 @@ class Pairs(ABC):
 
     @abstractmethod
     def draw(self, step: int, rng: NoiseSource, like: Tensor) -> tuple[Tensor, Tensor]:
-        """t and r, [N] each, for the N samples of the images `like`, in their dtype."""
+        """t and r [N] for the N images `like`, in their dtype and on their device."""
 
     def check(self, total_steps: int) -> None:
-        """Find out whether every step of the run is possible.
+        """Check at the start whether every step of the run is possible.
 
         :raises UserError: if one is not.
         """
         return None
 
     def logs(self, step: int) -> dict[str, float]:
-        """What changes over the steps, for the log."""
+        """Values for the log row of a step."""
         return {}
 
 
 @dataclass(frozen=True)
 class GridPairs(Pairs):
-    """Neighbours on a Karras grid, every one of its N - 1 intervals as likely as any other."""
+    """Neighbours on a Karras grid; all of its N - 1 intervals are equally likely."""
 
     options: ClassVar[tuple[str, ...]] = ("scale_mode", "start_scales", "end_scales", "distill_steps_per_iter",
                                           "stage_steps", "stage_kimg")
@@ -94,7 +94,7 @@ class GridPairs(Pairs):
         return rng.randint(0, intervals(num_scales), (len(like),), device=like.device)
 
     def check(self, total_steps: int) -> None:
-        for step in (0, total_steps - 1):                   # rather than hours later in the curriculum
+        for step in (0, total_steps - 1):                   # an error here, not hours later in the curriculum
             intervals(self.curriculum(step)[1])
 
     def logs(self, step: int) -> dict[str, float]:
@@ -102,9 +102,9 @@ class GridPairs(Pairs):
 
 
 def intervals(num_scales: int) -> int:
-    """How many intervals a grid of so many levels has.
+    """The number of intervals of a grid of `num_scales` levels.
 
-    :raises UserError: if it has none.
+    :raises UserError: if there is none.
     """
     if num_scales < 2:
         raise UserError(
@@ -115,7 +115,7 @@ def intervals(num_scales: int) -> int:
 
 @dataclass(frozen=True)
 class LognormalGridPairs(GridPairs):
-    """Neighbours on a Karras grid, an interval as likely as ln sigma ~ N(p_mean, p_std^2) is to fall into it.
+    """Neighbours on a Karras grid; an interval has the probability that ln sigma ~ N(p_mean, p_std^2) falls into it.
 
     iCT, section 3.5: p_i ~ erf((ln s_{i+1} - P) / (sqrt(2) S)) - erf((ln s_i - P) / (sqrt(2) S)).
     """
@@ -141,7 +141,7 @@ class LognormalGridPairs(GridPairs):
         return p / p.sum()
 
     def index(self, num_scales: int, rng: NoiseSource, like: Tensor) -> Tensor:
-        """By inverting the distribution function: float32 would not tell neighbours of 1280 intervals apart."""
+        """Inverts the distribution function, in float64: float32 is too coarse for 1280 intervals."""
         intervals(num_scales)
         cumulative = self.probabilities(num_scales).cumsum(0).to(like.device, non_blocking=True)
         u = rng.rand(len(like), dtype=th.float64, device=like.device)

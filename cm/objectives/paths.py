@@ -29,7 +29,7 @@ from cm.types import Batch, Denoiser, Networks
 
 
 class Path(ABC):
-    """How the images of a batch move through the noise levels."""
+    """A way of the images of a batch through the noise levels."""
 
     companions: ClassVar[tuple[Companion, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
@@ -83,7 +83,7 @@ class TeacherPath(Path):
 
 
 class NoisePath(Path):
-    """Along the sample's own noise: an unbiased estimate of the ODE's slope, without a teacher."""
+    """Along the noise that was added to the sample: an unbiased estimate of the ODE's slope, without a teacher."""
 
     def ends(self, nets: Networks, batch: Batch, noise: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return batch.images, noise

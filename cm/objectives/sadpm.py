@@ -31,8 +31,8 @@ Earlier = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 class SADPM(EDM):
     """mean(r_0)^2 + sa_lambda / K^2 mean(sum_k r_k)^2, where r_k = sqrt(weight(s_k)) (D(x0 + s_k z_k, s_k) - x0).
 
-    s_0 is drawn, s_1 .. s_K-1 are the levels below it, if they exist, and each z_k is independent. With the weight
-    1 / sigma^2 r_k is the error of the predicted noise, and on DDPM's levels sa_lambda 0 is DDPM's loss.
+    s_0 is drawn; s_1 .. s_K-1 are the levels below it, if they exist; the z_k are independent. With the weight
+    1 / sigma^2, r_k is the error of the predicted noise. On DDPM's levels, sa_lambda 0 gives DDPM's loss.
 
     :param num_consecutive_steps: K; 0 stands for 1, as in the authors' commands for DDPM's loss.
     :param earlier: (levels [N], k) -> the levels k steps closer to the image [N], and whether they exist [N].
@@ -47,7 +47,7 @@ class SADPM(EDM):
 
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> SADPM:
-        """On DDPM's timesteps if the network is conditioned on them; else on a Karras grid with as many levels."""
+        """The objective on DDPM's timesteps if the network is conditioned on them, else on a Karras grid of 1000."""
         weight = options.get("sa_lambda", cls.sa_lambda)
         if options.get("num_consecutive_steps", cls.num_consecutive_steps) == 0 and weight:
             raise UserError("--num_consecutive_steps 0 leaves nothing to sum, but --sa_lambda "

@@ -36,9 +36,9 @@ class SCM(PathObjective):
     the tangent already has about the same size at all levels; `weights` does the same from past losses.
 
     :param c: number added to the size of the tangent.
-    :param norm: how the size is measured: "rms", or "norm", the square root of the sum of squares, over a sample.
-    :param warmup: steps over which the network's own part of the tangent grows from 0.
-    :param weights: weights of noise levels, learnt from the losses.
+    :param norm: the size of a tangent is "rms", its root mean square over a sample, or "norm", its L2 norm.
+    :param warmup: number of steps over which the factor rho of the network's own derivative rises from 0 to 1.
+    :param weights: loss weights by noise level, learnt from the past losses.
     """
 
     options: ClassVar[tuple[str, ...]] = (
@@ -74,7 +74,7 @@ class SCM(PathObjective):
         size = tangents.sample_norm(g, self.norm)
         with masks:
             denoised = nets.online(x, sigma, **batch.cond)
-        # F - sg F: what the network's output is itself is no matter, and rounding at small t neither.
+        # F - sg F: its value is exactly 0, also at small t, where F itself would be rounded; its gradient is that of F.
         sin = append_dims(trigflow.angle(sigma, self.diffusion.sigma_data).sin(), x.ndim)
         change = (denoised.detach() - denoised) / (self.diffusion.sigma_data * sin)
         mse = mean_flat((change - tangents.normalized(g, self.c, self.norm)).square())
@@ -122,7 +122,7 @@ class SCD(SCM):
 
 
 class SCT(SCM):
-    """Without a teacher's ODE; the student may start from a teacher's weights."""
+    """Along the noise that was added to the image; the student may start from a teacher's weights."""
 
     usual_path = "noise"
     defaults: ClassVar[Mapping[str, Any]] = {"p_mean": -1.0, "p_std": 1.4}

@@ -18,8 +18,8 @@ from cm.objectives.edm import EDM, error_terms
 from cm.tensors import append_dims
 from cm.types import Batch, LossTerms, Networks, NoiseSource
 
-AUGMENTATION = "augment_labels"                                     # of a batch's conditioning
-CHUNK = 512                                                         # references that are float64 at a time
+AUGMENTATION = "augment_labels"                                     # key in a batch's conditioning
+CHUNK = 512                                                         # references that are converted to float64 at a time
 
 
 @dataclass
@@ -78,8 +78,8 @@ def peers(batch: Batch, references: Batch) -> Tensor:
 def stable_target(x: Tensor, own: Tensor, sigma: Tensor, references: Batch, peers: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted average of the images that may have become x, and their effective number 1 / sum w^2, [N].
 
-    In float64, since |x|^2 + |y|^2 - 2 x.y is a small difference over a small sigma^2; under autocast too, which
-    leaves float64 alone. Memory is N x n and a chunk of the references.
+    Computed in float64, since |x|^2 + |y|^2 - 2 x.y is a small difference, divided by a small sigma^2. Autocast does
+    not change float64. The memory is N x n numbers and a chunk of the references.
 
     :param x: noisy images [N,C,H,W] at levels sigma [N], made of the images `own`.
     :param references: images [n,C,H,W], float or bytes.

@@ -18,7 +18,7 @@ from cm.objectives.edm import EDM, edm_terms
 from cm.types import Batch, LossTerms, Networks, NoiseSource
 
 WITHOUT = ("unet", "ddpmpp", "ncsnpp", "adm")
-"""Of --arch: networks that do not estimate their uncertainty."""
+"""Values of --arch: the networks that do not estimate their uncertainty."""
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ class Uncertainty(EDM):
 
     @classmethod
     def of(cls, diffusion: Diffusion, noise_distribution: ScheduleSampler, options: Mapping[str, Any]) -> Uncertainty:
-        """With the weights and the clock of a diffusion; the distribution is that of the options."""
+        """The objective with the loss weights and noise labels of a diffusion; the options set the distribution."""
         own = LogNormalSampler(options["noise_mean"], options["noise_std"])
         return cls(diffusion.weight, own, lambda sigma: diffusion.noise_labels(sigma, sigma.dtype))
 
@@ -75,5 +75,5 @@ def log_variance(model: nn.Module, noise_labels: Tensor) -> Tensor:
     """
     if not isinstance(model, Uncertain):
         raise UserError(f"--objective uncertainty needs a network with a method log_variance, which "
-                        f"{type(model).__name__} has not: choose --arch edm2")
+                        f"{type(model).__name__} does not have: choose --arch edm2")
     return cast(Uncertain, model).log_variance(noise_labels)

@@ -25,7 +25,7 @@ from cm.config.sampling_schema import GuidanceConfig, SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig, VaeConfig
 from cm.data.class_names import number_of_name
 from cm.errors import UserError
-from cm.generate.editing import CONSTRAINTS, Denoise, Edit, Stroke
+from cm.generate.editing import EDITS, Denoise, Edit, Inpaint, Stroke, SuperRes
 from cm.generate.engine import SamplingPlan, at_precision, labels_of, noise_of
 from cm.generate.finite import finite_images
 from cm.generate.latent_edits import check_latent_task, run_picture_edit
@@ -47,12 +47,12 @@ from cm.setup.sampler import sampler_of, sampler_options
 SECTIONS = (SampleConfig, SolverConfig, GuidanceConfig, ModelConfig, DiffusionConfig, VaeConfig, RunConfig)
 LEVELS = 40
 """Noise levels of the grid for several steps of a consistency model; the published number."""
-EDITS = {**CONSTRAINTS, "stroke": Stroke, "denoise": Denoise}
+TASKS = tuple(name for name in EDITS if name != "interpolate")      # which is between samples
 FACTOR, SIGMA = 8, 0.5
 TASKS_OF = {"mask": ("inpaint",), "factor": ("superres",), "sigma": ("stroke", "denoise")}
 """Argument of an edit -> the tasks that use it."""
 ELSEWHERE = {"num_samples": "count", "model_path": "cm.load", "training_mode": "cm.load"}
-"""Flags of image_sample.py -> what a pipeline has instead."""
+"""Flags of image_sample.py that have another name in a pipeline -> that name."""
 
 
 Labels = int | str | Sequence[int] | Sequence[str]
@@ -75,7 +75,7 @@ class Pipeline:
         self._guides: dict[tuple[Any, ...], BindsNetworks] = {}
         self._computes: AbstractContextManager = at_precision(model, precision)
 
-    # --- what it is ----------------------------------------------------------------------------------------------
+    # --- properties ----------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> dict[str, Any]:
@@ -174,13 +174,13 @@ class Pipeline:
         """
         _check_output(output)
         _check_options(options, labels)
-        lookup(EDITS, task, "task")
+        lookup(dict.fromkeys(TASKS), task, "task")
         self._check_parts(task, mask, factor, sigma)
         all_levels = LEVELS - 1 if self._kind.sampler == "onestep" and "ts" not in options else None
         settings = self._with(flags_for(self._kind.sampler, steps or all_levels, options))
         decoder = self._decoder(settings)
         if decoder is not None:
-            check_latent_task(task, EDITS, "task")
+            check_latent_task(task, TASKS, "task")
         plan = replace(sampling_plan(settings), decoder=decoder)
         known = to_tensor(images, plan.side, plan.result_channels)
         check_range(known, noisy=task == "denoise")
@@ -274,7 +274,7 @@ class Pipeline:
         return self._guides[asked]
 
     def _decoder(self, settings: Settings) -> Decoder | None:
-        """The decoder that the options select; it is loaded only once."""
+        """The decoder of latents that the options select; it is loaded only once."""
         asked = json.dumps([settings.values[name] for name in defaults_of(VaeConfig)])
         if asked not in self._decoders:
             self._decoders[asked] = load_decoder(settings, self.device)
@@ -313,7 +313,7 @@ class Pipeline:
 
 
 def flags_for(sampler: str, steps: int | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The flags for a number of steps, if no sampler is given.
+    """The options, with a sampler and its steps if the user gave no sampler.
 
     For a consistency model `steps` is the number of evaluations: one step, or evenly spaced levels of its grid.
 
@@ -346,11 +346,13 @@ def make_edit(task: str, images: Tensor, *, mask: Any, factor: int, sigma: float
     if task == "inpaint":
         if mask is None:
             raise UserError("inpaint needs mask: [H,W], 1 or white where a pixel is known, 0 where it is filled in")
-        return CONSTRAINTS[task](images, th.as_tensor(known_pixels(mask)))
+        return Inpaint(images, th.as_tensor(known_pixels(mask)))
     if task == "superres":
-        return CONSTRAINTS[task](images, factor)
-    if task in ("stroke", "denoise"):
-        return EDITS[task](images, sigma)
+        return SuperRes(images, factor)
+    if task == "stroke":
+        return Stroke(images, sigma)
+    if task == "denoise":
+        return Denoise(images, sigma)
     return EDITS[task](images)
 
 
@@ -360,7 +362,7 @@ def batches(count: int, size: int) -> list[np.ndarray]:
 
 
 def finite(images: Tensor, plan: SamplingPlan) -> Tensor:
-    """The images themselves.
+    """The images, unchanged.
 
     :raises UserError: if some are not finite, unless the plan allows them.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names
 from cm.config.flags import Settings
 from cm.data.class_names import worth_keeping
 from cm.data.image_source import ImageSource
@@ -90,11 +90,11 @@ def best_weights(loop: TrainLoop) -> tuple[str, str]:
     """Why these weights, and their file: the best of the evaluations, else the last average, else the last network."""
     for callback in loop.callbacks:
         if isinstance(callback, Evaluation) and (best := callback.best):
-            path = os.path.join(callback.folder(), manifest.file_name(f"ema_{callback.sampler.rate}", best["step"]))
+            path = os.path.join(callback.folder(), file_names.file_name(f"ema_{callback.sampler.rate}", best["step"]))
             return f"the best, {callback.metric.label} {best['value']:.6g} of step {best['step']}, is ", path
     names = [f"ema_{rate}" for rate in loop.ema_rate] or ["model"]
     suffix = dcp.SUFFIX if loop.config.checkpoint_format == "dcp" else ".pt"
-    path = os.path.join(loop.checkpoints.directory, manifest.file_name(names[0], loop.step, suffix))
+    path = os.path.join(loop.checkpoints.directory, file_names.file_name(names[0], loop.step, suffix))
     return "nothing was evaluated, the newest is ", path
 
 

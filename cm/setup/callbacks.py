@@ -21,8 +21,8 @@ from cm.setup.run import run_precision, trusts_extractor
 from cm.setup.sample import sampling_diffusion, sampling_plan
 from cm.setup.sampler import fits, reach_all_levels, sampler_of, sampler_options
 from cm.training.callbacks import AverageSampler, Evaluation, Metric, SampleGrids
+from cm.training.ema_rates import parse_rates
 from cm.training.ema_snapshots import EmaSnapshots
-from cm.training.loop import parse_rates
 from cm.training.profiler import Profile
 from cm.types import Callback
 

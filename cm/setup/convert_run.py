@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from cm.checkpoints import dcp, manifest
+from cm.checkpoints import dcp, file_names, manifest
 from cm.checkpoints.dcp import Piece
 from cm.checkpoints.share_writer import prepare, write_shares
 from cm.distributed import setup as dist
@@ -26,7 +26,7 @@ def convert_run(source: str, dest: str, format: str, verify: bool = True) -> man
     if dist.get_world_size() > 1:
         raise UserError("a checkpoint is converted by one process; start it without mpiexec")
     found = manifest.find(source, verify)
-    if storage.exists(storage.join(dest, manifest.manifest_name(found.step))):
+    if storage.exists(storage.join(dest, file_names.manifest_name(found.step))):
         raise UserError(f"--dest {dest} already holds a checkpoint of step {found.step}: choose another folder")
     content = {name: read_part(found, name, verify) for name in found.names() if name != "trainer"}
     trainer = state.load_part("trainer", found, verify)
@@ -40,7 +40,7 @@ def convert_run(source: str, dest: str, format: str, verify: bool = True) -> man
     parts = {name: pieces_of(part) for name, part in content.items()}
     prepare(dest, found.step, list(parts), sum(p.rows.nbytes for each in parts.values() for p in each.values()))
     shares = write_shares(dest, found.step, parts, 0)
-    folders = {name: manifest.file_name(name, found.step, dcp.SUFFIX) for name in parts}
+    folders = {name: file_names.file_name(name, found.step, dcp.SUFFIX) for name in parts}
     written = {folder: dcp.complete(storage.join(dest, folder), [shares[name]]) for name, folder in folders.items()}
     return _save(found, dest, {"trainer": trainer}, written)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.flags import Settings, defaults_of
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.config.schema import LARGEST_SIGMA, LEAST_SIGMA
 from cm.errors import UserError
@@ -55,7 +55,7 @@ def apply_objective_defaults(settings: Settings) -> None:
     users = flags_of_objectives()
     for name in users.keys() & values.keys() - set(kind.options_of(values)):
         # A file may hold every flag of another run; there only a value that somebody chose has been lost.
-        typed = settings.provenance(name) == Provenance.COMMAND_LINE
+        typed = settings.is_typed(name)
         if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
             raise UserError(
                 f"{settings.given[name]}: {name}={values[name]!r} is for {' or '.join(users[name])}, but this run has "
@@ -67,8 +67,8 @@ def apply_objective_defaults(settings: Settings) -> None:
 def _warn_of_fixed_levels(settings: Settings, options: Sequence[str]) -> None:
     """Say so if a number of noise levels is asked for that the schedule never reaches."""
     values, name = settings.values, "end_scales"
-    typed = settings.provenance(name) == Provenance.COMMAND_LINE
-    if typed and name in options and values["scale_mode"] == "fixed" and values[name] != values["start_scales"]:
+    is_asked = settings.is_typed(name) and name in options and values[name] != values["start_scales"]
+    if is_asked and values["scale_mode"] == "fixed":
         logger.warn(f"--end_scales {values[name]} has no effect: with --scale_mode fixed there are --start_scales "
                     f"{values['start_scales']} noise levels throughout; give progressive or doubling, or leave it out")
 

@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.config.flags import Settings
 from cm.distributed import setup as dist
@@ -127,7 +127,7 @@ def checkpoint_for(folder: str, step: int, images: int, snapshot: Snapshot) -> m
     :raises UserError: if the one there is of another run, which would lose its files.
     """
     source = snapshot.checkpoint
-    path = storage.join(folder, manifest.manifest_name(step))
+    path = storage.join(folder, file_names.manifest_name(step))
     if storage.exists(path):
         if (found := manifest.read(path)).config == source.config:
             return found
@@ -144,7 +144,7 @@ def distance_of(
     metric: Metric,
 ) -> float:
     """The distance of an average's samples from the reference; all ranks call it together and get the same number."""
-    path = os.path.join(checkpoint.directory, manifest.file_name(average.name, checkpoint.step))
+    path = os.path.join(checkpoint.directory, file_names.file_name(average.name, checkpoint.step))
     settings.sources["model_path"] = WeightsFile(path, expected=checkpoint.facts(path))
     model, diffusion = load_network(settings, "model_path"), sampling_diffusion(settings)
     drawn = draw_batches(model, diffusion, plan, run_precision(settings), options, f"width {average.std:g}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cm.config.flags import Provenance, Settings
+from cm.config.flags import Settings
 from cm.config.needs import refuse_idle
 from cm.config.schema import TrainConfig
 from cm.distributed import setup as dist
@@ -48,7 +48,7 @@ def resolve_durations(settings: Settings) -> None:
     """
     train, rank, world_size = settings.section(TrainConfig), dist.get_rank(), dist.get_world_size()
     _, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
-    typed = all(settings.provenance(name) == Provenance.COMMAND_LINE for name in ("batch_size", "global_batch_size"))
+    typed = all(settings.is_typed(name) for name in ("batch_size", "global_batch_size"))
     if typed and global_batch != train.global_batch_size:
         raise UserError(f"--batch_size {train.batch_size} on {world_size} rank(s) is {global_batch} images per step, "
                         f"but --global_batch_size asks for {train.global_batch_size}: give one of them")

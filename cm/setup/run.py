@@ -7,7 +7,7 @@ import os
 from torch import nn
 
 from cm.checkpoints import lock
-from cm.config.flags import Provenance, Settings, words_of
+from cm.config.flags import Settings, words_of
 from cm.distributed import setup as dist
 from cm.distributed import signals
 from cm.errors import UserError
@@ -95,7 +95,7 @@ def trusts_extractor(settings: Settings) -> bool:
     """
     if not settings.values["trust_extractor"]:
         return False
-    if settings.provenance("trust_extractor") != Provenance.COMMAND_LINE:
+    if not settings.is_typed("trust_extractor"):
         raise UserError(f"{settings.given.get('trust_extractor', 'a default')} sets trust_extractor, which counts on "
                         "the command line only: add --trust_extractor there if you trust the extractor's author")
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -138,26 +139,38 @@ def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
                             "drop one of them")
 
 
+def _adds_noise(kind: type[Any]) -> bool:
+    """Whether a sampler adds noise between two levels, --s_tmin and --s_tmax."""
+    return kind.accepts_churn or "s_tmin" in kind.__dataclass_fields__
+
+
+USERS: dict[str, tuple[str, Callable[[type[Any]], bool]]] = {
+    "ts": ("--sampler {}", lambda kind: "ts" in kind.__dataclass_fields__),
+    "s_churn": ("samplers with churn ({})", lambda kind: kind.accepts_churn),
+    "s_noise": ("samplers with churn ({})", lambda kind: kind.accepts_churn),
+    "s_tmin": ("samplers that add noise ({})", _adds_noise),
+    "s_tmax": ("samplers that add noise ({})", _adds_noise),
+    "steps": ("samplers of several steps", lambda kind: kind.uses_steps),
+}
+"""Flag of `SampleConfig` -> the samplers that use it, in words with a place for their names, and as a test."""
+
+
 def refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
     """A flag on the command line that the sampler would ignore is a mistake.
 
     :raises UserError: naming it and what it is for.
     """
-    options, defaults = kind.__dataclass_fields__, defaults_of(SampleConfig)
+    defaults = defaults_of(SampleConfig)
     unused = {
-        "ts": "" if "ts" in options else "--sampler multistep",
-        "s_churn": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
-        "s_noise": "" if kind.accepts_churn else "samplers with churn (heun, dpm, ablation)",
-        "s_tmin": "" if kind.accepts_churn or "s_tmin" in options else "samplers that add noise (heun, dpm, sde, ito)",
-        "s_tmax": "" if kind.accepts_churn or "s_tmax" in options else "samplers that add noise (heun, dpm, sde, ito)",
-        "steps": "" if kind.uses_steps else "samplers of several steps",
+        name: what.format(", ".join(other for other, each in SAMPLERS.items() if uses(each)))
+        for name, (what, uses) in USERS.items() if not uses(kind)
     }
     if kind.accepts_churn and not settings.values["s_churn"]:
-        unused |= {name: "--s_churn above 0" for name in ("s_noise", "s_tmin", "s_tmax") if name not in options}
-    for name, owner in unused.items():
-        typed = settings.provenance(name) == Provenance.COMMAND_LINE
-        if owner and typed and (name == "steps" or settings.values[name] != defaults[name]):
-            raise UserError(f"{settings.given[name]} {settings.values[name]} is for {owner}; --sampler "
+        own = kind.__dataclass_fields__
+        unused |= {name: "--s_churn above 0" for name in ("s_noise", "s_tmin", "s_tmax") if name not in own}
+    for name, users in unused.items():
+        if settings.is_typed(name) and (name == "steps" or settings.values[name] != defaults[name]):
+            raise UserError(f"{settings.given[name]} {settings.values[name]} is for {users}; --sampler "
                             f"{settings.values['sampler']} does not use it; drop it")
 
 

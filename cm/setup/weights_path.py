@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from cm.checkpoints.averages import newest_weights
+from cm.checkpoints.file_names import parse_name
 from cm.checkpoints.loading import format_of
-from cm.checkpoints.manifest import parse_name
 from cm.config.flags import Settings
 from cm.distributed import setup as dist
 from cm.errors import UserError

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 from torch import Tensor, nn
 
-from cm.checkpoints import loading, manifest
+from cm.checkpoints import file_names, loading, manifest
 from cm.checkpoints.averages import TOO_MUCH
 from cm.data.class_names import ClassNames
 from cm.distributed import setup as dist
@@ -39,7 +39,7 @@ COLUMNS = 8                                                 # of a grid
 
 
 class Metric(Protocol):
-    """How far images are from a reference."""
+    """A distance of images from a reference."""
 
     @property
     def key(self) -> str:
@@ -48,12 +48,12 @@ class Metric(Protocol):
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """Its name in messages and figures."""
         ...
 
     @property
     def id(self) -> str:
-        """Of the features that it compares."""
+        """An identifier of the features that are compared."""
         ...
 
     def distance(self, batches: Iterable[tuple[int, np.ndarray]]) -> float:
@@ -66,7 +66,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class AverageSampler:
-    """Draws with a weight average of the run.
+    """Samples from a weight average of the run.
 
     :param make_model: makes a float32 network of the run's architecture.
     :param rate: which average.
@@ -81,7 +81,7 @@ class AverageSampler:
     options: SampleOptions
 
     def weights(self, loop: TrainLoop) -> dict[str, Tensor]:
-        """The whole average, on every rank; one step of all ranks together."""
+        """The whole average, on every rank. All ranks must call it together."""
         return loop.trainer.master_params_to_state_dict(loop.averages.gather(self.rate))
 
     def draw(self, loop: TrainLoop, num_samples: int, title: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -101,7 +101,7 @@ class AverageSampler:
 
 @dataclass
 class SampleGrids:
-    """Leaves a picture of the same noises after every `interval` steps, and after the last.
+    """Writes a grid of samples from the same noise after every `interval` steps, and after the last step.
 
     :param interval: in steps; -1 for the loop's save_interval.
     """
@@ -134,16 +134,17 @@ class SampleGrids:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A picture depends on no other."""
+        """There is no state: a grid does not depend on earlier ones."""
 
 
 @dataclass
 class Evaluation:
-    """Measures samples after every `interval` steps and after the last, and keeps the weights that did best.
+    """Measures samples after every `interval` steps and after the last step, and keeps the best weights.
 
-    They lie in best/, with a manifest, where no clean-up of checkpoints comes; best.json says which and how good.
+    These are in best/, with a manifest, where old checkpoints are never removed. best.json has their step and value.
 
-    :param settings: all that makes values comparable; a run that is resumed with others begins its best anew.
+    :param settings: everything that values depend on. If a resumed run has other settings, the best value so far is
+        discarded.
     """
 
     sampler: AverageSampler
@@ -168,7 +169,7 @@ class Evaluation:
             except (UserError, OSError) as error:
                 if loop.checkpoints.on_save_error == "stop":
                     raise
-                self.best = before                          # it still lies where best.json says
+                self.best = before                          # its files are still there
                 logger.warn(f"training continues without the weights of step {loop.step}, the best so far: {error}")
         logger.log(
             f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
@@ -187,15 +188,15 @@ class Evaluation:
         """Save the average that was measured, then name it, then remove the one that was best before."""
         folder, name = self.folder(), f"ema_{self.sampler.rate}"
         os.makedirs(folder, exist_ok=True)
-        before = manifest.list_files(folder)
+        before = file_names.list_files(folder)
         kept = manifest.save(
             folder, loop.step, {name: average}, loop.flags, loop.images_seen, classes=loop.checkpoints.class_names,
             initial_weight={name: state.initial_weights(loop)[name]},
         )
-        file = manifest.file_name(name, loop.step)
+        file = file_names.file_name(name, loop.step)
         about = {"metric": self.metric.label, **self.best, "file": f"{BEST}/{file}", "settings": dict(self.settings)}
         write_json(os.path.join(logger.get_dir(), BEST_FILE), about)
-        for old in set(before) - {*kept.files, manifest.manifest_name(loop.step)}:
+        for old in set(before) - {*kept.files, file_names.manifest_name(loop.step)}:
             os.remove(os.path.join(folder, old))
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,5 +216,5 @@ def is_due(loop: TrainLoop, interval: int) -> bool:
 
 
 def undisturbed(device: th.device) -> Any:
-    """A context after which torch's random streams stand where they stood."""
+    """A context that restores the state of torch's random generators at its end."""
     return th.random.fork_rng([device] if device.type == "cuda" else [])

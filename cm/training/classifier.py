@@ -1,4 +1,4 @@
-"""How a classifier of noisy images is trained, and how well it recognises classes at a noise level."""
+"""Training of a classifier of noisy images, and its accuracy at a noise level."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def accuracy_at(
     model: NoisyClassifier, images: NDArray[Any], labels: NDArray[np.integer], sigma: float, seed: int = 0,
     batch_size: int = 512,
 ) -> float:
-    """Share of images [N,H,W,C] whose class is recognised at one noise level."""
+    """The share of images [N,H,W,C] that are classified correctly at one noise level."""
     device, right = next(model.parameters()).device, 0
     rng = th.Generator().manual_seed(seed)
     for x, y in zip(to_images(images).split(batch_size), th.as_tensor(labels).split(batch_size)):

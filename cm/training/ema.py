@@ -29,10 +29,11 @@ class EMA:
     :param rates: their names, such as "0.9999".
     :param device: "same" for that of the parameters; "cpu", to which a GPU's parameters are copied while it goes on
         with the next step; or "cuda".
-    :param shares: who keeps which tensor; None for all of them here. The methods that give whole averages are then
-        one step of all ranks together.
-    :param layout: of what parameters `params` are rows; then `shares` is None, and whole averages as there.
-    :raises UserError: for "cuda" where the parameters are not on a GPU.
+    :param shares: which rank keeps which tensor; None: this rank keeps all. With shares, all ranks must call the
+        methods that return whole averages together.
+    :param layout: how `params` are divided into rows among the ranks. If they are, `shares` is None, and all ranks must
+        call the methods that return whole averages together, too.
+    :raises UserError: for "cuda" if the parameters are not on a GPU.
     """
 
     def __init__(
@@ -51,20 +52,20 @@ class EMA:
         self.initial_weight = [1.0] * len(self.rates)               # share of the weights that each started from
 
     def copy_of(self, param: Tensor) -> Tensor:
-        """float32 whatever the parameter: at 0.9999 a half-precision average would never move."""
+        """A copy in float32: at a rate of 0.9999, an average in half precision would never change."""
         return param.detach().to(self.device, th.float32, copy=True)
 
     @property
     def local(self) -> list[list[Tensor]]:
-        """For each rate the tensors that this rank keeps, up to date: themselves, no copies."""
+        """For each rate, the tensors that this rank keeps, up to date; they are not copies."""
         if self.background:
             self.background.wait()
         return self._local
 
     def update(self, decays: Sequence[float]) -> None:
-        """Follow the parameters, after a step.
+        """Update the averages after a step.
 
-        :param decays: for each average its r, in [0, 1].
+        :param decays: the rate r of each average, in [0, 1].
         """
         self.initial_weight = [decay * share for decay, share in zip(decays, self.initial_weight, strict=True)]
         if self.background:
@@ -81,7 +82,7 @@ class EMA:
             self._take(rate, self.shares.mine(self.all), 1.0)
 
     def load(self, rate: str, params: Sequence[Tensor], initial_weight: float = 1.0) -> None:
-        """Go on from whole averages, one tensor per parameter on any device; this rank keeps its share of them.
+        """Load a whole average, one tensor per parameter on any device; this rank keeps its share of it.
 
         :param initial_weight: the share that they still hold of the weights that they started from.
         """
@@ -109,7 +110,7 @@ class EMA:
         return params
 
     def gather_to_main(self, rate: str) -> list[Tensor]:
-        """As `gather`, on rank 0 only and without memory on the others, which get an empty list."""
+        """`gather` on rank 0 only. The other ranks get an empty list, and need no memory for it."""
         local = self.local[self.rates.index(rate)]
         if self.shares.ranks == 1:
             return self.layout.gather_to_main(local)
@@ -121,10 +122,10 @@ class EMA:
 
 
 class Background:
-    """Copies of a device's parameters in the memory of the CPU, and a thread that works with them.
+    """Copies of a device's parameters in CPU memory, and a thread that works with them.
 
-    The copy is queued behind the work that the device has been given, so that it shows the parameters as they are after
-    it; from a GPU it goes into pinned memory, and nobody waits.
+    The copy is queued behind the work that was already given to the device, so it has the parameters after this work.
+    From a GPU, it goes to pinned memory and is asynchronous.
     """
 
     def __init__(self, sources: Sequence[Tensor]):
@@ -137,14 +138,14 @@ class Background:
         self.task: Future | None = None
 
     def wait(self) -> None:
-        """Until the latest task is done; raises what it raised."""
+        """Wait until the latest task is done; an exception of the task is raised here."""
         if self.task is not None:
             task, self.task = self.task, None
             task.result()
 
     @th.no_grad()
     def submit(self, use: Callable[[Sequence[Tensor]], None]) -> None:
-        """Copy, and let the thread call `use(copies)`; waits only if it is still busy with the copies before."""
+        """Copy, and let the thread call `use(copies)`; wait first if it still works with the previous copies."""
         self.wait()
         for copy, source in zip(self.copies, self.sources):
             copy.copy_(source.detach(), non_blocking=True)

@@ -1,6 +1,6 @@
-"""How fast a weight average follows the weights: a decay rate, a half-life in images, or a power function; warm-up.
+"""The rates of weight averages: a decay rate per step, a half-life in images, or a power function; and their warm-up.
 
-B images per step, n images seen before the step.
+B is the number of images per step, n the number of images seen before the step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POWER = "power"                                 # the beginning of the name of a
 class EmaRate:
     """The decay rate of one average.
 
-    :param name: as the flag spells it, "0.9999", "500kimg" or "power0.05"; it also names the average's files.
+    :param name: as given to --ema_rate, such as "0.9999", "500kimg" or "power0.05"; also used in file names.
     :param rampup_ratio: the half-life, also that of a decay rate, is never longer than this fraction of the images
         seen, so that the average forgets the first weights; 0 for no such limit.
     """
@@ -43,7 +43,7 @@ class EmaRate:
         et al. 2022, arXiv 2206.00364, appendix F; EDM's own runs have h = 500 kimg and a ratio of 0.05). A decay rate
         has the same limit, min(rate, 0.5^(B / (ratio n))).
 
-        A power function has no free choice, see `power_ema.decay`.
+        The rate of a power function depends on its width and on the images seen only, see `power_ema.decay`.
 
         :param batch: B, images per step over all ranks.
         :param began: the images seen when the average began, from which a power function counts.
@@ -61,7 +61,7 @@ class EmaRate:
 def parse_rates(ema_rate: str | float, rampup_ratio: float = 0.0) -> list[EmaRate]:
     """'0.999,500kimg,power0.05' -> one rate for each average.
 
-    :raises UserError: if a part is neither a rate in [0, 1], a half-life nor the width of a power function.
+    :raises UserError: if a part is not a rate in [0, 1], a half-life or the width of a power function.
     """
     names = [name.strip() for name in str(ema_rate).split(",") if name.strip()]
     for name in names:

@@ -1,6 +1,7 @@
 """Snapshots of power-function averages: written during training, found again, and combined into other averages.
 
-They are checkpoints that hold nothing else, in a folder of their own below the run's, which is never cleaned up.
+A snapshot is a checkpoint with these averages only. Snapshots have a folder of their own in the run's folder, and are
+never removed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.checkpoints.manager import archive_after
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -43,7 +44,7 @@ class EmaSnapshots:
         :raises UserError: on every rank, if it cannot be written and the run must not go on without it.
         """
         folder = storage.join(loop.checkpoints.directory, FOLDER)
-        if not self.begun:                                  # what a run that went back to here had written
+        if not self.begun:                                  # the run may have gone back to an earlier step
             dist.on_main(archive_after, folder, loop.step - 1)
             self.begun = True
         if loop.step % self.interval and loop.step != loop.total_training_steps:
@@ -66,11 +67,11 @@ class EmaSnapshots:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """Nothing: a snapshot depends on no other."""
+        """There is no state: a snapshot does not depend on earlier ones."""
         return {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Nothing to take over."""
+        """There is no state."""
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------
@@ -90,12 +91,12 @@ class Snapshot:
 
     @property
     def profile(self) -> Profile:
-        """Which images it averages, and how."""
+        """The weight of each training step in the average."""
         return Profile.of(self.checkpoint.images_seen, self.std)
 
     @property
     def path(self) -> str:
-        """Of its file."""
+        """The path of its file."""
         path = self.checkpoint.path(self.name)
         assert path is not None, "it was found in the manifest"
         return path
@@ -104,12 +105,12 @@ class Snapshot:
 def find_snapshots(run: str) -> list[Snapshot]:
     """All snapshots of a run that are still there, by step and width; also those in its checkpoints. For one rank.
 
-    :raises UserError: if there are none, or a run began its averages anew in between.
+    :raises UserError: if there are none, or the run restarted its averages in between.
     """
     found: dict[tuple[int, str], Snapshot] = {}
     for folder in (run, storage.join(run, FOLDER)):
-        for step in manifest.steps(folder):
-            checkpoint = manifest.read(storage.join(folder, manifest.manifest_name(step)))
+        for step in file_names.steps(folder):
+            checkpoint = manifest.read(storage.join(folder, file_names.manifest_name(step)))
             for name in checkpoint.names():
                 if name.startswith(f"ema_{POWER}"):
                     found[step, name] = Snapshot(checkpoint, name)
@@ -124,9 +125,9 @@ def find_snapshots(run: str) -> list[Snapshot]:
 
 
 class Combination:
-    """A weighted sum of snapshots, added up in float64 on rank 0.
+    """A weighted sum of snapshots, computed in float64 on rank 0.
 
-    :param buffers: names of what is part of the network and no parameter; it is copied from the last snapshot.
+    :param buffers: names of the network's buffers; they are copied from the last snapshot.
     """
 
     def __init__(self, buffers: Collection[str]):
@@ -134,7 +135,7 @@ class Combination:
         self.total: dict[str, Tensor] = {}
 
     def add(self, coefficient: float, weights: dict[str, Tensor]) -> None:
-        """Add a share of a snapshot; to be called in the order of their steps."""
+        """Add a snapshot times its coefficient. Add the snapshots in the order of their steps."""
         for name, value in weights.items():
             if name in self.buffers:
                 self.total[name] = value
@@ -151,7 +152,7 @@ class Combination:
 def combine(
     snapshots: Sequence[Snapshot], coefficients: Iterable[float], buffers: Collection[str], verify: bool = True
 ) -> dict[str, Tensor]:
-    """The combination of snapshots on rank 0, {} on the others; all ranks call it together.
+    """The combination of snapshots on rank 0, {} on the others. All ranks must call it together.
 
     :param verify: compare their checksums with their manifests.
     :raises UserError: on every rank, for a file that is missing or damaged.

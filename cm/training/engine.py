@@ -23,7 +23,7 @@ class Engine:
     """ddp: every rank holds every network, and the gradients of all are averaged while the backward pass runs."""
 
     def lay_out(self, model: nn.Module) -> Layout:
-        """Divide a network among the ranks, before anything is made of its parameters; how they lie then."""
+        """Divide a network among the ranks, before its parameters are used, and return their layout."""
         return WHOLE
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -51,23 +51,26 @@ class Engine:
         return all(bool(param.isfinite().all()) for param in model.parameters())
 
     def check_passes(self, passes: int) -> None:
-        """Make sure that the ranks can take these numbers of passes through a network in a step; all call it together.
+        """Check that the ranks may need different numbers of passes through a network per step.
 
-        :raises UserError: if they cannot.
+        All ranks must call it together.
+
+        :param passes: number of passes of this rank.
+        :raises UserError: if the numbers differ and the mode does not allow this.
         """
 
 
 class ShardedEngine(Engine):
-    """fsdp, hsdp: networks, gradients, optimizers and averages lie in shards; a pass gathers one block at a time.
+    """fsdp, hsdp: networks, gradients, optimizers and averages are sharded; a pass gathers one block at a time.
 
-    Frozen networks are divided like the trained ones: they are as large, and would soon be most of what a rank
-    holds.
+    Frozen networks are sharded like the trained ones: they have the same size, and would otherwise soon take most of a
+    rank's memory.
 
     :param half: parameters of blocks are gathered in bfloat16.
     """
 
     def __init__(self, device: th.device, shard_size: int | None, half: bool):
-        # half a second of imports
+        # this import takes half a second
         from cm.distributed import fsdp
 
         self.shard, self.local, self.half = fsdp.shard, fsdp.local_parts, half
@@ -84,7 +87,7 @@ class ShardedEngine(Engine):
 
     @contextlib.contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
-        """As there; until the last microbatch a rank holds whole gradients."""
+        """As in `Engine`; until the last microbatch, a rank holds whole gradients."""
         wrapped.set_requires_gradient_sync(False)           # pyright: ignore[reportCallIssue] (`fully_shard` adds it)
         try:
             yield
@@ -110,7 +113,7 @@ def make_engine(config: LoopConfig, device: th.device, full_precision: bool) -> 
     """The engine of a run; one call of all ranks together.
 
     :param full_precision: whether parts of a step compute in float32 whatever the precision of the run.
-    :raises UserError: for a name that is none, or settings that do not go together.
+    :raises UserError: for an unknown mode, or settings that cannot be combined.
     """
     if lookup(dict.fromkeys(PARALLEL, config.parallel), config.parallel, "parallel") == "ddp":
         return Engine()
@@ -123,10 +126,10 @@ def make_engine(config: LoopConfig, device: th.device, full_precision: bool) -> 
 
 
 def check_sharded(parallel: str, ranks: int, flags: Mapping[str, Any]) -> None:
-    """Find out whether networks can lie in shards with these flags.
+    """Check that networks can be sharded with these flags.
 
-    :param flags: what else was chosen, by the name of the flag.
-    :raises UserError: if they cannot.
+    :param flags: other flags of the run -> their values.
+    :raises UserError: if they cannot be sharded.
     """
     mode = f"--parallel {parallel}"
     if ranks == 1:

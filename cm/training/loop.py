@@ -1,21 +1,21 @@
-"""The training loop: data in, objective, gradients averaged over ranks, optimizer, averages, checkpoints.
+"""The training loop: data, objective, gradients averaged over ranks, optimizer, weight averages, checkpoints.
 
 The loop names no objective. The objective declares the loss, the networks that it needs, and what happens to them after
-a step. B is the global batch size. A step uses the next B samples of the run; their positions continue over restarts,
-and of W ranks, rank r has the positions r, r + W, r + 2W, ... of the step.
+a step. A step uses the next B samples of the run, where B is the global batch size. Positions of samples are counted
+from the start of the run, also after a restart. Of W ranks, rank r has the positions r, r + W, r + 2W, ... of a step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil
 from typing import Any
 
 import torch as th
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter
@@ -36,7 +36,7 @@ from cm.training.master_weights import MasterWeights
 from cm.training.meters import LossMeter
 from cm.training.mixed_precision import MixedPrecisionTrainer, StepReport
 from cm.training.non_finite import NonFiniteError
-from cm.training.optimizer import Optimizer, decay, rampup
+from cm.training.optimizer import Optimizer, learning_rate
 from cm.training.run_networks import RunNetworks
 from cm.training.same_run import require_same_run
 from cm.training.throughput import Ticks, status_line
@@ -50,7 +50,8 @@ class TrainLoop:
     Call `resume` before `run_loop`: it loads the newest checkpoint, or the weights to start from, and opens the data at
     the position of the run.
 
-    :raises UserError: if the objective cannot be trained for so many steps, or a companion that it declares is missing.
+    :raises UserError: if a step of the run is impossible, see `Objective.check`.
+    :raises ValueError: if a companion network that the objective declares is missing.
     """
 
     def __init__(self, config: LoopConfig, parts: RunParts):
@@ -69,7 +70,7 @@ class TrainLoop:
             config.on_save_error, config.verify_weights, class_names=parts.class_names,
         )
         self.writer = ShareWriter(self.checkpoints, config.async_save) if config.checkpoint_format == "dcp" else None
-        self.is_written = False                             # whether all ranks have written the checkpoint
+        self.is_written = False                             # whether all ranks have written their shares of it
         self.start = parts.start or WeightsFile(config.resume_checkpoint)
         self.engine = make_engine(config, self.device, self.objective.full_precision_passes)
         self.engine.check_passes(ceil(config.batch_size / self.microbatch))
@@ -83,14 +84,15 @@ class TrainLoop:
         self.microbatches: list[tuple[Batch, LossTerms]] = []  # of the latest step
         self.report: StepReport | None = None               # of the latest step of the online network
         self.step = self.images_seen = 0
-        self.averages_began: int | None = None              # images seen then; None: before the next step
-        self.seconds_before = 0.0                           # trained before this start
-        self.stop_signal = 0                                # on which all ranks have agreed to stop
+        self.averages_began: int | None = None              # images seen when they began; None: they begin next step
+        self.seconds_before = 0.0                           # of training, in earlier starts of the run
+        self.stop_signal = 0                                # the signal at which all ranks have agreed to stop
         self.data: Iterator[Any] = iter(())                 # opened by `resume`
+        self.close_data: Callable[[], None] | None = None
         self.is_open = False
-        self.begun = time.monotonic()
+        self.start_time = time.monotonic()
 
-    # --- what the networks are -------------------------------------------------------------------------------------
+    # --- the networks ----------------------------------------------------------------------------------------------
 
     @property
     def trained(self) -> dict[str, TrainedNetwork]:
@@ -113,12 +115,12 @@ class TrainLoop:
         return self.trained[ONLINE].opt
 
     def sharding(self, sizes: list[int]) -> Sharding:
-        """Which rank keeps, or writes, which of so many tensors."""
+        """Which rank keeps, or writes, which of the tensors with these numbers of elements."""
         return partition(sizes, self.rank, self.world_size)
 
     @property
     def ema_params(self) -> list[list[Tensor]]:
-        """For each rate the averages that this rank keeps: all, unless they are sharded."""
+        """For each rate, the averaged tensors that this rank keeps: all, unless the averages are sharded."""
         return self.averages.local
 
     def _make_averages(self) -> EMA:
@@ -129,7 +131,7 @@ class TrainLoop:
     # --- the loop --------------------------------------------------------------------------------------------------
 
     def run_loop(self) -> None:
-        """Train until `total_training_steps`, or until a signal asks to stop; the last state is always saved, once."""
+        """Train until `total_training_steps`, or until a signal asks to stop. The last state is always saved."""
         if not self.is_open:
             self.resume()
         self.clock, self.logged_step = time.monotonic(), self.step
@@ -151,7 +153,7 @@ class TrainLoop:
                        f"{self.total_training_steps} and saved; the same command resumes from there")
 
     def _after_step(self, bar: Any) -> None:
-        """Callbacks, the log and checkpoints, each when it is due."""
+        """Run the callbacks, write a row of the log and save a checkpoint, each if it is due."""
         ends = self.step == self.total_training_steps or bool(self.stop_signal)
         saves = self.step % self.save_interval == 0 or ends
         with self.ticks.maintenance():
@@ -169,7 +171,7 @@ class TrainLoop:
     def run_step(self, batch: Batch) -> None:
         """One optimizer step.
 
-        :raises NonFiniteError: on every rank, before a bad update.
+        :raises NonFiniteError: on every rank, before the update, if a loss or a gradient is not finite.
         """
         role = self.objective.trains(self.step)
         network = self.trained[role]
@@ -182,7 +184,7 @@ class TrainLoop:
         report = network.trainer.step(network.opt, self.agree_on_finite_and_stop(network))
         if report.fatal:
             raise self.non_finite_error(network)
-        if report.stepped:                                  # a step that overflowed has nothing to teach
+        if report.stepped:                                  # not after an overflow in fp16
             self.update_loss_history()
         if role == ONLINE:
             self.report = report
@@ -198,8 +200,8 @@ class TrainLoop:
     def update_averages(self, moved: bool) -> None:
         """Update the weight averages.
 
-        :param moved: whether the step changed the online network. Power-function averages weigh every image, so they
-            are also updated after a step of another network, or after a skipped step.
+        :param moved: whether the step changed the online network. Otherwise only power-function averages are updated:
+            their decay depends on the images seen.
         """
         if self.averages_began is None:
             self.averages_began = self.images_seen
@@ -215,7 +217,7 @@ class TrainLoop:
         return self.config.seed
 
     def forward_backward(self, batch: Batch, *, network: TrainedNetwork) -> None:
-        """Gradients of the mean loss over the global batch, whatever the microbatch and the number of ranks."""
+        """Compute the gradients of the mean loss over the global batch, in microbatches."""
         self.microbatches.clear()
         for start in range(0, len(batch), self.microbatch):
             part = batch.rows(start, start + self.microbatch)
@@ -231,18 +233,20 @@ class TrainLoop:
             })))
 
     def forward_backward_micro(self, part: Batch, network: TrainedNetwork) -> LossTerms:
-        """Add the gradient of a microbatch's share of the mean loss."""
+        """Add the gradient of one microbatch's part of the mean loss."""
         rng = SampleStreams(self.seed, part.positions, stream="train")
         with network.trainer.autocast():
             nets = self.nets.of_step(self.objective.trains(self.step))
             terms = self.objective(nets, part.to(self.device), self.step, rng)
-        # The ranks' gradients are averaged: with W ranks a sum over the samples of one counts 1/W.
+        # The gradients of W ranks are averaged, so the sum over one rank's samples has the weight 1/W.
         network.trainer.backward(terms.loss.sum() / (self.global_batch / self.world_size))
         return terms
 
     def _warm_up(self, batch: Batch, network: TrainedNetwork) -> None:
-        """Run two passes and discard them: after its first pass, DDP regroups its messages, and with them the order in
-        which three or more ranks add their gradients. So a resumed run adds in the same order from its first step.
+        """Run two passes and discard their gradients.
+
+        After its first pass, DDP regroups its messages, which changes the order in which three or more ranks add their
+        gradients. With these passes, a resumed run uses the final order from its first step, as the original run did.
         """
         for _ in range(2):
             self.forward_backward_micro(batch.rows(0, self.microbatch), network)
@@ -250,10 +254,10 @@ class TrainLoop:
         network.ddp_warmed_up = True
 
     def agree_on_finite_and_stop(self, network: TrainedNetwork) -> bool:
-        """Whether every loss and every gradient on every rank is finite; also agrees on requests to stop.
+        """Whether every loss and every gradient on every rank is finite; the ranks also agree on requests to stop.
 
-        This is one message per step between the ranks, by the device's backend, and the only time that a step waits for
-        its device. Its numbers are 1 if all is well, and the minimum over the ranks counts.
+        This is one all-reduce per step, and the only place where a step waits for its device. Each number is 1 if all
+        is well, and the minimum over the ranks is used.
         """
         going_on = th.full((1,), 1 - signals.requested(), dtype=th.int32, device=self.device)
         finite = th.stack([non_finite.all_finite(self.microbatches), network.trainer.grads_finite()])
@@ -279,23 +283,20 @@ class TrainLoop:
 
     def set_learning_rate(self, network: TrainedNetwork) -> None:
         """Give the optimizer the learning rate of this step."""
-        config = self.config
-        done = self.step / config.lr_anneal_steps if config.lr_anneal_steps else 0.0
         for group in network.opt.param_groups:
-            rate = config.lr * max(0.0, 1.0 - done) * rampup(self.images_seen, config.lr_rampup_kimg)
-            group["lr"] = rate * decay(self.step, config.lr_decay_steps)
+            group["lr"] = learning_rate(self.config, self.step, self.images_seen)
 
     def reset_optimizer_and_ema(self) -> None:
-        """Start a new stage: new optimizers, and averages that start from the current weights."""
+        """Start a new stage: new optimizer states, and averages that start from the current weights."""
         for network in self.trained.values():
             network.reset_optimizer()
         self.averages.restart()
         self.averages_began = None
 
     def non_finite_error(self, network: TrainedNetwork) -> NonFiniteError:
-        """The error for the latest step. All ranks must call it."""
+        """The error for the latest step. All ranks must call this."""
         if self.writer:
-            self.writer.finish()                            # a save that has begun
+            self.writer.finish()                            # complete a save that is under way
         trainer = network.trainer
         skips = f" after {trainer.skipped_steps} steps skipped in fp16" if trainer.use_fp16 else ""
         return non_finite.explain(
@@ -304,7 +305,7 @@ class TrainLoop:
         )
 
     def _suspect(self) -> str:
-        """The remedy after a loss that is not finite."""
+        """What to do about a loss that is not finite."""
         for each in self.objective.companions:
             if each.origin == "teacher" and not self.engine.is_finite(self.parts.companions[each.name].model):
                 return f"The weights of {each.name} are not finite: look at the file that they come from"
@@ -313,7 +314,7 @@ class TrainLoop:
     def _saved_so_far(self) -> str:
         """The state of the checkpoints if the run ends now; call it on one rank."""
         directory = self.checkpoints.directory
-        if manifest.steps(directory):
+        if file_names.steps(directory):
             return f"the newest checkpoint in {directory} is good"
         return f"no checkpoint has been saved in {directory} yet"
 
@@ -322,14 +323,17 @@ class TrainLoop:
     def run_callbacks(self) -> dict[str, float]:
         """Run the callbacks after this step; returns values for the log. Their time does not count as training."""
         begun, found = time.monotonic(), {}
-        with signals.unhurried():                           # a measurement may take longer than any step
+        with signals.unhurried():                           # a measurement may take longer than a step may
             for callback in self.callbacks:
                 found |= callback.after_step(self)
         self.clock += time.monotonic() - begun
         return found
 
     def log_row(self, found: Mapping[str, float]) -> dict[str, float | None]:
-        """Write a row of the log, with what callbacks have found; returns the averages of the losses."""
+        """Write a row of the log; returns the averages of the losses.
+
+        :param found: further values of the row, from callbacks.
+        """
         means = self.meter.means()
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         images, self.logged_step = (self.step - self.logged_step) * self.global_batch, self.step
@@ -356,7 +360,7 @@ class TrainLoop:
 
     def elapsed_seconds(self) -> float:
         """Seconds of training so far, over all starts of the run."""
-        return self.seconds_before + time.monotonic() - self.begun
+        return self.seconds_before + time.monotonic() - self.start_time
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -368,8 +372,8 @@ class TrainLoop:
             self.checkpoints.save(state.checkpoint_of(self), state.state_dict(self), is_last)
 
     def resume(self) -> None:
-        """Load the newest checkpoint of the run, or the one that `resume` names, else weights of `resume_checkpoint`;
-        then open the data at the position of the run.
+        """Load the newest checkpoint of the run, or the one that the flag `resume` names. Without one, load the weights
+        of `resume_checkpoint`, if it is given. Then open the data at the position of the run.
         """
         found = self.checkpoints.find(self.config.resume)
         if "keep_checkpoints" in self.flags:
@@ -379,18 +383,18 @@ class TrainLoop:
             state.load_state_dict(self, found)
         elif self.config.resume_checkpoint:
             self._start_from(self.config.resume_checkpoint)
-        logger.drop_after(self.step)                        # rows of steps that are about to be done again
-        self.start.weights = None                           # not needed where a newer checkpoint was found
+        logger.drop_after(self.step)                        # rows of steps that are about to be repeated
+        self.start.weights = None                           # not needed if a newer checkpoint was found
         self.nets.distribute()
         data = self.parts.data
         self.data, self.is_open = data(self.images_seen) if callable(data) else data, True
         self.close_data = getattr(self.data, "close", None) if callable(data) else None
-        self.begun = time.monotonic()
+        self.start_time = time.monotonic()
 
     def _start_from(self, path: str) -> None:
-        """Load the weights of another run, and its optimizer, averages and step if they are next to them."""
+        """Load the weights of another run, and also its optimizer, averages and step if the same folder holds them."""
         beside = dist.on_main(manifest.beside, path)
-        if beside and manifest.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
+        if beside and file_names.parse_name(path) == ("model", beside.step) and "opt" in beside.names():
             state.load_state_dict(self, beside)
             return
         logger.log(f"starting at step 0 from the weights of {path}, with a new optimizer and new averages")
@@ -406,7 +410,7 @@ class TrainLoop:
 
 
 def as_batch(item: Any, images_seen: int, rank: int, world_size: int) -> Batch:
-    """A batch with positions, also from guided-diffusion's pairs of images and conditioning."""
+    """A batch with positions, from a `Batch` or from a pair (images, conditioning) as guided-diffusion has it."""
     batch = item if isinstance(item, Batch) else Batch(*item)
     if batch.positions is None:
         batch.positions = images_seen + rank + world_size * th.arange(len(batch))

@@ -39,15 +39,15 @@ def halve(model: nn.Module) -> None:
 
 
 def store_as_autocast(model: nn.Module) -> None:
-    """Let a frozen network hold the weights that bf16's autocast would make of its own at every pass."""
+    """Store the weights of a frozen network in the dtype to which bf16's autocast would cast them at every pass."""
     if isinstance(model, HalfPrecisionTrunk):               # others are cast at every pass
         model.store_as_autocast(th.bfloat16)
 
 
 def store_as_computed(model: nn.Module, precision: str, stores_casts: bool = True) -> None:
-    """Let a frozen network hold its weights in the precision that its passes compute in.
+    """Store the weights of a frozen network in the precision that its passes compute in.
 
-    :param stores_casts: in bf16 all of its passes are autocast's; otherwise it stays float32 there.
+    :param stores_casts: whether all of its passes in bf16 are under autocast; if not, it stays float32 in bf16.
     :raises UserError: as `halve`.
     """
     if precision == "fp16":
@@ -57,7 +57,7 @@ def store_as_computed(model: nn.Module, precision: str, stores_casts: bool = Tru
 
 
 class MasterWeights:
-    """The float32 parameters of a network, which itself may compute in half precision.
+    """The float32 parameters of a network that may compute in half precision.
 
     Averages are made of `master_params` and files are written from them; `master_params_to_model_params`
     copies them into the network. For fp32, and for bf16 unless they are stored as it computes, they are the network's
@@ -66,9 +66,10 @@ class MasterWeights:
     :param model: a float32 network; for fp16 it must have `convert_to_fp16()`, which is called here. A network that
         was converted to float16 before, as consistency_models' script does, gets float32 masters of its rounded values.
     :param precision: "fp32", "bf16" or "fp16".
-    :param layout: how the parameters lie on the ranks; where a rank holds rows of them, its masters are these.
-    :param stores_casts: in bf16, a network without gradients, whole on every rank, shall hold its weights as autocast
-        would cast them.
+    :param layout: how the parameters are divided among the ranks; a rank that holds only some rows has masters of
+        these.
+    :param stores_casts: in bf16, store the weights of the network in the dtype to which autocast would cast them; only
+        for a network that needs no gradients and is whole on every rank.
     :raises UserError: for an unknown precision.
     :raises ValueError: for a half-precision model in another precision than fp16, whose master parameters would be
         rounded.
@@ -81,7 +82,7 @@ class MasterWeights:
         self.model, self.layout = model, layout
         self.model_params: list[nn.Parameter] = list(model.parameters())
         self.master_params: list[Tensor] = layout.masters(self.model_params)
-        self._copied: list[tuple[Tensor, Tensor]] = []          # parameters that are not their own masters, with these
+        self._copied: list[tuple[Tensor, Tensor]] = []          # (parameter, master) where the two are not the same
         rounded = [name for name, p in model.named_parameters() if p.dtype in HALF]
         if rounded and not (self.use_fp16 and all(p.dtype != th.bfloat16 for p in model.parameters())):
             raise ValueError(f"{rounded[0]} and {len(rounded) - 1} more parameters are already half precision, so the "
@@ -115,9 +116,9 @@ class MasterWeights:
 
     @th.no_grad()
     def load_master_params(self, params: Iterable[Tensor]) -> None:
-        """Set masters and model, say to `params_in(state_dict)`: whole parameters, of which a rank takes its rows.
+        """Set masters and model to whole parameters, such as `params_in(state_dict)`; a rank takes its rows of them.
 
-        Loading a file into the model itself would round it to half precision on its way to the masters.
+        If a file were loaded into the model itself, the masters would get values rounded to half precision.
         """
         for master, param in zip(self.master_params, self.layout.parts(params), strict=True):   # from any device
             master.copy_(param)
@@ -131,14 +132,14 @@ class MasterWeights:
         self.master_params_to_model_params()
 
     def gather_to_main(self) -> list[Tensor]:
-        """The whole masters on rank 0; one step of all ranks together."""
+        """The whole masters on rank 0; if they are sharded, the other ranks get []. All ranks must call it together."""
         return self.layout.gather_to_main(self.master_params)
 
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
         """A state dict of the model with these whole parameters (the masters, or an average of them).
 
-        Plain contiguous float32 tensors that ask for no gradient, on the CPU, where a file of them is written or a
-        network is made for them. They may share memory with `master_params`.
+        The tensors are contiguous, float32, without gradients, and on the CPU. They may share memory with
+        `master_params`.
         """
         by_param = dict(zip(map(id, self.model_params), master_params, strict=True))
         state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
@@ -161,7 +162,7 @@ class MasterWeights:
         return params
 
     def state_dict_to_master_params(self, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
-        """As `params_in`, but new tensors of the masters' dtype, on their device."""
+        """`params_in` as new tensors in the dtype of the masters, on their device."""
         values = self.layout.parts(self.params_in(state_dict))
         return [
             th.empty_like(master, requires_grad=False).copy_(value)

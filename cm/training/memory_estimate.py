@@ -74,7 +74,7 @@ class MemoryPlan:
         }
 
     def table(self) -> str:
-        """For people."""
+        """The estimate as text for the log."""
         rows = [
             *self.device.items(), ("together", sum(self.device.values())),
             *((f"{name} (host)", size) for name, size in self.host.items()),
@@ -148,7 +148,7 @@ def gathered_bytes(model: nn.Module) -> int:
 
 
 def own_rows(params: Sequence[Tensor], shards: int) -> list[Tensor]:
-    """What a rank holds of parameters that are divided among so many ranks; the first has the most rows."""
+    """The part of parameters that a rank holds if they are divided among so many ranks; the first has the most rows."""
     return [param[:ceil(len(param) / shards)] if param.ndim and shards > 1 else param for param in params]
 
 
@@ -180,7 +180,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def state_bytes(optimizer: str, params: Sequence[Tensor]) -> list[int]:
-    """What an optimizer remembers about each parameter: of a step that is really taken, on the meta device."""
+    """The state of an optimizer for each parameter, from a real step on the meta device."""
     params = [nn.Parameter(th.empty_like(param, device="meta")) for param in params]
     for param in params:
         param.grad = th.empty_like(param)

@@ -16,8 +16,8 @@ A step with gradients shared between ranks:
     finite = everywhere(trainer.grads_finite())
     report = trainer.step(optimizer, finite)
 
-`trainer.optimize(optimizer)` stands for the last three lines on one rank, and wherever the backward pass has averaged
-the gradients already: then all ranks hold the same ones and decide alike.
+`trainer.optimize(optimizer)` replaces the last three lines on one rank, and if the backward pass has already averaged
+the gradients: then all ranks hold the same gradients and make the same decision.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOWEST_LOG_LOSS_SCALE = -16.0       # gradients that overflow even here exceed 2
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimiser step did; true if it was taken. The norms are scalar tensors on the model's device."""
+    """The outcome of an optimiser step; true if it was taken. The norms are scalar tensors on the model's device."""
 
     stepped: bool                   # False: the gradients were not finite, and the parameters are as before
     fatal: bool                     # not finite, and a smaller loss scale would not help: the run has diverged
@@ -62,14 +62,14 @@ class StepReport:
 
 
 class Steps(Protocol):
-    """An optimizer, as far as it is needed here."""
+    """The part of an optimizer that is used here."""
 
     def step(self) -> Any: ...
 
 
 @runtime_checkable
 class Constrained(Protocol):
-    """A network whose parameters do not go wherever an optimizer leads them."""
+    """A network that corrects its parameters after every optimizer step, such as weights of a fixed norm."""
 
     def constrain(self, params: Mapping[str, Tensor]) -> None:
         """Change the float32 parameters, by their names in the network, in place after every optimizer step."""
@@ -113,9 +113,9 @@ class MixedPrecisionTrainer(MasterWeights):
         """The context for the forward pass and the loss."""
         if self.precision != "bf16":
             return nullcontext()
-        # A pass uses each weight once, so the cache of cast weights would save nothing. In torch releases before 2026
-        # it hands weights cast under no_grad (the network as its own target) to the trained pass, which then loses
-        # their gradients.
+        # A pass uses each weight once, so the cache of cast weights would save nothing. In torch releases before 2026,
+        # it also gives weights that were cast under no_grad (if the network is its own target) to the pass with
+        # gradients, which then loses the gradients of these weights.
         return th.autocast(self.model_params[0].device.type, dtype=th.bfloat16, cache_enabled=False)
 
     def zero_grad(self) -> None:
@@ -185,9 +185,9 @@ class MixedPrecisionTrainer(MasterWeights):
 
     @th.no_grad()
     def _constrain(self) -> None:
-        """Let the network bring its new parameters back to where they must lie, such as weights of a fixed norm.
+        """Let the network correct its new parameters, such as weights of a fixed norm.
 
-        All ranks hold the same parameters here, also after a step in shares, and change them alike.
+        All ranks hold the same parameters here, also after a step of `ZeroOptimizer`, and change them in the same way.
         """
         if isinstance(self.model, Constrained):
             names = (name for name, _ in self.model.named_parameters())
@@ -204,7 +204,7 @@ class MixedPrecisionTrainer(MasterWeights):
         return self.step(opt, self.grads_finite())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides parameters and optimiser."""
+        """The state that a resumed run needs besides parameters and optimiser."""
         return {"lg_loss_scale": self.lg_loss_scale, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -213,7 +213,7 @@ class MixedPrecisionTrainer(MasterWeights):
 
 
 def _choose_precision(precision: str | None, use_fp16: bool) -> str:
-    """:raises UserError: for a name that is none, or one that contradicts `use_fp16`."""
+    """:raises UserError: for an unknown precision, or one that contradicts `use_fp16`."""
     if precision is None:
         return "fp16" if use_fp16 else "fp32"
     if use_fp16 and check_precision(precision) != "fp16":

@@ -1,4 +1,4 @@
-"""Optimizers by name, whole on every rank or sharded over the ranks."""
+"""Optimizers by name, whole on every rank or sharded over the ranks, and their learning rate."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from cm.distributed import setup as dist
 from cm.distributed.layout import WHOLE, Layout
 from cm.distributed.sharding import Sharding
 from cm.registry import lookup
+from cm.training.config import LoopConfig
 
 OPTIMIZERS = {"radam": th.optim.RAdam, "adam": th.optim.Adam, "adamw": th.optim.AdamW}
-FUSED = ("adam", "adamw")                                   # whose step torch has as one operation, and where
-FUSED_ON = ("cpu", "cuda")
+FUSED, FUSED_ON = ("adam", "adamw"), ("cpu", "cuda")        # optimizers and devices with a fused step in torch
 
 
 class RankOptimizer:
-    """What a rank steps with: an optimizer of the part of the parameters that is its own."""
+    """The part of an optimizer on one rank, which updates the parameters that this rank owns."""
 
     def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor]):
         self.inner, self.params = inner, list(params)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of this rank; a learning rate set here on every rank is that of all parameters."""
+        """The groups on this rank. Set a learning rate on every rank, so that it applies to all parameters."""
         return self.inner.param_groups
 
     @property
@@ -40,11 +40,11 @@ class RankOptimizer:
 
 
 class ZeroOptimizer(RankOptimizer):
-    """An optimizer whose every rank keeps the state of some parameters, and steps for all ranks with those.
+    """Each rank keeps the optimizer state of some parameters, updates these, and sends them to the other ranks.
 
-    This is the first stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state
-    and files are the same, bit for bit, as without it. Every method but `load_state_dict` is one step of all ranks
-    together. All ranks must hold the same gradients.
+    This is stage 1 of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), with whole tensors: parameters, state and files
+    are the same, bit for bit, as without it. All ranks must hold the same gradients, and must call every method but
+    `load_state_dict` together.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class ZeroOptimizer(RankOptimizer):
             dist.sync_params(self.shares.of(rank, self.params), rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the same optimizer without shares, on rank 0, on the CPU; empty on the others."""
+        """The state dict of the same optimizer without sharding: on rank 0, on the CPU; empty on the other ranks."""
         entries = [self.inner.state.get(param, {}) for param in self.own]
         names = dist.all_gather_object([list(entry) for entry in entries])
         values = dist.gather_tensors([value for entry in entries for value in entry.values()])
         if values is None:
             return {}
         names, values = [iter(each) for each in names], [iter(each) for each in values]
-        # A file spells a word out once per string object that holds it: interned, these are torch's own.
+        # A pickle writes equal words once per string object. Interned words make the file the same as torch's own.
         state = {
             index: {sys.intern(name): next(values[owner]) for name in next(names[owner])}
             for index, owner in enumerate(self.shares.owners)
@@ -78,9 +78,9 @@ class ZeroOptimizer(RankOptimizer):
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this rank's share of what an optimizer of all parameters has saved, with shares or without.
+        """Load this rank's share of the state dict of an optimizer, sharded or not.
 
-        :raises ValueError: if it was saved of other parameters.
+        :raises ValueError: if it belongs to another number of parameters.
         """
         groups = saved["param_groups"]
         if [len(group["params"]) for group in groups] != [len(self.params)]:
@@ -93,9 +93,9 @@ class ZeroOptimizer(RankOptimizer):
 
 
 class ShardedOptimizer(RankOptimizer):
-    """An optimizer of this rank's rows of all parameters, whose state has the same layout.
+    """An optimizer of this rank's rows of all parameters (FSDP). Its state is sharded in the same way.
 
-    `state_dict` is one step of all ranks together; files are those of an optimizer of whole parameters.
+    All ranks must call `state_dict` together. The files are the same as those of an optimizer of whole parameters.
     """
 
     def __init__(self, inner: th.optim.Optimizer, params: Sequence[Tensor], layout: Layout):
@@ -103,7 +103,7 @@ class ShardedOptimizer(RankOptimizer):
         self.layout = layout
 
     def state_dict(self) -> dict[str, Any]:
-        """That of an optimizer of whole parameters, on rank 0, on the CPU; empty on the others."""
+        """The state dict of an optimizer of whole parameters: on rank 0, on the CPU; empty on the other ranks."""
         saved, state = self.inner.state_dict(), {}
         for index, entry in saved["state"].items():
             wholes = {sys.intern(name): self._whole(index, value) for name, value in entry.items()}
@@ -115,11 +115,11 @@ class ShardedOptimizer(RankOptimizer):
         return self.layout.whole(index, value) if self.is_divided(index, value) else value
 
     def is_divided(self, index: int, value: Tensor) -> bool:
-        """Whether it has a number for each of the parameter's, as the count of steps has not."""
+        """Whether this part of the state has one number per element of the parameter; the step count has not."""
         return value.ndim == self.params[index].ndim > 0
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take this rank's rows of what an optimizer of whole parameters has saved."""
+        """Load this rank's rows from the state dict of an optimizer of whole parameters."""
         state = {
             index: {
                 name: self.layout.part(index, value) if self.is_divided(index, value) else value[...]
@@ -133,7 +133,7 @@ Optimizer = th.optim.Optimizer | ZeroOptimizer | ShardedOptimizer
 
 
 def read(entry: dict[str, Any]) -> dict[str, Any]:
-    """What is saved of one parameter, read where it is not yet."""
+    """The saved state of one parameter, with all tensors read from their file."""
     return {name: value if isinstance(value, (int, float)) else value[...] for name, value in entry.items()}
 
 
@@ -141,12 +141,13 @@ def make_optimizer(
     name: str, params: Sequence[Tensor], lr: float, weight_decay: float, shares: Sharding | None = None,
     layout: Layout = WHOLE, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
 ) -> Optimizer:
-    """An entry of `OPTIMIZERS`; with `shares` of more than one rank, in shares of whole tensors.
+    """A new optimizer of a kind in `OPTIMIZERS`.
 
-    :param layout: of what network the parameters are rows.
-    :param betas, eps: decay rates of the two moments, and what is added to the root of the second (Kingma and Ba 2014,
-        arXiv 1412.6980, algorithm 1).
-    :raises UserError: for a name that is none.
+    :param shares: which rank keeps the state of which parameter (`ZeroOptimizer`); None: every rank keeps all.
+    :param layout: how the parameters are divided into rows among the ranks (`ShardedOptimizer`).
+    :param betas: decay rates of the first and second moments (Kingma and Ba 2014, arXiv 1412.6980, algorithm 1).
+    :param eps: number added to the square root of the second moment.
+    :raises UserError: for a name that is not in `OPTIMIZERS`.
     """
     kind = lookup(OPTIMIZERS, name, "optimizer")
     settings = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
@@ -159,8 +160,15 @@ def make_optimizer(
     return ZeroOptimizer(kind, params, shares, **settings)
 
 
+def learning_rate(config: LoopConfig, step: int, images_seen: int) -> float:
+    """The learning rate of a step: config.lr, with its warm-up, its linear decrease to 0 and its decay."""
+    done = step / config.lr_anneal_steps if config.lr_anneal_steps else 0.0
+    rate = config.lr * max(0.0, 1.0 - done) * rampup(images_seen, config.lr_rampup_kimg)
+    return rate * decay(step, config.lr_decay_steps)
+
+
 def decay(step: int, decay_steps: int) -> float:
-    """The factor of a learning rate that falls as 1 / sqrt(step) after so many steps; 1 where that is 0.
+    """The factor of a learning rate that falls as 1 / sqrt(step) after `decay_steps` steps; 1 if that is 0.
 
     Karras et al. 2023 (EDM2, arXiv 2312.02696), equation 67.
     """
@@ -168,5 +176,5 @@ def decay(step: int, decay_steps: int) -> float:
 
 
 def rampup(images_seen: int, rampup_kimg: float) -> float:
-    """The factor of a learning rate that rises linearly from 0 over so many thousand images; 1 where that is 0."""
+    """The factor of a learning rate that rises linearly from 0 over `rampup_kimg` thousand images; 1 if that is 0."""
     return min(1.0, images_seen / (1000 * rampup_kimg)) if rampup_kimg else 1.0

@@ -28,7 +28,7 @@ class Profile(NamedTuple):
 
     @classmethod
     def of(cls, images: float, std: float) -> Profile:
-        """Of an average with a relative width."""
+        """The profile of an average with a relative width."""
         return cls(images, gamma_of(std))
 
 
@@ -63,14 +63,14 @@ def overlap(a: Profile, b: Profile) -> float:
 
 
 class Mix(NamedTuple):
-    """How to make one average of others."""
+    """The coefficients that make one average of others."""
 
     coefficients: np.ndarray                                # [S] float64, of the snapshots; their sum is 1
     error: float                                            # distance of its profile from the one asked for, relative
 
 
 def mix(snapshots: Sequence[Profile], target: Profile) -> Mix:
-    """The combination of snapshots whose profile is nearest to the target's: algorithm 3.
+    """The combination of snapshots with the profile nearest to that of the target: algorithm 3.
 
     :raises UserError: if there is no snapshot, or two are of the same time and width.
     """

@@ -82,11 +82,11 @@ class Profile:
                    f"trace: {trace} (for chrome://tracing or ui.perfetto.dev)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a run that is started again is traced again."""
+        """There is no state: a run that is started again is traced again."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to know."""
+        """There is no state."""
 
 
 def start(device: th.device) -> profile:

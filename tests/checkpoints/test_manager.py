@@ -11,7 +11,7 @@ import types
 import pytest
 import torch as th
 
-from cm.checkpoints import manager, serialization
+from cm.checkpoints import file_names, manager, serialization
 from cm.checkpoints import manifest as state
 from cm.config.flags import parse
 from cm.config.schema import TRAINING_SECTIONS, TrainConfig
@@ -29,7 +29,7 @@ CONTENT = {"model": {"w": th.arange(6.0)}, "ema_0.9": {"w": th.ones(6)}, "opt": 
 
 
 def steps_of(directory, name):
-    found = [parsed for path in directory.iterdir() if (parsed := state.parse_name(path.name))]
+    found = [parsed for path in directory.iterdir() if (parsed := file_names.parse_name(path.name))]
     return sorted(step for kind, step in found if kind == name)
 
 
@@ -47,7 +47,7 @@ def save_all(directory, steps, **options):
 def test_the_last_ones_stay_and_the_averages_of_milestones_and_the_best(tmp_path):
     (tmp_path / "best.json").write_text('{"step": 3, "value": 2.5}')
     save_all(tmp_path, range(1, 10), keep=2, milestone_interval=4)
-    assert state.steps(str(tmp_path)) == [3, 4, 8, 9]
+    assert file_names.steps(str(tmp_path)) == [3, 4, 8, 9]
     assert steps_of(tmp_path, "model") == steps_of(tmp_path, "opt") == [3, 8, 9]
     assert steps_of(tmp_path, "ema_0.9") == [3, 4, 8, 9]
     milestone = state.beside(str(tmp_path / "ema_0.9_000004.pt"))
@@ -67,25 +67,25 @@ def test_only_files_of_the_checkpoints_own_names_are_removed(tmp_path):
     facts = {"size": 15, "crc32": 0}
     dataclasses.replace(first, files=first.files | dict.fromkeys(others, facts)).write_manifest()
     save_all(tmp_path, [2], keep=1)
-    assert state.steps(str(tmp_path)) == [2] and steps_of(tmp_path, "opt") == [2]
+    assert file_names.steps(str(tmp_path)) == [2] and steps_of(tmp_path, "opt") == [2]
     assert all((tmp_path / name).read_text() == "a month of work" for name in others)
 
 
 def test_all_stay_unless_told_otherwise(tmp_path):
     save_all(tmp_path, range(1, 5))
-    assert state.steps(str(tmp_path)) == steps_of(tmp_path, "model") == [1, 2, 3, 4]
+    assert file_names.steps(str(tmp_path)) == steps_of(tmp_path, "model") == [1, 2, 3, 4]
 
 
 def test_nothing_is_removed_while_the_best_is_not_known(tmp_path):
     (tmp_path / "best.json").write_text('{"ste')
     save_all(tmp_path, range(1, 4), keep=1)
-    assert state.steps(str(tmp_path)) == [1, 2, 3]
+    assert file_names.steps(str(tmp_path)) == [1, 2, 3]
     assert "old checkpoints" in (tmp_path / "log.txt").read_text()
 
 
 def test_pruning_a_run_in_training(images, tmp_path):
     run(images, tmp_path, 5, save_interval=1, keep_checkpoints=2, milestone_interval=2)
-    assert state.steps(str(tmp_path)) == [2, 4, 5] and steps_of(tmp_path, "model") == [4, 5]
+    assert file_names.steps(str(tmp_path)) == [2, 4, 5] and steps_of(tmp_path, "model") == [4, 5]
     assert steps_of(tmp_path, "ema_0.5") == [2, 4, 5]
 
 
@@ -101,11 +101,11 @@ def found_and_saved(directory, steps, resume="auto", **options):
 
 def test_a_new_run_keeps_three(tmp_path):
     found_and_saved(tmp_path, range(1, 7), keep=None, milestone_interval=2)
-    assert state.steps(str(tmp_path)) == [2, 4, 5, 6] and steps_of(tmp_path, "model") == [4, 5, 6]
+    assert file_names.steps(str(tmp_path)) == [2, 4, 5, 6] and steps_of(tmp_path, "model") == [4, 5, 6]
     found_and_saved(tmp_path, [7], keep=None)                       # without milestones: what was one stays
-    assert state.steps(str(tmp_path)) == [2, 5, 6, 7] and steps_of(tmp_path, "ema_0.9") == [2, 5, 6, 7]
+    assert file_names.steps(str(tmp_path)) == [2, 5, 6, 7] and steps_of(tmp_path, "ema_0.9") == [2, 5, 6, 7]
     found_and_saved(tmp_path, [8], keep=1)
-    assert state.steps(str(tmp_path)) == [2, 8]
+    assert file_names.steps(str(tmp_path)) == [2, 8]
 
 
 @pytest.mark.parametrize("config, keep", [({}, 0), ({"keep_checkpoints": 0}, 0), ({"keep_checkpoints": 5}, 5),
@@ -115,7 +115,7 @@ def test_a_resumed_run_keeps_as_many_as_before(tmp_path, config, keep):
     newest = state.read(str(tmp_path / "checkpoint_000006.json"))
     dataclasses.replace(newest, config=config).write_manifest()
     assert found_and_saved(tmp_path, [7], keep=None).keep == keep
-    assert len(state.steps(str(tmp_path))) == (keep or 7)
+    assert len(file_names.steps(str(tmp_path))) == (keep or 7)
 
 
 def test_what_another_run_or_another_tool_saved_stays(tmp_path):
@@ -123,17 +123,17 @@ def test_what_another_run_or_another_tool_saved_stays(tmp_path):
     own = tmp_path / "own"
     found_and_saved(own, [10, 11], keep=1)
     for path in (tmp_path / "other").iterdir():                     # copied there to have it at hand
-        if state.belongs(path.name):
+        if file_names.belongs(path.name):
             (own / path.name).write_bytes(path.read_bytes())
     (own / "model000005.pt").write_bytes(b"the original's tools write no manifest")
     found_and_saved(own, [12], keep=1)
-    assert state.steps(str(own)) == [1, 2, 3, 4, 12] and steps_of(own, "model") == [1, 2, 3, 4, 5, 12]
+    assert file_names.steps(str(own)) == [1, 2, 3, 4, 12] and steps_of(own, "model") == [1, 2, 3, 4, 5, 12]
 
 
 def test_a_run_that_starts_from_another_keeps_out_of_its_folder(tmp_path):
     found_and_saved(tmp_path / "a", [1, 2, 3])
     keeper = found_and_saved(tmp_path / "b", [4, 5], resume=str(tmp_path / "a"), keep=1)
-    assert state.steps(str(tmp_path / "a")) == [1, 2, 3] and state.steps(str(tmp_path / "b")) == [5]
+    assert file_names.steps(str(tmp_path / "a")) == [1, 2, 3] and file_names.steps(str(tmp_path / "b")) == [5]
     assert keeper.run != state.read(str(tmp_path / "a/checkpoint_000003.json")).run
 
 
@@ -184,7 +184,7 @@ def test_resume_names_a_checkpoint_by_any_of_its_files(images, straight, tmp_pat
         assert again.step == (2 if steps == 4 else 4)
         again.run_loop()
     assert digest(directory, 6) == digest(straight, 6)
-    assert state.steps(str(directory)) == [4, 6]
+    assert file_names.steps(str(directory)) == [4, 6]
 
 
 def test_resume_names_a_folder(images, straight, tmp_path):
@@ -196,7 +196,7 @@ def test_going_back_in_a_run(images, straight):
     """What comes later is set aside, and the same command again goes on with the new branch."""
     old, path = digest(straight, 6), str(straight / "checkpoint_000002.json")
     back = loop(images, straight, 3, resume=path, seed=1)
-    assert back.step == 2 and state.steps(str(straight)) == [2]
+    assert back.step == 2 and file_names.steps(str(straight)) == [2]
     assert len((straight / "progress.csv").read_text().splitlines()) == 1 + 2
     assert (straight / "checkpoint_000006.json.aside").exists() and digest(straight, 6) == old
     back.run_loop()
@@ -280,8 +280,8 @@ def test_a_save_that_fails(images, tmp_path, monkeypatch, on_save_error):
         assert state.newest(str(tmp_path)).step == 2
     else:
         training.run_loop()
-        assert state.steps(str(tmp_path)) == [2, 6]
-    assert steps_of(tmp_path, "model") == state.steps(str(tmp_path))    # what was written of step 4 is gone
+        assert file_names.steps(str(tmp_path)) == [2, 6]
+    assert steps_of(tmp_path, "model") == file_names.steps(str(tmp_path))    # what was written of step 4 is gone
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -365,7 +365,7 @@ def test_kills_while_saving(tmp_path, kills):
         for name in content:
             assert (th.load(found.path(name), weights_only=True)["w"] == steps).all()
         assert not list(tmp_path.glob("*.partial"))
-        assert steps_of(tmp_path, "model") == steps_of(tmp_path, "opt") == state.steps(str(tmp_path))
+        assert steps_of(tmp_path, "model") == steps_of(tmp_path, "opt") == file_names.steps(str(tmp_path))
         for path in tmp_path.glob("*"):
             if path.is_file() and str(steps) not in path.name:
                 path.unlink()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, leftovers, manifest
 from cm.checkpoints.loading import WeightsFile
 from cm.errors import UserError
 from support.damage import flip_a_bit, truncate
@@ -23,15 +23,6 @@ CONTENT = {"model": {"w": th.arange(6.0)}, "ema_0.9999": {"w": th.ones(6)}, "opt
 
 def save(directory, step):
     return manifest.save(str(directory), step, CONTENT, {"image_size": 8}, step * 4)
-
-
-def test_names_are_those_of_guided_diffusion():
-    assert manifest.file_name("model", 10) == "model000010.pt"
-    assert manifest.file_name("ema_0.9999", 10) == "ema_0.9999_000010.pt"
-    assert manifest.file_name("target_model", 1_234_567) == "target_model1234567.pt"
-    for name in ("model", "opt", "trainer", "target_model", "teacher_model", "ema_0.9999", "ema_0.9999432189950708"):
-        assert manifest.parse_name("/runs/model5.1/" + manifest.file_name(name, 100)) == (name, 100)
-    assert manifest.parse_name("cd_imagenet64_l2.pt") is None
 
 
 def test_a_saved_checkpoint_is_found_with_everything_it_holds(tmp_path):
@@ -122,7 +113,7 @@ def test_killed_while_saving_never_leaves_a_broken_newest(tmp_path):
         found = manifest.newest(str(tmp_path))
         assert (th.load(found.path("model"), weights_only=True)["w"] == found.step).all()
     (tmp_path / "model000001.pt.partial").write_bytes(b"left behind")
-    manifest.remove_partial(str(tmp_path))
+    leftovers.remove_partial(str(tmp_path))
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -159,7 +150,7 @@ def test_a_manifest_of_an_older_version_is_read_with_one_notice(tmp_path, monkey
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path, name):
     """By resuming (newest), and by what sampling and conversion read: the manifest, and the file that it describes."""
     saved = save(tmp_path, 10)
-    path = tmp_path / ("checkpoint_000010.json" if name == "manifest" else manifest.file_name(name, 10))
+    path = tmp_path / ("checkpoint_000010.json" if name == "manifest" else file_names.file_name(name, 10))
     good, rng = path.read_bytes(), np.random.default_rng(0)
     for place in rng.integers(0, 8 * len(good), 100):
         data = bytearray(good)
@@ -185,5 +176,5 @@ def test_only_own_files_are_swept(tmp_path):
     (tmp_path / "model000030.pt").write_text("of a run without manifests")
     (tmp_path / ".opt000010.pt.cm-0123456789ab.partial").write_text("ours")
     before = set(os.listdir(tmp_path))
-    manifest.remove_partial(str(tmp_path))
+    leftovers.remove_partial(str(tmp_path))
     assert before - set(os.listdir(tmp_path)) == {".opt000010.pt.cm-0123456789ab.partial"}

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch as th
 
-from cm.checkpoints import dcp, manifest, share_writer
+from cm.checkpoints import dcp, file_names, leftovers, manifest, share_writer
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter, prepare, write_shares
@@ -55,10 +55,10 @@ def test_the_run_goes_on_and_may_change_what_is_saved(tmp_path, monkeypatch):
     event = held(monkeypatch)
     tensor = save(writer, 2, value=5.0)
     tensor.fill_(7.0)
-    assert writer.is_writing() and manifest.steps(str(tmp_path)) == [1]
+    assert writer.is_writing() and file_names.steps(str(tmp_path)) == [1]
     event.set()
     writer.finish()
-    assert not writer.is_writing() and manifest.steps(str(tmp_path)) == [1, 2]
+    assert not writer.is_writing() and file_names.steps(str(tmp_path)) == [1, 2]
     newest = manifest.newest(str(tmp_path))
     assert th.equal(dcp.open_part(newest.path("model"), newest.facts(newest.path("model")))["w"][...],
                     th.full((3, 2), 5.0))
@@ -68,9 +68,9 @@ def test_the_next_save_and_the_last_one_wait(tmp_path):
     _, writer = saves(tmp_path)
     save(writer, 2)
     save(writer, 3)
-    assert manifest.steps(str(tmp_path)) == [1, 2]
+    assert file_names.steps(str(tmp_path)) == [1, 2]
     save(writer, 4, is_last=True)
-    assert manifest.steps(str(tmp_path)) == [1, 2, 3, 4]
+    assert file_names.steps(str(tmp_path)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("when", ["prepared", "half of a share", "all shares", "described"])
@@ -86,7 +86,7 @@ def test_a_kill_at_any_moment_leaves_nothing_and_loses_nothing(tmp_path, when):
     if when == "described":
         dcp.complete(folder, [shares["model"]])
     assert os.path.isdir(folder)
-    manifest.remove_partial(str(tmp_path))
+    leftovers.remove_partial(str(tmp_path))
     assert names(tmp_path) == before and manifest.newest(str(tmp_path)).step == 1
 
 
@@ -115,7 +115,7 @@ def test_old_ones_go_and_averages_of_milestones_stay(tmp_path):
     writer.finish()
     assert [name for name in names(tmp_path) if name.endswith(".dcp")] == [
         "ema_0.9_000002.dcp", "ema_0.9_000004.dcp", "ema_0.9_000005.dcp", "model000005.dcp"]
-    assert manifest.steps(str(tmp_path)) == [2, 4, 5]
+    assert file_names.steps(str(tmp_path)) == [2, 4, 5]
 
 
 def test_a_run_in_shares_is_the_run_in_files(images, tmp_path):

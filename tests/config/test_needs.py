@@ -144,7 +144,9 @@ def model(tmp_path_factory):
     ("ternary_search.py", "--model_path MODEL --ref_batch REF --s_noise 2", "--s_noise 2.0 is for samplers with churn"),
     ("convert_checkpoint.py", "MODEL OUT --license mit", "--license mit has no effect without --format hf"),
     ("convert_checkpoint.py", "MODEL OUT --to files --num_channels 64",
-     "--num_channels 64 has no effect without another --format than files and dcp"),
+     "--num_channels 64 has no effect without another --to than files and dcp, and this run has --to files"),
+    ("convert_checkpoint.py", "MODEL OUT --licence mit --to safetensors",
+     "--licence mit has no effect without --to hf, and this run has --to safetensors"),
     ("classifier_train.py", "--classifier_width 64 --out OUT", "--classifier_width 64 has no effect without --noised"),
 ])
 def test_a_command_refuses_a_flag_that_it_would_ignore(script, words, message, model, tmp_path, monkeypatch):

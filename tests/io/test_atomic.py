@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import leftovers, manifest
 from cm.errors import UserError
 from cm.generate.grids import save_picture
 from cm.generate.npz import NpzWriter
@@ -138,7 +138,7 @@ def test_a_start_removes_what_is_of_checkpoints_and_nothing_else(tmp_path):
             ".checkpoint_000003.json.partial.cm-0123456789ab.partial", "model000003.pt"]
     for name in [*strangers, *ours]:
         (tmp_path / name).write_text("x")
-    manifest.remove_partial(str(tmp_path))
+    leftovers.remove_partial(str(tmp_path))
     assert names(tmp_path) == sorted([*strangers, "model000001.pt", "checkpoint_000001.json"])
 
 

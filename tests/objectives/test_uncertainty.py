@@ -55,5 +55,5 @@ def test_networks_without_an_estimate_are_refused():
     diffusion, nets, batch = parts(network())
     with pytest.raises(UserError, match="--arch unet does not: choose --arch edm2"):
         DENOISING["uncertainty"].from_flags(diffusion, FLAGS | {"arch": "unet"})
-    with pytest.raises(UserError, match="UNet.* has not: choose --arch edm2"):
+    with pytest.raises(UserError, match="UNet.* does not have: choose --arch edm2"):
         Uncertainty.from_flags(diffusion, FLAGS).terms(nets, batch, th.zeros_like(batch.images), th.ones(4), None)

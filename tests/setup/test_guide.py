@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.config.flags import Settings, parse
 from cm.config.schema import TRAINING_SECTIONS
 from cm.diffusion.schedules import append_zero, karras_grid
@@ -74,7 +74,7 @@ def network_config(config):
 
 
 def weights(folder, step=2, name="ema_0.5"):
-    return folder / manifest.file_name(name, step)
+    return folder / file_names.file_name(name, step)
 
 
 def another(run, folder, **flags):

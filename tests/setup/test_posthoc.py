@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.config.flags import parse
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
@@ -182,5 +182,5 @@ def test_snapshots_need_power_functions(tmp_path):
 
 
 def test_the_run_has_its_snapshots(trained):
-    assert manifest.steps(str(trained / "run" / FOLDER)) == list(range(1, 9))
+    assert file_names.steps(str(trained / "run" / FOLDER)) == list(range(1, 9))
     assert len(find_snapshots(str(trained / "run"))) == 16

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names
 from cm.setup.weights_path import weights_in
 from support.mpi import clean_environment, find_mpiexec, kill_tree, program
 from support.warm import mpi_program
@@ -91,7 +91,7 @@ def test_a_background_save_that_is_killed_never_was(tmp_path):
     finally:
         kill_tree(job.pid)
         job.wait()
-    assert manifest.steps(str(run)) == [2] and weights_in(str(run), "model_path").endswith("model000002.dcp")
+    assert file_names.steps(str(run)) == [2] and weights_in(str(run), "model_path").endswith("model000002.dcp")
 
     done = mpi_program(tmp_path, 2, RUN.format(folder=str(tmp_path), what="resumed"))
     assert done.rc == 0, done

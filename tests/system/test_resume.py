@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manager, manifest
+from cm.checkpoints import file_names, manager, manifest
 from cm.data.loader import load_data
 from cm.errors import UserError
 from cm.setup.data import share_of_batch
@@ -47,7 +47,7 @@ def test_two_ranks_resume_bit_for_bit(two_ranks):
     _, report = two_ranks
     found = {name: report[name] for name in CASES}
     assert all(all(files.values()) for files in found.values()), found
-    kinds = {manifest.parse_name(file)[0] for files in found.values() for file in files}
+    kinds = {file_names.parse_name(file)[0] for files in found.values() for file in files}
     assert kinds == {"model", "opt", "trainer", "ema_0.5", "ema_0.9", "target_model", "teacher_model"}
 
 

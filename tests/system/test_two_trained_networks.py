@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names
 from cm.data.loader import load_data
 from cm.diffusion.noise_sampling import LogNormalSampler
 from cm.distributed import setup as dist
@@ -130,11 +130,11 @@ def losses(directory):
 def test_both_networks_learn_and_take_their_turns(folder):
     assert json.loads((folder / "turns.json").read_text()) == {ONLINE: 3, "critic_model": 6}
     for name, seed in (("model", 0), ("critic_model", 1)):
-        found = th.load(folder / "straight" / manifest.file_name(name, STEPS), weights_only=True)
+        found = th.load(folder / "straight" / file_names.file_name(name, STEPS), weights_only=True)
         moved = [not th.equal(value, found[key]) for key, value in network(seed=seed).state_dict().items()]
         assert any(moved), name
     optimizers = {
-        name: th.load(folder / "straight" / manifest.file_name(name, STEPS), weights_only=True)["state"][0]["step"]
+        name: th.load(folder / "straight" / file_names.file_name(name, STEPS), weights_only=True)["state"][0]["step"]
         for name in ("opt", "opt_critic_model")
     }
     assert optimizers == {"opt": 3, "opt_critic_model": 6}
@@ -156,7 +156,7 @@ def test_one_rank_gives_the_same_curve(folder, tmp_path):
 @pytest.mark.mpi
 def test_its_result_is_sampled_from(folder):
     model = network(seed=5)
-    path = folder / "straight" / manifest.file_name("ema_0.5", STEPS)
+    path = folder / "straight" / file_names.file_name("ema_0.5", STEPS)
     model.load_state_dict(th.load(path, weights_only=True))
     generator = DeterministicGenerator(4, 0)
     images = sample(KarrasDenoiser(loss_norm="l2"), model, (4, 3, 8, 8), SampleOptions(4, Pair.sampler),

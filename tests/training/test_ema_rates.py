@@ -5,7 +5,7 @@ import math
 import pytest
 import torch as th
 
-from cm.checkpoints import averages, manifest
+from cm.checkpoints import averages, file_names, manifest
 from cm.errors import UserError
 from cm.logging import logger
 from cm.training.ema_rates import EmaRate, parse_rates
@@ -95,7 +95,7 @@ def test_the_loop_averages_by_half_life_and_names_its_files(images, tmp_path):
     run(images, tmp_path / "c", 2, ema_rate=rates, ema_rampup_ratio=0.5)
     run(images, tmp_path / "c", 5, ema_rate=rates, ema_rampup_ratio=0.5)
     name = "ema_0.016kimg_000005.pt"
-    assert manifest.parse_name(name) == ("ema_0.016kimg", 5)
+    assert file_names.parse_name(name) == ("ema_0.016kimg", 5)
     saved, again = ((tmp_path / run / name).read_bytes() for run in "bc")
     assert saved == again
     assert set(manifest.newest(str(tmp_path / "b")).names()) == {"model", "opt", "trainer", "ema_0.5", "ema_0.016kimg"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names, manifest
 from cm.errors import UserError
 from cm.logging import logger
 from cm.objectives.curricula import ema_and_scales
@@ -83,7 +83,7 @@ def test_a_stage_of_progressive_distillation_begins_its_averages_anew(images, tm
 
 def test_snapshots_stay_where_checkpoints_are_pruned(images, tmp_path):
     run(images, tmp_path, 7, ema_rate=RATES, save_interval=2, keep_checkpoints=1, callbacks=[EmaSnapshots(3)])
-    assert manifest.steps(str(tmp_path)) == [7] and manifest.steps(str(tmp_path / FOLDER)) == [3, 6, 7]
+    assert file_names.steps(str(tmp_path)) == [7] and file_names.steps(str(tmp_path / FOLDER)) == [3, 6, 7]
     found = find_snapshots(str(tmp_path))
     assert [(each.checkpoint.step, each.std) for each in found] == [
         (step, std) for step in (3, 6, 7) for std in (0.05, 0.1)
@@ -91,14 +91,14 @@ def test_snapshots_stay_where_checkpoints_are_pruned(images, tmp_path):
     assert found[0].profile == Profile(3 * BATCH, gamma_of(0.05)) and found[0].checkpoint.problem() is None
     assert not found[0].checkpoint.can_resume()
     run(images, tmp_path, 8, ema_rate=RATES)                # the run itself resumes from its checkpoint
-    assert manifest.steps(str(tmp_path)) == [7, 8]
+    assert file_names.steps(str(tmp_path)) == [7, 8]
 
 
 def test_a_run_that_goes_back_sets_later_snapshots_aside(images, tmp_path):
     run(images, tmp_path, 6, ema_rate=RATES, save_interval=2, callbacks=[EmaSnapshots(1)])
     manifest_4 = tmp_path / "checkpoint_000004.json"
     run(images, tmp_path, 5, ema_rate=RATES, resume=str(manifest_4), callbacks=[EmaSnapshots(3)])
-    assert manifest.steps(str(tmp_path / FOLDER)) == [1, 2, 3, 4, 5]
+    assert file_names.steps(str(tmp_path / FOLDER)) == [1, 2, 3, 4, 5]
     assert (tmp_path / FOLDER / "checkpoint_000006.json.aside").exists()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names
 from cm.data.loader import load_data
 from cm.diffusion.noise_sampling import create_named_schedule_sampler
 from cm.errors import UserError
@@ -206,7 +206,7 @@ def test_a_run_that_goes_on_in_another_folder_is_the_same_run(images, tmp_path):
 def test_a_fresh_optimizer_is_never_silent(images, tmp_path, name):
     """Weights alone, or an average, begin a new run, and the log says so."""
     run(images, tmp_path / "first", 2)
-    path = tmp_path / "first" / manifest.file_name(name, 2)
+    path = tmp_path / "first" / file_names.file_name(name, 2)
     if name == "model":
         (tmp_path / "first" / "checkpoint_000002.json").unlink()
     with logger.scoped_configure(str(tmp_path / "second"), format_strs=["log"]):
@@ -223,8 +223,8 @@ def test_a_fresh_optimizer_is_never_silent(images, tmp_path, name):
 @pytest.mark.parametrize("name", ["opt", "ema_0.9"])
 def test_a_checkpoint_without_one_of_its_files_is_refused(images, tmp_path, name):
     run(images, tmp_path / "first", 2)
-    (tmp_path / "first" / manifest.file_name(name, 2)).unlink()
-    with pytest.raises(OSError, match=manifest.file_name(name, 2)):
+    (tmp_path / "first" / file_names.file_name(name, 2)).unlink()
+    with pytest.raises(OSError, match=file_names.file_name(name, 2)):
         loop(images, tmp_path / "second", 4, resume_checkpoint=str(tmp_path / "first" / "model000002.pt"))
 
 

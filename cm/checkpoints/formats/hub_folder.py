@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cm.checkpoints import manifest
+from cm.checkpoints import file_names
 from cm.checkpoints.formats import described, safetensor_files
 from cm.checkpoints.formats.described import Description
 from cm.distributed import setup as dist
@@ -102,7 +102,7 @@ def check_free(folder: str) -> None:
     if not os.path.isdir(folder):
         return
     taken = [name for name in (WEIGHTS, CONFIG, CARD) if os.path.exists(os.path.join(folder, name))]
-    if manifest.steps(folder):
+    if file_names.steps(folder):
         raise UserError(f"{folder} contains checkpoints of a run: choose another folder")
     if taken and not _config_of(folder):
         raise UserError(f"{folder} contains another {taken[0]}, which would be overwritten: choose another folder")
