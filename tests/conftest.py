@@ -41,6 +41,8 @@ def pytest_configure(config):
     """
     if config.option.on is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""             # torch reads it when it first looks for a GPU
+    elif config.option.on == "cuda" and not th.cuda.is_available():
+        raise pytest.UsageError("--on cuda: PyTorch sees no GPU; --on cpu (make test-gpu ON=cpu) tries these tests")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
