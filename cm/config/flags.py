@@ -102,7 +102,7 @@ class Settings:
         return self.provenance(name) == Provenance.COMMAND_LINE
 
     def spelling(self, name: str) -> str:
-        """The flag as a message names it: as it was typed, which may be an alias, or else --name."""
+        """The flag as a message names it: as it was typed, which may be an alias, or else by its name."""
         return str(self.given[name]) if self.is_typed(name) else f"--{name}"
 
     def section(self, kind: type[Section]) -> Section:
