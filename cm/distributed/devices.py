@@ -10,6 +10,7 @@ import torch as th
 
 from cm.distributed import launchers
 from cm.errors import UserError
+from cm.tensors import allow_tf32
 
 _wanted = "auto"
 
@@ -52,6 +53,7 @@ def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th
         chosen[each] = launchers.choose_gpus([facts["gpus"] for facts in ranks if facts["node"] == each])
     device = th.device("cuda", chosen[node][local_rank])
     th.cuda.set_device(device)
+    allow_tf32(False)                                       # float32 means float32, unless the run asks for less
     return device
 
 

@@ -6,8 +6,8 @@ Shapes: N batch, C channels, D embedding width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch as th
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.jvp import depth, inside_jvp
+from cm.tensors import allow_tf32
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -124,6 +125,18 @@ def without_autocast(device: th.device) -> AbstractContextManager:
     if th.amp.is_autocast_available(device.type):
         return th.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def full_float32(device: th.device | str) -> Iterator[None]:
+    """A context in which float32 data is computed in float32: no autocast, and no TensorFloat-32 on GPUs."""
+    convolutions, products = th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32
+    allow_tf32(False)
+    try:
+        with without_autocast(th.device(device)):
+            yield
+    finally:
+        th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:

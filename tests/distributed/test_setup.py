@@ -13,7 +13,7 @@ import torch as th
 from cm.distributed import devices, launchers, rendezvous, waiting
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from support import mpi
+from support import mpi, tf32
 from support.hello import HELLO, hellos, lines
 from support.mpi import program, start
 from support.warm import mpi_program, mpiexec, python
@@ -355,7 +355,8 @@ def gpus(monkeypatch):
     monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(th.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"gpu{index}"))
     monkeypatch.setattr(th.cuda, "set_device", chosen.append)
-    return chosen
+    with tf32.at_first(True):
+        yield chosen
 
 
 def rank_of(rank, nodes_and_gpus):
@@ -367,6 +368,7 @@ def rank_of(rank, nodes_and_gpus):
 def test_a_single_process_takes_the_first_gpu(gpus):
     assert dist.dev() == th.device("cuda", 0)
     assert gpus == [th.device("cuda", 0)]
+    assert tf32.now() == (False, False), "float32 is float32"
 
 
 def test_the_cpu_can_be_asked_for(gpus):
