@@ -120,6 +120,33 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     return nn.Linear(*args, **kwargs)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask depends on the random state and on the shape of x, whatever its memory format and dtype.
+
+    So passes that share a random state share their masks: with gradients and without, which differ in memory formats on
+    GPUs, or a derivative in float32 and a pass in bf16. torch's kernels for GPUs draw in the order of memory, and more
+    numbers at once where they are narrow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return dropout(x, self.p, self.training)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`Dropout` as a function."""
+    if not training or not 0 < p < 1 or not _draws_in_order_of_memory(x.device):
+        return F.dropout(x, p, training)
+    # Images are drawn channels-last, as the convolution that comes next would copy them otherwise.
+    memory_format = th.channels_last if x.ndim == 4 else th.contiguous_format
+    kept = th.empty(x.shape, dtype=th.bool, device=x.device, memory_format=memory_format).bernoulli_(1 - p)
+    return (x.contiguous(memory_format=memory_format) * kept).mul_(1 / (1 - p))
+
+
+def _draws_in_order_of_memory(device: th.device) -> bool:
+    return device.type != "cpu"
+
+
 def without_autocast(device: th.device) -> AbstractContextManager:
     """A context in which layers compute in the precision of their inputs, even inside an autocast region."""
     if th.amp.is_autocast_available(device.type):
