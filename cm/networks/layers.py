@@ -137,10 +137,22 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`Dropout` as a function."""
     if not training or not 0 < p < 1 or not _draws_in_order_of_memory(x.device):
         return F.dropout(x, p, training)
-    # Images are drawn channels-last, as the convolution that comes next would copy them otherwise.
-    memory_format = th.channels_last if x.ndim == 4 else th.contiguous_format
-    kept = th.empty(x.shape, dtype=th.bool, device=x.device, memory_format=memory_format).bernoulli_(1 - p)
-    return (x.contiguous(memory_format=memory_format) * kept).mul_(1 / (1 - p))
+    kept, scale = _mask(x, p), 1 / (1 - p)
+    x = x.contiguous(memory_format=th.channels_last if x.ndim == 4 else th.contiguous_format)
+    if inside_jvp():
+        return (x * kept).mul_(scale)
+    return th.ops.aten.native_dropout_backward(x, kept, scale)      # x kept scale, in one operation
+
+
+def _mask(x: Tensor, p: float) -> Tensor:
+    """What to keep of x, drawn in one dtype, and for images channels-last, as the convolution that comes next wants x.
+
+    torch's dropout draws it, as generated code does not change that, with data that nobody reads.
+    """
+    first, *others = x.shape
+    shape = (first, *others[1:], others[0]) if x.ndim == 4 else x.shape
+    kept = th.native_dropout(th.empty(shape, dtype=th.bfloat16, device=x.device), p, True)[1]
+    return kept.permute(0, 3, 1, 2) if x.ndim == 4 else kept
 
 
 def _draws_in_order_of_memory(device: th.device) -> bool:
