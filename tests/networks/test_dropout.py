@@ -72,7 +72,7 @@ def draws_of(use):
     return draws.found
 
 
-@pytest.mark.parametrize("arch", ["ddpmpp", "adm", "edm2"])
+@pytest.mark.parametrize("arch", ["unet", "ddpmpp", "adm", "edm2"])
 def test_passes_with_and_without_gradients_and_derivatives_draw_the_same_masks(arch):
     """"meta" plays the GPU, where the three passes have other memory formats."""
     model = network(arch, "").train().to("meta", memory_format=th.channels_last)
