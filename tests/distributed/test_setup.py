@@ -383,6 +383,8 @@ def test_setup_takes_the_device_that_a_command_was_told(gpus):
     assert dist.dev() == th.device("cpu") and gpus == []
     dist.setup_dist()                                       # by code that does not know of it
     assert dist.dev() == th.device("cpu")
+
+
 def test_a_background_thread_begins_at_the_gpu_of_its_rank(gpus):
     devices.background_thread("copies", th.device("cuda", 1)).submit(int).result()
     devices.background_thread("copies", th.device("cpu")).submit(int).result()
