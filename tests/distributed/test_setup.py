@@ -419,6 +419,19 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
     assert dist.dev() == th.device("cpu")
 
 
+def test_closing_down_has_a_time_limit(monkeypatch):
+    """A communicator of NCCL that hangs in its own end shall not hold the GPUs; waiting for the others' work may."""
+    calls = []
+    monkeypatch.setattr(dist.process_exit, "run_interpreter_exit", lambda: False)
+    monkeypatch.setattr(dist.failure, "exit_after", lambda seconds: calls.append("limit"))
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.dist, "destroy_process_group", lambda: calls.append("destroy"))
+    monkeypatch.setattr(dist, "_job", rendezvous.Job(0, 1, "here"))
+    dist._leave()
+    assert calls == ["barrier", "limit", "destroy"]
+
+
 def test_importing_is_quick_about_mpi():
     finished = start([sys.executable, "-c", "import cm.distributed.setup, sys; print('mpi4py' in sys.modules)"])
     assert finished.stdout.strip() == "False", finished
