@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,15 @@ def set_rng_state(device: th.device | str, state: Tensor) -> None:
         th.cuda.set_rng_state(state, device)
     else:
         th.set_rng_state(state)
+
+
+def undisturbed(device: th.device | str) -> AbstractContextManager:
+    """A context after which torch's random streams are where they were: the CPU's, and that of a GPU if it is one.
+
+    torch's own context would take the streams of all GPUs that it sees, with a warning.
+    """
+    device = th.device(device)
+    return th.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 class SharedDropout:

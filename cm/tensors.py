@@ -62,6 +62,15 @@ def update_emas(targets: Sequence[Sequence[Tensor]], sources: Sequence[Tensor], 
         th._foreach_lerp_(every, values, weights)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let GPUs multiply float32 numbers in TensorFloat-32, which has the 10 bits of half precision, or not.
+
+    torch's own default is to do so in convolutions, and not in matrix products.
+    """
+    th.backends.cudnn.allow_tf32 = allowed
+    th.backends.cuda.matmul.allow_tf32 = allowed
+
+
 # Operations of torch on lists of tensors, with one kernel launch for all; its type stubs do not export these names.
 
 

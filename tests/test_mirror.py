@@ -38,7 +38,6 @@ ELSEWHERE = {
     "cm/setup/export.py": "scripts/test_convert_checkpoint.py",
     "cm/setup/network.py": "setup/test_guide.py",
     "cm/setup/rules.py": "system/test_methods.py",
-    "cm/setup/run.py": "networks/test_compile.py",
     "cm/setup/sampler.py": "setup/test_sample.py",
     "evaluations/command.py": "evaluations/test_evaluator.py",
     "evaluations/defaults.py": "system/test_start_up.py",

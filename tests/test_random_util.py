@@ -19,6 +19,7 @@ from cm.random_util import (
     set_rng_state,
     stream_seed,
     stream_seeds,
+    undisturbed,
 )
 from cm.types import NoiseSource
 
@@ -327,3 +328,14 @@ def test_a_network_without_dropout_does_not_turn_the_stream_back(device):
     with masks:
         pass
     assert th.equal(th.rand(8, device=device), plain[1])
+
+
+def test_only_the_streams_of_one_device_are_kept(monkeypatch):
+    before = th.get_rng_state()
+    with undisturbed("cpu"):
+        th.rand(3)
+    assert th.equal(th.get_rng_state(), before)
+    asked = []
+    monkeypatch.setattr(th.random, "fork_rng", asked.append)
+    undisturbed("cuda:1"), undisturbed("cpu")
+    assert asked == [[th.device("cuda", 1)], []]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from cm.checkpoints.dcp import Piece, Share
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.manifest import Checkpoint
 from cm.distributed import setup as dist
+from cm.distributed.devices import background_thread
 from cm.errors import UserError
 from cm.io import storage
 
@@ -43,7 +44,7 @@ class ShareWriter:
 
     def __init__(self, manager: CheckpointManager, in_background: bool):
         self.manager, self.in_background = manager, in_background
-        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.thread = background_thread("checkpoints", dist.dev())
         self.pending: Pending | None = None
 
     def save(self, checkpoint: Checkpoint, parts: Parts, plain: Mapping[str, Any], is_last: bool) -> None:

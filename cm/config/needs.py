@@ -97,8 +97,8 @@ ALWAYS = (
     "arch", "image_size", "num_channels", "num_res_blocks", "attention_resolutions", "channel_mult", "class_cond",
     "dropout", "use_checkpoint", "use_fp16", "sigma_min", "sigma_max", "precond", "time_scale",
     # a run
-    "log_dir", "log_formats", "seed", "precision", "device", "compile", "verify_weights", "data_dir", "random_flip",
-    "augment", "random_crop", "num_workers", "objective", "training_mode",
+    "log_dir", "log_formats", "seed", "precision", "device", "tf32", "compile", "verify_weights", "data_dir",
+    "random_flip", "augment", "random_crop", "num_workers", "objective", "training_mode",
     "lr", "weight_decay", "lr_anneal_steps", "total_training_steps", "lr_rampup_kimg", "lr_decay_steps", "batch_size",
     "microbatch", "ema_rate", "ema_halflife_kimg", "grad_clip", "shard_optimizer", "parallel", "optimizer",
     "adam_beta1", "adam_beta2", "adam_eps", "log_interval", "save_interval", "tick_kimg", "checkpoint_dir",

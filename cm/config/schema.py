@@ -161,6 +161,10 @@ class RunConfig(WeightsConfig):
     device: str = option(
         "auto", "where each rank computes; auto: on a GPU if there is one, else on the CPU", choices=tuple(DEVICES)
     )
+    tf32: bool = option(
+        False, "let GPUs multiply float32 numbers in TensorFloat-32: faster, with 10 bits of mantissa instead of 23; "
+        "no effect on products in fp16 or bf16, nor on a CPU"
+    )
     compile: bool = option(
         False, "compile the networks before their first step: this takes seconds to minutes, later steps are faster; "
         "needs a C++ compiler (CPU) or Triton (GPU); results are the same up to rounding"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch as th
 
 from cm.distributed import launchers
 from cm.errors import UserError
+from cm.tensors import allow_tf32
 
 _wanted = "auto"
 
@@ -52,7 +54,19 @@ def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th
         chosen[each] = launchers.choose_gpus([facts["gpus"] for facts in ranks if facts["node"] == each])
     device = th.device("cuda", chosen[node][local_rank])
     th.cuda.set_device(device)
+    allow_tf32(False)                                       # float32 means float32, unless the run asks for less
     return device
+
+
+def background_thread(name: str, device: th.device) -> ThreadPoolExecutor:
+    """One thread that works beside the main one with tensors of a device.
+
+    Every new thread begins at GPU 0. The first wait or copy there would give each rank of a machine some hundred MiB of
+    that GPU's memory.
+    """
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    return ThreadPoolExecutor(1, name, initializer=th.cuda.set_device, initargs=(device,))
 
 
 def overcommitment(threads: int, fits: int, neighbours: int) -> str:

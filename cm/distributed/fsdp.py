@@ -15,6 +15,7 @@ from typing import Any
 
 import torch as th
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup  # pyright: ignore[reportPrivateImportUsage] (documented, not in __all__)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -46,7 +47,19 @@ def open_mesh(device: th.device, shard_size: int | None) -> DeviceMesh:
     order = th.tensor(sorted(range(ranks), key=lambda rank: (names.index(nodes[rank]), rank)))
     if size == ranks:
         return DeviceMesh(device.type, order, mesh_dim_names=("shard",))
-    return DeviceMesh(device.type, order.view(-1, size), mesh_dim_names=("replicate", "shard"))
+    mesh = DeviceMesh(device.type, order.view(-1, size), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        wait_as_long(group)
+    return mesh
+
+
+def wait_as_long(group: ProcessGroup) -> None:
+    """Give a group the time limit of the group of all ranks (--timeout_seconds); torch gives new ones its default."""
+    everyone = th.distributed.group.WORLD
+    assert everyone is not None, "a group was opened"
+    for device in group._device_types:
+        limit = everyone._get_backend(device).options._timeout
+        group._get_backend(device)._set_default_timeout(limit)
 
 
 # --- dividing a network ----------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ __all__ = [
 TIMEOUT_S = 600.0
 """Default time that a rank waits for another, at the start and in every collective."""
 LEAVING_S = 60.0
-"""For MPI to close down after the last rank has finished its work."""
+"""For the process group and MPI to close down after the last rank has finished its work."""
 
 _job: rendezvous.Job | None = None
 
@@ -203,8 +203,9 @@ def _leave() -> None:
     complete = process_exit.run_interpreter_exit()
     if dist.is_initialized():
         barrier()
+    failure.exit_after(LEAVING_S)                   # NCCL, too, closes down together with the other ranks
+    if dist.is_initialized():
         dist.destroy_process_group()
-    failure.exit_after(LEAVING_S)
     mpi = _join().mpi
     if mpi is not None:
         mpi.COMM_WORLD.Barrier()

@@ -6,8 +6,8 @@ Shapes: N batch, C channels, D embedding width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch as th
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.jvp import depth, inside_jvp
+from cm.tensors import allow_tf32
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -119,11 +120,62 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     return nn.Linear(*args, **kwargs)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask depends on the random state and on the shape of x, whatever its memory format and dtype.
+
+    So passes that share a random state share their masks: with gradients and without, which differ in memory formats on
+    GPUs, or a derivative in float32 and a pass in bf16. torch's kernels for GPUs draw in the order of memory, and more
+    numbers at once where they are narrow.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return dropout(x, self.p, self.training)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`Dropout` as a function."""
+    if not training or not 0 < p < 1 or not _draws_in_order_of_memory(x.device):
+        return F.dropout(x, p, training)
+    kept, scale = _mask(x, p), 1 / (1 - p)
+    x = x.contiguous(memory_format=th.channels_last if x.ndim == 4 else th.contiguous_format)
+    if inside_jvp():
+        return (x * kept).mul_(scale)
+    return th.ops.aten.native_dropout_backward(x, kept, scale)      # x kept scale, in one operation
+
+
+def _mask(x: Tensor, p: float) -> Tensor:
+    """What to keep of x, drawn in one dtype, and for images channels-last, as the convolution that comes next wants x.
+
+    torch's dropout draws it, as generated code does not change that, with data that nobody reads.
+    """
+    first, *others = x.shape
+    shape = (first, *others[1:], others[0]) if x.ndim == 4 else x.shape
+    kept = th.native_dropout(th.empty(shape, dtype=th.bfloat16, device=x.device), p, True)[1]
+    return kept.permute(0, 3, 1, 2) if x.ndim == 4 else kept
+
+
+def _draws_in_order_of_memory(device: th.device) -> bool:
+    return device.type != "cpu"
+
+
 def without_autocast(device: th.device) -> AbstractContextManager:
     """A context in which layers compute in the precision of their inputs, even inside an autocast region."""
     if th.amp.is_autocast_available(device.type):
         return th.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def full_float32(device: th.device | str) -> Iterator[None]:
+    """A context in which float32 data is computed in float32: no autocast, and no TensorFloat-32 on GPUs."""
+    convolutions, products = th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32
+    allow_tf32(False)
+    try:
+        with without_autocast(th.device(device)):
+            yield
+    finally:
+        th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cm.networks.fused_conv import conv_plus
 from cm.networks.fused_norm import norm_act
 from cm.networks.layers import (
+    Dropout,
     SiLU,
     avg_pool_nd,
     checkpoint,
@@ -121,7 +122,7 @@ class ResBlock(TimestepBlock):
         self.out_layers = nn.Sequential(
             normalization(out_channels),
             SiLU(),
-            nn.Dropout(p=dropout),
+            Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         if out_channels == channels:

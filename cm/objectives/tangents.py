@@ -17,7 +17,7 @@ from torch import Tensor
 from cm.diffusion.denoiser import Diffusion
 from cm.errors import UserError
 from cm.networks.jvp import jvp
-from cm.networks.layers import without_autocast
+from cm.networks.layers import full_float32
 from cm.random_util import SharedDropout
 from cm.tensors import append_dims
 
@@ -26,7 +26,7 @@ def derivative(
     f: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], masks: SharedDropout
 ) -> tuple[Tensor, Tensor]:
     """f and its derivative along the tangents, without gradient, in full precision, with these dropout masks."""
-    with th.no_grad(), without_autocast(primals[0].device), masks:
+    with th.no_grad(), full_float32(primals[0].device), masks:
         return jvp(f, primals, tangents)
 
 

@@ -6,6 +6,7 @@ mpiexec -n 2 python -m cm.quickstart.measure REQUEST.json RESULT.json       star
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import statistics
 import sys
@@ -113,6 +114,7 @@ def memory(flags: dict[str, Any], student: dict[str, Any]) -> tuple[int, int, in
 
 def timed(flags: dict[str, Any], end: float) -> tuple[float, float]:
     """Seconds of a training step, and of an image through the network without gradients; the same on every rank."""
+    free_memory_of_loops()                                  # of the network before, which is as large as this one
     settings = settings_of(flags)
     rules.resolve(settings, rules.TRAINING)
     loop, _ = make_loop(settings, objective_kind(settings.values))
@@ -125,6 +127,13 @@ def timed(flags: dict[str, Any], end: float) -> tuple[float, float]:
     finally:
         if loop.close_data:
             loop.close_data()
+
+
+def free_memory_of_loops() -> None:
+    """Give back what measured loops held: their parts refer to each other, and Python would look for them some time."""
+    gc.collect()
+    if th.cuda.is_initialized():
+        th.cuda.empty_cache()
 
 
 def step_seconds(loop: TrainLoop) -> float:

@@ -200,7 +200,7 @@ def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
     if kind == "file of weights" and checkpoint is None and not openai.published_mode(path):
         raise UserError(f"--{flags.path} {path} has no manifest next to it that describes its network: "
                         "convert_checkpoint.py writes one")
-    of_run = ("verify_weights", "compile", "precision", "use_fp16")
+    of_run = ("verify_weights", "compile", "precision", "tf32", "use_fp16")
     known = defaults_of(ModelConfig) | defaults_of(DiffusionConfig) | defaults_of(LatentConfig)
     values = known | {"training_mode": "edm", flags.path: path}
     own = Settings(values | {name: settings.values[name] for name in of_run}, {})

@@ -17,6 +17,7 @@ from cm.logging import logger
 from cm.networks.build import to_device
 from cm.networks.compile import compile_network
 from cm.setup.model import choose_precision
+from cm.tensors import allow_tf32
 
 SAMPLING_CONFIG = "sampling_config.json"                    # of a command whose log lies in the folder of a run
 TRAINS = "total_training_steps"                             # the flag that only a training run has
@@ -77,7 +78,8 @@ def _is_of_training(directory: str) -> bool:
 
 
 def on_device(settings: Settings, model: nn.Module) -> nn.Module:
-    """Put a network on this rank's device, compiled if the flags say so."""
+    """Put a network on this rank's device, compiled if the flags say so; from now on, GPUs multiply as they say."""
+    allow_tf32(settings.values["tf32"])
     to_device(model, dist.dev())
     if settings.values["compile"]:
         compile_network(model, dist.dev())

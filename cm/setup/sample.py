@@ -214,6 +214,7 @@ def png_recipe(
     path = settings.values["classifier_path"]
     classifier = dist.on_main(storage.checksum, path) if path else None
     made = {"class_label": recorded_classes(classes), "precision": run_precision(settings)}
+    made |= {"tf32": True} if settings.values["tf32"] else {}              # older folders say nothing of it
     recipe = {"weights": weights_of, "classifier": classifier} | values | made
     if guide is not None:                                   # not a word without one, as in folders of older versions
         recipe |= guide.record()

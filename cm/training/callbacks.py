@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch as th
 from torch import Tensor, nn
 
 from cm.checkpoints import file_names, loading, manifest
@@ -30,6 +29,7 @@ from cm.io.storage import write_json
 from cm.logging import logger
 from cm.networks.build import to_device
 from cm.objectives.karras_denoiser import KarrasDenoiser
+from cm.random_util import undisturbed
 from cm.samplers.sample import SampleOptions
 from cm.training import state
 from cm.training.loop import TrainLoop
@@ -213,8 +213,3 @@ class Evaluation:
 
 def is_due(loop: TrainLoop, interval: int) -> bool:
     return loop.step % interval == 0 or loop.step == loop.total_training_steps
-
-
-def undisturbed(device: th.device) -> Any:
-    """A context that restores the state of torch's random generators at its end."""
-    return th.random.fork_rng([device] if device.type == "cuda" else [])

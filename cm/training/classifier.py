@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cm.networks.classifier_fit import fit
 from cm.networks.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
+from cm.random_util import undisturbed
 from cm.tensors import append_dims
 
 
@@ -34,7 +35,7 @@ def train_noisy_classifier(
     Torch's global generator is left as it was.
     """
     x, y = to_images(images).to(device), th.as_tensor(labels, dtype=th.int64).to(device)
-    with th.random.fork_rng():
+    with undisturbed(device):
         th.manual_seed(seed)
         model = NoisyClassifier(config).to(device)
 

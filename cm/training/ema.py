@@ -7,13 +7,14 @@ updates, so it may live in the memory of the CPU, and each rank may keep only so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import torch as th
 from torch import Tensor
 
 from cm.distributed import setup as dist
+from cm.distributed.devices import background_thread
 from cm.distributed.layout import WHOLE, Layout
 from cm.distributed.sharding import Sharding, partition
 from cm.errors import UserError
@@ -134,7 +135,7 @@ class Background:
         self.copies = [
             th.empty_like(source, device=CPU, requires_grad=False, pin_memory=self.is_cuda) for source in sources
         ]
-        self.thread = ThreadPoolExecutor(1, "averages")
+        self.thread = background_thread("averages", next((source.device for source in self.sources), CPU))
         self.task: Future | None = None
 
     def wait(self) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch as th
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage] (documented, not in __all__)
 from torch.profiler import ProfilerActivity, profile
 
 from cm.distributed import setup as dist
@@ -22,6 +23,7 @@ from cm.logging import logger
 WARM_UP = 3                                                 # steps that allocate, choose kernels or compile
 TRACE, TABLE = "profile_trace.json.gz", "profile.txt"
 TOP = 10
+REST = "(launched outside of operations)"
 
 
 class Cost(NamedTuple):
@@ -66,11 +68,7 @@ class Profile:
         assert profiler is not None, "started before the first step that is traced"
         profiler.stop()
         on_device = device.type == "cuda"
-        text = table([
-            Cost(event.key, (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6,
-                 event.count)
-            for event in profiler.key_averages()
-        ], steps)
+        text = table(costs_of(profiler.key_averages(), on_device), steps)
         trace, listing = (os.path.join(logger.get_dir(), name) for name in (TRACE, TABLE))
         with tempfile.TemporaryDirectory() as folder:       # the exporter would follow a link of the trace's name
             profiler.export_chrome_trace(os.path.join(folder, TRACE))
@@ -94,6 +92,25 @@ def start(device: th.device) -> profile:
     profiler = profile(activities=activities, acc_events=True)
     profiler.start()
     return profiler
+
+
+def costs_of(events: Iterable[Any], on_device: bool) -> list[Cost]:
+    """What operations took on the device, or on the CPU.
+
+    :param events: what torch's profiler has counted. Of a GPU it lists each kernel twice: with the operation on the CPU
+        that launched it, and by itself, also if no operation did. An annotation is listed there as the kernels in it.
+    """
+    if not on_device:
+        return [Cost(event.key, event.self_cpu_time_total / 1e6, event.count) for event in events]
+    kernels, costs = 0.0, []
+    for event in events:
+        seconds = event.self_device_time_total / 1e6
+        if event.device_type == DeviceType.CPU:
+            costs.append(Cost(event.key, seconds, event.count))
+        elif not event.is_user_annotation:
+            kernels += seconds
+    rest = kernels - sum(cost.seconds for cost in costs)
+    return [*costs, Cost(REST, rest, 0)] if rest > 1e-6 else costs       # what rounding leaves is none
 
 
 def table(costs: Sequence[Cost], steps: int) -> str:

@@ -5,9 +5,8 @@ Shapes: N images, H and W height and width, D pooled features, S spatial feature
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -55,19 +54,6 @@ class Extractor(Protocol):
     def extract(self, images: NDArray[np.uint8]) -> Features:
         """Features of images [N,H,W,3], values 0 to 255."""
         ...
-
-
-@contextlib.contextmanager
-def full_float32(device: th.device | str) -> Iterator[None]:
-    """Convolutions and products in float32 proper, whatever a training loop around has chosen."""
-    cuda = th.backends.cuda.matmul.allow_tf32
-    th.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with th.backends.cudnn.flags(benchmark=th.backends.cudnn.benchmark, allow_tf32=False), \
-                th.autocast(th.device(device).type, enabled=False):
-            yield
-    finally:
-        th.backends.cuda.matmul.allow_tf32 = cuda
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:

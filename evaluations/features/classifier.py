@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.classifier_fit import fit
+from cm.random_util import undisturbed
 
 FEATURES = 64
 LABEL_SMOOTHING = 0.05                                      # keeps the logits, and so the score, from saturating
@@ -114,7 +115,7 @@ def train_classifier(
     if len(images) < 2 or epochs < 1 or batch_size < 2:
         raise ValueError(f"{len(images)} images, epochs={epochs}, batch_size={batch_size}: need at least 2, 1 and 2")
     x, y = as_tensor(images).to(device), th.as_tensor(labels, dtype=th.int64).to(device)
-    with one_thread(), th.random.fork_rng():
+    with one_thread(), undisturbed(device):
         th.manual_seed(seed)
         model = Classifier(num_classes).to(device)
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from evaluations.features.base import Features, as_rows, full_float32, hash_weights
+from cm.networks.layers import full_float32
+from evaluations.features.base import Features, as_rows, hash_weights
 from evaluations.features.inception_v3 import SIDE
 from evaluations.features.inception_weights import holds_inception, read_inception
 from evaluations.features.preprocessing import sidecar_of

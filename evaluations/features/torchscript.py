@@ -24,7 +24,8 @@ from cm.io import untrusted
 from cm.io.atomic import AtomicFile
 from cm.io.budget import parse_json
 from cm.io.downloads import sha256
-from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, full_float32, hash_weights
+from cm.networks.layers import full_float32
+from evaluations.features.base import ID_DIGITS, INCEPTION_HEAD, Features, as_rows, hash_weights
 from evaluations.features.classifier import Classifier, classifier_of
 from evaluations.features.preprocessing import Preprocessing, read_preprocessing
 from evaluations.features.torchscript_tensors import check_archive, is_torchscript, read_extra, read_module_tensors

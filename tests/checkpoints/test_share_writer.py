@@ -10,6 +10,7 @@ from cm.checkpoints import dcp, file_names, leftovers, manifest, share_writer
 from cm.checkpoints.loading import WeightsFile, look_at
 from cm.checkpoints.manager import CheckpointManager
 from cm.checkpoints.share_writer import ShareWriter, prepare, write_shares
+from cm.distributed import setup as dist
 from cm.errors import UserError
 from cm.setup.announce import best_weights
 from cm.setup.convert_run import convert_run
@@ -48,6 +49,13 @@ def held(monkeypatch):
 
     monkeypatch.setattr(share_writer, "write_shares", slowly)
     return event
+
+
+def test_it_writes_in_a_thread_of_the_device_of_its_rank(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(share_writer, "background_thread", lambda name, device: asked.append(device))
+    ShareWriter(CheckpointManager(str(tmp_path)), in_background=True)
+    assert asked == [dist.dev()]
 
 
 def test_the_run_goes_on_and_may_change_what_is_saved(tmp_path, monkeypatch):

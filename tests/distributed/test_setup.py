@@ -13,7 +13,7 @@ import torch as th
 from cm.distributed import devices, launchers, rendezvous, waiting
 from cm.distributed import setup as dist
 from cm.errors import UserError
-from support import mpi
+from support import mpi, tf32
 from support.hello import HELLO, hellos, lines
 from support.mpi import program, start
 from support.warm import mpi_program, mpiexec, python
@@ -355,7 +355,8 @@ def gpus(monkeypatch):
     monkeypatch.setattr(th.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(th.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid=f"gpu{index}"))
     monkeypatch.setattr(th.cuda, "set_device", chosen.append)
-    return chosen
+    with tf32.at_first(True):
+        yield chosen
 
 
 def rank_of(rank, nodes_and_gpus):
@@ -367,6 +368,7 @@ def rank_of(rank, nodes_and_gpus):
 def test_a_single_process_takes_the_first_gpu(gpus):
     assert dist.dev() == th.device("cuda", 0)
     assert gpus == [th.device("cuda", 0)]
+    assert tf32.now() == (False, False), "float32 is float32"
 
 
 def test_the_cpu_can_be_asked_for(gpus):
@@ -381,6 +383,12 @@ def test_setup_takes_the_device_that_a_command_was_told(gpus):
     assert dist.dev() == th.device("cpu") and gpus == []
     dist.setup_dist()                                       # by code that does not know of it
     assert dist.dev() == th.device("cpu")
+
+
+def test_a_background_thread_begins_at_the_gpu_of_its_rank(gpus):
+    devices.background_thread("copies", th.device("cuda", 1)).submit(int).result()
+    devices.background_thread("copies", th.device("cpu")).submit(int).result()
+    assert gpus == [th.device("cuda", 1)]
 
 
 def test_ranks_of_each_machine_count_from_its_first_gpu(gpus):
@@ -409,6 +417,19 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch):
     with pytest.raises(UserError, match="PyTorch sees no GPU"):
         dist.set_device("cuda")
     assert dist.dev() == th.device("cpu")
+
+
+def test_closing_down_has_a_time_limit(monkeypatch):
+    """A communicator of NCCL that hangs in its own end shall not hold the GPUs; waiting for the others' work may."""
+    calls = []
+    monkeypatch.setattr(dist.process_exit, "run_interpreter_exit", lambda: False)
+    monkeypatch.setattr(dist.failure, "exit_after", lambda seconds: calls.append("limit"))
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.dist, "destroy_process_group", lambda: calls.append("destroy"))
+    monkeypatch.setattr(dist, "_job", rendezvous.Job(0, 1, "here"))
+    dist._leave()
+    assert calls == ["barrier", "limit", "destroy"]
 
 
 def test_importing_is_quick_about_mpi():

@@ -13,12 +13,13 @@ from cm.networks.layers import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    full_float32,
     linear,
     normalization,
     timestep_embedding,
     zero_module,
 )
-from support import golden
+from support import golden, tf32
 
 
 @pytest.mark.parametrize("dim", [32, 33])
@@ -128,3 +129,14 @@ def test_checkpoint_keeps_no_activations_of_its_own():
         assert [id(t) for t in kept] == [id(x)]         # only the input
         layer(x)
     assert len(kept) > 3
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_full_float32_is_that_on_gpus_with_cudnn_and_leaves_what_it_found(allowed):
+    """cuDNN's own context manager would switch cuDNN off, unless it is told otherwise."""
+    enabled, x = th.backends.cudnn.enabled, th.ones(1, 1, 1, 1)
+    with tf32.at_first(allowed):
+        with th.autocast("cpu", th.bfloat16), full_float32("cpu"):
+            assert tf32.now() == (False, False) and th.backends.cudnn.enabled == enabled
+            assert F.conv2d(x, x).dtype == th.float32
+        assert tf32.now() == (allowed, allowed)

@@ -9,6 +9,7 @@ from cm.errors import UserError
 from cm.objectives.scm import SCD, SCT
 from cm.objectives.tangents import derivative, normalized, sample_norm
 from cm.random_util import SharedDropout
+from support import tf32
 from support.objectives import objective_of
 from support.training import network
 
@@ -51,6 +52,14 @@ def test_a_bf16_run_differentiates_in_float32(points):
         _, inside = tangent_of(model, *points)
     assert th.equal(plain[1], inside[1]) and th.equal(plain[0], inside[0])
     assert not plain[1].requires_grad
+
+
+def test_a_run_in_tf32_differentiates_in_float32(points):
+    """TensorFloat-32 has no more digits than half precision."""
+    x, seen = points[0], []
+    with tf32.at_first(True):
+        derivative(lambda x: seen.append(tf32.now()) or x, (x,), (x,), SharedDropout("cpu"))
+        assert seen == [(False, False)] and tf32.now() == (True, True)
 
 
 def test_the_masks_are_those_of_the_pass_with_the_gradient(points):

@@ -1,5 +1,8 @@
 """What is measured of a machine: memory as --dry_run estimates it, times of real steps, and no longer than asked."""
 
+import gc
+import weakref
+
 import pytest
 
 from cm.logging import logger
@@ -26,6 +29,29 @@ def test_a_network_and_its_speed(monkeypatch):
     assert [batch for batch, _ in speed.steps] == [32], "the time was over"
     assert speed.steps[0][1] > 0 and 0 < speed.forward < speed.steps[0][1]
     assert machine.free and machine.free > 2**20
+
+
+def test_one_network_is_there_at_a_time(monkeypatch):
+    """A loop is a cycle of references, and the collector has no reason to run beside a GPU's memory."""
+    models, make = [], measure.make_loop
+
+    def noting(*args):
+        assert not any(model() for model in models), "the one before is still there"
+        loop, data = make(*args)
+        models.append(weakref.ref(loop.model))
+        return loop, data
+
+    monkeypatch.setattr(measure, "make_loop", noting)
+    monkeypatch.setattr(measure, "STEPS", 1)
+    flags = {"data_dir": "digits", "image_size": 8, "num_channels": 32, "channel_mult": "1", "num_res_blocks": 1,
+             "attention_resolutions": "8", "global_batch_size": 2, "total_training_steps": 9, "training_mode": "edm"}
+    gc.disable()
+    try:
+        for _ in range(2):
+            measure.timed(dict(flags), 0.0)
+    finally:
+        gc.enable()
+    assert len(models) == 2
 
 
 def test_memory_counts_the_companions_of_distillation():

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 
 from cm.errors import UserError
+from cm.training import ema
 from cm.training.ema import EMA, Background
 from support.mpi import ROOT
 from support.training import loop
@@ -42,6 +43,15 @@ def test_averages_folded_in_beside_the_device_are_the_same_to_the_last_bit():
     for a, b in zip(far.local, near.local, strict=True):
         assert all(th.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
     assert not any(average.requires_grad for average in far.local[0])
+
+
+@pytest.mark.parametrize("sources, device", [([th.empty(2, device="meta")], "meta"), ([], "cpu")])
+def test_the_thread_begins_at_the_device_of_the_parameters(sources, device, monkeypatch):
+    """A rank may have none of them."""
+    asked = []
+    monkeypatch.setattr(ema, "background_thread", lambda name, device: asked.append(device))
+    Background(sources)
+    assert asked == [th.device(device)]
 
 
 def test_training_goes_on_while_an_average_is_folded_in():

@@ -1,11 +1,13 @@
 """Runs in shards are the runs of whole networks: weights, averages, optimizer, checkpoints, memory and errors."""
 
 import json
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch as th
 
+from cm.distributed.fsdp import wait_as_long
 from cm.errors import UserError
 from cm.logging import logger
 from cm.setup.convert_run import convert_run
@@ -165,3 +167,16 @@ def test_flags_that_do_not_go_with_shards(flag, value, remedy):
     with pytest.raises(UserError, match=remedy):
         check_sharded("hsdp", 2, {flag: value})
     check_sharded("hsdp", 2, {flag: False})
+
+
+def test_groups_of_a_mesh_have_the_time_limit_of_the_job():
+    """Those that torch makes for replicas would wait for half an hour. "cuda" has a backend of its own, as on GPUs."""
+    th.distributed.init_process_group("cpu:gloo,cuda:gloo", store=th.distributed.HashStore(), rank=0, world_size=1,
+                                      timeout=timedelta(seconds=77))
+    try:
+        group = th.distributed.new_group([0])
+        wait_as_long(group)
+        limits = {group._get_backend(th.device(name)).options._timeout for name in ("cpu", "cuda")}
+        assert limits == {timedelta(seconds=77)}
+    finally:
+        th.distributed.destroy_process_group()

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 
 from cm.data.loader import load_data
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.script_util import create_model
 from cm.train_util import TrainLoop
-from cm.training.profiler import TABLE, TRACE, WARM_UP, Cost, Profile, table
+from cm.training.profiler import REST, TABLE, TRACE, WARM_UP, Cost, Profile, costs_of, table
 from support.warm import mpiexec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,3 +82,26 @@ def test_the_table_counts_by_step_and_names_the_ten_longest():
     rows = table(costs, 4).splitlines()[1:]
     assert len(rows) == 10 and rows[0].split() == ["op12", "3.00", "15.4%", "12.0"]
     assert rows[-1].startswith("op3")
+
+
+def average(name, kernels, device_type=DeviceType.CUDA, annotation=False):
+    """A row of torch's profiler: of kernels on a GPU, or of an operation on the CPU that launched some, in ms."""
+    event = FunctionEvent(0, name, 0, 0, 1000 * sum(kernels), device_type=device_type, use_device="cuda",
+                          is_user_annotation=annotation)
+    for duration in kernels if device_type == DeviceType.CPU else ():
+        event.append_kernel("kernel", 0, 1000 * duration)
+    row = FunctionEventAvg()
+    row.add(event)
+    return row
+
+
+def test_each_kernel_of_a_gpu_counts_once():
+    events = [
+        average("aten::conv", [3, 1], DeviceType.CPU), average("aten::add", [2], DeviceType.CPU),
+        average("implicit_gemm", [3, 1]), average("vectorized_add", [2]), average("generated", [1]),
+        average("Optimizer.step", [6], annotation=True),
+    ]
+    assert events[0].self_device_time_total == events[2].self_device_time_total == 4000
+    found = {cost.name: round(cost.seconds, 9) for cost in costs_of(events, on_device=True)}
+    assert found == {"aten::conv": 0.004, "aten::add": 0.002, REST: 0.001}
+    assert costs_of(events[:4], on_device=True)[-1].name == "aten::add"

@@ -18,7 +18,7 @@ from cm.errors import UserError
 from cm.networks.attention import count_heads, qkv_attention
 from cm.networks.edm.base import ConditionedNetwork, EDMConfig
 from cm.networks.edm.magnitude import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
-from cm.networks.layers import checkpoint, without_autocast
+from cm.networks.layers import checkpoint, dropout, without_autocast
 from cm.networks.second_time import check_gap
 from cm.tensors import append_dims
 
@@ -86,7 +86,7 @@ class EDM2Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         scale = self.emb_linear(emb, self.emb_gain) + 1
         y = mp_silu(y * append_dims(scale, y.ndim).to(y.dtype))
-        y = self.conv_res1(F.dropout(y, self.dropout, self.training))
+        y = self.conv_res1(dropout(y, self.dropout, self.training))
         if not self.is_encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, y, RESIDUAL_BALANCE)

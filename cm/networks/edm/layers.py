@@ -19,7 +19,7 @@ from cm.errors import UserError
 from cm.networks.attention import count_heads, qkv_attention
 from cm.networks.fused_norm import norm_act
 from cm.networks.held import Holds
-from cm.networks.layers import GROUPS, GroupNorm32, checkpoint
+from cm.networks.layers import GROUPS, Dropout, GroupNorm32, checkpoint
 from cm.networks.modulation import Conditioning, modulation
 from cm.tensors import append_dims
 
@@ -191,7 +191,7 @@ class UNetBlock(Holds):
         self.conv0 = o.init(Conv(in_channels, out_channels, 3, direction, o.taps))
         self.affine = o.init(nn.Linear(o.emb_channels, 2 * out_channels if o.adaptive_scale else out_channels))
         self.norm1 = group_norm(out_channels, o.eps)
-        self.dropout = nn.Dropout(o.dropout)
+        self.dropout = Dropout(o.dropout)
         self.conv1 = o.init_zero(Conv(out_channels, out_channels, 3))
         self.skip: nn.Module | None = None
         if in_channels != out_channels or (direction and o.resample_proj):
