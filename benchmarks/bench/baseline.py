@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch as th
 from torch import Tensor, nn
@@ -18,6 +20,17 @@ from cm.networks.layers import GroupNorm32
 from cm.networks.unet_blocks import ResBlock
 from cm.tensors import append_dims
 from cm.types import Batch
+
+
+@contextmanager
+def torchs_default() -> Iterator[None]:
+    """TensorFloat-32 in the convolutions of a GPU, as torch has it unless it is told otherwise."""
+    before = th.backends.cudnn.allow_tf32
+    th.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        th.backends.cudnn.allow_tf32 = before
 
 
 class PlainAttention(AttentionBlock):
@@ -82,6 +95,7 @@ class PlainStep:
         self.averages = {rate: [p.detach().clone() for p in model.parameters()] for rate in ema_rates}
         self.log: list[float] = []
 
+    @torchs_default()
     def __call__(self, images: Tensor) -> None:
         for param in self.model.parameters():
             if param.grad is not None:
@@ -101,6 +115,7 @@ class PlainStep:
         del self.log[:-1000]
 
 
+@torchs_default()
 def plain_heun(diffusion, model: nn.Module, noise: Tensor, sigmas: list[float]) -> Tensor:
     """Heun's method with autograd switched off and nothing else done for speed."""
     with th.no_grad():
@@ -117,6 +132,7 @@ def plain_heun(diffusion, model: nn.Module, noise: Tensor, sigmas: list[float]) 
         return x
 
 
+@torchs_default()
 @th.no_grad()
 def plain_one_step(diffusion, model: nn.Module, noise: Tensor) -> Tensor:
     """One evaluation of a consistency model at the highest noise level."""

@@ -10,11 +10,13 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from bench import children, launches, loading, objectives, peer, results, sample, scale, timing, train
+from bench import baseline, children, launches, loading, objectives, peer, results, sample, scale, timing, train
 from bench.ceiling import Ceiling, published_speed
 from bench.evaluation import Sizes, eval_suite
 from bench.lines import Line, speed_line, table
 from bench.network import NetworkSpec
+
+from cm.karras_diffusion import KarrasDenoiser
 
 CPU = th.device("cpu")
 SPEC = NetworkSpec(8, 32, "1,2", 1, 32, "4", 2)
@@ -47,6 +49,21 @@ def test_without_diffusers_a_line_says_so(monkeypatch):
     monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
     assert "diffusers is not installed" in table(train.train_suite(SPEC, CPU, CEILING, repeats=1))
+
+
+def test_the_plain_way_computes_as_torch_does_by_default(monkeypatch):
+    """So a comparison on a GPU does not slow it down; the toolkit's float32 is float32."""
+    seen = []
+    model, noise = SPEC.build(CPU), SPEC.images(CPU)
+    model.register_forward_hook(lambda *_: seen.append(th.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(th.backends.cudnn, "allow_tf32", False)
+    diffusion = KarrasDenoiser(distillation=True, loss_norm="l2")
+    baseline.plain_one_step(diffusion, model, noise)
+    baseline.plain_heun(diffusion, model, noise, [2.0, 0.0])
+    train.plain_job("edm", SPEC, CPU, noise)()
+    assert seen == [True, True] and not th.backends.cudnn.allow_tf32
+    sample.toolkit_way(model, diffusion, "onestep", 1, noise.shape, "fp32")
+    assert seen[-1] is False
 
 
 def test_on_a_gpu_one_contestant_is_there_at_a_time(monkeypatch):
