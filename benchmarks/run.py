@@ -51,7 +51,7 @@ class Job:
 def main() -> None:
     args = parse()
     device = th.device(args.device)
-    dist.setup_dist()                                  # its settings of the process, which every command takes
+    dist.setup_dist(device=args.device)                # its settings of the process, which every command takes
     if args.threads:
         th.set_num_threads(args.threads)
     spec = SPECS[device.type]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch as th
 from torch import Tensor
@@ -69,6 +70,17 @@ def allow_tf32(allowed: bool) -> None:
     """
     th.backends.cudnn.allow_tf32 = allowed
     th.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """A context in which GPUs multiply float32 numbers in float32, whatever the run has chosen."""
+    convolutions, products = th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32
+    allow_tf32(False)
+    try:
+        yield
+    finally:
+        th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 # Operations of torch on lists of tensors, with one kernel launch for all; its type stubs do not export these names.

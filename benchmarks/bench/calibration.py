@@ -84,7 +84,7 @@ def run_ranks(n: int) -> dict[str, Any]:
 def time_a_rank() -> None:
     """Print the median seconds of a step and of messages, and the bytes of the weights."""
     def main() -> None:
-        dist.setup_dist()
+        dist.setup_dist(device="cpu")                   # there may be fewer GPUs than ranks
         spec, device = SPECS["cpu"], dist.dev()
         job = toolkit_job("edm", spec, device, spec.images(device, BATCH // dist.get_world_size()), "fp32")
         seconds = take_turns({"step": job}, device, REPEATS)["step"].median

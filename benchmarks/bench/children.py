@@ -32,7 +32,7 @@ def peak_in_child(module: str, function: str, *args: object, device: th.device, 
 def print_peak(order: str) -> None:
     module, function, args, device_type, plain = json.loads(order)
     if not plain:
-        dist.setup_dist()
+        dist.setup_dist(device=device_type)
     make, device = getattr(importlib.import_module(module), function), th.device(device_type)
     th.mm(th.ones(64, 64, device=device), th.ones(64, 64, device=device))       # what the libraries take once
     process_memory.forget_peak()

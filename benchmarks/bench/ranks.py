@@ -51,7 +51,7 @@ def images_per_second(mpiexec: Path, ranks: int, threads: int, batch: int, repea
 def time_a_rank(batch: int, repeats: int) -> None:
     """Print images/s of all ranks, `batch` on each."""
     def main() -> None:
-        dist.setup_dist()
+        dist.setup_dist(device="cpu")                   # there may be fewer GPUs than cores
         spec, device = SPECS["cpu"], dist.dev()
         job = toolkit_job("edm", spec, device, spec.images(device, batch), "fp32")
         seconds = take_turns({"step": job}, device, repeats)["step"].median

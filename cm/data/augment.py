@@ -19,6 +19,7 @@ from torch.types import Device
 
 from cm.data.mapped import Batches, mapped
 from cm.random_util import SampleStreams
+from cm.tensors import without_tf32
 from cm.types import Batch, NoiseSource
 
 AUGMENT_LABELS = 9                              # x flip, y flip, scale, rotation 2, stretch 2, translation 2
@@ -186,7 +187,8 @@ class AugmentBatch:
 
     def __call__(self, batch: Batch) -> Batch:
         rng = SampleStreams(self.seed, batch.positions, stream="augment")
-        images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
+        with without_tf32():                                # whose 10 bits are too few for a place in an image
+            images, labels = self.pipe(batch.images.to(self.device, non_blocking=True), rng)
         return replace(batch, images=images, cond={**batch.cond, "augment_labels": labels})
 
 

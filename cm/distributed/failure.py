@@ -26,6 +26,8 @@ ANSWER_S = 1.5
 """For the store to answer, and for the other ranks to fail in the same way."""
 LEAVE_S = 0.5
 """Between the report of a failure and the end: for the launcher to pass the report on."""
+WATCH_S = 0.4
+"""Between two looks at whether another rank has failed; a failed one keeps the store for at least LEAVE_S."""
 SILENCE_S = 4.0
 """How long a rank that was not the first to fail waits for the first one to end the job."""
 
@@ -41,6 +43,9 @@ HINTS = {
     "out of memory": "Smaller --microbatch, --use_checkpoint True or more ranks need less memory on each GPU.",
     "DataLoader worker": "A worker killed by a signal usually means that main memory or /dev/shm ran out.",
 }
+
+
+_ending = threading.Event()                     # set when this rank ends by itself, well or not
 
 
 class Overdue(RuntimeError):
@@ -125,6 +130,7 @@ def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     :param thread: the name of the thread that failed, if it is not the main one.
     """
     exit_after(LIMIT_S)
+    end_by_itself()
     note_mistake(error)
     first, report = _is_first(ranks), short_report(error)
     who = f"rank {ranks.rank} of {ranks.size}" + (f", thread {thread}" if thread else "")
@@ -142,6 +148,35 @@ def abort_job(error: BaseException, ranks: Ranks, thread: str = "") -> NoReturn:
     time.sleep(LEAVE_S)                         # a launcher drops what it has not yet read when the abort arrives
     ranks.abort(status_of(error))
     os._exit(status_of(error))
+
+
+def watch_peers(ranks: Ranks) -> None:
+    """From now on, end this rank if another has failed and this one does not notice.
+
+    gloo fails with the first rank that is gone. NCCL waits for it until the time limit, and no launcher ends a rank
+    that waits there at once: torchrun does after half a minute, and none where the ranks were started one by one.
+    """
+    if ranks.store is not None and ranks.size > 1:
+        threading.Thread(target=_watch_peers, args=(ranks,), name="peers", daemon=True).start()
+
+
+def end_by_itself() -> None:
+    """Stop watching the other ranks: this one is about to end."""
+    _ending.set()
+
+
+def _watch_peers(ranks: Ranks) -> None:
+    try:
+        while not ranks.store.check(["failures"]):
+            if _ending.wait(WATCH_S):
+                return
+    except RuntimeError:                        # a lost connection to the store is no failed rank
+        return
+    if not _ending.wait(SILENCE_S):
+        say(f"rank {ranks.rank} of {ranks.size} ends: another rank has failed")
+        flush()
+        ranks.leave()
+        os._exit(1)
 
 
 def _leave_together(ranks: Ranks, status: int) -> NoReturn:

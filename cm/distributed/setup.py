@@ -101,6 +101,8 @@ def setup_dist(timeout_s: float = TIMEOUT_S, device: str | None = None) -> None:
                 timeout=timedelta(seconds=timeout_s),
             )
     job.ready = True
+    if job.device.type == "cuda":
+        failure.watch_peers(_ranks())
 
 
 def dev() -> th.device:
@@ -203,6 +205,7 @@ def _leave() -> None:
     complete = process_exit.run_interpreter_exit()
     if dist.is_initialized():
         barrier()
+    failure.end_by_itself()
     failure.exit_after(LEAVING_S)                   # NCCL, too, closes down together with the other ranks
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cm.errors import UserError
 from cm.networks.jvp import depth, inside_jvp
-from cm.tensors import allow_tf32
+from cm.tensors import without_tf32
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -169,13 +169,8 @@ def without_autocast(device: th.device) -> AbstractContextManager:
 @contextmanager
 def full_float32(device: th.device | str) -> Iterator[None]:
     """A context in which float32 data is computed in float32: no autocast, and no TensorFloat-32 on GPUs."""
-    convolutions, products = th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32
-    allow_tf32(False)
-    try:
-        with without_autocast(th.device(device)):
-            yield
-    finally:
-        th.backends.cudnn.allow_tf32, th.backends.cuda.matmul.allow_tf32 = convolutions, products
+    with without_tf32(), without_autocast(th.device(device)):
+        yield
 
 
 def checkpoint(func: Callable, inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:

@@ -1,5 +1,6 @@
 """The suites of benchmarks/run.py at sizes of a test: what they say they compare is what they run."""
 
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -10,7 +11,21 @@ import torch as th
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from bench import baseline, children, launches, loading, objectives, peer, results, sample, scale, timing, train
+from bench import (
+    baseline,
+    calibration,
+    children,
+    launches,
+    loading,
+    objectives,
+    peer,
+    ranks,
+    results,
+    sample,
+    scale,
+    timing,
+    train,
+)
 from bench.ceiling import Ceiling, published_speed
 from bench.evaluation import Sizes, eval_suite
 from bench.lines import Line, speed_line, table
@@ -155,6 +170,23 @@ def test_memory_of_a_job_is_measured_in_a_process_of_its_own():
     peak = {n: children.peak_in_child("bench.scale", "point", "weight averages", n, device=CPU) for n in (1, 16)}
     network = sum(param.nbytes for param in scale.SMALL.build(CPU).parameters()) / 2**20
     assert 10 * network < peak[16] - peak[1] < 20 * network
+
+
+@pytest.mark.parametrize("started", [ranks.time_a_rank, calibration.time_a_rank, children.print_peak])
+def test_a_measurement_of_the_cpu_takes_no_gpu(started, monkeypatch):
+    """On a machine with GPUs, of which there are fewer than cores."""
+    class Begun(Exception):
+        pass
+
+    def setup_dist(timeout_s=0, device=None):
+        assert device == "cpu"
+        raise Begun
+
+    monkeypatch.setattr(children.dist, "setup_dist", setup_dist)
+    monkeypatch.setattr(children.dist, "run", lambda main: main())
+    order = (json.dumps(["bench.memory", "step", [], "cpu", False]),) if started is children.print_peak else ()
+    with pytest.raises(Begun):
+        started(*({ranks.time_a_rank: (2, 1)}.get(started, order)))
 
 
 def test_a_suite_that_is_measured_again_leaves_the_others(tmp_path):

@@ -12,7 +12,7 @@ import torch as th
 from cm.config.flags import parse
 from cm.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from cm.data import augment
-from cm.data.augment import AUGMENT_LABELS, SYM6, AugmentPipe, Transforms, _warp, apply, augmented
+from cm.data.augment import AUGMENT_LABELS, SYM6, AugmentBatch, AugmentPipe, Transforms, _warp, apply, augmented
 from cm.data.loader import load_data
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -23,6 +23,7 @@ from cm.samplers.sample import SampleOptions, sample
 from cm.setup import data as run_data
 from cm.train_util import TrainLoop
 from cm.types import Batch
+from support import tf32
 from support.training import BATCH
 from support.warm import mpi_program
 
@@ -329,3 +330,12 @@ def test_flips_that_the_network_is_not_told_of_are_off_unless_asked_for(images, 
     settings = parse("", *sections, argv=["--data_dir", images, "--global_batch_size", "4", *argv])
     data = run_data.open_data(settings).stream
     assert settings.values["random_flip"] is flips and data.options["random_flip"] is flips
+
+
+def test_a_run_in_tf32_moves_images_in_float32():
+    """A place in an image would be known to a tenth of a pixel otherwise."""
+    seen = []
+    pipe = lambda images, rng: seen.append(tf32.now()) or (images, images)      # noqa: E731
+    with tf32.at_first(True):
+        AugmentBatch(pipe, 0, th.device("cpu"))(Batch(th.zeros(1, 3, 2, 2), positions=th.arange(1)))
+    assert seen == [(False, False)]

@@ -1,12 +1,14 @@
 """One rank fails: the job is over within ten seconds, with the right status and one report."""
 
+import queue
 import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch as th
 
 from cm.distributed import failure
 from cm.distributed import setup as dist
@@ -273,6 +275,43 @@ def test_a_rank_that_was_killed_is_one_line_on_the_others(text, short):
     report = failure.short_report(RuntimeError(text))
     assert (report is not None) == short and failure.status_of(RuntimeError(text)) == 1
     assert not short or "another rank is gone: it was killed or has crashed" in str(report)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Rank 1 of 2 in a job whose ranks watch each other: its store, and the status that it has ended with."""
+    ended, store = queue.Queue(), th.distributed.HashStore()
+    monkeypatch.setattr(failure, "_ending", threading.Event())
+    monkeypatch.setattr(failure, "WATCH_S", 0.01)
+    monkeypatch.setattr(failure, "SILENCE_S", 0.05)
+    monkeypatch.setattr(failure.os, "_exit", ended.put)
+    return failure.Ranks(1, 2, store, ended.put, lambda: None), ended
+
+
+def test_a_rank_that_hangs_ends_with_another_that_has_failed(watched, capsys):
+    """As one does that waits in NCCL, which never hears of it."""
+    ranks, ended = watched
+    failure.watch_peers(ranks)
+    time.sleep(0.1)
+    assert ended.empty()
+    assert failure._is_first(ranks._replace(rank=0))        # what a rank records when it fails
+    assert ended.get(timeout=10) == 1
+    assert "rank 1 of 2 ends: another rank has failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["it ends by itself", "the store is lost"])
+def test_a_rank_that_ends_by_itself_or_has_lost_the_store_goes_on(watched, case, monkeypatch):
+    ranks, ended = watched
+    if case == "it ends by itself":
+        assert failure._is_first(ranks)
+        failure.end_by_itself()
+    else:
+        def lost(keys):
+            raise th.distributed.DistNetworkError("broken pipe")
+
+        ranks = ranks._replace(store=SimpleNamespace(check=lost))
+    failure._watch_peers(ranks)
+    assert ended.empty()
 
 
 def test_statuses():

@@ -365,10 +365,13 @@ def rank_of(rank, nodes_and_gpus):
     return node, sum(fact["node"] == node for fact in facts[:rank]), facts
 
 
-def test_a_single_process_takes_the_first_gpu(gpus):
+def test_a_single_process_takes_the_first_gpu(gpus, monkeypatch):
+    watching = []
+    monkeypatch.setattr(dist.failure, "watch_peers", watching.append)
     assert dist.dev() == th.device("cuda", 0)
     assert gpus == [th.device("cuda", 0)]
     assert tf32.now() == (False, False), "float32 is float32"
+    assert [ranks.rank for ranks in watching] == [0], "NCCL does not say that a rank has failed"
 
 
 def test_the_cpu_can_be_asked_for(gpus):
@@ -428,8 +431,9 @@ def test_closing_down_has_a_time_limit(monkeypatch):
     monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.dist, "destroy_process_group", lambda: calls.append("destroy"))
     monkeypatch.setattr(dist, "_job", rendezvous.Job(0, 1, "here"))
+    monkeypatch.setattr(dist.failure, "end_by_itself", lambda: calls.append("end"))
     dist._leave()
-    assert calls == ["barrier", "limit", "destroy"]
+    assert calls == ["barrier", "end", "limit", "destroy"]
 
 
 def test_importing_is_quick_about_mpi():

@@ -108,3 +108,29 @@ def test_the_values_are_those_of_dropout(monkeypatch):
     for p, expected in ((0.0, x), (1.0, th.zeros_like(x))):
         assert th.equal(Dropout(p).train()(x), expected)
     assert Dropout(0.5).eval()(x) is x
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("arch", ["unet", "adm", "edm2"])
+def test_a_gpu_drops_the_same_values_with_and_without_gradients_in_any_precision(arch, gpu, monkeypatch):
+    dropped, drop = [], layers.dropout
+    model = network(arch, "").train().to(gpu, memory_format=th.channels_last)
+    for param in model.parameters():
+        param.data.normal_(std=0.1)
+
+    def noted(x, p, training):
+        dropped.append(drop(th.ones_like(x), p, training) == 0)      # of the format and dtype of x
+        return drop(x, 0, training)                         # so that all passes see the same numbers
+
+    monkeypatch.setattr(layers, "dropout", noted)
+    monkeypatch.setattr("cm.networks.edm.edm2.dropout", noted)
+    x, time, passes = th.randn(2, 3, 16, 16, device=gpu), th.ones(2, device=gpu), []
+    for taken, low in ((True, False), (False, False), (False, True)):
+        dropped.clear()
+        th.manual_seed(0)
+        with th.set_grad_enabled(taken), th.autocast(gpu, th.bfloat16, enabled=low):
+            model(x, time)
+        passes.append([*dropped])
+    assert 0.4 < th.cat([each.flatten() for each in passes[0]]).double().mean() < 0.6
+    for other in passes[1:]:
+        assert all(map(th.equal, passes[0], other))
