@@ -44,14 +44,14 @@ from cm.samplers import Churn, CountingDenoiser
 from cm.samplers.sample import BindsNetworks
 from cm.types import NoiseSource, Sampler
 
-STROKE_START = 16 / 39                                      # of the levels, where a stroke painting gets its noise
+STROKE_START = 16 / 39                                      # default start of strokes, as a fraction of the grid
 EditMaker = Callable[[Tensor, NoiseSource], Edit]
 """Makes an edit of images [N,C,S,S] and the noise source of their samples."""
 
 
 @dataclass(frozen=True)
 class EditJob:
-    """What every rank needs to edit any of the results."""
+    """All that a rank needs to compute any of the results."""
 
     plan: SamplingPlan
     make_edit: EditMaker
@@ -64,11 +64,11 @@ class EditJob:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is written: the results and, if the edit has images, the known part of them."""
+        """The kinds of images that are written: the results and, if the edit has images, the known part of these."""
         return ("samples",) if self.source is None else ("samples", "inputs")
 
     def originals(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these results, [n,S,S,C]; images are used again if there are fewer than results."""
+        """The images of these results, [n,S,S,C]; if there are more results than images, images are repeated."""
         assert self.source is not None, "interpolation has no images"
         images = self.source.images(indices % len(self.source))
         repeats = self.plan.side // self.source.image_size
@@ -103,9 +103,9 @@ class EditJob:
 
 
 def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: Tensor) -> EditJob:
-    """Read and check all that --task needs.
+    """Read and check all inputs of --task.
 
-    :raises UserError: for whatever is missing, contradicts itself, or does not fit the network's images.
+    :raises UserError: for inputs that are missing, contradict each other, or do not fit the network's images.
     """
     config, values = settings.section(EditConfig), settings.values
     task = lookup(TASKS, config.task, "task")
@@ -152,18 +152,18 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
 
 
 class ImageSpace(NamedTuple):
-    """What is edited: the side and channels of the images, and the noise levels of the network's grid."""
+    """The side and channels of the edited images, and the noise levels of the network's grid."""
 
     size: int
     sigma_min: float
     sigma_max: float
     rho: float
     channels: int = 3
-    patch: int = 1                                          # side of what a latent stands for; 1: no latents
+    patch: int = 1                                          # pixels per latent on a side; 1: no latents
 
 
 class Task(NamedTuple):
-    """One --task: how its edits are made, and which flags of `EditConfig` only it has."""
+    """A --task: how its edits are made, and its own flags of `EditConfig`."""
 
     prepare: Callable[[EditConfig, ImageSpace], EditMaker]
     options: tuple[str, ...] = ()

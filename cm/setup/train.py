@@ -123,7 +123,7 @@ def placed(settings: Settings, companion: Companion, network: nn.Module) -> Comp
 
 
 def loop_config(settings: Settings) -> LoopConfig:
-    """What the loop takes from the flags."""
+    """The settings of the training loop, from the flags."""
     train = settings.section(TrainConfig)
     batch_size, global_batch = share_of_batch(
         train.global_batch_size, train.batch_size, dist.get_rank(), dist.get_world_size()
