@@ -33,7 +33,7 @@ def distance(
     images: str, ref: str, extractor: Extractor, num: int, seed: int, batch_size: int, cache: StatisticsCache | None,
     choose: Choose,
 ) -> dict[str, Any]:
-    """As `evaluations.fid.calc`, which describes the arguments; one step of all ranks together."""
+    """The implementation of `evaluations.fid.calc`, which describes the arguments."""
     begun = time.monotonic()
     reference, pictures = _reference(ref), open_pictures(images, "--images")
     check_two(pictures)

@@ -28,7 +28,7 @@ def compare_files(
     device: th.device | str, metrics: Sequence[str] | None, settings: Settings, batch_size: int,
     cache: StatisticsCache | None,
 ) -> dict[str, Any]:
-    """As `evaluations.evaluator.evaluate`, which describes the arguments; one step of all ranks together."""
+    """The implementation of `evaluations.evaluator.evaluate`, which describes the arguments."""
     begun = time.monotonic()
     chosen, optional = choose_metrics(metrics)
     engine = Engine(chosen, settings, JobRanks(), batch_size, cache)

@@ -21,7 +21,7 @@ ID_DIGITS = 12                                              # of the SHA-256 in 
 
 
 class Features(NamedTuple):
-    """What an extractor gives for N images; None for what it does not have."""
+    """The output of an extractor for N images; None for outputs that it does not have."""
 
     pool: NDArray[np.float32]                               # [N,D]
     spatial: NDArray[np.float32] | None                     # [N,S]
@@ -43,7 +43,7 @@ class Extractor(Protocol):
 
     @property
     def resize(self) -> str:
-        """What happens to the images first, in words."""
+        """A description of the resizing of the images."""
         ...
 
     @property

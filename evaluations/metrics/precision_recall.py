@@ -1,4 +1,4 @@
-"""Precision and recall: how far two sets of features overlap, as unions of balls around their points.
+"""Precision and recall: the overlap of two sets of features, each represented by balls around its points.
 
 Shapes: N reference points, M samples, D feature dimensions, B and C rows and columns of a block of distances.
 """
@@ -26,7 +26,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """Which points lie in the other set's manifold."""
+    """Whether each point lies in the manifold of the other set."""
 
     samples: NDArray[np.bool_]                              # [M]
     reference: NDArray[np.bool_]                            # [N]
@@ -101,7 +101,7 @@ def manifold_hits(
 
 
 class _Work(NamedTuple):
-    """How distances are taken."""
+    """The settings of the computation of distances."""
 
     shift: Array                                            # [D], taken from every point
     dtype: DTypeLike
@@ -169,7 +169,7 @@ def pairs(num_ref: int, num_sample: int, block: int) -> int:
 
 
 def _pairs_here(ref: PointSet, sample: PointSet, block: int) -> int:
-    """As `pairs`, of this rank's points."""
+    """`pairs` for the points of this rank."""
     own = [(len(each.points), each.count) for each in (ref, sample)]
     return pairs(own[0][0], own[1][0], block) - own[0][0] * own[1][0] + own[0][0] * sample.count + sum(
         here * (count - here) for here, count in own
@@ -207,7 +207,7 @@ class PrecisionRecallMetric(Metric):
     needs_points = True
 
     def least(self, settings: Settings) -> int:
-        """A point's k-th neighbour is another point."""
+        """k + 1: the k-th neighbour of a point is another point."""
         return settings.k + 1
 
     def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
