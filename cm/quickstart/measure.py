@@ -34,7 +34,7 @@ from cm.training.loop import TrainLoop, as_batch
 from cm.training.memory_estimate import plan
 
 STEPS = 5                                                   # timed steps of a batch, after the first
-FIRST = 3                                                   # steps of whose time a first one takes: it warms up
+FIRST = 3                                                   # the first step takes about so many times longer: warm-up
 
 
 def main(request: Path, result: Path) -> None:
@@ -97,12 +97,12 @@ def measured(candidate: Candidate, found: Findings, machine: Machine, wish: Wish
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Settings of a training from flags."""
+    """The settings of a training run from flags."""
     return resolve(flags, *TRAINING_SECTIONS)
 
 
 def memory(flags: dict[str, Any], student: dict[str, Any]) -> tuple[int, int, int]:
-    """What a rank holds between the steps of the more expensive training, what a pass keeps of an image, parameters."""
+    """Bytes on a rank between the steps of the larger training, bytes that a pass keeps per image, and parameters."""
     settings = settings_of(flags)
     with th.device("meta"):
         model = model_from(settings)
