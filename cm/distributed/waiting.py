@@ -16,9 +16,9 @@ from typing import Any
 from cm.distributed import failure, launchers
 
 NOTICE_S = 10.0
-"""How long a rank waits in silence."""
+"""Time that a rank waits before it prints a message."""
 PAUSE_S = 0.05
-"""Between two looks."""
+"""Time between two checks."""
 SHOWN = 8                                       # missing ranks in a message
 
 

@@ -23,7 +23,7 @@ KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "
 
 @dataclass(frozen=True)
 class Budget:
-    """What a file may hold. A node is a value, such as a number, a text, a list or an operation of a pickle."""
+    """The limits for a file. A node is a value, such as a number, a text, a list or an operation of a pickle."""
 
     bytes: int
     nodes: int = 1_000_000
