@@ -6,7 +6,7 @@ Shapes: N batch, S image_size, n results of one rank in one round.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.config.flags import Settings
+from cm.config.needs import refuse_options_of_others
 from cm.config.sampling_schema import EditConfig
 from cm.data.class_names import numbered_as
 from cm.data.image_source import ImageSource
@@ -109,7 +110,8 @@ def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: T
     """
     config, values = settings.section(EditConfig), settings.values
     task = lookup(TASKS, config.task, "task")
-    _refuse_options_of_others(config)
+    owners = {option: [name] for name, task in TASKS.items() for option in task.options}
+    refuse_options_of_others(config, owners, "task", config.task)
     if plan.decoder is not None:
         check_latent_task(config.task, TASKS, "--task")
     space = ImageSpace(
@@ -238,14 +240,6 @@ TASKS = {
 
 
 # --- reading flags ---------------------------------------------------------------------------------------------------
-
-
-def _refuse_options_of_others(config: EditConfig) -> None:
-    owners = {option: name for name, task in TASKS.items() for option in task.options}
-    for field in fields(config):
-        task = owners.get(field.name, config.task)
-        if task != config.task and getattr(config, field.name) != field.default:
-            raise UserError(f"--{field.name} belongs to --task {task}, not to {config.task}; drop one of them")
 
 
 def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:

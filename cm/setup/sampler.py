@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.needs import refuse_options_of_others
 from cm.config.sampling_schema import AblationConfig, SampleConfig, SolverConfig
 from cm.diffusion.preconditioning import PRECONDS
 from cm.errors import UserError
@@ -86,7 +87,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     if config.s_tmin > config.s_tmax:
         raise UserError(f"--s_tmin {config.s_tmin:g} is above --s_tmax {config.s_tmax:g}, so there would be no noise "
                         "at any level: exchange them, or leave out --s_churn")
-    refuse_flags_of_other_samplers(config.sampler, solver)
+    refuse_options_of_others(solver, _users_of_options(), "sampler", config.sampler)
     refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
@@ -126,16 +127,14 @@ def level_of_images(settings: Settings) -> float:
     return 0.0 if kind.few_step and not kind.distillation else settings.values["sigma_min"]
 
 
-def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
-    for field in fields(solver):
-        owners = [
-            other for other, kind in SAMPLERS.items()
+def _users_of_options() -> dict[str, list[str]]:
+    """Option of `SolverConfig` -> the samplers that use it."""
+    return {
+        field.name: [
+            name for name, kind in SAMPLERS.items()
             if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
-        ]
-        value = getattr(solver, field.name)
-        if value != field.default and name not in owners:
-            raise UserError(f"--{field.name} {value} belongs to --sampler {', '.join(owners)}, not to {name}; "
-                            "drop one of them")
+        ] for field in fields(SolverConfig)
+    }
 
 
 def _adds_noise(kind: type[Any]) -> bool:
