@@ -323,11 +323,11 @@ def get_dir() -> str:
 @contextlib.contextmanager
 def profile_kv(scopename: str) -> Iterator[None]:
     """Add the seconds spent inside to `wait_<scopename>` of the row."""
-    key, begun = f"wait_{scopename}", time.monotonic()
+    key, start_time = f"wait_{scopename}", time.monotonic()
     try:
         yield
     finally:
-        _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - begun
+        _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - start_time
 
 
 def _default_directory() -> str:

@@ -40,11 +40,11 @@ FIRST = 3                                                   # the first step tak
 def main(request: Path, result: Path) -> None:
     """Read what is asked for from a file, and write a `Machine`, without the time of a start, to another."""
     dist.setup_dist()
-    begun = time.monotonic()
+    start_time = time.monotonic()
     asked = dist.on_main(lambda: json.loads(request.read_text()))
     logger.configure(str(request.parent), [], rank=dist.get_rank())
     machine = measure(Findings(**asked["found"]), Wish(**asked["wish"]), asked["seconds"])
-    content = {"machine": dataclasses.asdict(machine), "seconds": time.monotonic() - begun}
+    content = {"machine": dataclasses.asdict(machine), "seconds": time.monotonic() - start_time}
     dist.on_main(write_json, result, content)
 
 
@@ -138,9 +138,9 @@ def free_memory_of_loops() -> None:
 
 def step_seconds(loop: TrainLoop) -> float:
     """The time of a step with its data; a step waits for its device."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
     loop.run_step(as_batch(next(loop.data), loop.images_seen, loop.rank, loop.world_size))
-    return time.monotonic() - begun
+    return time.monotonic() - start_time
 
 
 @th.no_grad()
@@ -149,12 +149,12 @@ def forward_seconds(loop: TrainLoop) -> float:
     batch = as_batch(next(loop.data), loop.images_seen, loop.rank, loop.world_size).to(loop.device)
     part = batch.rows(0, loop.microbatch)
     denoiser, sigma = loop.diffusion.bind(loop.model), th.ones(len(part), device=loop.device)
-    begun = 0.0
+    start_time = 0.0
     for _ in range(2):                                      # the first chooses kernels
-        begun = time.monotonic()
+        start_time = time.monotonic()
         with loop.trainer.autocast():
             denoiser(part.images, sigma, **part.cond).sum().item()      # waits for the device
-    return (time.monotonic() - begun) / (len(part) * loop.world_size)
+    return (time.monotonic() - start_time) / (len(part) * loop.world_size)
 
 
 if __name__ == "__main__":

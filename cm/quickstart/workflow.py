@@ -68,7 +68,7 @@ class Workflow:
     """
 
     def __init__(self, order: Order):
-        self.order, self.out, self.begun = order, order.out, time.monotonic()
+        self.order, self.out, self.start_time = order, order.out, time.monotonic()
         source = order.data_dir if os.path.exists(order.data_dir) else None
         check_outputs([Output("--out", order.out, "folder")], {"--data_dir": source})
         check_extractor(order.inception)
@@ -108,7 +108,7 @@ class Workflow:
             print(without_controls("\n".join(["What there is", *indented(describe(found))])), flush=True)
             refuse_damaged(found)
             machine = self.measure(found)
-            plan = make_plan(found, machine, self.order.wish, time.monotonic() - self.begun)
+            plan = make_plan(found, machine, self.order.wish, time.monotonic() - self.start_time)
             self.write(found, machine, plan)
         else:
             try:
@@ -130,12 +130,12 @@ class Workflow:
         stage = Stage("measuring a few steps", result, ("-m", "cm.quickstart.measure", str(request), str(result)),
                       self.order.ranks)
         print(f"[{stage.name}]", flush=True)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         result.unlink(missing_ok=True)
         if status := execute(stage.command):
             raise UserError(f"measuring ended with status {status}; see its messages above")
         content = json.loads(result.read_text())
-        start = time.monotonic() - begun - content["seconds"]
+        start = time.monotonic() - start_time - content["seconds"]
         return dataclasses.replace(restored(Machine, content["machine"]), start=START_FACTOR * max(0.0, start))
 
     def write(self, found: Findings, machine: Machine, plan: Plan) -> None:
@@ -248,8 +248,9 @@ class Workflow:
         folders = {name: self.out / key for key, (name, _, _) in self.methods.items()}
         results.picture(path, real, "real images", folders)
         print("\n" + results.table([results.row(name, folder) for name, folder in folders.items()], self.note()))
-        print(f"\n{clock(time.monotonic() - self.begun)} since this start; {clock(sum(self.plan.times.values()))} were "
-              f"planned for all. The picture: {path}; the trainings: {self.out / 'report.html'}")
+        spent, planned = time.monotonic() - self.start_time, sum(self.plan.times.values())
+        print(f"\n{clock(spent)} since this start; {clock(planned)} were planned for all. The picture: {path}; "
+              f"the trainings: {self.out / 'report.html'}")
         if not self.evaluates:
             print(without_controls(f"Left out: {self.how_to_evaluate()}"))
 

@@ -34,7 +34,7 @@ def distance(
     choose: Choose,
 ) -> dict[str, Any]:
     """The implementation of `evaluations.fid.calc`, which describes the arguments."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
     reference, pictures = _reference(ref), open_pictures(images, "--images")
     check_two(pictures)
     if not 2 <= num <= len(pictures):
@@ -80,7 +80,7 @@ def distance(
         "extractor": described(extractor),
         "warnings": [*warnings, *measured.odd],
         "versions": versions(),
-        "seconds": round(time.monotonic() - begun, 3),
+        "seconds": round(time.monotonic() - start_time, 3),
     }
 
 
