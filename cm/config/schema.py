@@ -40,7 +40,7 @@ class ModelConfig:
     )
     channels: int = option(
         3, "channels of the images; 3: RGB, where grey data are repeated; 1: grey, to which colour is converted; "
-        "others: latents; those of datasets/encode.py bring the number along", minimum=1,
+        "others: latents; data sets of datasets/encode.py set the number", minimum=1,
     )
     num_channels: int = option(128, "number of channels at the first resolution level", minimum=1)
     num_res_blocks: int = option(2, "residual blocks per resolution level", minimum=1)
@@ -373,7 +373,7 @@ class EvalConfig(ExtractorConfig):
     eval_batch_size: int = option(
         64, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1
     )
-    eval_ema_rate: str = option("", "entry of ema_rate whose average draws the samples; empty: the first")
+    eval_ema_rate: str = option("", "entry of ema_rate that names the average to sample from; empty: the first")
     allow_non_finite: bool = option(
         False, "go on with a warning if samples have NaN or infinite pixels, instead of ending with an error"
     )
