@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from cm.config.flags import option
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.distributed.launchers import DEVICES
+from cm.logging import FORMATS
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
                  "ito", "ablation", "flowmap")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
-LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """The largest seed that every random generator accepts."""
 LARGEST_SIDE, LARGEST_BATCH, MOST_STEPS = 2**15, 2**24, 10**6
@@ -148,7 +148,7 @@ class RunConfig(WeightsConfig):
     log_formats: str = option(
         "", "how the log is written, comma-separated; tensorboard and wandb also show the flags and the grids of "
         "samples, and need their packages; empty: OPENAI_LOG_FORMAT, or stdout,log,csv",
-        choices=LOG_FORMATS, several=True, table="log format",
+        choices=tuple(FORMATS), several=True, table="log format",
     )
     seed: int = option(
         0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
