@@ -1,1 +1,1 @@
-"""Quality of image samples: metrics/ holds the numbers, features/ the networks that look, engine/ files to numbers."""
+"""Evaluation of image samples. metrics/: metrics; features/: feature extractors; engine/: from files to numbers."""

@@ -1,4 +1,4 @@
-"""How a command of this package starts: flags first, then the imports that take seconds, then the ranks."""
+"""The start of the commands of this package: flags first, then the imports that take seconds, then the ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def prepare_output(args: argparse.Namespace, flag: str, *inputs: str) -> None:
 
 
 def _files_of_extractor(args: argparse.Namespace) -> dict[str, str]:
-    """What is named by --inception, or the environment in its place, and by --plugin."""
+    """The extractor of --inception or of the environment, and the plugins of --plugin."""
     from evaluations.features.preprocessing import sidecar_of
 
     flag = "--inception" if args.inception else EXTRACTOR_VARIABLE

@@ -12,12 +12,12 @@ NUM_IMAGES = 50_000                                         # behind a published
 BATCH_SIZE = 64                                             # images per pass
 
 WITH_PUBLISHED_WEIGHTS = ("tf", "torch")
-EXTRACTOR_VARIABLE = "CM_INCEPTION"                         # of the environment: names the extractor
+EXTRACTOR_VARIABLE = "CM_INCEPTION"                         # environment variable that names the extractor
 EXTRACTOR_CHOICES = f"PATH, KIND:PATH, or {' or '.join(WITH_PUBLISHED_WEIGHTS)} alone for Inception's published weights"
 
 NO_CACHE = "off"
 
 
 def cache_folder() -> Path:
-    """Where means and covariances are kept."""
+    """The default folder of cached means and covariances."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "consistency-toolkit" / "statistics"

@@ -55,12 +55,12 @@ def evaluate(
     cache: StatisticsCache | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compare two npz files; returns what --json writes, the same on every rank. All ranks must call it.
+    """Compare two npz files; returns the content of the file of --json, the same on every rank. All ranks must call it.
 
     If `metrics` is None or all of `evaluations.metrics.default_names()`, metrics that the files or the extractor do not
     allow are skipped, with their reasons under "skipped". A metric that is named explicitly is an error instead.
 
-    :param extractor: None: if a metric needs one, the one that $CM_INCEPTION names, else Inception, on `device`.
+    :param extractor: None: if a metric needs one, that of $CM_INCEPTION, or else Inception, on `device`.
     :param metrics: names in `METRICS`; None for all that are on by default.
     :param pr_dtype: dtype of the distances for precision and recall, a name in `PR_DTYPES`.
     :param cache: the cache for means and covariances.

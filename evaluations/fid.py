@@ -51,7 +51,7 @@ def calc(
     :param num: number of images to use; from more, a random subset is chosen with `seed`.
     :param batch_size: images per pass of the network.
     :param cache: the cache for means and covariances.
-    :returns: what --json writes.
+    :returns: the content of the file of --json.
     :raises UserError: on every rank, if there are fewer images than `num`, they or the reference cannot be used, or the
         reference stores features of another extractor, image size or resize rule.
     """
@@ -72,7 +72,7 @@ def ref(
     :param num_images: number of images to store as well, chosen at random with `seed`; precision, recall and KID need
         them.
     :param image_size: side in pixels to crop and resize to, as training does; None: unchanged.
-    :returns: one line that says what was written.
+    :returns: one line of text about the file that was written.
     :raises UserError: on every rank, if the images cannot be used, or are fewer than `num_images`, or `dest` cannot be
         written.
     """

@@ -23,7 +23,7 @@ from evaluations.metrics import METRICS, default_names
 from evaluations.metrics.base import Settings
 
 OPTIONS = {"split_size": SPLIT_SIZE, "k": NEIGHBOURS, "pr_dtype": PR_DTYPES[0]}
-"""Of single metrics."""
+"""Options of single metrics -> their defaults."""
 
 
 def evaluator_parser(description: str) -> Parser:
@@ -110,9 +110,9 @@ def metric_names(text: str) -> tuple[str, ...]:
 
 
 def asked_metrics(args: argparse.Namespace) -> tuple[str, ...]:
-    """Those of --metrics and --class_accuracy.
+    """The metrics of --metrics and --class_accuracy.
 
-    :raises UserError: for a flag that none of them uses, at another value than its default.
+    :raises UserError: for an option that differs from its default and that no chosen metric uses.
     """
     asked: list[str] = [*args.metrics, *(["class_accuracy"] if args.class_accuracy else [])]
     names = tuple(dict.fromkeys(asked))

@@ -12,7 +12,7 @@ WORST = 5                                                   # classes that are n
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """What evaluator.py and th_evaluator.py print of what they write as JSON."""
+    """The lines that evaluator.py and th_evaluator.py print, from the content of their JSON file."""
     lines = [f"reference: {result['reference']}", f"samples: {result['samples']}"]
     if result["extractor"]:
         lines.append("extractor: {name} ({id}), resize: {resize}".format(**result["extractor"]))

@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace) -> None:
     from evaluations.metrics import default_names
 
     dist.setup_dist(device=args.device)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     command.prepare_output(args, "--json", "ref_batch", "sample_batch")
     samples, names = BatchFile(args.sample_batch), asked_metrics(args)
     samples.check_has_images()
@@ -171,7 +171,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     measured = evaluator.measure_file(args.sample_batch)
     result = as_json(measured, evaluator.skipped, evaluator.extractor, args.ref_batch, args.sample_batch,
-                     evaluator.reported(len(samples)), time.monotonic() - begun)
+                     evaluator.reported(len(samples)), time.monotonic() - start_time)
     if dist.is_main():
         print(without_controls(report(result)))
     if args.json:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch as th
 
 from cm.config import plugins
 from cm.config.flags import parse
-from cm.config.sampling_schema import SampleConfig
+from cm.config.sampling_schema import SampleConfig, SolverConfig
 from cm.distributed import launchers
 from cm.errors import UserError
 from support.mpi import ROOT
@@ -118,6 +119,28 @@ def test_a_name_exists_only_with_its_plugin_and_only_once(folder, loaded, tmp_pa
     copy.write_text(FILES["midpoint.py"])
     with pytest.raises(UserError, match="copy.py, line 22: UserError: the sampler 'midpoint' already exists"):
         plugins.load(str(copy))
+
+
+def test_fields_take_existing_flags_and_no_new_ones(loaded, tmp_path, capsys):
+    """`eta` and `sa_lambda` are flags, `width` is not."""
+    loaded("midpoint.py")
+    loaded("huber.py")
+    from cm.diffusion.denoiser import Diffusion
+    from cm.objectives import DENOISING
+    from cm.samplers import SAMPLERS, make_sampler
+
+    fields = {"__annotations__": {"eta": float, "width": float}, "eta": 0.0, "width": 3.0}
+    SAMPLERS.register("wide", dataclass(frozen=True)(type("Wide", (SAMPLERS["midpoint"],), fields)))
+    fields = {"__annotations__": {"sa_lambda": float}, "sa_lambda": 0.0, "options": ("sa_lambda",)}
+    DENOISING.register("sequence", dataclass(type("Sequence", (DENOISING["huber"],), fields)))
+    settings = parse("", SampleConfig, SolverConfig, argv=["--sampler", "wide", "--eta", "0.5"])
+    sampler = make_sampler("wide", settings.values)
+    assert (sampler.eta, sampler.width) == (0.5, 3.0)
+    objective = DENOISING["sequence"].from_flags(Diffusion(), {"schedule_sampler": "lognormal", "sa_lambda": 0.7})
+    assert (objective.sa_lambda, objective.c) == (0.7, 0.03)
+    with pytest.raises(SystemExit):
+        parse("", SampleConfig, SolverConfig, argv=["--sampler", "wide", "--width", "2"])
+    assert "unrecognized arguments: --width 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text, message", [

@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass
 class Share:
-    """What one rank has written into a folder."""
+    """The files and pieces that one rank has written to a folder."""
 
     files: dict[str, Facts] = field(default_factory=dict)
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -112,13 +112,13 @@ def complete(folder: str, shares: Iterable[Share]) -> dict[str, Any]:
 
 
 def facts_of(files: Mapping[str, Facts]) -> dict[str, Any]:
-    """What a manifest lists for a folder of these files."""
+    """The entry of a manifest for a folder of these files."""
     listing = json.dumps(files, sort_keys=True).encode()
     return {"size": sum(facts["size"] for facts in files.values()), "crc32": zlib.crc32(listing), "files": dict(files)}
 
 
 def _for_torch(tensors: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """The same description as torch.distributed.checkpoint has it."""
+    """The same description in the format of torch.distributed.checkpoint."""
     from torch.distributed.checkpoint import metadata as torch_metadata
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -140,7 +140,7 @@ def _for_torch(tensors: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a folder, of which `stored[a:b]` reads some rows and `stored[...]` all, on the CPU."""
+    """A tensor in a folder: `stored[a:b]` reads some rows to the CPU, `stored[...]` reads all."""
 
     folder: str
     key: str
@@ -222,7 +222,7 @@ def open_part(folder: str, facts: Mapping[str, Any] | None = None, verify: bool 
 
 
 def _stored(folder: str, key: str, entry: Mapping[str, Any], verify: bool) -> Stored:
-    """:raises ValueError: for a tensor whose chunks are not its rows, each once."""
+    """:raises ValueError: unless the chunks of a tensor are its rows, each exactly once."""
     shape, chunks = entry["shape"], sorted(tuple(chunk) for chunk in entry["chunks"])
     numbers = [*shape, *(number for chunk in chunks for number in chunk)]
     if entry["dtype"] not in DTYPES or any(type(number) is not int or number < 0 for number in numbers):
@@ -240,7 +240,7 @@ def _stored(folder: str, key: str, entry: Mapping[str, Any], verify: bool) -> St
 
 
 def problem(folder: str, facts: Mapping[str, Any], verify: bool) -> str | None:
-    """What is wrong with a folder of which a manifest lists the facts, or None.
+    """The problem of a folder, compared with its entry in a manifest; None if there is none.
 
     :param verify: compare checksums, too.
     """

@@ -1,4 +1,4 @@
-"""The files of --config: flat mappings of flags in YAML or JSON, of which nothing is ever executed."""
+"""The files of --config: flat mappings of flags in YAML or JSON. Nothing in them is ever executed."""
 
 from __future__ import annotations
 

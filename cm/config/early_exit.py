@@ -80,7 +80,7 @@ def parse_or_exit(read_flags: Callable[[], Flags]) -> Flags:
 
 
 def _fail_after_joining(error: UserError) -> NoReturn:
-    """Raise the error in a job whose ranks know each other, so that it ends them all."""
+    """Connect the ranks and raise the error there, so that it ends all of them."""
     from cm.distributed import setup
 
     def fail() -> None:

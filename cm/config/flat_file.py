@@ -45,7 +45,7 @@ class Fraction(float):
 
 @cache
 def _loader() -> Any:
-    """PyYAML's safe loader, but for numbers and dates, which YAML 1.1 reads otherwise than a command line does."""
+    """PyYAML's safe loader, but numbers and dates are read as on a command line, not as in YAML 1.1."""
     import yaml
 
     class Loader(yaml.SafeLoader):

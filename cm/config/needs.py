@@ -184,3 +184,19 @@ def refuse_idle(settings: Settings, facts: Mapping[str, bool], needs: Sequence[N
             asked = joined.join(each.text(settings.spelling) for each in wanted)
             raise UserError(f"{settings.given[name]} {settings.values[name]} has no effect without {asked}{here}: "
                             "give that, too, or leave it out")
+
+
+def refuse_options_of_others(section: Any, users: Mapping[str, Sequence[str]], flag: str, chosen: str) -> None:
+    """Refuse an option of one component if another component is chosen, such as --eta with --sampler heun.
+
+    :param section: a config dataclass with the options.
+    :param users: option -> the components that use it; fields that are not listed are not checked.
+    :param flag: the flag that chooses a component.
+    :param chosen: its value.
+    :raises UserError: for an option that differs from its default and that the chosen component does not use.
+    """
+    for field in dataclasses.fields(section):
+        value, owners = getattr(section, field.name), users.get(field.name, (chosen,))
+        if value != field.default and chosen not in owners:
+            raise UserError(f"--{field.name} {value} belongs to --{flag} {', '.join(owners)}, not to {chosen}; "
+                            "drop one of them")

@@ -118,7 +118,7 @@ def expand_home(word: str) -> str:
 
 
 def with_names(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The first words of a command line, as far as they are no flags, become the values of these flags, in order."""
+    """The words of a command line before its first flag become the values of these flags, in order."""
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     named = [part for pair in zip(flags, arguments[:count]) for part in pair]
     return [*named, *arguments[min(count, len(flags)):]]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from cm.config.flags import option
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.distributed.launchers import DEVICES
+from cm.logging import FORMATS
 
 SAMPLER_NAMES = ("heun", "euler", "dpm", "ancestral", "onestep", "multistep", "progdist", "ddim", "pc", "sde",
                  "ito", "ablation", "flowmap")
 EDIT_NAMES = ("inpaint", "colorize", "superres", "stroke", "interpolate", "denoise")
-LOG_FORMATS = ("stdout", "log", "csv", "json", "stats", "tensorboard", "wandb")
 LARGEST_SEED = 2**63 - 1
 """The largest seed that every random generator accepts."""
 LARGEST_SIDE, LARGEST_BATCH, MOST_STEPS = 2**15, 2**24, 10**6
@@ -40,7 +40,7 @@ class ModelConfig:
     )
     channels: int = option(
         3, "channels of the images; 3: RGB, where grey data are repeated; 1: grey, to which colour is converted; "
-        "others: latents; those of datasets/encode.py bring the number along", minimum=1,
+        "others: latents; data sets of datasets/encode.py set the number", minimum=1,
     )
     num_channels: int = option(128, "number of channels at the first resolution level", minimum=1)
     num_res_blocks: int = option(2, "residual blocks per resolution level", minimum=1)
@@ -148,7 +148,7 @@ class RunConfig(WeightsConfig):
     log_formats: str = option(
         "", "how the log is written, comma-separated; tensorboard and wandb also show the flags and the grids of "
         "samples, and need their packages; empty: OPENAI_LOG_FORMAT, or stdout,log,csv",
-        choices=LOG_FORMATS, several=True, table="log format",
+        choices=tuple(FORMATS), several=True, table="log format",
     )
     seed: int = option(
         0, "random seed; the same seed on the same ranks and threads gives the same run", minimum=0,
@@ -373,7 +373,7 @@ class EvalConfig(ExtractorConfig):
     eval_batch_size: int = option(
         64, "images per rank and forward pass; no effect on the images beyond rounding", minimum=1
     )
-    eval_ema_rate: str = option("", "entry of ema_rate whose average draws the samples; empty: the first")
+    eval_ema_rate: str = option("", "entry of ema_rate that names the average to sample from; empty: the first")
     allow_non_finite: bool = option(
         False, "go on with a warning if samples have NaN or infinite pixels, instead of ending with an error"
     )

@@ -26,10 +26,13 @@ CACHE_BYTES = 256 * 2**20                                           # largest se
 class ImageSource:
     """N images of C channels; the subclasses define how an image is loaded.
 
-    `labels` is int64 [N], or None; then `no_labels` gives the reason and names the first image without a class.
-    `class_names` are the names of the classes where they are known, `labels_from` says where the classes come from.
-    `note` says what is done to images of other channels, if anything. `holds_moments` is true of latents of which a
-    mean and a standard deviation are known: then C is twice the channels of a latent, and `latents` their record.
+    :ivar labels: int64 [N], or None.
+    :ivar no_labels: the reason if `labels` is None; it names the first image without a class.
+    :ivar class_names: names of the classes; empty if they are not known.
+    :ivar labels_from: where the classes come from.
+    :ivar note: how images with another number of channels are converted; empty if none are.
+    :ivar holds_moments: whether the images are means and standard deviations of latents. Then C is twice the number of
+        channels of a latent, and `latents` is their record.
     """
 
     holds_moments = False
@@ -70,7 +73,7 @@ class ImageSource:
 
     @property
     def holds_floats(self) -> bool:
-        """Whether its images are floats, which the network sees as they are, and not bytes."""
+        """Whether its images are floats, which are given to the network unchanged, and not bytes."""
         return False
 
     @property
@@ -79,7 +82,7 @@ class ImageSource:
         return self._keeps
 
     def take_labels(self, labels: Labels) -> None:
-        """Give the images these classes."""
+        """Set the classes of the images."""
         self.labels, self.no_labels, self.class_names, self.labels_from = labels
 
     @property
@@ -121,7 +124,7 @@ class ImageSource:
         return self._cache[indices]
 
     def gather(self, indices: np.ndarray) -> None:
-        """Make ready the images of a batch: nothing, where each can be read at any time."""
+        """Prepare the images of a batch; there is nothing to do, since every image can be read at any time."""
 
     def classes(self, indices: np.ndarray) -> np.ndarray:
         """The classes of these images, of a source that has `labels`: int64 [B]."""
@@ -133,7 +136,7 @@ class ImageSource:
         return centre_crop(self.load(i), size).reshape(size, size, self.channels)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was decoded, which another process decodes for itself."""
+        """The state without decoded images: another process decodes them itself."""
         return {**self.__dict__, "_cache": None, "_cached": np.zeros(len(self), bool)}
 
 

@@ -19,12 +19,12 @@ MAX_CLASSES = 1_000_000
 
 
 def label_budget(images: int) -> Budget:
-    """What a dataset.json may hold for so many images."""
+    """The limits for a dataset.json of this number of images."""
     return Budget(2**20 + 4096 * images, 2**20 + 64 * images, 10)
 
 
 RULES = ("auto", "folders", "names")
-"""Where classes come from without a dataset.json: folders where there are several, else file names; or one of both."""
+"""Where classes come from without a dataset.json. auto: sub-folders if there are several, else file names."""
 
 
 class Labels(NamedTuple):

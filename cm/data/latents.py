@@ -31,21 +31,21 @@ from cm.io.budget import SETTINGS, parse_json
 from cm.io.untrusted import shown
 
 Numbers = TypeVar("Numbers", bound=Any)
-"""An array, or a tensor on any device; torch is not imported here, for the sake of --help."""
+"""An array, or a tensor on any device; torch is not imported here, because --help must not import it."""
 
 FINAL_STD = 0.5
 """Standard deviation of x: sigma_data."""
 PIXELS = ("unit", "symmetric")
-"""Range of the pixels that a VAE was given and gives: [0, 1], as EDM2 has it, or [-1, 1], as diffusers has it."""
+"""Range of the pixels that a VAE encodes and decodes: [0, 1] in EDM2, [-1, 1] in diffusers."""
 ARRAY_SUFFIX = ".npy"
 AT_END = re.compile(rb'"latents"\s*:\s*(\{[^{}]*\})\s*\}\s*\Z')
 RECORD = "latents"
-"""Under which name dataset.json, a checkpoint and a flag hold the record."""
+"""Name of the record in dataset.json and checkpoints, and of its flag."""
 
 
 @dataclass(frozen=True)
 class LatentRecord:
-    """What must be known to bring latents to the scale of a network, and to make pictures of them.
+    """The facts that are needed to scale latents for a network, and to decode them to pictures.
 
     :param mean, std: m and d, of each of the C channels.
     :param pixels: one of `PIXELS`.
@@ -91,13 +91,13 @@ class LatentRecord:
 
 
 EDM2 = LatentRecord(mean=(5.81, 3.25, 0.12, -2.15), std=(4.17, 4.62, 3.71, 3.28))
-"""Of the published networks and sets of EDM2, whose VAE is stabilityai/sd-vae-ft-mse."""
+"""The record of the published networks and sets of EDM2; their VAE is stabilityai/sd-vae-ft-mse."""
 
 
 def from_content(content: Any) -> LatentRecord:
-    """A record from what JSON makes of it; keys that are not known are an error, so that no part is overlooked.
+    """A record from parsed JSON; unknown keys are an error.
 
-    :raises ValueError: if it is none.
+    :raises ValueError: if it is not a record.
     """
     if not isinstance(content, Mapping):
         raise ValueError(f"{shown(content)} is not a record of latents")
@@ -126,8 +126,8 @@ def _numbers(values: Any, name: str) -> tuple[float, ...]:
 def parse(text: str, source: str) -> LatentRecord | None:
     """The record that a flag or a checkpoint holds; None if it is empty.
 
-    :param source: where it stands, for messages.
-    :raises UserError: if it is none.
+    :param source: its place, for messages.
+    :raises UserError: if it is not a record.
     """
     if not text:
         return None
@@ -159,7 +159,7 @@ def record_for(
 
     :param given: a record as the value of a flag; empty if there is none.
     :param given_by: its place, for messages.
-    :raises UserError: if the two contradict each other, there is none, or it is of other channels.
+    :raises UserError: if the two contradict each other, there is none, or it has another number of channels.
     """
     asked = parse(given, given_by)
     if own and asked:
@@ -204,10 +204,10 @@ def moments_of(data: bytes) -> np.ndarray:
 
 
 def merged(ours: LatentRecord, theirs: LatentRecord, places: tuple[str, str]) -> LatentRecord:
-    """Two records of the same latents as one, in which the VAE is known if either knows it.
+    """Merge two records of the same latents; the VAE is known if one of them knows it.
 
-    :param places: where they stand, for messages.
-    :raises UserError: if they are of different latents, so that a network for the one must not see the other.
+    :param places: their places, for messages.
+    :raises UserError: if the records are of different latents, which cannot be used for the same network.
     """
     for name in ("mean", "std", "pixels"):
         if getattr(ours, name) != getattr(theirs, name):
@@ -221,7 +221,7 @@ def merged(ours: LatentRecord, theirs: LatentRecord, places: tuple[str, str]) ->
 
 
 def require_same(before: str, now: str, places: tuple[str, str]) -> None:
-    """:raises UserError: if two records, as the values of flags, are of different latents; one that is empty fits all.
+    """:raises UserError: if two records, as the values of flags, are of different latents; an empty one fits any.
 
     :param places: see `merged`.
     """
@@ -233,8 +233,7 @@ def require_same(before: str, now: str, places: tuple[str, str]) -> None:
 def drawn(moments: np.ndarray, record: LatentRecord, seed: int, positions: np.ndarray) -> np.ndarray:
     """New latents x [N,C,H,W] for the samples at these positions of a run, int64 [N].
 
-    They depend on the seed and the position alone, so they are the same on any number of ranks, and a resumed run draws
-    what it would have drawn.
+    They depend only on the seed and the position, so they are the same on any number of ranks and in a resumed run.
 
     :param moments: mean and standard deviation, float32 [N,2C,H,W].
     """

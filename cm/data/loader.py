@@ -1,4 +1,4 @@
-"""Endless batches of images in an order that depends on the seed alone.
+"""Endless batches of images in an order that depends only on the seed.
 
 The samples of a run are counted by their position p, over all steps and ranks. Position p shows image
 `permutation(seed, p // N)[p % N]`, flipped or cropped at random by a stream that depends on (seed, p) only. So 1, 2 and
@@ -38,7 +38,7 @@ CROP_FRACTION = 0.8                                                 # least part
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """What `load_data` takes besides the original's arguments.
+    """Arguments of `load_data` that consistency_models does not have.
 
     :param seed: of order and augmentation; the same on all ranks.
     :param global_batch: images per step over all ranks; None for batch_size on each. A step's position j goes to rank
@@ -113,9 +113,9 @@ def load_data(
 def _prepare(
     source: ImageSource, class_cond: bool, cache_bytes: int | None, image_size: int, channels: int
 ) -> None:
-    """Let a set keep as much as it may.
+    """Prepare a set of images for training: its record of latents, and its cache of decoded images.
 
-    :raises UserError: if classes are asked for and missing, or latents are of another size or other channels.
+    :raises UserError: if classes are requested and missing, or latents have another size or number of channels.
     """
     if source.holds_moments:
         found, side = source.channels // 2, source.image_size
@@ -130,7 +130,7 @@ def _prepare(
 
 
 class LoaderSource(Protocol):
-    """What batches are made of: an `ImageSource`, or a stream."""
+    """The source of the images in batches: an `ImageSource`, or a stream."""
 
     image_size: int
     channels: int
@@ -138,7 +138,7 @@ class LoaderSource(Protocol):
 
     @property
     def holds_floats(self) -> bool:
-        """Whether its images are floats, which the network sees as they are."""
+        """Whether its images are floats, which are given to the network unchanged."""
         ...
 
     @property
@@ -147,7 +147,7 @@ class LoaderSource(Protocol):
         ...
 
     def gather(self, indices: np.ndarray) -> None:
-        """Make ready the images of a batch, which the other methods are then asked for."""
+        """Prepare the images of a batch, before the other methods are called for them."""
         ...
 
     def images(self, indices: np.ndarray) -> np.ndarray:
@@ -164,9 +164,9 @@ class LoaderSource(Protocol):
 
 
 class Samples(Dataset):
-    """Complete batches of uint8 (latents: as they are), so that little data passes through the pipe of a worker.
+    """Complete batches of uint8 (latents: unchanged), so that little data passes through the pipe of a worker.
 
-    Latents whose mean and standard deviation the source holds are drawn anew for each sample.
+    If the source has mean and standard deviation of latents, new latents are drawn for each sample.
     """
 
     def __init__(self, source: LoaderSource, class_cond: bool, seed: int, random_crop: bool, random_flip: bool):
@@ -179,8 +179,8 @@ class Samples(Dataset):
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
         """Positions and indices -> a batch whose images are still uint8 [B,C,S,S], or latents.
 
-        The error of an image that cannot be read is returned: raised in a worker, its message would be lost in the
-        worker's traceback.
+        If an image cannot be read, the error is returned. If a worker raised it, the message would be lost in the
+        traceback of the worker.
         """
         positions, indices = request
         try:
@@ -228,7 +228,7 @@ def _prepare_worker(_: int) -> None:
 
 
 class BatchStream:
-    """An iterator of `Batch` without end; `source` is its set of images.
+    """An endless iterator of `Batch`; `source` is its set of images.
 
     The workers read from one endless sampler, so they live as long as the stream and no epoch starts new ones.
     """
@@ -292,7 +292,7 @@ class BatchStream:
         return images if self.source.holds_floats else to_bytes(images)
 
     def close(self) -> None:
-        """End the workers; by garbage collection it would take seconds for each."""
+        """End the workers; garbage collection would take seconds for each."""
         self._batches = iter(())
 
     def _to_float(self, pixels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class _Closable(Protocol):
 
 
 class MappedStream:
-    """The batches of a stream after `change`."""
+    """The batches of a stream, each changed by the function `change`."""
 
     def __init__(self, batches: Iterator[Batch], change: Callable[[Batch], Batch]):
         self.batches, self.change = batches, change

@@ -31,11 +31,10 @@ def with_references(
     """The batches of `stream`, each with `references`: images [n,C,S,S], uint8 or latents, cond and positions, in
     order.
 
-    :param n: at least the images of a step.
-    :param start: samples that the run has consumed already, as `stream` was given.
-    :param gather: from an object of each rank to the list of all of them on every rank; every rank calls it for each
-        batch.
-    :param augment: transforms a batch and its references alike, by their positions; the references are then float32.
+    :param n: at least the number of images per step.
+    :param start: samples that the run has consumed already, the same as for `stream`.
+    :param gather: an object of each rank -> the list of all of them, on every rank; all ranks call it for each batch.
+    :param augment: a transform of a batch and its references, by their positions; the references are then float32.
     """
     held: list[Batch] | None = None                                 # the images of the steps before, at least n-B
     with closing(stream):
@@ -61,7 +60,7 @@ def as_floats(batch: Batch) -> Batch:
 
 
 def _on_cpu(batch: Batch) -> Batch:
-    """Its images and conditioning where ranks exchange them."""
+    """The batch on the CPU, where the ranks exchange it."""
     return Batch(batch.images.cpu(), {name: value.cpu() for name, value in batch.cond.items()}, batch.positions)
 
 

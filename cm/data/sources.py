@@ -1,4 +1,4 @@
-"""Opening a set of images: the table of formats, and which of them a path has.
+"""Opening a set of images: the table of formats, and the choice of the format for a path.
 
 A source gives the pixels, the class and the name of image i, see `cm.data.image_source`. `cm.data.decode` decodes the
 files; `cm.data.loader` makes the order, the augmentation and the batches.
@@ -22,9 +22,9 @@ FORMATS: Table[Format] = Table("data format", {
     "zip": zip_archive.FORMAT,
     "npz": npz.FORMAT,
     "webdataset": webdataset.FORMAT,
-    "folder": folder.FORMAT,                    # what no other claims
+    "folder": folder.FORMAT,                    # every other name
 })
-"""The formats, in the order in which they are asked whether a name is theirs."""
+"""The formats; the first one that claims a name is used."""
 
 SOURCES = {name: each.open for name, each in FORMATS.items() if not each.is_stream}
 
@@ -45,8 +45,8 @@ def open_source(
     :param flag: the name of data_dir in messages.
     :param labels: "folders" or "names" for one of these rules alone, see `cm.data.labels.RULES`.
     :param channels: 3 for RGB, where grey is repeated; 1 for grey, to which colour is converted; others for latents.
-    :param latents: whether mean and standard deviation of latents will do, too; their size and channels are then those
-        of the set, whatever was asked for.
+    :param latents: accept a set of means and standard deviations of latents, too; its own size and channels are then
+        used.
     :raises UserError: if there is nothing of that name, it holds no images, or its content does not fit its name.
     """
     if image_size < 1:
@@ -67,9 +67,9 @@ def open_source(
 
 
 def may_hold_moments(data_dir: str) -> bool:
-    """Whether a zip or a folder may hold latents, see `cm.data.latents`: found out from its first file, in no time.
+    """Whether a zip or a folder may hold latents, see `cm.data.latents`; decided quickly, from its first file.
 
-    False for what is not there.
+    False if it does not exist.
     """
     kind = find_format(data_dir)
     if kind not in (zip_archive.FORMAT, folder.FORMAT) or not storage.exists(data_dir):
@@ -84,17 +84,20 @@ def may_hold_moments(data_dir: str) -> bool:
 
 
 def _is_array(name: str) -> bool | None:
-    """Whether a file is an array and no image; None if it is neither."""
-    return True if arrays_among([name]) else False if images_among([name]) else None
+    """True for an array, False for an image, None for any other file."""
+    if arrays_among([name]):
+        return True
+    return False if images_among([name]) else None
 
 
 def open_everywhere(
     data_dir: str, image_size: int, labels: str = "auto", channels: int = 3, latents: bool = False
 ) -> ImageSource:
-    """As `open_source`, for all ranks at once: rank 0 looks for the images, and the others get what it found. A set of
-    a format that cannot be sent, every rank opens for itself.
+    """`open_source` on all ranks together: rank 0 lists the images, and sends the list to the others.
 
-    :raises UserError: on every rank, as `open_source`.
+    If a source of this format cannot be sent, every rank opens it.
+
+    :raises UserError: on every rank, for the reasons of `open_source`.
     """
     from cm.distributed.collectives import on_main_arrays  # imports torch, which --help does without
 
@@ -103,7 +106,7 @@ def open_everywhere(
 
 
 def open_stream(data_dir: str) -> ImageStream | None:
-    """The stream that a name means; None if it means a set of images that are read in any order.
+    """Open the stream of a name; None if it is a set of images that can be read in any order.
 
     :raises UserError: if the name is empty, or the stream cannot be opened.
     """

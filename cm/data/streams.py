@@ -40,7 +40,7 @@ class ImageStream(Protocol):
 
     @property
     def num_parts(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         ...
 
     def count(self, part: int) -> int:

@@ -159,7 +159,7 @@ class DDPMPrecond(NoisePrecond):
 class BoundaryPrecond(Precond):
     """Other scalings, changed so that D(x, sigma_min) = x: a share sigma_min / sigma of x replaces the denoised image.
 
-    Far above sigma_min nothing changes, so a student starts with the function of the teacher whose weights it takes.
+    Far above sigma_min nothing changes, so a student with the weights of a teacher starts with the teacher's function.
 
     :param plain: the scalings to change.
     """

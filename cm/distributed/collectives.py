@@ -203,7 +203,7 @@ def on_main(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def on_main_arrays(function: Callable[..., Result], *args: Any) -> Result:
-    """As `on_main`, but the arrays in the result are sent directly from memory, without the copies of pickling."""
+    """`on_main` that sends the arrays in the result directly from memory, without the copies of pickling."""
     if ranks() == 1:
         return function(*args)
     made: list[Result] = []

@@ -13,7 +13,7 @@ import torch as th
 
 THREADS = Path("/proc/self/task")
 BUSY_SHARE = 1 / 3
-"""Of the time in which the threads could compute; on cores of its own, a run stays below 0.1."""
+"""Largest share of waiting in the time that threads could compute; on cores of its own, a run is below 0.1."""
 WINDOW_S = 5.0
 """Seconds in which threads could compute, all threads together, before anything is said."""
 
@@ -26,7 +26,7 @@ class ThreadTimes(NamedTuple):
 
 
 def thread_times(threads: Path = THREADS) -> ThreadTimes | None:
-    """What the kernel has counted until now, of the threads that still exist; None where it does not tell."""
+    """The counters of the kernel for the existing threads; None if it has none."""
     ran = waited = 0
     for schedstat in threads.glob("*/schedstat"):
         try:
@@ -49,7 +49,7 @@ class CoreWatch:
 
     @classmethod
     def of(cls, device: th.device) -> CoreWatch:
-        """For networks on this device."""
+        """The watch for networks on this device."""
         return cls(th.get_num_threads() if device.type == "cpu" else 1)
 
     def warning(self) -> str:

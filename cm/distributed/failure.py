@@ -21,15 +21,15 @@ from cm.io import terminal
 Result = TypeVar("Result")
 
 LIMIT_S = 10.0
-"""From the first failure to the end of this process, whatever hangs in between."""
+"""Time limit from the first failure to the end of this process, even if something hangs in between."""
 ANSWER_S = 1.5
-"""For the store to answer, and for the other ranks to fail in the same way."""
+"""Time for the store to answer, and for the other ranks to fail in the same way."""
 LEAVE_S = 0.5
-"""Between the report of a failure and the end: for the launcher to pass the report on."""
+"""Time between the report of a failure and the end, in which the launcher passes the report on."""
 WATCH_S = 0.4
-"""Between two looks at whether another rank has failed; a failed one keeps the store for at least LEAVE_S."""
+"""Time between two checks whether another rank has failed; a failed one keeps the store for at least LEAVE_S."""
 SILENCE_S = 4.0
-"""How long a rank that was not the first to fail waits for the first one to end the job."""
+"""Time that a rank waits for the end of the job if another rank failed first."""
 
 USER_ERRORS = (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 USER_STATUS = 2
@@ -37,7 +37,7 @@ INTERRUPTED_STATUS = 130
 OVERDUE_STATUS = 75                             # EX_TEMPFAIL: the same command may well succeed
 
 CUT_OFF = ("connection reset by peer", "connection closed by peer", "broken pipe")
-"""What gloo says on the other ranks when the process of one has ended without a word."""
+"""Messages of gloo on the other ranks when the process of one rank has ended without a report."""
 
 HINTS = {
     "out of memory": "Smaller --microbatch, --use_checkpoint True or more ranks need less memory on each GPU.",
@@ -57,7 +57,7 @@ class RanksMissing(RuntimeError):
 
 
 class Ranks(NamedTuple):
-    """What is needed to end a job."""
+    """The facts and functions that are needed to end a job."""
 
     rank: int
     size: int

@@ -141,7 +141,7 @@ class ShardedLayout(Layout):
 
     @th.no_grad()
     def hand_over_grads(self, params: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
-        """As in `Layout`; gradients of parameters without axes are averaged over the ranks here, once."""
+        """See `Layout`. Gradients of parameters without axes are averaged over the ranks here, once."""
         whole = [param.grad for param in params if param.ndim == 0 and param.grad is not None]
         if whole:
             means = dist.all_reduce_sum(th.stack(whole)) / dist.get_world_size()
@@ -152,7 +152,7 @@ class ShardedLayout(Layout):
 
     @th.no_grad()
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As in `Layout`; one sum over all ranks, so that replicas agree bit for bit."""
+        """See `Layout`. It is one sum over all ranks, so that replicas agree bit for bit."""
         divided = [tensor for tensor in tensors if tensor.ndim]
         whole = [tensor for tensor in tensors if not tensor.ndim]
         square = dist.all_reduce_sum(norm_of_tensors(divided).square()) / self.replicas

@@ -27,7 +27,7 @@ PROBE_S = 3.0
 
 
 class Launch(NamedTuple):
-    """What a launcher has set in the environment of this process."""
+    """The facts that a launcher has set in the environment of this process."""
 
     launcher: str
     rank: int

@@ -61,7 +61,7 @@ class Layout:
         return list(parts)
 
     def gather_to_main(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """As `gather`, on rank 0; if it was sharded, the other ranks get an empty list."""
+        """`gather` on rank 0 only; if the network is sharded, the other ranks get an empty list."""
         return list(parts)
 
 

@@ -17,7 +17,7 @@ NOTE_BYTES = 2**16
 
 
 def attempt(env: Mapping[str, str] = os.environ) -> int:
-    """How many attempts torchrun has made before this one; 0 under another launcher."""
+    """The number of earlier attempts of torchrun; 0 under another launcher."""
     count = env.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(count) if count.isascii() and count.isdigit() else 0
 

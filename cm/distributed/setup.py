@@ -47,7 +47,7 @@ __all__ = [
 TIMEOUT_S = 600.0
 """Default time that a rank waits for another, at the start and in every collective."""
 LEAVING_S = 60.0
-"""For the process group and MPI to close down after the last rank has finished its work."""
+"""Time for the process group and MPI to close down after the last rank has finished its work."""
 
 _job: rendezvous.Job | None = None
 

@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 GRACE_S = 60.0
 """Default time between a stop signal and all ranks agreeing to stop; time spent saving is not counted."""
 LOADER_S = 5
-"""How long a loader process continues after SIGTERM: the signal may have gone to all processes of a job."""
+"""Time that a loader process continues after SIGTERM: the signal may have gone to all processes of a job."""
 TICK_S = 0.05
 
 
@@ -99,7 +99,7 @@ def unhurried() -> Iterator[None]:
 
 
 def outlive_the_signal() -> None:
-    """For a loader process: SIGTERM ends it only after a while, so that its parent can finish the step."""
+    """In a loader process, let SIGTERM end it only after a while, so that its parent can finish the step."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LOADER_S))
 

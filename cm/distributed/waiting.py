@@ -16,9 +16,9 @@ from typing import Any
 from cm.distributed import failure, launchers
 
 NOTICE_S = 10.0
-"""How long a rank waits in silence."""
+"""Time that a rank waits before it prints a message."""
 PAUSE_S = 0.05
-"""Between two looks."""
+"""Time between two checks."""
 SHOWN = 8                                       # missing ranks in a message
 
 
@@ -29,11 +29,11 @@ class Wait:
     """
 
     def __init__(self, who: str, timeout_s: float):
-        self.who, self.timeout_s, self.begun, self.told = who, timeout_s, time.monotonic(), False
+        self.who, self.timeout_s, self.start_time, self.told = who, timeout_s, time.monotonic(), False
 
     def left(self) -> float:
         """Seconds until the limit, at least 0."""
-        return max(0.0, self.begun + self.timeout_s - time.monotonic())
+        return max(0.0, self.start_time + self.timeout_s - time.monotonic())
 
     def go_on(self, what: Callable[[], str], silent: bool = False) -> None:
         """Pause between two checks, and say what is waited for after NOTICE_S.
@@ -44,7 +44,7 @@ class Wait:
         """
         if not self.left():
             raise failure.RanksMissing(f"waited {self.timeout_s:g} s in vain {what()}")
-        if not self.told and time.monotonic() - self.begun >= NOTICE_S:
+        if not self.told and time.monotonic() - self.start_time >= NOTICE_S:
             self.told = True
             if not silent:
                 failure.say(f"{self.who} waits {what()}; it gives up after {self.timeout_s:g} s")

@@ -20,7 +20,7 @@ from cm.io.storage import open_file
 
 @dataclass(frozen=True)
 class Arcs:
-    """Which results lie between which samples; one row per result."""
+    """The pair of samples between which each result lies; one row per result."""
 
     ends: np.ndarray                                        # [R,2], sample indices
     weights: np.ndarray                                     # [R], 0 for the first of the two
@@ -69,7 +69,7 @@ def box_mask(box: str, size: int) -> np.ndarray:
 def find_arcs(config: EditConfig) -> Arcs:
     """The results between samples that the flags of interpolation ask for.
 
-    :raises UserError: for weights or pairs that are none.
+    :raises UserError: for malformed weights or pairs.
     """
     weights = _parse_numbers("interpolate_weights", config.interpolate_weights, float, "0,0.5,1")
     if not weights or not all(0 <= weight <= 1 for weight in weights):

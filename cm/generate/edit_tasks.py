@@ -6,7 +6,7 @@ Shapes: N batch, S image_size, n results of one rank in one round.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch as th
 from torch import Tensor, nn
 
 from cm.config.flags import Settings
+from cm.config.needs import refuse_options_of_others
 from cm.config.sampling_schema import EditConfig
 from cm.data.class_names import numbered_as
 from cm.data.image_source import ImageSource
@@ -44,14 +45,14 @@ from cm.samplers import Churn, CountingDenoiser
 from cm.samplers.sample import BindsNetworks
 from cm.types import NoiseSource, Sampler
 
-STROKE_START = 16 / 39                                      # of the levels, where a stroke painting gets its noise
+STROKE_START = 16 / 39                                      # default start of strokes, as a fraction of the grid
 EditMaker = Callable[[Tensor, NoiseSource], Edit]
 """Makes an edit of images [N,C,S,S] and the noise source of their samples."""
 
 
 @dataclass(frozen=True)
 class EditJob:
-    """What every rank needs to edit any of the results."""
+    """All that a rank needs to compute any of the results."""
 
     plan: SamplingPlan
     make_edit: EditMaker
@@ -64,11 +65,11 @@ class EditJob:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is written: the results and, if the edit has images, the known part of them."""
+        """The kinds of images that are written: the results and, if the edit has images, the known part of these."""
         return ("samples",) if self.source is None else ("samples", "inputs")
 
     def originals(self, indices: np.ndarray) -> np.ndarray:
-        """The images of these results, [n,S,S,C]; images are used again if there are fewer than results."""
+        """The images of these results, [n,S,S,C]; if there are more results than images, images are repeated."""
         assert self.source is not None, "interpolation has no images"
         images = self.source.images(indices % len(self.source))
         repeats = self.plan.side // self.source.image_size
@@ -103,13 +104,14 @@ class EditJob:
 
 
 def make_job(settings: Settings, plan: SamplingPlan, sampler: Sampler, sigmas: Tensor) -> EditJob:
-    """Read and check all that --task needs.
+    """Read and check all inputs of --task.
 
-    :raises UserError: for whatever is missing, contradicts itself, or does not fit the network's images.
+    :raises UserError: for inputs that are missing, contradict each other, or do not fit the network's images.
     """
     config, values = settings.section(EditConfig), settings.values
     task = lookup(TASKS, config.task, "task")
-    _refuse_options_of_others(config)
+    owners = {option: [name] for name, task in TASKS.items() for option in task.options}
+    refuse_options_of_others(config, owners, "task", config.task)
     if plan.decoder is not None:
         check_latent_task(config.task, TASKS, "--task")
     space = ImageSpace(
@@ -152,18 +154,18 @@ def edit_images(job: EditJob, model: nn.Module, diffusion: BindsNetworks, indice
 
 
 class ImageSpace(NamedTuple):
-    """What is edited: the side and channels of the images, and the noise levels of the network's grid."""
+    """The side and channels of the edited images, and the noise levels of the network's grid."""
 
     size: int
     sigma_min: float
     sigma_max: float
     rho: float
     channels: int = 3
-    patch: int = 1                                          # side of what a latent stands for; 1: no latents
+    patch: int = 1                                          # pixels per latent on a side; 1: no latents
 
 
 class Task(NamedTuple):
-    """One --task: how its edits are made, and which flags of `EditConfig` only it has."""
+    """A --task: how its edits are made, and its own flags of `EditConfig`."""
 
     prepare: Callable[[EditConfig, ImageSpace], EditMaker]
     options: tuple[str, ...] = ()
@@ -238,14 +240,6 @@ TASKS = {
 
 
 # --- reading flags ---------------------------------------------------------------------------------------------------
-
-
-def _refuse_options_of_others(config: EditConfig) -> None:
-    owners = {option: name for name, task in TASKS.items() for option in task.options}
-    for field in fields(config):
-        task = owners.get(field.name, config.task)
-        if task != config.task and getattr(config, field.name) != field.default:
-            raise UserError(f"--{field.name} belongs to --task {task}, not to {config.task}; drop one of them")
 
 
 def _find_images(config: EditConfig, plan: SamplingPlan) -> ImageSource:

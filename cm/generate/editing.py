@@ -26,7 +26,7 @@ LUMA = (0.2989, 0.5870, 0.1140)                                     # weights of
 
 
 class Edit:
-    """The base of all edits, of images [N,C,H,W]: start from them with noise added, keep nothing of them."""
+    """The base class of edits of images [N,C,H,W]: start from the images with added noise, and keep no part of them."""
 
     def __init__(self, images: Tensor):
         self.known = images                                         # [N,C,H,W], the images to start from and to show
@@ -36,11 +36,11 @@ class Edit:
         return sigmas
 
     def begin(self, sigma: float, rng: NoiseSource) -> Tensor:
-        """Where sampling starts, [N,C,H,W] at noise level sigma, the first of `levels`."""
+        """The start of sampling: [N,C,H,W] at noise level sigma, the first of `levels`."""
         return self.known + sigma * rng.randn_like(self.known)
 
     def project(self, x0: Tensor) -> Tensor:
-        """The images nearest to x0 [N,C,H,W] that agree with what is known: doing it twice is doing it once."""
+        """The images nearest to x0 [N,C,H,W] that agree with the known parts; a projection, so idempotent."""
         return x0
 
 
@@ -180,7 +180,7 @@ class Denoise(Edit):
 
 
 class Interpolate(Edit):
-    """Images between two others. What is between is the noise, see `Between`; of `images` only the shape matters."""
+    """Images between two samples: their noise is interpolated, see `Between`. Only the shape of `images` is used."""
 
     def __init__(self, images: Tensor):
         super().__init__(th.zeros_like(images))
@@ -188,9 +188,9 @@ class Interpolate(Edit):
 
 @dataclass(frozen=True)
 class Between:
-    """A noise source whose normal draws lie on the arc from those of one source to those of another.
+    """A noise source between two others: its normal numbers are a spherical interpolation of theirs.
 
-    At both ends they are the sources' own. Other numbers are those of `start`: an arc keeps no other distribution.
+    Uniform numbers and integers are those of `start`, since interpolation would change their distribution.
 
     :param weight: [N], 0 at the start and 1 at the end.
     """
@@ -222,7 +222,7 @@ class Between:
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Spherical linear interpolation of samples [N,...], weight [N]: a at weight 0, b at weight 1.
 
-    Where the two have the same or opposite directions, so that no arc is determined, it is linear.
+    It is linear if the two have the same or opposite directions, since no arc is determined then.
     """
     w = weight.to(a.device, th.float64, non_blocking=True)
     cosine = F.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
@@ -244,9 +244,9 @@ EDITS: dict[str, Callable[..., Edit]] = {
 
 
 def constrained(D: Denoiser, edit: Edit, clip: bool = True) -> Denoiser:
-    """A denoiser whose every image agrees with what the edit keeps.
+    """The denoiser, with every denoised image projected to agree with the kept parts.
 
-    :param clip: clamp to [-1, 1], before the projection: a clamp after it could undo it.
+    :param clip: clamp to [-1, 1] before the projection; afterwards, it could change the kept parts.
     """
 
     def denoise(x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
@@ -261,7 +261,7 @@ def run_edit(
     D: Denoiser, edit: Edit, sampler: Sampler, sigmas: Tensor, rng: NoiseSource, *, churn: Churn | None = None,
     clip_denoised: bool = True,
 ) -> Tensor:
-    """The edited images [N,C,H,W]; they agree with what the edit keeps whatever the sampler's last step does.
+    """The edited images [N,C,H,W]; they agree with the kept parts after any last step of the sampler.
 
     :param sigmas: the grid of the sampler, see `Sampler.grid`.
     """

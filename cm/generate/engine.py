@@ -1,4 +1,4 @@
-"""Sample images over all ranks: exactly as many as asked for, each depending on the seed and its own index alone."""
+"""Sample images on all ranks: exactly as many as requested. An image depends only on the seed and its own index."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from cm.samplers.sample import BindsNetworks, SampleOptions, sample
 from cm.types import NoiseSource
 
 SHOWN = 64                                      # images in a grid
-MOST_SEEDS = 10**8                              # of one command: as many numbers fit into memory
+MOST_SEEDS = 10**8                              # of one command; more numbers would not fit into memory
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What to draw; see `cm.config.sampling_schema.SampleConfig` for the meaning of each."""
+    """The images to draw; `cm.config.sampling_schema.SampleConfig` explains the fields."""
 
     num_samples: int
     batch_size: int
     image_size: int
     seed: int
     num_classes: int | None                     # None: unconditional
-    classes: tuple[int, ...] = ()               # the classes to draw, each sample one of them at random; empty: any
+    classes: tuple[int, ...] = ()               # each sample has a random class of these; empty: of all
     generator: str = "determ"
     seeds: tuple[int, ...] = ()                 # sample indices to draw, num_samples of them; empty: 0, 1, 2, ...
     rounding: str = "truncate"
@@ -52,7 +52,7 @@ class SamplingPlan:
 
     @property
     def side(self) -> int:
-        """Of the result, in pixels."""
+        """The side of the result in pixels."""
         return self.image_size if self.decoder is None else self.decoder.side(self.image_size)
 
     @property
@@ -67,7 +67,7 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class RankSamples:
-    """What one rank made of n sample indices."""
+    """The images of n sample indices that one rank has made."""
 
     images: dict[str, np.ndarray]               # by kind, [n,H,W,C] uint8, or latents as float32
     labels: np.ndarray | None                   # [n]
@@ -85,7 +85,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What sampling to npz files left."""
+    """The result of sampling to npz files."""
 
     paths: dict[str, str]                       # of the npz of each kind, on rank 0
     first_images: dict[str, np.ndarray]         # the first of each, [<=64,H,W,C], on rank 0: to look at
@@ -95,18 +95,18 @@ class SamplingResult:
 
 @dataclass(frozen=True)
 class PngResult:
-    """What sampling to a folder of PNGs did."""
+    """The result of sampling to a folder of PNGs."""
 
-    drawn: int                                  # images
-    there: int                                  # images that an earlier run has left
+    drawn: int                                  # images of this run
+    there: int                                  # images of earlier runs
     evaluations: int                            # network evaluations per image (NFE) on this rank; 0 if it drew none
     seconds: float
 
 
 def rank_batches(plan: SamplingPlan, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """The rows of the result that this rank makes, round by round.
+    """The rows of the result that this rank makes, one array per round.
 
-    Every rank has the same number of rounds; in the last one some ranks may have no row.
+    All ranks have the same number of rounds; in the last round, some may have no rows.
     """
     per_round = plan.batch_size * world_size
     for first in range(0, plan.num_samples, per_round):
@@ -136,7 +136,7 @@ def parse_seeds(seeds: str) -> tuple[int, ...]:
 
 
 def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
-    """The classes [n] of these samples, drawn for each among the plan's; None if the network has no classes."""
+    """The classes [n] of these samples, drawn at random from those of the plan; None if the network has no classes."""
     if plan.num_classes is None:
         return None
     drawn = np.asarray(labels_for(indices, plan.seed, len(plan.classes) or plan.num_classes), np.int64)
@@ -144,7 +144,7 @@ def labels_of(indices: np.ndarray, plan: SamplingPlan) -> np.ndarray | None:
 
 
 def captions_of(rows: np.ndarray, plan: SamplingPlan) -> list[str]:
-    """The names of the classes of these rows of the result; none where there are no classes, or no names of them."""
+    """The names of the classes of these rows of the result; empty without classes or without names."""
     labels = labels_of(plan.indices(rows), plan) if plan.class_names else None
     if labels is None:
         return []
@@ -189,16 +189,17 @@ def draw(
 def draw_batches(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, precision: str, options: SampleOptions, title: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """This rank's part of the plan: rows [n] of the result and their images [n,H,W,C], n >= 0; as many pairs on every
-    rank, which draw them together.
+    """This rank's part of the plan: pairs of rows [n] of the result and their images [n,H,W,C], n >= 0.
 
-    :param title: of a bar of progress.
+    All ranks must iterate together; they have the same number of pairs.
+
+    :param title: title of the progress bar.
     :raises UserError: on every rank, after the last pair, if an image is not finite and the plan does not allow it.
     """
     non_finite = NonFiniteCount(plan.allow_non_finite)
     shares = list(rank_batches(plan, dist.get_rank(), dist.get_world_size()))
     for rows in progress(shares, title, unit="batch", shown=dist.is_main(), leave=False):
-        with at_precision(model, precision):                # left before others compute with the images
+        with at_precision(model, precision):                # closed before the caller computes with the images
             drawn = draw(model, diffusion, plan, rows, labels_of(rows, plan), options)
         non_finite.add(drawn.finite)
         yield rows, drawn.images
@@ -207,7 +208,7 @@ def draw_batches(
 
 
 def no_images(plan: SamplingPlan) -> np.ndarray:
-    """[0,H,W,C]: what a rank without work contributes."""
+    """An empty array of images [0,H,W,C], for a rank without rows."""
     return np.zeros((0, plan.side, plan.side, plan.result_channels), type_of(plan.result_channels))
 
 
@@ -227,7 +228,7 @@ def sample_to_npz(
 ) -> SamplingResult:
     """Draw the plan on all ranks, into an npz in `directory`.
 
-    :raises UserError: as `collect_to_npz`.
+    :raises UserError: for the reasons of `collect_to_npz`.
     """
 
     def make(indices: np.ndarray) -> RankSamples:
@@ -242,11 +243,12 @@ def sample_to_npz(
 def collect_to_npz(
     make: Callable[[np.ndarray], RankSamples], plan: SamplingPlan, directory: str, kinds: Sequence[str] = ("samples",)
 ) -> SamplingResult:
-    """Make the plan's images on all ranks; rank 0 writes each round when it is complete, and the other ranks hold
-    only their own part.
+    """Make the images of the plan on all ranks, and write them to npz files in `directory`, on rank 0.
 
-    :param make: from sample indices [n], where n may be 0, to images of these `kinds`.
-    :raises UserError: on every rank, if an image is not finite and the plan does not allow it; then no npz appears.
+    Rank 0 writes each round when it is complete; the other ranks only keep their own part.
+
+    :param make: sample indices [n], n >= 0 -> images of these `kinds`.
+    :raises UserError: on every rank, if an image is not finite and the plan does not allow it; then no npz is written.
     """
     main, start, evaluations = dist.is_main(), time.monotonic(), 0
     non_finite = NonFiniteCount(plan.allow_non_finite)
@@ -277,13 +279,13 @@ def sample_to_pngs(
     model: nn.Module, diffusion: BindsNetworks, plan: SamplingPlan, folder: PngFolder, precision: str,
     options: SampleOptions,
 ) -> PngResult:
-    """Draw those of the plan's seeds that have no image in the folder yet; each rank writes what it makes.
+    """Draw the images of the plan's seeds that are not in the folder yet; each rank writes its own images.
 
-    Every batch has the full size; the last one is padded with its last seed. With the same batch size a seed's image
-    then has the same bits, whichever other seeds are asked for.
+    Every batch has the full size; the last one is padded with its last seed. So with the same batch size, the image of
+    a seed has the same bits for any other seeds in the plan.
 
-    :raises UserError: on every rank, if an image of a round is not finite and the plan does not allow it; then none
-        of that round is written.
+    :raises UserError: on every rank, if an image of a round is not finite and the plan does not allow it; then no
+        image of this round is written.
     """
     seeds = plan.indices(np.arange(plan.num_samples)).tolist()
     missing = tuple(dist.on_main(folder.missing, seeds))

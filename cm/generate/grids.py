@@ -35,7 +35,7 @@ def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int, scale: int = 1) -> Image.Image:
-    """`image_grid`, with a caption under each image, as much of it as the width holds; without captions the same grid.
+    """`image_grid` with a caption under each image, shortened to its width; without captions, `image_grid` itself.
 
     :param captions: one for each image, or none at all.
     """
@@ -96,7 +96,7 @@ def labelled_rows(rows: Sequence[tuple[str, np.ndarray]], scale: int, text_size:
 
 
 def grid_scale(image_size: int) -> int:
-    """How much to enlarge small images so that a person can see them."""
+    """The factor by which small images are enlarged for viewing."""
     return max(1, 64 // image_size)
 
 

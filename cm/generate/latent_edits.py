@@ -1,6 +1,6 @@
 """Edits of pictures by a network of latents: a VAE encodes them, the sampler edits latents, and the VAE decodes.
 
-Shapes: N batch, C channels, H and W height and width of latents, f pixels for each of them on a side.
+Shapes: N batch, C channels, H and W height and width of latents; a latent covers f x f pixels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cm.samplers import Churn
 from cm.types import Denoiser, NoiseSource, Sampler
 
 LATENT_TASKS = {"inpaint": Inpaint, "stroke": Stroke, "interpolate": Interpolate}
-"""The tasks that mean the same for latents as for pictures. Brightness, patch means and the noise of pixels do not:
-a VAE is not linear."""
+"""The tasks that can be done on latents. Brightness, patch means and pixel noise have no counterpart there, since a VAE
+is not linear."""
 
 
 def check_latent_task(task: str, tasks: Collection[str], flag: str) -> None:
-    """:raises UserError: if a network of latents cannot do this one of the tasks; `flag` begins the message."""
+    """:raises UserError: if a network of latents cannot do this task; the message begins with `flag`."""
     if task not in LATENT_TASKS:
         fitting = ", ".join(name for name in LATENT_TASKS if name in tasks)
         raise UserError(f"{flag} {task} is defined on pixels, and this network edits the latents of a VAE: choose one "
@@ -31,9 +31,9 @@ def check_latent_task(task: str, tasks: Collection[str], flag: str) -> None:
 
 
 def known_latents(mask: Tensor, factor: int) -> Tensor:
-    """Which latents are known, [...,H,W], 1 or 0: those all of whose pixels the mask [...,fH,fW] has as known.
+    """The mask of latents, 1 (known) or 0, [...,H,W]: a latent is known if the mask [...,fH,fW] knows all its pixels.
 
-    :raises UserError: if there is none.
+    :raises UserError: if no latent is known.
     """
     flat = mask.float().reshape(-1, 1, *mask.shape[-2:])
     known = -F.max_pool2d(-flat, factor)
@@ -44,7 +44,7 @@ def known_latents(mask: Tensor, factor: int) -> Tensor:
 
 
 def on_latents(edit: Edit, decoder: Decoder) -> Edit:
-    """The edit of latents [N,C,H,W] that stands for an edit of pictures [N,3,fH,fW].
+    """The edit of latents [N,C,H,W] that corresponds to an edit of pictures [N,3,fH,fW].
 
     Unknown pixels are encoded as mid-grey, so that the result does not depend on what was there.
 
@@ -67,9 +67,9 @@ def run_picture_edit(
     D: Denoiser, edit: Edit, decoder: Decoder | None, sampler: Sampler, sigmas: Tensor, rng: NoiseSource, *,
     churn: Churn | None = None, clip_denoised: bool = True,
 ) -> Tensor:
-    """The edited pictures, as `cm.generate.editing.run_edit`; what is known of them is kept exactly, pixel by pixel.
+    """`cm.generate.editing.run_edit` for pictures; known pixels are kept exactly, also if latents are edited.
 
-    :param decoder: of the latents that D denoises; None if D denoises the pictures themselves.
+    :param decoder: decodes the latents that D denoises; None if D denoises pictures.
     """
     if decoder is None:
         return run_edit(D, edit, sampler, sigmas, rng, churn=churn, clip_denoised=clip_denoised)

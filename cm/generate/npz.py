@@ -30,7 +30,7 @@ def to_uint8(images: Tensor, nearest: bool = False) -> np.ndarray:
 
 
 def type_of(channels: int) -> np.dtype:
-    """What samples are written as: the pixels of pictures, of 1 or 3 channels, as uint8, latents as float32."""
+    """The dtype in which samples are written: uint8 for pictures (1 or 3 channels), float32 for latents."""
     return np.dtype(np.uint8 if channels in MODES else np.float32)
 
 
@@ -44,8 +44,8 @@ def to_array(images: Tensor, nearest: bool = False) -> np.ndarray:
 class NpzWriter:
     """Writes {kind}_NxHxWxC.npz (arr_0 images, arr_1 labels) row by row, in memory that does not grow with N.
 
-    Rows may arrive in any order. Until `close` they lie in a file without a name in the same folder, which takes the
-    room of all images on the disk from the start and vanishes with the process. The npz appears when `close` is done.
+    Rows may arrive in any order. Until `close`, they are in an unnamed file in the same folder. It takes the disk space
+    of all images from the start, and disappears with the process. The npz appears at the end of `close`.
 
     :raises UserError: from every method but `put`, if the disk is full or the folder cannot be written.
     """

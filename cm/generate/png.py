@@ -1,4 +1,4 @@
-"""A folder with one PNG for each seed; an interrupted command that is repeated completes it.
+"""A folder with one PNG for each seed; running an interrupted command again completes it.
 
 Names are those of NVlabs/edm: 000003.png or, with a folder for each 1000 seeds, 000000/000003.png. sampling.json, next
 to them, says how the images were made: a folder never holds images of two kinds. dataset.json lists their classes.
@@ -83,7 +83,7 @@ class PngFolder:
                 )
 
     def missing(self, seeds: Iterable[int]) -> list[int]:
-        """Those of the seeds, in their order, that have no image yet, or a damaged one."""
+        """The seeds, in their order, without an image or with a damaged one."""
         return [seed for seed in seeds if not _is_complete(self.path(seed))]
 
     def write_labels(self, label_of: Callable[[np.ndarray], np.ndarray | None], class_names: ClassNames) -> None:

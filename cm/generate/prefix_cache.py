@@ -33,7 +33,7 @@ class PrefixCache:
         self.diffusion = diffusion
         self.free_bytes = limit_bytes
         self.evaluations = 0                                        # images that went through the network
-        self.not_held = 0                                        # images that did not fit in the memory
+        self.not_held = 0                                           # images that did not fit in the memory
         self._shared: set[Prefix] = set()
         self._held: dict[tuple[Prefix, int], Tensor] = {}
 
@@ -44,11 +44,11 @@ class PrefixCache:
             self.free_bytes += self._held.pop(key).nbytes
 
     def denoiser(self, ts: Prefix, batch: int) -> CachedDiffusion:
-        """For one sampling along `ts` of the batch with that number, always of the same samples."""
+        """The diffusion for sampling one batch along `ts`; a batch number always means the same samples."""
         return CachedDiffusion(self, ts, batch)
 
     def recall(self, prefix: Prefix, batch: int) -> Tensor | None:
-        """The last denoised images of a prefix, on the CPU; None if they are not held."""
+        """The last denoised images of a prefix, on the CPU; None if they are not stored."""
         return self._held.get((prefix, batch))
 
     def offer(self, prefix: Prefix, batch: int, denoised: Tensor) -> None:
@@ -64,7 +64,7 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class CachedDiffusion:
-    """What sampling needs of a `KarrasDenoiser`; its network is evaluated only for images that are not held."""
+    """The part of a diffusion that sampling needs. The network is evaluated only for images that are not stored."""
 
     cache: PrefixCache
     ts: Prefix

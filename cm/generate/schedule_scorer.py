@@ -1,4 +1,4 @@
-"""The score of a multistep schedule: how far its images are from those of a reference."""
+"""The score of a multistep schedule: the distance of its images from a reference."""
 
 from __future__ import annotations
 

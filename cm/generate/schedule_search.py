@@ -1,4 +1,4 @@
-"""Which noise levels a multistep consistency sampler should visit: a greedy search with few scores.
+"""A greedy search for the noise levels that a multistep consistency sampler should visit, with few scores.
 
 One point at a time is added where it lowers a score most (Song et al. 2023, Consistency Models, arXiv 2303.01469,
 section 4.2 and appendix: ternary search, on the assumption that the score has one valley between two points).
@@ -55,7 +55,7 @@ def ternary_search(score: Callable[[int], float], low: int, high: int) -> int:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a point may go: into ts[:place] + (p,) + ts[place:], with low <= p <= high."""
+    """A gap of a schedule for a new point p: ts[:place] + (p,) + ts[place:], with low <= p <= high."""
 
     ts: Schedule
     place: int
@@ -73,7 +73,7 @@ class Interval:
 
     @property
     def size(self) -> int:
-        """How many indices the point may have."""
+        """The number of indices that the point may have."""
         return self.high - self.low + 1
 
 
@@ -95,7 +95,7 @@ class SearchRange:
 
 
 def read_range(begin: str, end: str, steps: int, num_ts: int) -> SearchRange:
-    """What --begin and --end mean.
+    """The search range that --begin and --end describe.
 
     :param begin: the points before the search, such as 0 or 0,10; they stay in the schedule.
     :param end: the points after it, closed by steps-1, such as 39 or 30,39; or one index below steps-1, the highest

@@ -1,6 +1,6 @@
-"""A VAE between pixels and latents: encode, decode, and the pictures of what a network of latents has sampled.
+"""A VAE between pictures and latents: encoding, decoding, and the pictures of sampled latents.
 
-Shapes: N images, C channels, H and W height and width of latents, f pixels for each of them on a side.
+Shapes: N images, C channels, H and W height and width of latents; a latent covers f x f pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Vae:
 
     @property
     def device(self) -> th.device:
-        """Where it computes."""
+        """The device of the VAE."""
         return next(self.loaded.model.parameters()).device
 
     @th.inference_mode()
@@ -51,7 +51,7 @@ class Vae:
 
     @th.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Raw latents [N,C,H,W] -> images [N,3,fH,fW] on the device, in [-1, 1] but for some overshoot."""
+        """Raw latents [N,C,H,W] -> images [N,3,fH,fW] on the device, in about [-1, 1]."""
         parts = []
         with without_autocast(self.device):
             for part in z.split(self.batch_size):
@@ -66,7 +66,7 @@ class Vae:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes pictures of what a network of latents samples, and such latents of pictures.
+    """Decodes the latents of a network to pictures, and encodes pictures to such latents.
 
     :param record: how the latents of the network are scaled.
     """
@@ -78,7 +78,7 @@ class Decoder:
 
     @property
     def factor(self) -> int:
-        """Pixels for each latent, on a side."""
+        """The number of pixels per latent on a side, f."""
         return self.vae.loaded.factor
 
     def side(self, latent_side: int) -> int:
@@ -86,23 +86,23 @@ class Decoder:
         return self.factor * latent_side
 
     def identity(self) -> dict[str, str]:
-        """What a picture depends on, for a record of how it was made."""
+        """The VAE and the scale of the latents, for a record of how a picture was made."""
         return {"vae": self.vae.loaded.sha256, RECORD: self.record.text()}
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures [N,3,fH,fW] in [-1, 1] -> latents [N,C,H,W] scaled as the network's: their means, no noise."""
+        """Pictures [N,3,fH,fW] in [-1, 1] -> latents [N,C,H,W] in the scale of the network: means, without noise."""
         return self.record.normalised(self.vae.encode(images)[:, : self.record.channels])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Samples [N,C,H,W] of a network -> pictures [N,3,fH,fW], in [-1, 1] but for some overshoot."""
+        """Samples [N,C,H,W] of a network -> pictures [N,3,fH,fW], in about [-1, 1]."""
         return self.vae.decode(self.record.raw(x.float()))
 
 
 def load_vae(folder: str, flag: str, pixels: str, batch_size: int, device: th.device | None = None) -> Vae:
-    """The VAE of a folder, on a device, by default this rank's.
+    """Load the VAE of a folder to a device, by default that of this rank.
 
-    :param flag: that names the folder, for messages.
-    :raises UserError: on every rank, as `autoencoder_kl.read`.
+    :param flag: the flag with the folder, for messages.
+    :raises UserError: on every rank, for the reasons of `autoencoder_kl.read`.
     """
     loaded = autoencoder_kl.read(folder, flag)
     loaded.model.to(dist.dev() if device is None else device)

@@ -21,7 +21,7 @@ from typing import BinaryIO, cast
 from cm.errors import UserError
 
 PARTIAL = ".partial"
-"""What the name of a file ends in that is being written."""
+"""Suffix of files that are not complete yet."""
 TEMPORARY = re.compile(rf"\.(.+)\.cm-[0-9a-f]{{12}}{re.escape(PARTIAL)}", re.DOTALL)
 LONGEST_NAME = 200                                          # bytes of a name in its temporary one; 255 are the limit
 ABANDONED_S = 3600
@@ -119,7 +119,7 @@ def open_own(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def is_stream(path: str) -> bool:
-    """Whether a pipe, a socket or a device lies there."""
+    """Whether the path is a pipe, a socket or a device."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -128,7 +128,7 @@ def is_stream(path: str) -> bool:
 
 
 def temporary_path(path: str) -> str:
-    """A new name in the folder of `path`, hidden, of which `written_for` tells the final name."""
+    """A new hidden name in the folder of `path`; `written_for` finds the final name from it."""
     folder, name = os.path.split(path)
     short = os.fsdecode(os.fsencode(name)[:LONGEST_NAME])
     return os.path.join(folder, f".{short}.cm-{secrets.token_hex(6)}{PARTIAL}")
@@ -187,7 +187,7 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def free_bytes(directory: str) -> int | None:
-    """What is left on the disk of a local folder; None if that cannot be found out."""
+    """The free bytes on the disk of a local folder; None if they cannot be found out."""
     try:
         space = os.statvfs(os.path.abspath(directory))
     except OSError:

@@ -23,7 +23,7 @@ KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "
 
 @dataclass(frozen=True)
 class Budget:
-    """What a file may hold. A node is a value, such as a number, a text, a list or an operation of a pickle."""
+    """The limits for a file. A node is a value, such as a number, a text, a list or an operation of a pickle."""
 
     bytes: int
     nodes: int = 1_000_000
@@ -53,7 +53,7 @@ class Meter:
     """
 
     def __init__(self, budget: Budget):
-        self.budget, self.nodes, self.bytes, self.begun = budget, 0, 0, time.monotonic()
+        self.budget, self.nodes, self.bytes, self.start_time = budget, 0, 0, time.monotonic()
 
     def spend(self, nodes: int = 1, size: int = 0) -> None:
         """Note so many more values, and bytes."""
@@ -63,7 +63,7 @@ class Meter:
             raise ValueError(f"it has more than {self.budget.nodes:,} values")
         if self.bytes > self.budget.bytes:
             raise ValueError(f"it has more than {self.budget.bytes:,} bytes")
-        if time.monotonic() - self.begun > self.budget.seconds:
+        if time.monotonic() - self.start_time > self.budget.seconds:
             raise ValueError(f"reading it takes more than {self.budget.seconds:g} s")
 
     def descend(self, depth: int) -> None:

@@ -23,7 +23,7 @@ class WeightFile(NamedTuple):
 
 
 def path_of(file: WeightFile) -> Path:
-    """In the cache of torch.hub, where other packages look too: under TORCH_HOME, or else ~/.cache/torch."""
+    """Its path in the cache of torch.hub, which other packages share: under TORCH_HOME, or else ~/.cache/torch."""
     return Path(th.hub.get_dir()) / "checkpoints" / file.name
 
 
@@ -38,12 +38,12 @@ def download(file: WeightFile) -> None:
 
 
 def has_right_hash(file: WeightFile) -> bool:
-    """Whether what lies under the file's name is the published file, as far as its hash is known."""
+    """Whether the file under this name has the hash of the published file, if that is known."""
     return file.sha256_prefix is None or sha256(path_of(file)).startswith(file.sha256_prefix)
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -52,5 +52,5 @@ def sha256(path: str | Path) -> str:
 
 
 def where_files_go(files: tuple[WeightFile, ...]) -> str:
-    """What to fetch on another machine, and where to put it: a line per file."""
+    """The URL and the path of each file, for a download on another machine: a line per file."""
     return "\n".join(f"  {file.url} -> {path_of(file)}" for file in files)

@@ -33,7 +33,7 @@ def files_in_order(folder: str, wanted: Callable[[bytes], bool]) -> Iterator[byt
 
 
 def _listing(path: bytes, wanted: Callable[[bytes], bool], seen: set[tuple[int, int]]) -> Listing:
-    """What lies in a folder, by name; nothing if it was seen before."""
+    """The entries of a folder by name; empty if the folder was visited before."""
     folders, files = [], []
     try:
         with os.scandir(path) as entries:

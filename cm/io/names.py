@@ -60,7 +60,7 @@ class NameTable(Sequence[str]):
 
     @property
     def starts(self) -> np.ndarray:
-        """Where in the text each name begins, int64 [N]."""
+        """The position in the text at which each name begins, int64 [N]."""
         return self._ends - self.lengths
 
     @property

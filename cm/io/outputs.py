@@ -88,7 +88,7 @@ def _check_kind(output: Output) -> None:
 
 
 def _check_no_run_keeps_it(output: Output) -> None:
-    """A slip of the command line must not cost a checkpoint, whatever the command reads."""
+    """Refuse to overwrite files of a training run: a mistake on the command line must not destroy a checkpoint."""
     path = _real(output.path)
     folder, name = os.path.split(path)
     if output.kind != "file" or not os.path.exists(path) or not OF_A_RUN.fullmatch(name):

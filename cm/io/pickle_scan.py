@@ -19,7 +19,7 @@ CHANGES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 class Value(NamedTuple):
-    """What is known of a value."""
+    """The known facts about a value."""
 
     nodes: int = 1                                          # values in it, shared ones as often as they are reached
     depth: int = 1
@@ -76,7 +76,7 @@ def _take(stack: list[Value], operation: pickletools.OpcodeInfo) -> list[Value]:
 
 
 def _result(name: str, argument: Any, values: list[Value]) -> Value:
-    """What an operation makes of values."""
+    """The result of an operation on values."""
     nodes = 1 + sum(value.nodes for value in values)
     if name in CHANGES and values:
         return Value(nodes, max(values[0].depth, 1 + max((value.depth for value in values[1:]), default=0)))

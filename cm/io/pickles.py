@@ -18,7 +18,7 @@ class Record:
 
 
 class Call:
-    """A function that a pickle may call and cannot change: pickles can set attributes of whatever they are given."""
+    """A function that a pickle may call but not change: pickles can set attributes of any object they get."""
 
     __slots__ = ("function",)
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 60.0
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 class LineProgress(tqdm):

@@ -148,7 +148,7 @@ def list_names(directory: str) -> list[str]:
 
 
 def each_name(directory: str) -> Iterator[str]:
-    """As `list_names`, one at a time: whoever has seen enough of a large folder stops."""
+    """`list_names` as an iterator, so that a caller need not list all of a large folder."""
     if is_remote(directory) or not os.path.isdir(directory):
         yield from list_names(directory)
         return
@@ -213,7 +213,7 @@ def write_atomically(
 
 
 def _write_remote(path: str, write: Callable[[Checksum], Any]) -> dict[str, int]:
-    """As `write_atomically`; an object store shows an object only when it is complete."""
+    """`write_atomically` for any store; an object store shows an object only when it is complete."""
     try:
         with open_file(path, "wb") as file:
             out = Checksum(file)
@@ -238,12 +238,12 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 
 
 def free_bytes(directory: str) -> int | None:
-    """What is left on the disk of a folder; None for an object store, and for a folder that cannot be asked."""
+    """The free bytes on the disk of a folder; None for an object store, or if they cannot be found out."""
     return None if is_remote(directory) else atomic.free_bytes(directory)
 
 
 def checksum(path: str) -> dict[str, int]:
-    """Size and CRC-32 of a file as it lies there; of a folder, those of all files within, one after the other."""
+    """Size and CRC-32 of a file; for a folder, of the concatenation of all files in it."""
     is_folder = not is_remote(path) and os.path.isdir(path)
     files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file()) if is_folder else [path]
     size = crc32 = 0
@@ -266,7 +266,7 @@ def files_under(folder: str) -> list[str]:
 
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk that follows links to folders, but takes each folder once: a link may lead back to where it lies."""
+    """os.walk that follows links to folders, but visits each folder once, since links may form a cycle."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         folders.sort()

@@ -26,13 +26,13 @@ def keep_stdout_for_data(is_data: bool) -> None:
 
 
 def demand_stdout() -> None:
-    """What is written to stdout from now on is a result: it is an error if it cannot be written."""
+    """Treat stdout as a result from now on: it is an error if it cannot be written."""
     if isinstance(sys.stdout, LastingStream):
         sys.stdout.lossy = False
 
 
 def text_stream() -> Any:
-    """Where lines for people go; None if that stream is closed."""
+    """The stream for messages; None if it is closed."""
     return sys.stderr if _stdout_is_data else sys.stdout
 
 
@@ -41,7 +41,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
 
 
 class LastingStream:
-    """A text stream whose reader may go away: from then on it is silent. All else is the stream's own.
+    """A text stream that becomes silent when its reader is gone. Everything else is passed to the stream.
 
     Where text cannot be written for another reason, such as a full disk, it is the result of a command that is lost.
 
@@ -145,7 +145,7 @@ def printable(text: str) -> str:
 
 
 def without_controls(text: str) -> str:
-    """As `printable`, with line breaks and tabs kept: for text of several lines that may quote a file's name."""
+    """`printable` that keeps line breaks and tabs, for text of several lines that may quote the name of a file."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else _escaped(character) for character in text
     )

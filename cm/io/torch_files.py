@@ -18,7 +18,7 @@ ZIP_MAGIC = b"PK\3\4"
 LEGACY_PICKLES = 5                              # at the front of an older file: two numbers, the machine, content, keys
 SLACK_BYTES = 2**16
 SHARED = 8
-"""How many times larger than their file tensors may be, as tied weights share their bytes in it."""
+"""Factor by which tensors may be larger than their file: tied weights share their bytes in it."""
 
 
 def load(stream: IO[bytes], size: int, map_location: Any = "cpu", verify: bool = False) -> Any:

@@ -31,14 +31,14 @@ HEADER_READERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 DAMAGE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What the readers below raise for a bad file, and nothing else."""
+"""The exceptions of the readers below for a bad file; they raise no others."""
 
 
 # --- zip archives ----------------------------------------------------------------------------------------------------
 
 
 def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
-    """An archive whose members have harmless names and believable sizes.
+    """Open an archive, after a check that its members have harmless names and plausible sizes.
 
     :raises zipfile.BadZipFile: if it is none, is damaged, or has a member that is not so.
     """
@@ -60,7 +60,7 @@ def open_zip(file: IO[bytes]) -> zipfile.ZipFile:
 
 
 class MemberFacts(Protocol):
-    """What is asked of a member, such as a ZipInfo."""
+    """The attributes of a member, such as a ZipInfo, that are checked."""
 
     @property
     def filename(self) -> str: ...
@@ -77,7 +77,7 @@ class MemberFacts(Protocol):
 
 
 def rejection_reason(info: MemberFacts, archive_bytes: int) -> str:
-    """What is wrong with a member, or nothing."""
+    """The reason to reject a member; None if there is none."""
     if escapes(info.filename):
         return "leads out of the archive's own folder"
     if stat.S_ISLNK(info.external_attr >> 16):
@@ -137,7 +137,7 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes]
 
 
 class Header(NamedTuple):
-    """What stands at the front of an npy file."""
+    """The header of an npy file."""
 
     shape: tuple[int, ...]
     fortran_order: bool

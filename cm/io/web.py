@@ -28,7 +28,7 @@ from cm.io import atomic
 
 CACHE_VARIABLE = "CM_CACHE"
 TIMEOUT_S = 30.0
-"""For the connection, and for any pause of the server."""
+"""Time limit for the connection, and for any pause of the server."""
 LIMIT_BYTES = 16 * 2**30
 """The largest file that is downloaded."""
 BLOCK_BYTES = 2**20
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
 def local_copy(
     path: str, say: Callable[[str], None], limit: int = LIMIT_BYTES, timeout_s: float = TIMEOUT_S
 ) -> str:
-    """The file on this machine that holds what lies at an address; any other path as it is.
+    """The local copy of the file at a URL; any other path is returned unchanged.
 
     It is downloaded unless it is there. Processes that ask at the same time wait for one of them.
 
@@ -95,7 +95,7 @@ def local_copy(
 
 
 def _facts(file: Path) -> dict[str, Any] | None:
-    """What is known of a downloaded file; None if it is not there, or is not what was downloaded."""
+    """The facts about a downloaded file; None if it does not exist, or was changed after the download."""
     try:
         facts = json.loads(_sidecar(file).read_text())
         return facts if file.stat().st_size == facts["size"] and isinstance(facts["sha256"], str) else None

@@ -35,7 +35,7 @@ BLOCK_BYTES = 2**20                                                 # more than 
 NEWEST_VERSION = 63                                                 # of the format, times ten
 UTF8_NAME = 0x800
 IN_EXTRA = 2**32 - 1                                                # the number stands in the extra field instead
-FAR = 2**62                                                         # larger numbers are lies, which int64 need not hold
+FAR = 2**62                                                         # larger numbers are forged; int64 holds the others
 WIDE = ("file_size", "compress_size", "header_offset")              # in the order of the extra field
 LOCAL_MAGIC, LOCAL_BYTES = b"PK\x03\x04", 30                        # before a member's content, without its name
 NAME_BYTES = 128                                                    # usually enough for its name and extra fields
@@ -45,7 +45,7 @@ ReadAt = Callable[[int, int], bytes]                                # (start, si
 
 
 class Member(NamedTuple):
-    """Where a member lies, and what it is."""
+    """The position, sizes and kind of a member."""
 
     header_offset: int
     compress_size: int
@@ -70,7 +70,7 @@ class ZipDirectory(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where the directory lies; `before` are the bytes in front of the archive."""
+    """The position of the directory; `before` is the number of bytes in front of the archive."""
 
     start: int
     size: int
@@ -92,7 +92,7 @@ class _Facts(NamedTuple):
 
 
 def read_directory(file: IO[bytes]) -> ZipDirectory:
-    """The directory of an archive whose members have harmless names and believable sizes.
+    """The directory of an archive, after a check that its members have harmless names and plausible sizes.
 
     :raises zipfile.BadZipFile: if it is none, is damaged, or has a member that is not so.
     """
@@ -131,7 +131,7 @@ def _compact(column: np.ndarray) -> np.ndarray:
 
 
 def _find_directory(file: IO[bytes], size: int) -> _Place:
-    """:raises zipfile.BadZipFile: if there is no end of a directory, or it speaks of an impossible place."""
+    """:raises zipfile.BadZipFile: if there is no end of a directory, or it names an impossible position."""
     tail_start = max(size - COMMENT_BYTES - END.size, 0)
     file.seek(tail_start)
     tail = file.read()
@@ -173,8 +173,8 @@ def _wide_end(file: IO[bytes], end: int) -> tuple[int, int] | None:
 def _members_in(block: bytes) -> tuple[np.ndarray, int]:
     """Where the complete members of a block begin, int64 [M], and where the last of them ends.
 
-    Each tells where the next begins, and each begins with MAGIC: where every MAGIC of the block is the beginning that
-    the one before it tells, these are all members, and no loop is needed.
+    Each entry gives the start of the next one, and each starts with MAGIC. If every MAGIC of the block is at the start
+    that the entry before gives, these are all members, and no loop is needed.
 
     :raises zipfile.BadZipFile: if one does not begin as it must.
     """

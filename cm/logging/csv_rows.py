@@ -13,7 +13,7 @@ from cm.logging.writers import Row, Writer
 
 
 class CSVWriter(Writer):
-    """A table that tools read; a cell is empty where a row has no number for its column."""
+    """A table for tools; a cell is empty if its row has no number for its column."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -13,7 +13,7 @@ from cm.io import atomic, budget, storage
 
 
 def append(path: Path, content: str | bytes) -> None:
-    """Append all of a content or, if the disk is full, nothing of it. A folder that was removed is made again.
+    """Append a text completely or, if the disk is full, not at all. A folder that was removed is made again.
 
     :raises OSError: if it cannot be written.
     """
@@ -30,7 +30,7 @@ def append(path: Path, content: str | bytes) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a file so that it has its old content or the new one, whatever happens in between.
+    """Replace a file atomically: after a crash, it has either its old or its new content.
 
     :raises UserError: if it cannot be written.
     """
@@ -41,7 +41,7 @@ def readable_text(path: Path) -> str:
     """The text of a file, without the zeros that a power cut can leave at its end.
 
     :raises FileNotFoundError: if there is none.
-    :raises UserError: if it is no file, a link, which is not followed, or larger than a log that is read may be.
+    :raises UserError: if it is not a file, is a link (links are not followed), or is too large.
     """
     try:
         os.close(atomic.open_own(path, os.O_RDONLY))

@@ -34,7 +34,7 @@ from cm.logging.writers import Status, Writer, require
 from cm.registry import lookup
 
 WAITING_ROWS = 10_000
-"""How many rows are kept in memory while the disk is full; if there are more, the oldest are lost."""
+"""Number of rows kept in memory while the disk is full; if there are more, the oldest are lost."""
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
@@ -82,9 +82,9 @@ class Logger:
         return row
 
     def write_row(self, writer: Writer, row: dict[str, Any]) -> bool:
-        """Give a row to a writer, after those that wait for it; returns whether all could be written.
+        """Give a row to a writer, after earlier rows that are still waiting; returns whether all could be written.
 
-        A full disk is no reason to end a run, so rows of numbers wait until there is space. Tables are lost.
+        A full disk must not end a run, so rows of numbers wait until there is space. Rows of tables are lost.
         """
         rows = self.waiting.setdefault(id(writer), [])
         rows.append(row)
@@ -99,7 +99,7 @@ class Logger:
         return written
 
     def tell(self, writer: Writer, what: Callable[[], None]) -> bool:
-        """Call a method of a writer; returns False if it could not write. A writer that fails otherwise is let go."""
+        """Call a method of a writer; returns False if it could not write. A writer with any other error is removed."""
         try:
             what()
         except (OSError, UserError) as error:
@@ -130,7 +130,7 @@ class Logger:
             self.tell_all(lambda writer: writer.text(" ".join(map(str, args))))
 
     def report_failure(self, error: OSError | UserError) -> None:
-        """Print that the log cannot be written, once until it can be again."""
+        """Print that the log cannot be written; only once, until it can be written again."""
         if not self.is_stuck:
             self.is_stuck = True
             reason = error.strerror if isinstance(error, OSError) else error
@@ -142,7 +142,7 @@ class Logger:
         self.level = level
 
     def get_dir(self) -> str | None:
-        """Where the files of this log are; None where it has none."""
+        """The folder of the files of this log; None without files."""
         return self.directory
 
     def close(self, status: Status = "finished") -> None:
@@ -252,7 +252,7 @@ def scoped_configure(dir: str | os.PathLike | None = None, format_strs: Sequence
 
 
 def get_current() -> Logger:
-    """The log that the functions of this module speak to."""
+    """The log that the functions of this module use."""
     return _current
 
 
@@ -262,7 +262,7 @@ def logkv(key: str, val: Any) -> None:
 
 
 def logkv_mean(key: str, val: Any) -> None:
-    """As `logkv`, but the row gets the mean of all values. A tensor causes no synchronization before `dumpkvs`."""
+    """Like `logkv`, but the row gets the mean of all values. A tensor causes no synchronization before `dumpkvs`."""
     _current.logkv_mean(key, val)
 
 
@@ -323,11 +323,11 @@ def get_dir() -> str:
 @contextlib.contextmanager
 def profile_kv(scopename: str) -> Iterator[None]:
     """Add the seconds spent inside to `wait_<scopename>` of the row."""
-    key, begun = f"wait_{scopename}", time.monotonic()
+    key, start_time = f"wait_{scopename}", time.monotonic()
     try:
         yield
     finally:
-        _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - begun
+        _current.values[key] = _current.values.get(key, 0.0) + time.monotonic() - start_time
 
 
 def _default_directory() -> str:
@@ -342,7 +342,7 @@ def _names(text: str) -> list[str]:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Decided without importing torch, which a program that only reads logs does not need."""
+    """Whether it is a tensor. This does not import torch, which programs that only read logs do not need."""
     return hasattr(value, "detach")
 
 

@@ -14,7 +14,7 @@ from cm.logging.writers import Row, Writer
 class ScreenWriter(Writer):
     """Standard output, as it is when a line is written: a program may redirect it."""
 
-    rows_wait = False                                       # old tables are of no use
+    rows_wait = False                                       # old tables are useless
 
     @classmethod
     def open(cls, directory: Path, suffix: str) -> Writer:

@@ -20,10 +20,10 @@ from cm.logging.files import readable_text, replace_file
 from cm.logging.writers import Row, Status, Writer
 
 PROJECT = "consistency-toolkit"
-"""Where WANDB_PROJECT names none."""
+"""The project if WANDB_PROJECT is not set."""
 
 SECONDS_TO_SEND = {"finished": 60.0, "stopped": 10.0, "failed": 3.0}
-"""How long the end of a run waits for W&B's server; what was not sent lies below wandb/ and can be synced later."""
+"""Time that the end of a run waits for W&B's server; data that was not sent is in wandb/ and can be synced later."""
 
 
 class WandbWriter(Writer):
@@ -57,7 +57,7 @@ class WandbWriter(Writer):
         return cls(directory, suffix)
 
     def _id(self) -> str:
-        """That of the environment, else of an earlier start of this run, else a new one."""
+        """The id of the run: from the environment, else from an earlier start of this run, else a new one."""
         known = readable_text(self.id_file).strip() if self.id_file.exists() else ""
         run_id = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
         replace_file(self.id_file, run_id + "\n")

@@ -18,7 +18,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 class Writer:
-    """What a run tells its log. A subclass overrides what its format can show; the rest is ignored.
+    """The base class of log formats. A subclass overrides the methods for what it can show; the rest is ignored.
 
     Any method may raise OSError or UserError, having written nothing: a row is then tried again, all else is lost. Any
     other exception ends this writer, with one line on stderr, and never the run.
@@ -28,7 +28,7 @@ class Writer:
     """The package that it imports, which is the name of the extra that installs it, too; empty for none."""
 
     rows_wait: bool = True
-    """Whether rows that could not be written are kept until they can."""
+    """Whether rows that cannot be written now are kept and written later."""
 
     @classmethod
     def open(cls, directory: Path, suffix: str) -> Writer:
@@ -40,7 +40,7 @@ class Writer:
         raise NotImplementedError(f"{cls.__name__} cannot be opened by name")
 
     def config(self, flags: Mapping[str, Any]) -> None:
-        """The resolved flags of the run, once it has begun."""
+        """Record the resolved flags of the run; called once at its start."""
 
     def scalars(self, step: int | None, row: Row) -> None:
         """A row of numbers; `step` is that of the row, None if it has none."""
@@ -55,7 +55,7 @@ class Writer:
         """Remove the rows whose `step` is larger: a resumed run will write them again."""
 
     def close(self, status: Status) -> None:
-        """How the run ended. It may be called again, and what comes after it may be ignored."""
+        """Record how the run ended. It may be called again; later calls of other methods may be ignored."""
 
 
 def require(kind: type[Writer], name: str) -> None:

@@ -30,7 +30,7 @@ from cm.errors import UserError
 from cm.objectives.base import TARGET, Companion, GridObjective, curriculum_of
 from cm.objectives.distances import get_distance
 from cm.objectives.pairs import PAIRS, Pairs, intervals
-from cm.objectives.paths import PATHS, land
+from cm.objectives.paths import PATHS, image_at
 from cm.random_util import SharedDropout
 from cm.registry import lookup
 from cm.tensors import append_dims, update_ema
@@ -173,7 +173,7 @@ class Consistency(GridObjective):
         masks = SharedDropout(x0.device)
         # The passes without gradients first: their memory is free again when the online network keeps its activations.
         with th.no_grad():
-            x_r = land(self.path, nets, batch, noise, x_t, t, r, self.pairs.reaches_zero)
+            x_r = image_at(self.path, nets, batch, noise, x_t, t, r, self.pairs.reaches_zero)
             with masks:
                 target = f_target(x_r, th.where(r > 0, r, t) if self.pairs.reaches_zero else r, **cond)
             if self.pairs.reaches_zero:                             # f(x, 0) = x

@@ -106,10 +106,10 @@ def teacher_of(nets: Networks, batch: Batch) -> Denoiser:
 PATHS: dict[str, Path] = {"teacher": TeacherPath(), "noise": NoisePath()}
 
 
-def land(
+def image_at(
     path: Path, nets: Networks, batch: Batch, noise: Tensor, x_t: Tensor, t: Tensor, r: Tensor, reaches_zero: bool
 ) -> Tensor:
-    """The image at levels r on the path through x_t; at r = 0 it is the data of the line, whatever the solver.
+    """The image at levels r on the path through x_t; at r = 0, it is the data of the line, for any solver.
 
     :param reaches_zero: whether r may be 0.
     """

@@ -70,7 +70,7 @@ class SCM(PathObjective):
         sigma = (z * self.p_std + self.p_mean).exp().to(x0.dtype)
         x = x0 + noise * append_dims(sigma, x0.ndim)
         masks = SharedDropout(x0.device)
-        g = self.tangent(nets, batch, noise, x, sigma, self.warmth(step), masks)
+        g = self.tangent(nets, batch, noise, x, sigma, self.warmup_factor(step), masks)
         size = tangents.sample_norm(g, self.norm)
         with masks:
             denoised = nets.online(x, sigma, **batch.cond)
@@ -81,8 +81,8 @@ class SCM(PathObjective):
         loss = mse if self.weights is None else mse * self.weights.weight(sigma)
         return LossTerms(loss, sigma, {"mse": mse, "tangent": size}, {"tangent_max": size})
 
-    def warmth(self, step: int) -> float:
-        """rho, from 0 to 1."""
+    def warmup_factor(self, step: int) -> float:
+        """The factor rho of the tangent, from 0 to 1."""
         return min(1.0, step / self.warmup) if self.warmup else 1.0
 
     @th.no_grad()
@@ -111,7 +111,7 @@ class SCM(PathObjective):
         return self.weights
 
     def logs(self, step: int) -> dict[str, float]:
-        return {"tangent_warmth": self.warmth(step)}
+        return {"tangent_warmth": self.warmup_factor(step)}
 
 
 class SCD(SCM):

@@ -61,7 +61,8 @@ def peers(batch: Batch, references: Batch) -> Tensor:
     only for samples whose labels are zero, too. The sample itself is left out: its own image stands for it.
     """
     if batch.positions is None or references.positions is None:
-        raise ValueError("references are told from a sample's own image by their positions: give both batches some")
+        raise ValueError("a sample's own image is found among the references by its position: give positions to both "
+                         "batches")
     shared = (batch.positions[:, None] != references.positions).to(batch.images.device, non_blocking=True)
     for name, own in batch.cond.items():
         own = own.flatten(1) if own.ndim > 1 else own[:, None]      # [N,k]

@@ -17,14 +17,8 @@ from cm.setup.sample import inherit_model, load_model, sampling_diffusion
 def load_pipeline(
     path: str | os.PathLike[str], *, precision: str = "auto", device: str | th.device | None = None, **flags: object
 ) -> Pipeline:
-    """Load a model in any format that the toolkit reads; the kind of model is read from the file.
+    """Load a model in any format that the toolkit reads; `cm.load` describes the arguments.
 
-    :param path: a file of weights, the folder of a run (its best average, else the newest), a pickle of EDM, a folder
-        of diffusers, or a URL of one of them.
-    :param precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies faster in it.
-    :param device: where to run; by default the GPU if there is one.
-    :param flags: flags of image_sample.py about the network, such as image_size=64 if a file of weights does not
-        contain it, or verify_weights=False to load a damaged file.
     :raises UserError: if there is no such file, it is damaged, or a flag of the network is missing.
     """
     dist.setup_dist()

@@ -14,16 +14,8 @@ from cm.setup.train import train
 
 
 def train_model(log_dir: str | os.PathLike[str], *, training_mode: str = "edm", **flags: object) -> Pipeline:
-    """Train a model, or resume its training, and load it.
+    """Train a model, or resume its training, and load it; `cm.train` describes the arguments.
 
-    The defaults are those of the commands: of edm_train.py for training_mode="edm", of cm_train.py for any other. A
-    call with the same log_dir resumes the run; a finished run is only loaded.
-
-    :param log_dir: folder of the run: its log, checkpoints and sample grids.
-    :param training_mode: "edm" for a diffusion model, or the method for a few-step model, such as "ect".
-    :param flags: flags of edm_train.py and cm_train.py, such as data_dir="IMAGES", image_size=64,
-        total_training_steps=1000, teacher_model_path="runs/edm".
-    :return: the average of the weights with the best evaluation of the run, or else the newest average.
     :raises UserError: for a flag that does not exist or cannot be used, and for files that cannot be used.
     """
     train(training_settings({"log_dir": os.fspath(log_dir), "training_mode": training_mode, **flags}))

@@ -1,1 +1,1 @@
-"""From a folder of images to a few-step generator: look at the images, plan for the time given, run the commands."""
+"""From a folder of images to a few-step generator: inspect the images, plan for the given time, run the commands."""

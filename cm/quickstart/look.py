@@ -14,22 +14,22 @@ from cm.data.sources import open_source
 from cm.errors import UserError
 from cm.io.terminal import printable
 
-LOOK_AT_LEAST = 500                                         # images that are opened however short the time is
+LOOK_AT_LEAST = 500                                         # images that are always opened, also in a very short time
 SHOWN = 5                                                   # classes or files that are named
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What there is.
+    """The properties of a set of images.
 
-    :param opened: how many of the images were decoded to find this out.
+    :param opened: number of images that were decoded to find them.
     :param sides: least, median and largest shorter side of an image, in pixels.
-    :param one_size: the side of all images, where all are squares of this side; 0 otherwise.
-    :param grey: no image has a colour.
-    :param classes: images of each class by its name; empty where there are no classes.
+    :param one_size: the side of all images, if all are squares of this side; 0 otherwise.
+    :param grey: whether no image has a colour.
+    :param classes: name of each class -> its number of images; empty without classes.
     :param labels_from: where the classes come from.
-    :param why_no_classes: and why there are none.
+    :param why_no_classes: the reason if there are none.
     :param damaged: the files that cannot be read, each with the reason.
     """
 
@@ -46,12 +46,12 @@ class Findings:
 
     @property
     def has_classes(self) -> bool:
-        """Whether a network should be told of the classes: one alone, or nearly one for each image, are none."""
+        """Whether to condition the network on the classes: not on a single one, or almost one for each image."""
         return 1 < len(self.classes) <= self.images / 2
 
     @property
     def channels(self) -> int:
-        """Of the network that these images need."""
+        """The number of channels of the network for these images."""
         return 1 if self.grey else 3
 
 
@@ -107,7 +107,7 @@ def classes_of(source: ImageSource) -> dict:
 
 
 def describe(found: Findings) -> list[str]:
-    """The findings as lines for a person."""
+    """The findings as lines of text."""
     least, median, largest = found.sides
     opened = "all opened" if found.opened == found.images else f"{found.opened} of them opened"
     size = f"all {least}x{least}" if found.one_size else f"shorter sides {least} to {largest} pixels, median {median}"
@@ -138,7 +138,7 @@ def listed(words: tuple[str, ...] | list[str]) -> str:
 
 
 def refuse_damaged(found: Findings) -> None:
-    """:raises UserError: if files are damaged: training would end at the first of them, maybe after hours."""
+    """:raises UserError: if files are damaged; training would fail at the first of them, possibly after hours."""
     if found.damaged:
         raise UserError(
             f"{len(found.damaged)} of {found.opened} images of {found.data_dir} cannot be read, and training would end "

@@ -34,17 +34,17 @@ from cm.training.loop import TrainLoop, as_batch
 from cm.training.memory_estimate import plan
 
 STEPS = 5                                                   # timed steps of a batch, after the first
-FIRST = 3                                                   # steps of whose time a first one takes: it warms up
+FIRST = 3                                                   # the first step takes about so many times longer: warm-up
 
 
 def main(request: Path, result: Path) -> None:
     """Read what is asked for from a file, and write a `Machine`, without the time of a start, to another."""
     dist.setup_dist()
-    begun = time.monotonic()
+    start_time = time.monotonic()
     asked = dist.on_main(lambda: json.loads(request.read_text()))
     logger.configure(str(request.parent), [], rank=dist.get_rank())
     machine = measure(Findings(**asked["found"]), Wish(**asked["wish"]), asked["seconds"])
-    content = {"machine": dataclasses.asdict(machine), "seconds": time.monotonic() - begun}
+    content = {"machine": dataclasses.asdict(machine), "seconds": time.monotonic() - start_time}
     dist.on_main(write_json, result, content)
 
 
@@ -97,12 +97,12 @@ def measured(candidate: Candidate, found: Findings, machine: Machine, wish: Wish
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    """Settings of a training from flags."""
+    """The settings of a training run from flags."""
     return resolve(flags, *TRAINING_SECTIONS)
 
 
 def memory(flags: dict[str, Any], student: dict[str, Any]) -> tuple[int, int, int]:
-    """What a rank holds between the steps of the more expensive training, what a pass keeps of an image, parameters."""
+    """Bytes on a rank between the steps of the larger training, bytes that a pass keeps per image, and parameters."""
     settings = settings_of(flags)
     with th.device("meta"):
         model = model_from(settings)
@@ -138,9 +138,9 @@ def free_memory_of_loops() -> None:
 
 def step_seconds(loop: TrainLoop) -> float:
     """The time of a step with its data; a step waits for its device."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
     loop.run_step(as_batch(next(loop.data), loop.images_seen, loop.rank, loop.world_size))
-    return time.monotonic() - begun
+    return time.monotonic() - start_time
 
 
 @th.no_grad()
@@ -149,12 +149,12 @@ def forward_seconds(loop: TrainLoop) -> float:
     batch = as_batch(next(loop.data), loop.images_seen, loop.rank, loop.world_size).to(loop.device)
     part = batch.rows(0, loop.microbatch)
     denoiser, sigma = loop.diffusion.bind(loop.model), th.ones(len(part), device=loop.device)
-    begun = 0.0
+    start_time = 0.0
     for _ in range(2):                                      # the first chooses kernels
-        begun = time.monotonic()
+        start_time = time.monotonic()
         with loop.trainer.autocast():
             denoiser(part.images, sigma, **part.cond).sum().item()      # waits for the device
-    return (time.monotonic() - begun) / (len(part) * loop.world_size)
+    return (time.monotonic() - start_time) / (len(part) * loop.world_size)
 
 
 if __name__ == "__main__":

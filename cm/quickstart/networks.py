@@ -20,7 +20,7 @@ class Size:
     """A preset of `configs/size/`, and when it is worth its time.
 
     :param least_side: of the images, in pixels.
-    :param least_images: with fewer it would learn them by heart.
+    :param least_images: with fewer images, it would memorise them.
     :param needs_kimg: thousands of images that a teacher must see before it is better than the next smaller one.
     """
 
@@ -33,7 +33,7 @@ class Size:
 SIZES = (
     Size("tiny", 1, 0, 0), Size("small", 16, 500, 50), Size("medium", 32, 5000, 2000), Size("large", 64, 20000, 10000),
 )
-"""From the smallest to the largest. The numbers of images are rules of thumb, no measurements."""
+"""The sizes, from the smallest to the largest. The numbers of images are rules of thumb, not measurements."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def fitting_side(found: Findings, largest: int) -> int:
 
 
 def levels(side: int) -> int:
-    """How often images of this side can be halved."""
+    """The number of times that images of this side can be halved."""
     count = 0
     while side % 2 == 0 and side // 2 >= LEAST_SIDE:
         side, count = side // 2, count + 1

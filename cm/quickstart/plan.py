@@ -1,4 +1,4 @@
-"""From the images, the speed of the machine and the time given to the settings of two training runs.
+"""Plans two training runs from the images, the speed of the machine and the given time.
 
 A pure function without torch. All times are in seconds, memory in bytes of one rank.
 """
@@ -38,9 +38,9 @@ STUDENT_LR = 0.5                                            # times the teacher'
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for; empty and 0 for what the plan is to choose.
+    """The choices of the user; empty or 0 for what the plan chooses.
 
-    :param evaluates: whether there will be numbers: an extractor is given, or the images are the digits.
+    :param evaluates: whether metrics are computed: an extractor is given, or the images are the digits.
     """
 
     hours: float
@@ -56,12 +56,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of one network on all ranks together.
+    """Measurements of one network on all ranks together.
 
-    :param held: what a rank holds between its steps, in the more expensive of the two trainings.
-    :param per_image: what a pass keeps for the backward pass, for each image on a rank.
-    :param steps: images of a batch and time of its training step, from the smallest batch on.
-    :param forward: an image through the network, without gradients.
+    :param held: bytes on a rank between steps, in the larger of the two trainings.
+    :param per_image: bytes that a pass keeps for the backward pass, for each image on a rank.
+    :param steps: (images of a batch, seconds of its training step), from the smallest batch to the largest.
+    :param forward: seconds for an image through the network, without gradients.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Speed:
     forward: float
 
     def step(self, batch: int) -> float:
-        """The time of a training step; beyond the largest batch that was measured in proportion, which is no less."""
+        """The time of a training step; for more images than were measured, an upper bound in proportion to them."""
         below = self.steps[0]
         if batch <= below[0]:
             return below[1]
@@ -86,10 +86,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the commands run.
+    """The machine on which the commands run.
 
-    :param free: memory of one rank; None where it is not known.
-    :param start: time that a command takes before its work begins.
+    :param free: memory of one rank in bytes; None if it is not known.
+    :param start: seconds that a command takes before its work starts.
     """
 
     device: str
@@ -102,10 +102,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done.
+    """The planned runs.
 
-    :param times: planned time by what it is for.
-    :param memory: of one rank, as estimated.
+    :param times: purpose -> planned seconds.
+    :param memory: estimated memory of one rank in bytes.
     :param teacher, student: the flags of the two trainings.
     """
 
@@ -181,7 +181,7 @@ class Draft:
         return chosen
 
     def steps(self, seconds: float) -> tuple[int, int]:
-        """Of teacher and student, without a limit."""
+        """The steps of teacher and student, without a limit."""
         batch, training = self.batch(seconds), max(0.0, self.training(seconds))
         step = self.speed.step(batch)
         extra = EXTRA_PASSES[self.wish.method] * batch * self.speed.forward
@@ -243,7 +243,7 @@ def ect_flags(steps: int) -> dict[str, Any]:
 
 
 def cd_flags(steps: int) -> dict[str, Any]:
-    """Consistency distillation, with the words of the preset digits/cd."""
+    """Consistency distillation, with the flags of the preset digits/cd."""
     return {
         "training_mode": "consistency_distillation", "teacher_dropout": 0.0, "target_ema_mode": "fixed",
         "start_ema": 0.9 if steps < 2000 else 0.95, "scale_mode": "fixed", "start_scales": HEUN_STEPS,
@@ -256,7 +256,7 @@ METHODS: dict[str, Callable[[int], dict[str, Any]]] = {"ect": ect_flags, "cd": c
 
 
 def learning_rate(flags: dict[str, Any], batch: int) -> float:
-    """The preset's, less for smaller batches: in proportion to the root of their size, in two digits."""
+    """The learning rate of the preset, times the square root of the relative batch size, rounded to two digits."""
     return float(f"{flags['lr'] * min(1.0, math.sqrt(batch / flags['global_batch_size'])):.1e}")
 
 
@@ -270,7 +270,7 @@ def microbatch(machine: Machine, speed: Speed, batch: int) -> int:
 
 
 def too_large(machine: Machine, speed: Speed) -> str:
-    """What to say where no network fits the memory."""
+    """The error if no network fits the memory."""
     return (f"the network {speed.name} for {speed.image_size}x{speed.image_size} needs {size_text(speed.held)} and "
             f"{size_text(speed.per_image)} an image on each of {machine.ranks} rank(s), and of the "
             f"{size_text(machine.free or 0)} that are free at most {MEMORY_SHARE:.0%} are planned: give a smaller "
@@ -278,7 +278,7 @@ def too_large(machine: Machine, speed: Speed) -> str:
 
 
 def too_short(wish: Wish, is_possible: Callable[[float], bool]) -> str:
-    """What to say where the time is too short, with the least time that would do."""
+    """The error if the time is too short, with the least time that is enough."""
     hours = max(wish.hours, 1e-4)
     while not is_possible(hours) and hours < 1e6:
         hours *= 1.1

@@ -51,9 +51,9 @@ def row(name: str, folder: Path) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], note: str = "") -> str:
-    """The comparison, as text.
+    """The table of methods, as text.
 
-    :param note: about the columns with a star.
+    :param note: explains the columns with a star.
     """
     shown = [name for name in COLUMNS if any(name in each["metrics"] for each in rows)]
     lines: list[tuple[str, ...]] = [("method", "NFE", *(COLUMNS[name][0] for name in shown), "images/s")]
@@ -95,6 +95,6 @@ def real_like(real: Path, labels: np.ndarray | None, columns: int) -> np.ndarray
 
 
 def members_of(labels: np.ndarray, label: int) -> np.ndarray:
-    """The images of a class; all, if none of it is among them."""
+    """The images of a class, or all images if there is none of this class."""
     found = np.flatnonzero(labels == label)
     return found if len(found) else np.arange(len(labels))

@@ -26,11 +26,11 @@ STATUS = "status.json"                                      # where a training s
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and what it makes.
+    """A command and its product.
 
-    :param product: the file that shows that the command has ended; one called `finished` is written by `run`.
-    :param words: of the command, after the interpreter.
-    :param ranks: 0 for a plain start.
+    :param product: the file that shows that the command has ended; `run` writes it if its name is `finished`.
+    :param words: the command, without the interpreter.
+    :param ranks: number of ranks; 0: start without mpiexec.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Stage:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether the product exists, so that there is nothing to do."""
         return self.product.exists() and not self.was_stopped
 
     @property
@@ -61,7 +61,7 @@ class Stage:
     def run(self, who: str) -> None:
         """Run the command, unless its product is there.
 
-        :param who: how a message calls the chain, such as "demo"; if the command fails, the process ends with it.
+        :param who: name of the chain in messages, such as "demo". If the command fails, the process ends.
         """
         marks = self.product.name == FINISHED
         if self.is_done:
@@ -81,10 +81,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Commands:
-    """The stages of a chain whose files lie in one folder.
+    """Makes the stages of a chain with all files in one folder.
 
     :param scripts: the folder of the commands, in the repository or in an installed package.
-    :param ranks: of trainings and samplings; 0 for a plain start.
+    :param ranks: number of ranks for training and sampling; 0: start without mpiexec.
     """
 
     out: Path
@@ -107,14 +107,14 @@ class Commands:
         return Stage(f"sampling {name}", self.out / key / FINISHED, words, self.ranks)
 
     def evaluation(self, key: str, name: str, samples: Path, *options: str) -> Stage:
-        """The numbers of samples against `real.npz`, in metrics.json beside them."""
+        """The metrics of samples, compared with `real.npz`; written to metrics.json in their folder."""
         result = self.out / key / "metrics.json"
         words = ("-m", "evaluations.evaluator", str(self.out / "real.npz"), str(samples), "--json", str(result),
                  "--cache", "off", *options)
         return Stage(f"evaluating {name}", result, words)
 
     def classifier(self, data_dir: str, image_size: int) -> Stage:
-        """A small classifier of labelled images, whose features stand in for Inception's; classifier.ts."""
+        """A small classifier of labelled images, as a feature extractor in place of Inception; classifier.ts."""
         path = self.out / "classifier.ts"
         return Stage("classifier", path, (self.script("classifier_train"), "--data_dir", data_dir, "--image_size",
                                           str(image_size), "--out", str(path)))
@@ -180,7 +180,7 @@ def mpiexec(ranks: int) -> list[str]:
 
 
 def run_chain(chain: Callable[[], None]) -> None:
-    """Call a chain; a mistake of the user's ends the process with one line and status 2, Ctrl-C with status 130."""
+    """Call a chain. An error of the user ends the process with one line and status 2, Ctrl-C with status 130."""
     try:
         chain()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""One command from images to a few-step generator: look, measure, plan, then the stages, each of which runs once."""
+"""From images to a few-step generator: inspect the images, measure, plan, then run each stage once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cm.quickstart.plan import HEUN_STEPS, START_FACTOR, Machine, Plan, Speed, W
 from cm.quickstart.stages import Commands, Stage, execute
 
 LOOK_SHARE, MEASURE_SHARE = 0.02, 0.05                      # of the time, at most, for what comes before the plan
-REAL_IMAGES = 10_000                                        # in the reference of the evaluation
+REAL_IMAGES = 10_000                                        # largest number of images in the reference
 DIGITS = "digits"
 PLAN_FILE = "plan.json"
 EVALUATED_FILE = "evaluated.json"
@@ -36,13 +36,13 @@ TWO_STEPS = f"0,{HEUN_STEPS // 2 - 1},{HEUN_STEPS - 1}"
 
 @dataclass(frozen=True)
 class Order:
-    """What the user has ordered.
+    """The request of the user.
 
-    :param wish: what decides about the plan.
-    :param ranks: 0 for commands that are started without mpiexec.
+    :param wish: the choices on which the plan depends.
+    :param ranks: number of ranks; 0: start commands without mpiexec.
     :param scripts: the folder of the commands.
     :param options: more flags for both trainings.
-    :param inception: the feature extractor of the evaluation; "" for none.
+    :param inception: the feature extractor of the evaluation; empty: none.
     """
 
     data_dir: str
@@ -55,20 +55,20 @@ class Order:
     trust_extractor: bool = False
 
     def remembered(self) -> dict[str, Any]:
-        """What must be the same when the command goes on: as the flags spell it."""
+        """The flags that must not change when the command is continued."""
         wish = dataclasses.asdict(self.wish)
         del wish["evaluates"]                               # numbers may be added later
         return {"data_dir": self.data_dir, **wish, "ranks": self.ranks, "train_options": shlex.join(self.options)}
 
 
 class Workflow:
-    """The way of one order.
+    """The stages of one request.
 
     :raises UserError: if the folder holds another order, or cannot be written.
     """
 
     def __init__(self, order: Order):
-        self.order, self.out, self.begun = order, order.out, time.monotonic()
+        self.order, self.out, self.start_time = order, order.out, time.monotonic()
         source = order.data_dir if os.path.exists(order.data_dir) else None
         check_outputs([Output("--out", order.out, "folder")], {"--data_dir": source})
         check_extractor(order.inception)
@@ -96,19 +96,19 @@ class Workflow:
         return kept
 
     def damaged(self) -> UserError:
-        """About a plan that cannot be read."""
+        """The error for a plan that cannot be read."""
         return UserError(f"{self.out / PLAN_FILE} is damaged: remove it to plan again, or choose another --out")
 
     # --- before the work -------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Look at the images, measure and plan, or take the plan of an earlier start; then say what was chosen."""
+        """Inspect the images, measure and plan, or take the plan of an earlier start; then print the plan."""
         if self.kept is None:
             found = look(self.order.data_dir, self.order.wish.labels, LOOK_SHARE * 3600 * self.order.wish.hours)
             print(without_controls("\n".join(["What there is", *indented(describe(found))])), flush=True)
             refuse_damaged(found)
             machine = self.measure(found)
-            plan = make_plan(found, machine, self.order.wish, time.monotonic() - self.begun)
+            plan = make_plan(found, machine, self.order.wish, time.monotonic() - self.start_time)
             self.write(found, machine, plan)
         else:
             try:
@@ -130,30 +130,30 @@ class Workflow:
         stage = Stage("measuring a few steps", result, ("-m", "cm.quickstart.measure", str(request), str(result)),
                       self.order.ranks)
         print(f"[{stage.name}]", flush=True)
-        begun = time.monotonic()
+        start_time = time.monotonic()
         result.unlink(missing_ok=True)
         if status := execute(stage.command):
             raise UserError(f"measuring ended with status {status}; see its messages above")
         content = json.loads(result.read_text())
-        start = time.monotonic() - begun - content["seconds"]
+        start = time.monotonic() - start_time - content["seconds"]
         return dataclasses.replace(restored(Machine, content["machine"]), start=START_FACTOR * max(0.0, start))
 
     def write(self, found: Findings, machine: Machine, plan: Plan) -> None:
-        """Leave the plan, and the settings of both trainings as files for --config."""
+        """Write the plan, and the settings of both trainings as files for --config."""
         for name, flags, command in (("teacher", plan.teacher, "cm-train"),
                                      ("student", self.student_flags(plan), "cm-distill")):
             text = f"# Written by cm-quickstart, for {command} --config.\n" + yaml.safe_dump(flags, sort_keys=False)
             storage.write_bytes(self.out / f"{name}.yaml", text.encode())
         parts = dict(zip(PARTS, map(dataclasses.asdict, (found, machine, plan))))
         content = {"order": self.order.remembered(), **parts}
-        storage.write_json(self.out / PLAN_FILE, content)   # the last: a plan that is there is whole
+        storage.write_json(self.out / PLAN_FILE, content)   # last, so that an existing plan is complete
 
     def student_flags(self, plan: Plan) -> dict[str, Any]:
-        """With the teacher's folder, of which the best or the newest average is taken."""
+        """The flags of the student, with the teacher's folder: its best or newest average is used."""
         return {"teacher_model_path": str(self.out / "teacher"), **plan.student}
 
     def describe_plan(self, machine: Machine) -> list[str]:
-        """The choice, its time and its memory, as lines for a person."""
+        """The plan with its times and memory, as lines of text."""
         plan, teacher, student = self.plan, self.plan.teacher, self.plan.student
         train = plan.times["training the teacher"] + plan.times["training the student"]
         share = plan.times["training the teacher"] / max(train, 1e-9)
@@ -173,7 +173,7 @@ class Workflow:
         return lines + [f"note: {note}" for note in self.notes()]
 
     def notes(self) -> Iterator[str]:
-        """What the user may not expect."""
+        """Notes on what the user may not expect."""
         seen = self.plan.teacher["total_training_steps"] * self.plan.batch
         if seen < 20_000:
             yield (f"the teacher sees only {seen} images: expect first shapes, and give more --hours for more")
@@ -183,7 +183,7 @@ class Workflow:
             yield self.how_to_evaluate()
 
     def how_to_evaluate(self) -> str:
-        """What to do for numbers."""
+        """A note on how to get metrics, if there are none."""
         command = shlex.join(["cm-classifier", "--data_dir", self.order.data_dir, "--image_size",
                               str(self.plan.image_size), "--out", "classifier.ts"])
         own = f", or with a small classifier of your own classes ({command})" if self.found.has_classes else ""
@@ -194,16 +194,16 @@ class Workflow:
 
     @property
     def inception(self) -> str:
-        """The extractor of this start, else of an earlier one; "" for none, or the digits' classifier."""
+        """The extractor of this start, else of an earlier one; empty: none, or the digits' classifier."""
         return self.order.inception or self.evaluated_with() or ""
 
     @property
     def evaluates(self) -> bool:
-        """Whether there will be numbers."""
+        """Whether metrics are computed."""
         return bool(self.inception) or self.order.data_dir == DIGITS
 
     def evaluated_with(self) -> str | None:
-        """The extractor of the numbers that are there; None where there are none."""
+        """The extractor of the existing metrics; None without metrics."""
         path = self.out / EVALUATED_FILE
         return json.loads(path.read_text())["inception"] if path.exists() else None
 
@@ -248,13 +248,14 @@ class Workflow:
         folders = {name: self.out / key for key, (name, _, _) in self.methods.items()}
         results.picture(path, real, "real images", folders)
         print("\n" + results.table([results.row(name, folder) for name, folder in folders.items()], self.note()))
-        print(f"\n{clock(time.monotonic() - self.begun)} since this start; {clock(sum(self.plan.times.values()))} were "
-              f"planned for all. The picture: {path}; the trainings: {self.out / 'report.html'}")
+        spent, planned = time.monotonic() - self.start_time, sum(self.plan.times.values())
+        print(f"\n{clock(spent)} since this start; {clock(planned)} were planned for all. The picture: {path}; "
+              f"the trainings: {self.out / 'report.html'}")
         if not self.evaluates:
             print(without_controls(f"Left out: {self.how_to_evaluate()}"))
 
     def check_evaluated(self) -> None:
-        """Write the real images, and remember the extractor: numbers of two extractors do not go into one table.
+        """Write the real images, and record the extractor: metrics of two extractors must not be in one table.
 
         :raises UserError: if an earlier start has used another extractor.
         """
@@ -273,7 +274,7 @@ class Workflow:
         storage.write_json(path, {"inception": self.inception})
 
     def note(self) -> str:
-        """What the numbers are."""
+        """A note on the metrics in the table."""
         if self.inception:
             return f"* in the features of {self.inception}, {self.plan.num_samples} samples of each method"
         return ("* in the features of a small classifier of digits that this command trains; not Inception FID, and "
@@ -281,7 +282,7 @@ class Workflow:
 
 
 def check_extractor(inception: str) -> None:
-    """:raises UserError: if the extractor is a file that is not there, which training should not have to wait for."""
+    """:raises UserError: if the file of the extractor does not exist; it is better to know this before training."""
     path = inception.rpartition(":")[2]
     if not path or inception in ("torch", "tf") or "://" in inception or os.path.exists(inception):
         return

@@ -19,7 +19,7 @@ COMPARABLE = ("features", "reference", "num_samples")               # of a best:
 
 @dataclass(frozen=True)
 class Chart:
-    """How a column of the log is drawn."""
+    """The style of a column of the log in figures."""
 
     column: str
     title: str
@@ -105,7 +105,7 @@ def draw(charts: Iterable[Chart], runs: Sequence[Run]) -> tuple[list[Figure], li
 
 
 def note(runs: Sequence[Run]) -> str:
-    """How the values of an evaluation were measured; the features are named in the table of what was measured."""
+    """The settings of an evaluation; its features are named in the table of measurements."""
     bests = [best_settings(run.record) for run in runs if run.record.best]
     ways = {json.dumps([best.get(name) for name in COMPARABLE]) for best in bests}
     notes = dict.fromkeys(f"{best.get('num_samples')} samples by {best.get('sampler')}" for best in bests)
@@ -114,6 +114,6 @@ def note(runs: Sequence[Run]) -> str:
 
 
 def best_settings(run: RunRecord) -> Mapping[str, Any]:
-    """How the best was measured; empty if best.json does not say."""
+    """The settings with which the best value was measured; empty if best.json does not have them."""
     settings = run.best.get("settings")
     return settings if isinstance(settings, dict) else {}

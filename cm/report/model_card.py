@@ -59,7 +59,7 @@ def render(card: Card) -> str:
 
 
 def front_matter(card: Card) -> str:
-    """What hubs read: YAML between two lines of three dashes."""
+    """The metadata for model hubs: YAML between two lines of three dashes."""
     conditional = bool(card.config.get("class_cond"))
     mode = str(card.config.get("training_mode", ""))
     tags = ["consistency-toolkit", "pytorch", "diffusion", "image-generation", mode]

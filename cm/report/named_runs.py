@@ -25,7 +25,7 @@ class Run:
 
     @property
     def dash(self) -> int:
-        """Of its lines; as `colour`."""
+        """The dash pattern of its lines, chosen like `colour`."""
         return self.number // COLOURS % DASHES
 
 

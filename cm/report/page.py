@@ -36,7 +36,7 @@ def page(records: Sequence[RunRecord], max_grids: int, now: datetime, passed_ove
     """The complete page.
 
     :param max_grids: pictures of samples of each run, at most.
-    :param passed_over: what is no run, with the reasons.
+    :param passed_over: the paths that are not runs, with the reasons.
     """
     runs = named_runs(records)
     more = len(runs) - NAMES_IN_TITLE
@@ -68,7 +68,7 @@ def page(records: Sequence[RunRecord], max_grids: int, now: datetime, passed_ove
 
 
 def run_data(card: Card) -> dict[str, Any]:
-    """What the script of the page knows of a run: the words that the filter looks at, and the flags to compare."""
+    """The data of a run for the script of the page: the words for the filter, and the flags to compare."""
     run = card.run
     flags = {flag: str(value) for flag, value in run.record.config.items()}
     return {"name": run.name, "words": f"{run.name} {card.kind}".lower(), "flags": flags}
@@ -116,7 +116,7 @@ def side(config: Mapping[str, Any]) -> str:
 
 
 def summary_items(run: RunRecord) -> Iterator[Item]:
-    """What one wants to know first, as far as the log tells."""
+    """The most important facts of a run, if the log has them."""
     step, samples, loss = run.last("step"), run.last("samples"), run.last("loss")
     if step:
         total = run.config.get("total_training_steps")

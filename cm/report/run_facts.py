@@ -1,4 +1,4 @@
-"""What is known about how a model was made, for its card and for the metadata of its weights."""
+"""The facts about the training of a model, for its card and for the metadata of its weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """How a model was made, as far as it is known: empty text and 0 stand for what is not."""
+    """The facts about the training of a model; empty text and 0 mean that a fact is not known."""
 
     data: str = ""                                                  # name of the data set, without its folders
     images: int = 0                                                 # in it
@@ -32,7 +32,7 @@ class RunFacts:
     measured: tuple[Measurement, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The facts as JSON; `from_json` reads them back."""
         return asdict(self)
 
     @classmethod

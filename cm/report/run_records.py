@@ -151,7 +151,7 @@ class _Columns:
     """The cells of a log, sorted into values and problems, by column."""
 
     values: dict[str, dict[float, float]] = field(default_factory=dict)     # {step: value}
-    not_numbers: Counter[str] = field(default_factory=Counter)              # how many cells are no number
+    not_numbers: Counter[str] = field(default_factory=Counter)              # cells that are not numbers, by column
     too_large: Counter[str] = field(default_factory=Counter)                # how many cells no axis can hold
     not_finite: dict[str, list[float]] = field(default_factory=dict)        # steps
 
@@ -168,7 +168,7 @@ class _Columns:
             self.not_finite.setdefault(column, []).append(step)
 
     def problems(self) -> list[str]:
-        """What is wrong with the cells, a sentence for each column."""
+        """The problems of the cells, a sentence for each column."""
         counts = [(column, count) for column, count in self.not_numbers.items() if count]
         return [
             *(f"column {column!r}: {count} cell(s) are no number" for column, count in counts),

@@ -192,13 +192,13 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def between(values: Iterable[float], low: float, high: float) -> list[float]:
-    """Those of the values that an axis from `low` to `high` shows."""
+    """The values that an axis from `low` to `high` shows."""
     rounding = 1e-9 * (high - low)
     return [float(value) for value in values if low - rounding <= value <= high + rounding]
 
 
 def short(value: float) -> str:
-    """As few characters as an axis has room for: 0.05, 200, 20k, 1.5M, 3e-5."""
+    """A short number for an axis: 0.05, 200, 20k, 1.5M, 3e-5."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -209,7 +209,7 @@ def short(value: float) -> str:
 
 
 def as_script(data: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element that contains it."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e")
 
 

@@ -72,7 +72,7 @@ class Measured:
 
 
 def measured_values(runs: Sequence[Run]) -> Iterator[Measured]:
-    """The best of each run, and the results of evaluator.py and fid.py that lie in its folder."""
+    """The best value of each run, and the results of evaluator.py and fid.py in its folder."""
     for run in runs:
         best = run.record.best
         if best:

@@ -44,7 +44,7 @@ SOLVERS = ("euler", "heun")
 
 
 class Schedule(ABC):
-    """How the noise level rises in time."""
+    """The noise level as a function of time."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Guidance:
 
 
 def without_class(D: Denoiser, null_class: int) -> Denoiser:
-    """D without a class, whatever the classes y [N] are."""
+    """D with the label for no class, for any classes y [N]."""
 
     def denoise(x: Tensor, sigma: Tensor, *, y: Tensor, **cond: Any) -> Tensor:
         return D(x, sigma, y=th.full_like(y, null_class), **cond)

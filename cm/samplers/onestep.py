@@ -14,7 +14,7 @@ from cm.types import Denoiser, NoiseSource, Result
 
 @dataclass(frozen=True)
 class OneStep(Sampler):
-    """f(x_T, sigma_max), whatever the number of steps: the last step of the base class."""
+    """f(x_T, sigma_max), for any number of steps: the last step of the base class."""
 
     accepts_churn: ClassVar[bool] = False
     uses_rho: ClassVar[bool] = False

@@ -54,7 +54,7 @@ def data_line(source: ImageSource | ImageStream, class_cond: bool, channels: int
 
 
 def keep_classes(source: ImageSource | ImageStream, class_cond: bool) -> None:
-    """Leave the classes of a run, with their numbers of images, in its folder for the report; for one rank."""
+    """Write the classes of a run and their numbers of images to its folder, for the report. Call it on one rank."""
     path = os.path.join(logger.get_dir(), CLASSES_FILE)
     if not class_cond or not isinstance(source, ImageSource) or source.labels is None:
         return
@@ -64,7 +64,7 @@ def keep_classes(source: ImageSource | ImageStream, class_cond: bool) -> None:
 
 
 def start_line(settings: Settings, loop: TrainLoop, source: ImageSource | ImageStream) -> str:
-    """The first line of a run: its data, network, ranks and memory; for one rank."""
+    """The first line of a run: its data, network, ranks and memory. Call it on one rank."""
     data = data_line(source, settings.values["class_cond"], settings.values["channels"])
     with th.device("meta"):
         model = model_from(settings)
@@ -81,13 +81,13 @@ def start_line(settings: Settings, loop: TrainLoop, source: ImageSource | ImageS
 
 
 def end_line(settings: Settings, loop: TrainLoop) -> str:
-    """The last line of a finished run: what is best, and the command that samples it; for one rank."""
+    """The last line of a finished run: its best weights, and the command to sample them. Call it on one rank."""
     best, path = best_weights(loop)
     return f"training is finished at step {loop.step}; {best}{path}. To sample it: {sampling_command(settings, path)}"
 
 
 def best_weights(loop: TrainLoop) -> tuple[str, str]:
-    """Why these weights, and their file: the best of the evaluations, else the last average, else the last network."""
+    """The reason for a choice of weights, and their file: the best evaluation, else the last average or network."""
     for callback in loop.callbacks:
         if isinstance(callback, Evaluation) and (best := callback.best):
             path = os.path.join(callback.folder(), file_names.file_name(f"ema_{callback.sampler.rate}", best["step"]))
@@ -99,7 +99,7 @@ def best_weights(loop: TrainLoop) -> tuple[str, str]:
 
 
 def sampling_command(settings: Settings, path: str) -> str:
-    """A command that can be pasted into a shell, and draws a few images with the sampler of the run's evaluations."""
+    """A command for a shell that generates a few images with the sampler of the run's evaluations."""
     drawing = sampling_settings(settings).values
     own = {name: drawing[name] for name in ("sampler", "seed")}
     if drawing["sampler"] != "onestep":

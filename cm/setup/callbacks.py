@@ -1,4 +1,4 @@
-"""The callbacks that the flags request: grids of samples, their distance from real images, a profile."""
+"""The callbacks that the flags request: sample grids, their distance from real images, a profile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cm.types import Callback
 
 
 def sampling_settings(settings: Settings) -> Settings:
-    """The flags of image_sample.py that draw the images to be looked at."""
+    """The flags of image_sample.py that give the same images as grids and evaluations during training."""
     config, mode = settings.section(EvalConfig), settings.values["training_mode"]
     usual = kind_of_result(mode).sampler
     asked = {
@@ -46,9 +46,9 @@ def sampling_settings(settings: Settings) -> Settings:
 
 
 def check_flags(settings: Settings) -> None:
-    """Find out before the work whether the flags of `EvalConfig` make sense.
+    """Check the flags of `EvalConfig` at the start of the run.
 
-    :raises UserError: if they do not, naming the flag.
+    :raises UserError: for flags that cannot be used.
     """
     config, rates = settings.section(EvalConfig), parse_rates(settings.values["ema_rate"])
     _check_snapshots(settings)
@@ -73,7 +73,7 @@ def check_flags(settings: Settings) -> None:
 
 
 def _check_snapshots(settings: Settings) -> None:
-    """:raises UserError: if snapshots are asked for, and there is no average to take them of."""
+    """:raises UserError: if snapshots are requested and there is no power-function average."""
     interval, rates = settings.values["ema_snapshot_interval"], settings.values["ema_rate"]
     if interval and all(rate.power_std is None for rate in parse_rates(rates)):
         raise UserError(f"--ema_snapshot_interval {interval} is for power-function averages, and --ema_rate {rates} "
@@ -113,5 +113,5 @@ def open_callbacks(settings: Settings, open_metric: Callable[..., Metric]) -> li
 
 
 def content_of(path: str) -> str:
-    """What tells a file from others, wherever it lies; for one rank."""
+    """An identifier of the content of a file, whatever its path is. Call it on one rank."""
     return "{size} bytes, crc32 {crc32:08x}".format(**storage.checksum(path))

@@ -1,7 +1,7 @@
 """The meaning of the channels of a run: 1 and 3 are grey and RGB pictures, any other number is latents.
 
-Latents are the output of another network's encoder. They have no bounds, no mirror image and no colours, and networks
-for pictures, such as LPIPS or Inception, cannot be applied to them.
+Latents are the output of the encoder of a VAE. They have no bounds, mirror images or colours, and networks for
+pictures, such as LPIPS or Inception, cannot be applied to them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from cm.data.decode import MODES
 from cm.errors import UserError
 
 FOR_PICTURES = ("random_flip", "clip_denoised")
-"""Flags that are on by default and make sense for pictures alone."""
+"""Flags that are on by default and only make sense for pictures."""
 
 
 def are_pictures(channels: int) -> bool:
-    """Whether so many channels are a picture."""
+    """Whether images with this number of channels are pictures."""
     return channels in MODES
 
 
 def apply_latent_defaults(settings: Settings) -> None:
-    """Turn off what makes sense for pictures alone, where nobody has asked for it."""
+    """Turn off flags that only make sense for pictures, unless they are given."""
     if are_pictures(settings.values["channels"]):
         return
     for name in FOR_PICTURES:

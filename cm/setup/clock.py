@@ -40,7 +40,7 @@ def check_clock(settings: Settings) -> None:
 
 
 def warn_of_fast_clock(settings: Settings, diffusion: Diffusion) -> None:
-    """Say so if the objective needs a slow clock, and the network has a fast one."""
+    """Warn if the objective needs a slow clock and the network has a fast one."""
     kind, values = objective_kind(settings.values), settings.values
     speed = clock_speed(diffusion, values["arch"])
     if not kind.needs_slow_clock or speed <= FASTEST:

@@ -17,9 +17,9 @@ FORMATS = ("files", "dcp")
 
 
 def convert_run(source: str, dest: str, format: str, verify: bool = True) -> manifest.Checkpoint:
-    """Write a checkpoint anew, with all that a run resumes from; for one process.
+    """Write a complete checkpoint in the other format; for one process.
 
-    :param source: its manifest, one of its files, or its folder, whose newest it is.
+    :param source: its manifest, one of its files, or its folder, which means the newest checkpoint there.
     :param dest: a folder.
     :raises UserError: if it cannot be read or written, or there already is a checkpoint of its step.
     """
@@ -46,7 +46,7 @@ def convert_run(source: str, dest: str, format: str, verify: bool = True) -> man
 
 
 def read_part(found: manifest.Checkpoint, name: str, verify: bool) -> dict[str, Any]:
-    """A state dict, of whatever format; that of an optimizer from a folder has no settings yet."""
+    """The state dict of a part, from either format; for an optimizer from a folder, without its param_groups."""
     part = state.load_part(name, found, verify)
     if not (found.path(name) or "").endswith(dcp.SUFFIX):
         return part

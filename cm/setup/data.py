@@ -50,11 +50,11 @@ def share_of_batch(global_batch_size: int, batch_size: int, rank: int, world_siz
 
 @dataclass(frozen=True)
 class RunBatches:
-    """The `Batches` of a run, read and looked up as its flags say.
+    """The `Batches` of a run: its images, read as its flags say.
 
-    :param options: of `load_data`, but for the rank and the start.
-    :param references: how many reference images every batch carries; 0 for none.
-    :param augment: transforms a batch and its references alike; None where nothing does, or `augmented` does it later.
+    :param options: the arguments of `load_data` except rank, world_size and start.
+    :param references: number of reference images of every batch; 0: none.
+    :param augment: a transform of a batch and its references; None: no transform, or `augmented` applies it later.
     """
 
     rank: int
@@ -76,7 +76,7 @@ class RunBatches:
 class OpenedData(NamedTuple):
     """The images of a run.
 
-    :param class_names: of the classes that the network is conditioned on, where they are known.
+    :param class_names: names of the classes that the network is conditioned on; empty if they are not known.
     """
 
     stream: RunBatches
@@ -87,17 +87,17 @@ class OpenedData(NamedTuple):
 def open_data(settings: Settings, references: int = 0) -> OpenedData:
     """Open the images that the flags name, and compare their classes with those of checkpoints.
 
-    Sets num_classes from the data, where no flag or checkpoint has set it.
+    Sets num_classes from the data if no flag or checkpoint has set it.
 
-    :param references: how many reference images every batch carries.
-    :raises UserError: if there is no such data, class_cond is asked of data without labels, or there are to be fewer
-        references than images of a step, or its classes are not those of the checkpoint that the run starts from.
+    :param references: number of reference images of every batch.
+    :raises UserError: if there is no such data, class_cond is given for data without labels, there are fewer references
+        than images per step, or the classes differ from those of the checkpoint that the run starts from.
     """
     data, train = settings.section(DataConfig), settings.section(TrainConfig)
     if not data.data_dir:
         raise UserError(f"--data_dir is missing: give {choices()}")
     source: ImageSource | ImageStream
-    class_names: ClassNames = ()                            # of a stream they are not known before it is read
+    class_names: ClassNames = ()                            # for a stream, they are not known before it is read
     shards = open_shards(data.data_dir)
     refuse_idle(settings, {"shards": shards is not None, "single_images": shards is None}, NEEDS_OF_DATA)
     if shards is not None:
@@ -105,7 +105,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
         _check_stream(settings, shards)
     else:
         source, class_names = _open_images(settings, data)
-    if data.augment and "random_flip" not in settings.given:        # the labels would not show these flips
+    if data.augment and "random_flip" not in settings.given:        # the augmentation labels would miss these flips
         settings.replace(random_flip=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size, global_batch = share_of_batch(train.global_batch_size, train.batch_size, rank, world_size)
@@ -122,7 +122,7 @@ def open_data(settings: Settings, references: int = 0) -> OpenedData:
 
 
 def _warn_of_cost(num_workers: int, references: int, source: ImageSource | ImageStream) -> None:
-    """Say what a large number makes slow."""
+    """Warn of large numbers that make the run slow."""
     cores = len(usable_cores())
     if num_workers > WORKERS_PER_CORE * cores:
         logger.warn(f"--num_workers {num_workers} starts {num_workers} processes per rank, each with its own memory, "
@@ -134,7 +134,7 @@ def _warn_of_cost(num_workers: int, references: int, source: ImageSource | Image
 
 
 def _loader_options(settings: Settings) -> dict[str, Any]:
-    """What `load_data` takes from the flags alone."""
+    """The arguments of `load_data` that the flags determine."""
     data, values = settings.section(DataConfig), settings.values
     same_names = ("image_size", "class_cond", "random_flip", "seed", "channels")        # some were resolved since
     return {
@@ -151,7 +151,7 @@ def _loader_options(settings: Settings) -> dict[str, Any]:
 
 
 def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, ClassNames]:
-    """A set of images and the names of its classes, whose number becomes that of the network.
+    """Open a set of images, and set num_classes to its number of classes; returns the set and the names of its classes.
 
     :raises UserError: if there is no such data, or its classes are not those of the network.
     """
@@ -176,14 +176,14 @@ def _open_images(settings: Settings, data: DataConfig) -> tuple[ImageSource, Cla
 
 
 def _check_stream(settings: Settings, stream: ImageStream) -> None:
-    """:raises UserError: if class_cond is asked of a stream without a number of classes."""
+    """:raises UserError: if class_cond is given for a stream, without num_classes."""
     if settings.values["class_cond"] and not settings.values["num_classes"]:
         raise UserError(f"{stream.data_dir} is a stream, whose classes are not known before it is read: give "
                         "--num_classes, or leave out --class_cond")
 
 
 def _warn_of_odd_classes(source: ImageSource) -> None:
-    """Labels that are probably not meant as classes train without an error; say so, with the remedy."""
+    """Warn of labels that are probably not meant as classes: training with them gives no error."""
     classes = 0 if source.labels is None else len(np.unique(source.labels))
     if classes == 1 or classes > len(source) / 2:
         logger.warn(

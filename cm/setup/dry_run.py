@@ -200,7 +200,7 @@ def memory_of(settings: Settings, model: Network) -> tuple[MemoryPlan, int, int]
 
 
 def planned_run(settings: Settings) -> tuple[PlannedRun, int]:
-    """What the flags of a training run say about its memory, and the images of a forward pass."""
+    """The facts about the memory of a training run that its flags determine, and the images of a forward pass."""
     train = settings.section(TrainConfig)
     ranks = train.dry_run_ranks or dist.get_world_size()
     images, _ = share_of_batch(train.global_batch_size, train.batch_size, 0, ranks)

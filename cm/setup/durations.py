@@ -54,9 +54,9 @@ def resolve_durations(settings: Settings, batch: int) -> None:
 
 
 def set_steps(settings: Settings, name: str, flag: str, steps: int, batch: int) -> None:
-    """Give the flag `name`, in steps, the value that `flag`, in images, stands for.
+    """Set the flag `name`, in steps, from the value of `flag`, in images.
 
-    The command line wins over a file; what was resolved once and is read back from a file agrees with itself.
+    The command line wins over a file. Settings that were resolved and are read back from a file agree.
 
     :raises UserError: if both are given in the same place and disagree.
     """

@@ -30,7 +30,7 @@ GRID = ("scale_mode", "start_scales", "end_scales")                 # flags that
 
 
 def network_flags(settings: Settings, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags without which weights cannot be used, and those of the training grid where they are known."""
+    """The flags that are needed to use the weights, and those of the training grid if they are known."""
     sections = (ModelConfig, DiffusionConfig, LatentConfig)
     names = [name for section in sections for name in defaults_of(section) if name in settings.values]
     own = {name: settings.values[name] for name in (*names, "training_mode")}
@@ -38,7 +38,7 @@ def network_flags(settings: Settings, trained: Mapping[str, Any]) -> dict[str, A
 
 
 def trained_flags(path: str) -> Mapping[str, Any]:
-    """What the file or folder at a path says of the training of its weights; for one rank."""
+    """The flags of training that are stored with the weights at a path; empty without any. Call it on one rank."""
     if hub_folder.is_folder(path):
         return hub_folder.description(path).config
     if described.claims(path):
@@ -49,7 +49,7 @@ def trained_flags(path: str) -> Mapping[str, Any]:
 
 
 def describe(settings: Settings, path: str, class_names: ClassNames = ()) -> Description:
-    """What is known of the weights at a path that settings were resolved with; for one rank."""
+    """A description of the weights at the path from which settings were resolved. Call it on one rank."""
     names = class_names if settings.values["class_cond"] else ()
     return Description(network_flags(settings, trained_flags(path)), names, facts_of(path))
 
@@ -66,7 +66,7 @@ def save_native(folder: str, weights: Mapping[str, Tensor], about: Description) 
 def save_safetensors(path: str, weights: Mapping[str, Tensor], about: Description) -> None:
     """Write one safetensors file that describes its network; on one rank.
 
-    :raises UserError: if it has another ending than .safetensors, by which readers know it, or cannot be written.
+    :raises UserError: if its name does not end in .safetensors, or it cannot be written.
     """
     if not path.endswith(described.SUFFIX):
         raise UserError(f"{path}: a safetensors file is recognised by its name; give one that ends in "
@@ -77,7 +77,7 @@ def save_safetensors(path: str, weights: Mapping[str, Tensor], about: Descriptio
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a user adds to a model card, read.
+    """The parts of a model card that a user adds.
 
     :param licence: an identifier such as mit; empty for none.
     :param picture: of samples, a PNG; empty for none.
@@ -89,7 +89,7 @@ class CardOptions:
 
 
 def card_options(licence: str, results: Iterable[str], picture: str) -> CardOptions:
-    """Read what a user adds to a model card; on one rank.
+    """Read the parts of a model card that a user adds; on one rank.
 
     :param results: files that evaluator.py or fid.py wrote with --json.
     :param picture: path of a picture; empty for none.
@@ -115,7 +115,7 @@ def save_hub_folder(folder: str, weights: Mapping[str, Tensor], about: Descripti
 
 
 def read_picture(path: str) -> bytes:
-    """A picture of any kind as a PNG, without what else its file says.
+    """A picture of any format as a PNG, without the metadata of its file.
 
     :raises UserError: if it cannot be read.
     """
@@ -157,10 +157,10 @@ def save_diffusers(
 
 
 def training_levels(trained: Mapping[str, Any], training_mode: str) -> int:
-    """How many noise levels the grid had at the end of training.
+    """The number of noise levels of the grid at the end of training.
 
-    :param trained: the flags of the run that made the checkpoint, empty if they are not known.
-    :raises UserError: if neither these nor the mode say it.
+    :param trained: the flags of the training run; empty if they are not known.
+    :raises UserError: if neither these nor the training mode determine it.
     """
     mode, first, last = (trained.get(name) for name in GRID)
     if mode == "fixed" and type(first) is int and first > 0:

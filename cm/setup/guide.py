@@ -36,10 +36,10 @@ from cm.types import Denoiser
 
 @dataclass(frozen=True)
 class GuideFlags:
-    """The names of the flags of one use of guidance.
+    """The names of the flags of guidance, for sampling or for a teacher.
 
-    :param prefix: how they begin.
-    :param guided: how messages name the network that is guided.
+    :param prefix: first part of the names.
+    :param guided: name of the guided network in messages.
     """
 
     prefix: str
@@ -47,17 +47,17 @@ class GuideFlags:
 
     @property
     def scale(self) -> str:
-        """Of w."""
+        """The flag of the strength w."""
         return f"{self.prefix}guide_scale"
 
     @property
     def path(self) -> str:
-        """Of the file of the guiding network."""
+        """The flag of the file of the guiding network."""
         return f"{self.prefix}guide_path"
 
     @property
     def interval(self) -> str:
-        """Of the noise levels."""
+        """The flag of the noise levels at which the guide acts."""
         return f"{self.prefix}guide_interval"
 
 
@@ -67,11 +67,11 @@ DISTILLING = GuideFlags("teacher_", "the teacher")
 
 @dataclass(frozen=True)
 class Guide:
-    """What the flags ask for.
+    """The guidance that the flags ask for.
 
-    :param scale: w.
-    :param interval: the guide acts at noise levels above the first and up to the second.
-    :param settings: of the guiding network, whose file is a source of theirs; None where the network guides itself,
+    :param scale: the strength w.
+    :param interval: the guide acts at noise levels above the first number and up to the second.
+    :param settings: settings of the guiding network, with its file in `sources`; None if the network guides itself,
         without its class.
     """
 
@@ -91,7 +91,7 @@ class Guide:
 
 
 def prepare_label_dropout(settings: Settings) -> None:
-    """--label_dropout makes a network that also knows the label of no class.
+    """For --label_dropout, give the network a label for images without a class.
 
     :raises UserError: if the network has no classes, or is asked not to have that label.
     """
@@ -110,9 +110,9 @@ def prepare_label_dropout(settings: Settings) -> None:
 
 
 def choose_teacher_guide(settings: Settings) -> None:
-    """The guide of the teacher becomes `settings.sources["teacher_guide"]`, if the flags ask for one.
+    """Store the guide of the teacher in `settings.sources["teacher_guide"]`, if the flags ask for one.
 
-    :raises UserError: as `choose_guide`, and where there is no teacher.
+    :raises UserError: for the reasons of `choose_guide`, and if there is no teacher.
     """
     given = _given(settings, DISTILLING)
     companions = objective_kind(settings.values).companions_of(settings.values)
@@ -123,9 +123,9 @@ def choose_teacher_guide(settings: Settings) -> None:
 
 
 def choose_guide(settings: Settings, flags: GuideFlags) -> Guide | None:
-    """The guide that the flags ask for; None without one.
+    """The guide that the flags ask for; None if they ask for none.
 
-    :raises UserError: if it is not complete, cannot be read, or does not fit the network that it is to guide.
+    :raises UserError: if flags are missing, or the guide cannot be read or does not fit the network.
     """
     given, values = _given(settings, flags), settings.values
     if not given:
@@ -166,7 +166,7 @@ def _check_reach(interval: tuple[float, float], values: Mapping[str, Any], flags
 
 
 def _given(settings: Settings, flags: GuideFlags) -> list[str]:
-    """Those of the flags that somebody set, as messages name them; a file may hold them all at their defaults."""
+    """The flags of guidance that differ from their defaults, with their values, for messages."""
     defaults = defaults_of(GuidanceConfig)
     return [
         f"--{name} {settings.values[name]}" for name in (flags.scale, flags.path, flags.interval)
@@ -191,9 +191,9 @@ def parse_interval(text: str, flag: str) -> tuple[float, float]:
 
 
 def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
-    """What the file of the guide says about its network.
+    """The settings of the guiding network, from its file.
 
-    :raises UserError: if there is no such file, it does not say enough, or it is no diffusion model.
+    :raises UserError: if there is no such file, it does not describe the network, or it is not a diffusion model.
     """
     path = find_weights(settings, flags.path)
     kind, checkpoint = dist.on_main(look_at, path)
@@ -212,7 +212,7 @@ def _settings_of_guide(settings: Settings, flags: GuideFlags) -> Settings:
 
 
 def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
-    """:raises UserError: if the images or classes of the guide are not those of the network that it is to guide."""
+    """:raises UserError: if images or classes of the guide differ from those of the guided network."""
     path, model, own = guide.values[flags.path], settings.values, guide.values
     for name in ("image_size", "channels"):
         if own.get(name) != model.get(name):
@@ -235,10 +235,11 @@ def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
 
 
 def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_casts: bool = True) -> Any:
-    """A diffusion with the guide, whose network is loaded here; the diffusion itself without one.
+    """The diffusion with the guide, after loading its network; the diffusion itself if there is no guide.
 
-    :param settings: of the network that is guided.
-    :param stores_casts: in bf16 the guide is asked under autocast only, and holds its weights accordingly.
+    :param settings: settings of the guided network.
+    :param stores_casts: whether, in bf16, the guide is only evaluated under autocast, and may store its weights in the
+        dtype to which autocast casts them.
     """
     if guide is None:
         return diffusion
@@ -262,13 +263,13 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_ca
 
 
 def _within(interval: tuple[float, float], levels: tuple[float, float]) -> tuple[float, float]:
-    """The part of an interval that lies in the noise levels of a network, whose ends belong to them."""
+    """The part of an interval inside the noise levels of a network, including their ends."""
     rounding = 1e-6                                         # of a noise level in float32
     return max(interval[0], levels[0] * (1 - rounding)), min(interval[1], levels[1] * (1 + rounding))
 
 
 def with_known_conditioning(D: Denoiser, values: dict[str, Any]) -> Denoiser:
-    """A denoiser that is given any conditioning, and passes on what its network takes."""
+    """The denoiser, called with any conditioning: it passes on only the conditioning that its network has."""
     takes = {
         "y": values["class_cond"], "augment_labels": values["augment_dim"] > 0, "gap": values.get("second_time", False),
     }

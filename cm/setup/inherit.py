@@ -31,28 +31,26 @@ from cm.setup.weights_path import find_weights
 
 SECTIONS = (ModelConfig, DiffusionConfig, LatentConfig)
 FLAGS = {flag.name: flag for section in SECTIONS for flag in dataclasses.fields(section)}
-WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, one in the other
+WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")          # of torch.compile and DDP, in either order
 HEADS = ("num_heads", "num_heads_upsample", "num_head_channels", "use_new_attention_order")
 OWN = ("dropout", "dropout_resolutions", "use_checkpoint", "use_fp16", "use_new_attention_order", "weight_schedule")
-"""Flags that change no weights and no meaning of them: each run chooses its own."""
-
-
+"""Flags that do not change the weights or their meaning: each run chooses its own values."""
 UNSAID: dict[str, Any] = {"time_scale": 0.0, "null_class": False, "second_time": False}
-"""Flags of which a manifest says nothing that was written before there were such flags -> what it means by that."""
+"""Flags that older manifests do not contain -> the value that these networks have."""
 
 
 def inherit_checkpoint(settings: Settings, flag: str, *, also: tuple[str, ...] = ()) -> WeightsFile:
     """Take the architecture, and the flags named in `also`, from the file of weights that `flag` names.
 
-    The manifest next to it holds them; without one (the published files) they are read off the weights, or a file or
-    folder of `FORMATS` holds them itself. The file is then `settings.sources[flag]`, too.
+    They are in the manifest next to the file, or in a file or folder of `FORMATS` itself; else (published files) they
+    are derived from the weights. The file is also stored in `settings.sources[flag]`.
 
-    :raises UserError: if the file is missing or is no network of a kind that is known, if its weights are not those of
-        one network, if another flag contradicts it, or if it leaves something open that no flag says either.
+    :raises UserError: if the file is missing or not a known kind of network, its weights do not fit the network, a flag
+        contradicts it, or neither the file nor a flag determines the network completely.
     """
     path = find_weights(settings, flag)
     if web.is_address(path):
-        return WeightsFile(path)                            # of a dry run: nothing is read
+        return WeightsFile(path)                            # in a dry run: nothing is downloaded
     source = settings.sources[flag] = WeightsFile(path)
     kind, checkpoint = dist.on_main(look_at, path)
     if not kind:
@@ -88,9 +86,9 @@ def size_on_disk(path: str) -> int:
 
 
 def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) -> None:
-    """Compare weights that were read with their checksum, if there is one and --verify_weights asks for it.
+    """Compare weights with their checksum, if there is one and --verify_weights asks for it.
 
-    :raises UserError: if they are other values.
+    :raises UserError: if they differ.
     """
     if crc32 is None or not settings.values.get("verify_weights", True):
         return
@@ -101,7 +99,7 @@ def check_tensors(settings: Settings, source: WeightsFile, crc32: int | None) ->
 
 
 def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | None:
-    """Size and CRC-32 of a file in its manifest; a file that is not in it is loaded with a warning."""
+    """Size and CRC-32 of a file from its manifest; None, with a warning, if the manifest does not list the file."""
     facts = checkpoint.facts(path)
     if facts is None:
         logger.warn(f"{path} is not listed in {checkpoint.manifest}: whether it is damaged cannot be checked")
@@ -109,7 +107,7 @@ def listed(checkpoint: manifest.Checkpoint, path: str) -> Mapping[str, int] | No
 
 
 def _inherit_bare(settings: Settings, source: WeightsFile, also: tuple[str, ...]) -> WeightsFile:
-    """From weights without a manifest, of which names and shapes tell most."""
+    """`inherit_checkpoint` for weights without a manifest: most flags follow from names and shapes."""
     verify = settings.values.get("verify_weights", True)
     is_safetensors = source.path.lower().endswith(".safetensors")
     weights = safetensor_files.read(source.path) if is_safetensors else dist.load_state_dict(source.path, verify=verify)
@@ -155,9 +153,9 @@ def inherit_resumed(settings: Settings) -> None:
 
 
 def inherit_flags(settings: Settings, known: Mapping[str, Any], also: tuple[str, ...], path: str) -> None:
-    """Take over what a manifest, or the weights themselves, say about the network.
+    """Set the flags of the network to the values of a manifest, or to those derived from the weights.
 
-    :raises UserError: if a flag contradicts it, or a value of the manifest is none that its flag allows.
+    :raises UserError: if a given flag contradicts them, or a value is not allowed for its flag.
     """
     known = {"channels": ModelConfig.channels, **known}     # older manifests do not say: all were RGB
     flags = (*FLAGS, *also)
@@ -171,7 +169,7 @@ Taken = dict[str, Any]
 
 
 def _same_result(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """Consistency models are one kind of network, however they were trained."""
+    """Consistency models are the same kind of network for any training method."""
     kinds = [OBJECTIVES.get(str(each.get("training_mode"))) for each in (taken, settings.values)]
     alike = all(kind is not None and kind.distillation for kind in kinds)
     if settings.is_given("training_mode") and alike:
@@ -179,7 +177,7 @@ def _same_result(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> 
 
 
 def _free_levels(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """The ODE of a diffusion model can be cut anywhere."""
+    """A diffusion model can be sampled over other noise levels than those in its checkpoint."""
     if known.get("training_mode") == "edm":
         for name in ("sigma_min", "sigma_max"):
             if settings.is_given(name):
@@ -187,7 +185,7 @@ def _free_levels(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> 
 
 
 def _one_spelling_of_widths(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """An empty channel_mult is the default of the size."""
+    """An empty channel_mult is the same as the default for the image size."""
     if "channel_mult" in taken:
         side = taken.get("image_size", settings.values["image_size"])
         taken["channel_mult"] = spell_channel_mult(taken["channel_mult"], side)
@@ -196,7 +194,7 @@ def _one_spelling_of_widths(settings: Settings, taken: Taken, known: Mapping[str
 
 
 def _same_attention(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """Sides at which the network attends are a set, and those that never occur in it mean nothing."""
+    """The order of attention resolutions does not matter, nor do resolutions that the network does not have."""
     name = "attention_resolutions"
     if name not in taken or not settings.is_given(name):
         return
@@ -209,7 +207,7 @@ def _same_attention(settings: Settings, taken: Taken, known: Mapping[str, Any]) 
 
 
 def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """A diffusion model that starts from the weights of another may have noise labels of its own."""
+    """A diffusion model that starts from the weights of another may have another time_scale."""
     values = settings.values
     fine_tunes = values.get("resume_checkpoint") and values.get("training_mode") == "edm"
     if fine_tunes and settings.is_given("time_scale") and values["time_scale"] != taken.get("time_scale"):
@@ -219,14 +217,14 @@ def _new_clock(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> No
 
 
 def _own_second_time(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """A flow map starts from a teacher that has no second time."""
+    """A flow map starts from the weights of a teacher without a second time."""
     mode = settings.values.get("training_mode", "")
     if settings.values.get("teacher_model_path") and mode in OBJECTIVES and OBJECTIVES[mode].second_time:
         taken.pop("second_time", None)
 
 
 def _same_latents(settings: Settings, taken: Taken, known: Mapping[str, Any]) -> None:
-    """A record of latents is the same in other words, and a checkpoint without one leaves it to the flag."""
+    """Records of latents are compared by their values; a checkpoint without a record does not contradict a flag."""
     if not taken.get(RECORD):
         taken.pop(RECORD, None)
         return
@@ -243,11 +241,11 @@ def _same_latents(settings: Settings, taken: Taken, known: Mapping[str, Any]) ->
 MERGE_POLICIES = (
     _same_result, _free_levels, _one_spelling_of_widths, _same_attention, _new_clock, _own_second_time, _same_latents,
 )
-"""What may differ between a checkpoint and the flags without being a contradiction."""
+"""The differences between a checkpoint and the flags that are not contradictions."""
 
 
 def plain_value(name: str, value: Any, path: str) -> Any:
-    """A value of a manifest as its flag would take it; a manifest may have been written by anybody.
+    """A value of a manifest, converted and checked as a value of its flag: manifests are untrusted.
 
     :raises UserError: if the flag does not allow it.
     """

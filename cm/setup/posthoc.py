@@ -40,14 +40,14 @@ class Average:
 
     @property
     def name(self) -> str:
-        """What its file begins with."""
+        """The first part of the name of its file."""
         return f"ema_posthoc{self.std:g}"
 
 
 def parse_widths(text: str) -> list[float]:
     """'0.05,0.1' -> [0.05, 0.1]; '0.02:0.04' -> [0.02, 0.03, 0.04]; '0.02:0.1:0.04' -> [0.02, 0.06, 0.1].
 
-    :raises UserError: if it is no list of widths, or one of them is none.
+    :raises UserError: if it is not a list of widths, or a width is out of range.
     """
     found: list[float] = []
     for part in text.split(","):
@@ -70,7 +70,7 @@ def parse_widths(text: str) -> list[float]:
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], step: int) -> tuple[list[Snapshot], int, int]:
-    """The snapshots that an average at a step may be made of, that step, and the images seen then.
+    """The snapshots from which an average at a step can be made, the step, and the images seen at that step.
 
     Between two snapshots the images are those of a constant batch.
 
@@ -89,9 +89,9 @@ def snapshots_until(snapshots: Sequence[Snapshot], step: int) -> tuple[list[Snap
 def plan_averages(
     stds: Sequence[float], snapshots: Sequence[Snapshot], images: int, extrapolate: bool
 ) -> list[Average]:
-    """How to make an average of each width at a time; warns of those that come out roughly.
+    """The coefficients for an average of each width; warns of widths that are only approximated.
 
-    :param images: seen then.
+    :param images: images seen at the step of the averages.
     :raises UserError: for a width that the snapshots do not determine, unless `extrapolate`.
     """
     widest, profiles = max(each.std for each in snapshots), [each.profile for each in snapshots]
@@ -111,7 +111,7 @@ def plan_averages(
 def write_average(
     settings: Settings, average: Average, snapshots: Sequence[Snapshot], checkpoint: manifest.Checkpoint
 ) -> manifest.Checkpoint:
-    """Make an average and add it to a checkpoint, on every rank together; the checkpoint with it.
+    """Make an average and add it to a checkpoint; returns the new checkpoint. All ranks must call it together.
 
     :raises UserError: if a snapshot is damaged, or the file cannot be written.
     """
@@ -122,9 +122,9 @@ def write_average(
 
 
 def checkpoint_for(folder: str, step: int, images: int, snapshot: Snapshot) -> manifest.Checkpoint:
-    """The checkpoint that the averages of a step go to: the one there, with its files, or a new one. For one rank.
+    """The checkpoint for the averages of a step: an existing one with its files, or a new one. Call it on one rank.
 
-    :raises UserError: if the one there is of another run, which would lose its files.
+    :raises UserError: if the existing one belongs to another run and would lose its files.
     """
     source = snapshot.checkpoint
     path = storage.join(folder, file_names.manifest_name(step))
@@ -143,7 +143,7 @@ def distance_of(
     settings: Settings, checkpoint: manifest.Checkpoint, average: Average, plan: SamplingPlan, options: SampleOptions,
     metric: Metric,
 ) -> float:
-    """The distance of an average's samples from the reference; all ranks call it together and get the same number."""
+    """The distance of samples of an average from the reference; the same on all ranks, which must call it together."""
     path = os.path.join(checkpoint.directory, file_names.file_name(average.name, checkpoint.step))
     settings.sources["model_path"] = WeightsFile(path, expected=checkpoint.facts(path))
     model, diffusion = load_network(settings, "model_path"), sampling_diffusion(settings)

@@ -1,7 +1,7 @@
 """The order in which the flags of a training run are resolved: one table, read from top to bottom.
 
-A rule may set what the command line, a file and a checkpoint leave open, and refuse what contradicts them; see
-`Provenance` for which wins. After the last rule nothing changes any more, and components take frozen sections.
+A rule may set values that the command line, a file and a checkpoint do not set, and refuse contradictions; `Provenance`
+says which source wins. After the last rule, the settings do not change, and components take frozen sections of them.
 """
 
 from __future__ import annotations

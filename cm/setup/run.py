@@ -33,7 +33,7 @@ def start_run(settings: Settings) -> None:
     if directory and not storage.is_remote(directory):      # a new temporary folder is nobody else's
         dist.on_main(lock.take, os.path.expanduser(directory))
     signals.allow(settings.values["grace_seconds"])
-    open_log(settings, with_config=False)                   # that is written when the run has begun
+    open_log(settings, with_config=False)                   # that is written when the run starts
 
 
 def check_log_dirs(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""What the sampling scripts build from their flags: the network, the requested images, a guide."""
+"""Makes the objects of the sampling commands from their flags: the network, the requested images, a guide."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ NO_CLASS = SampleConfig.class_label                         # stands for all cla
 
 
 def inherit_model(settings: Settings) -> SampleConfig:
-    """Take from the checkpoint at --model_path what it knows of its network and how it was trained, and choose the
-    sampler that fits it where no flag does.
+    """Take the flags of the network and its training from the checkpoint at --model_path, and choose a fitting sampler
+    if no flag names one.
 
     :raises UserError: if there is no such checkpoint, or a flag contradicts it or would be ignored.
     """
@@ -50,16 +50,16 @@ def inherit_model(settings: Settings) -> SampleConfig:
     choose_sampler(settings)
     drop_unreachable_attention(settings)
     reach_all_levels(settings)
-    diffusion = sampling_diffusion(settings)                # which knows what noise levels its network knows
+    diffusion = sampling_diffusion(settings)                # clips the noise levels to those of the network
     settings.replace(sigma_min=diffusion.sigma_min, sigma_max=diffusion.sigma_max)
     refuse_idle(settings, {})
     return settings.section(SampleConfig)
 
 
 def choose_seeds(settings: Settings) -> tuple[int, ...]:
-    """The sample indices that --seeds lists, none if it is empty; their number becomes num_samples.
+    """The sample indices that --seeds lists; empty without the flag. num_samples is set to their number.
 
-    :raises UserError: if it is no list of seeds, or another flag contradicts it.
+    :raises UserError: if it is not a list of seeds, or another flag contradicts it.
     """
     values, seeds = settings.values, parse_seeds(settings.values["seeds"])
     if not seeds and settings.is_given("seeds"):
@@ -130,7 +130,7 @@ def chosen_classes(class_label: str, names: ClassNames, num_classes: int | None)
 
 
 def recorded_classes(classes: tuple[int, ...]) -> int | list[int]:
-    """The classes of --class_label for a record of a run: one as a number, as it always was; -1 for all."""
+    """The classes of --class_label for the record of a run: a number for one class, a list for several, -1 for all."""
     return list(classes) if len(classes) > 1 else classes[0] if classes else ANY
 
 

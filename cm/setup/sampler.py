@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cm.config.flags import Provenance, Settings, defaults_of
+from cm.config.needs import refuse_options_of_others
 from cm.config.sampling_schema import AblationConfig, SampleConfig, SolverConfig
 from cm.diffusion.preconditioning import PRECONDS
 from cm.errors import UserError
@@ -22,21 +23,21 @@ from cm.setup.model import parse_ts
 from cm.setup.objective import kind_of_result
 from cm.types import Sampler
 
-OWN_ETA = SolverConfig.eta                                  # stands for the sampler's own
+OWN_ETA = SolverConfig.eta                                  # means the default of the sampler
 
 
 def choose_ablation(settings: Settings) -> None:
-    """Any flag of the ablation sampler chooses it, as in EDM's generate.py, unless another is asked for."""
+    """Choose the sampler ablation if any of its flags is given, as in EDM's generate.py, and no --sampler."""
     asked = any(field.name in settings.given for field in fields(AblationConfig))
     if asked and "sampler" not in settings.given:
         settings.replace(sampler="ablation")
 
 
 def choose_sampler(settings: Settings) -> None:
-    """The sampler that fits how the network was trained, unless a flag names one; a warning if that one does not fit.
+    """Choose the sampler that fits the training of the network; if a flag names one that does not fit, warn.
 
-    Edits with a consistency model visit all levels of its grid unless --ts says which: the parts that are kept are put
-    back at each of them (Song et al. 2023, algorithm 4). Interpolation and denoising take one evaluation there.
+    Without --ts, an edit with a consistency model visits all levels of its grid, since the kept parts are restored at
+    each of them (Song et al. 2023, algorithm 4). Interpolation and denoising take one evaluation.
     """
     values, kind = settings.values, kind_of_result(settings.values["training_mode"])
     edits = "task" in values
@@ -61,11 +62,10 @@ def fits(kind: type[Objective], sampler: str) -> bool:
 
 
 def reach_all_levels(settings: Settings) -> None:
-    """Samplers go through all noise levels that a diffusion network on DDPM's timesteps knows, unless a flag asks for
-    less.
+    """Set the ends of the grid where they are not those of the checkpoint, unless flags set them.
 
-    Its checkpoint only says which levels its training was reported at; a consistency model keeps those of its training.
-    The grids of the ablation sampler have ends of their own.
+    A diffusion network on DDPM's timesteps is sampled over all levels of these timesteps, and the ablation sampler has
+    ends of its own.
     """
     values, levels = settings.values, None
     if values["precond"] == "ddpm" and values["training_mode"] == "edm":
@@ -87,7 +87,7 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     if config.s_tmin > config.s_tmax:
         raise UserError(f"--s_tmin {config.s_tmin:g} is above --s_tmax {config.s_tmax:g}, so there would be no noise "
                         "at any level: exchange them, or leave out --s_churn")
-    refuse_flags_of_other_samplers(config.sampler, solver)
+    refuse_options_of_others(solver, _users_of_options(), "sampler", config.sampler)
     refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
         **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
@@ -106,9 +106,9 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
 
 
 def _check_second_time(sampler: str, second_time: bool) -> None:
-    """A flow map in one step is the sampler flowmap's; without the end of a step, it is but a denoiser.
+    """Check that flow maps are sampled as such: samplers for consistency functions do not give the end of a step.
 
-    :raises UserError: for a sampler that does not go with the network.
+    :raises UserError: for a sampler that does not fit the network.
     """
     networks = SAMPLERS[sampler].networks
     if networks == ("flow_map",) and not second_time:
@@ -120,23 +120,21 @@ def _check_second_time(sampler: str, second_time: bool) -> None:
 
 
 def level_of_images(settings: Settings) -> float:
-    """The noise level at which the network of --model_path gives images: 0 for a consistency function with
-    D(x, 0) = x, else sigma_min.
+    """The lowest noise level of the network of --model_path: 0 for a consistency function with D(x, 0) = x, else
+    sigma_min.
     """
     kind = kind_of_result(settings.values["training_mode"])
     return 0.0 if kind.few_step and not kind.distillation else settings.values["sigma_min"]
 
 
-def refuse_flags_of_other_samplers(name: str, solver: SolverConfig) -> None:
-    for field in fields(solver):
-        owners = [
-            other for other, kind in SAMPLERS.items()
+def _users_of_options() -> dict[str, list[str]]:
+    """Option of `SolverConfig` -> the samplers that use it."""
+    return {
+        field.name: [
+            name for name, kind in SAMPLERS.items()
             if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
-        ]
-        value = getattr(solver, field.name)
-        if value != field.default and name not in owners:
-            raise UserError(f"--{field.name} {value} belongs to --sampler {', '.join(owners)}, not to {name}; "
-                            "drop one of them")
+        ] for field in fields(SolverConfig)
+    }
 
 
 def _adds_noise(kind: type[Any]) -> bool:
@@ -156,10 +154,7 @@ USERS: dict[str, tuple[str, Callable[[type[Any]], bool]]] = {
 
 
 def refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
-    """A flag on the command line that the sampler would ignore is a mistake.
-
-    :raises UserError: naming it and what it is for.
-    """
+    """:raises UserError: for a flag on the command line that the sampler would ignore; it names the right samplers."""
     defaults = defaults_of(SampleConfig)
     unused = {
         name: what.format(", ".join(other for other, each in SAMPLERS.items() if uses(each)))
@@ -175,7 +170,7 @@ def refuse_unused_flags(settings: Settings, kind: type[Any]) -> None:
 
 
 def sampler_options(settings: Settings) -> SampleOptions:
-    """How the flags of `SampleConfig` and `SolverConfig` ask for the images to be sampled."""
+    """The options of sampling that the flags of `SampleConfig` and `SolverConfig` describe."""
     values = settings.values
     churn = Churn(**{name: values[name] for name in ("s_churn", "s_tmin", "s_tmax", "s_noise")})
     own = {name: values[name] for name in ("steps", "clip_denoised", "sigma_min", "sigma_max", "rho")}

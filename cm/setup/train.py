@@ -57,7 +57,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
     loop, source = make_loop(settings, kind)
     loop.resume()
     settings.replace(keep_checkpoints=loop.checkpoints.keep)        # as many as before, where no flag says
-    dist.on_main(save_config, settings)                     # of a run that has begun, not of one that was refused
+    dist.on_main(save_config, settings)                     # not for a run that was refused
     dist.on_main(announce.keep_classes, source, settings.values["class_cond"])
     if dist.is_main():
         logger.log(announce.start_line(settings, loop, source))
@@ -68,7 +68,7 @@ def run(settings: Settings, kind: type[Objective]) -> bool:
 
 
 def make_loop(settings: Settings, kind: type[Objective]) -> tuple[TrainLoop, ImageSource | ImageStream]:
-    """The loop of a run that has not begun, and the images it is trained on; on every rank.
+    """The loop of a run before its start, and the images it is trained on; on every rank.
 
     :param settings: resolved by `rules.TRAINING`.
     """
@@ -123,7 +123,7 @@ def placed(settings: Settings, companion: Companion, network: nn.Module) -> Comp
 
 
 def loop_config(settings: Settings) -> LoopConfig:
-    """What the loop takes from the flags."""
+    """The settings of the training loop, from the flags."""
     train = settings.section(TrainConfig)
     batch_size, global_batch = share_of_batch(
         train.global_batch_size, train.batch_size, dist.get_rank(), dist.get_world_size()

@@ -73,7 +73,7 @@ def weights_in(path: str, flag: str, verify: bool = True) -> str:
 
 
 def _checkpoint_dir(folder: str) -> str:
-    """Where a run's config.json says that its checkpoints are; empty if it does not."""
+    """The folder of the checkpoints of a run according to its config.json; empty if it does not say."""
     path = os.path.join(folder, "config.json")
     if storage.is_remote(folder) or not os.path.exists(path):
         return ""

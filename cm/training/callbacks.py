@@ -158,7 +158,7 @@ class Evaluation:
     def after_step(self, loop: TrainLoop) -> dict[str, float]:
         if not is_due(loop, self.interval):
             return {}
-        begun = time.monotonic()
+        start_time = time.monotonic()
         with undisturbed(loop.device):
             drawn = self.sampler.draw(loop, self.num_samples, "evaluation")
             value = self.metric.distance((int(rows[0]), images) for rows, images in drawn if len(images))
@@ -173,7 +173,7 @@ class Evaluation:
                 logger.warn(f"training continues without the weights of step {loop.step}, the best so far: {error}")
         logger.log(
             f"step {loop.step}: {self.metric.label} {value:.6g} of {self.num_samples} samples in "
-            f"{time.monotonic() - begun:.1f} s; {self.best_so_far()}"
+            f"{time.monotonic() - start_time:.1f} s; {self.best_so_far()}"
         )
         return {self.metric.key: value}
 

@@ -36,7 +36,7 @@ class EmaSnapshots:
 
     interval: int
     name = "ema_snapshots"
-    begun = False
+    started = False
 
     def after_step(self, loop: TrainLoop) -> dict[str, float]:
         """Write the snapshot of this step if it is due.
@@ -44,9 +44,9 @@ class EmaSnapshots:
         :raises UserError: on every rank, if it cannot be written and the run must not go on without it.
         """
         folder = storage.join(loop.checkpoints.directory, FOLDER)
-        if not self.begun:                                  # the run may have gone back to an earlier step
+        if not self.started:                                # the run may have gone back to an earlier step
             dist.on_main(archive_after, folder, loop.step - 1)
-            self.begun = True
+            self.started = True
         if loop.step % self.interval and loop.step != loop.total_training_steps:
             return {}
         names = [rate.name for rate in loop.ema_rate if rate.power_std is not None]

@@ -322,11 +322,11 @@ class TrainLoop:
 
     def run_callbacks(self) -> dict[str, float]:
         """Run the callbacks after this step; returns values for the log. Their time does not count as training."""
-        begun, found = time.monotonic(), {}
+        start_time, found = time.monotonic(), {}
         with signals.unhurried():                           # a measurement may take longer than a step may
             for callback in self.callbacks:
                 found |= callback.after_step(self)
-        self.clock += time.monotonic() - begun
+        self.clock += time.monotonic() - start_time
         return found
 
     def log_row(self, found: Mapping[str, float]) -> dict[str, float | None]:

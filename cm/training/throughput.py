@@ -32,8 +32,8 @@ class Ticks:
 
     def __init__(self, step: int, tick_steps: int, device: th.device, seconds_before: float = 0.0):
         self.tick_steps, self.device = tick_steps, device
-        self.tick_begun = time.monotonic()
-        self.begun = self.tick_begun - seconds_before
+        self.tick_start = time.monotonic()
+        self.start_time = self.tick_start - seconds_before
         self.last_step, self.idle = step, 0.0
 
     @contextlib.contextmanager
@@ -42,7 +42,7 @@ class Ticks:
         start = time.monotonic()
         yield
         seconds = time.monotonic() - start
-        self.idle, self.tick_begun = self.idle + seconds, self.tick_begun + seconds
+        self.idle, self.tick_start = self.idle + seconds, self.tick_start + seconds
 
     def end(self, step: int, batch: int) -> dict[str, float]:
         """The tick that ends with this step, as columns of the log's row.
@@ -50,12 +50,12 @@ class Ticks:
         :param batch: images per step over all ranks.
         """
         now = time.monotonic()
-        seconds, kimg_of_tick = now - self.tick_begun, (step - self.last_step) * batch / 1000
+        seconds, kimg_of_tick = now - self.tick_start, (step - self.last_step) * batch / 1000
         gpu = th.cuda.is_available() and self.device.type == "cuda"
         row = {
             "tick": -(-step // self.tick_steps),
             "kimg": step * batch / 1000,
-            "time_sec": now - self.begun,
+            "time_sec": now - self.start_time,
             "sec_per_tick": seconds,
             "sec_per_kimg": seconds / max(kimg_of_tick, 1e-9),
             "maintenance_sec": self.idle,
@@ -65,7 +65,7 @@ class Ticks:
         }
         if gpu:
             th.cuda.reset_peak_memory_stats(self.device)
-        self.last_step, self.tick_begun, self.idle = step, now, 0.0
+        self.last_step, self.tick_start, self.idle = step, now, 0.0
         return row
 
 

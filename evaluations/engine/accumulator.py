@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass
 class Gathered:
-    """What a pass has left, of the images of all ranks."""
+    """The statistics of a pass, over the images of all ranks."""
 
     count: int                                              # N
     moments: dict[FeatureKind, Moments]
@@ -78,7 +78,7 @@ class FeatureAccumulator:
         self.count += count
 
     def over_ranks(self, ranks: Ranks) -> Gathered:
-        """What all ranks have gathered; points stay where they are. One step of all ranks together."""
+        """The statistics of all ranks; points stay on their rank. All ranks must call it together."""
         count = int(ranks.sum(np.array(self.count)))
         points = None
         if self._points is not None:

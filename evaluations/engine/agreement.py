@@ -1,4 +1,4 @@
-"""Whether two sides may be compared: one network, one size of images, one resize rule."""
+"""Checks that two sides can be compared: same network, same size of images, same resize rule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from evaluations.metrics.base import FeatureKind
 
 
 class Origin(NamedTuple):
-    """What a side's mean and covariance come from, as far as it is known."""
+    """The known facts about the origin of the mean and covariance of a side."""
 
     dim: int
     extractor: str | None
@@ -94,7 +94,7 @@ def notice_unrecorded(side: Side, kinds: Iterable[FeatureKind]) -> None:
 
 
 def other_classes(ref: Side, sample: Side) -> list[str]:
-    """A warning if both sides name their classes, and not alike; no distance looks at labels, so it is no error."""
+    """A warning if the class names of the sides differ; not an error, because distances do not depend on labels."""
     known, found = ref.class_names, sample.class_names
     if not known or not found or known == found:
         return []

@@ -26,7 +26,7 @@ CHUNK = 64                                                  # images read at onc
 class SizedImages(Protocol):
     """N images of one size."""
 
-    path: str                                               # what messages call the set
+    path: str                                               # name of the set in messages
 
     def __len__(self) -> int: ...
 
@@ -46,7 +46,7 @@ class SizedImages(Protocol):
         ...
 
     def name(self, i: int) -> str:
-        """What messages call image i of the set."""
+        """The name of image i of the set in messages."""
         ...
 
 
@@ -173,7 +173,7 @@ class NpzPictures:
 def open_pictures(path: str, flag: str, image_size: int | None = None) -> Pictures:
     """The images at a path: an npz if its name ends so, else what `cm.data.sources.open_source` makes of it.
 
-    :param flag: what messages call the path.
+    :param flag: name of the path in messages.
     :param image_size: side to crop and resize to, as training does; None for the images' own size.
     :raises UserError: if there is nothing of that name, or it holds no images.
     """
@@ -184,5 +184,5 @@ def open_pictures(path: str, flag: str, image_size: int | None = None) -> Pictur
 
 
 def width_by_height(shape: tuple[int, ...]) -> str:
-    """Of [H,W,3], as messages say it."""
+    """The size of an image [H,W,3] in messages."""
     return f"{shape[1]}x{shape[0]}"

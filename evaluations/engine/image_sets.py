@@ -33,8 +33,8 @@ def distance(
     images: str, ref: str, extractor: Extractor, num: int, seed: int, batch_size: int, cache: StatisticsCache | None,
     choose: Choose,
 ) -> dict[str, Any]:
-    """As `evaluations.fid.calc`, which describes the arguments; one step of all ranks together."""
-    begun = time.monotonic()
+    """The implementation of `evaluations.fid.calc`, which describes the arguments."""
+    start_time = time.monotonic()
     reference, pictures = _reference(ref), open_pictures(images, "--images")
     check_two(pictures)
     if not 2 <= num <= len(pictures):
@@ -80,7 +80,7 @@ def distance(
         "extractor": described(extractor),
         "warnings": [*warnings, *measured.odd],
         "versions": versions(),
-        "seconds": round(time.monotonic() - begun, 3),
+        "seconds": round(time.monotonic() - start_time, 3),
     }
 
 

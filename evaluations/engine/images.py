@@ -26,7 +26,7 @@ class Images(SizedImages, Protocol):
     """Images that a rank reads its share of."""
 
     def expected(self, batch_size: int, ranks: Ranks) -> int:
-        """How many images this rank's share has, at most; 0 where that is not known."""
+        """The largest number of images in this rank's share; 0 if it is not known."""
         ...
 
     def batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
@@ -73,11 +73,11 @@ class FileImages:
         return self.pictures.class_names
 
     def name(self, i: int) -> str:
-        """What messages call image i of the choice."""
+        """The name of image i of the choice in messages."""
         return self.pictures.name(int(self.indices[i]))
 
     def expected(self, batch_size: int, ranks: Ranks) -> int:
-        """How many images this rank's share has."""
+        """The number of images in this rank's share."""
         return sum(map(len, self._groups(batch_size)[ranks.rank :: ranks.count]))
 
     def batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
@@ -108,13 +108,13 @@ class GivenImages:
         return 0                                            # not known before the last has come
 
     def name(self, i: int) -> str:
-        """What messages call image i."""
+        """The name of image i in messages."""
         return f"image {i}"
 
     def expected(self, batch_size: int, ranks: Ranks) -> int:
-        """What the maker of the images expects."""
+        """The number of images that the caller expects."""
         return self._expected
 
     def batches(self, batch_size: int, ranks: Ranks) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
-        """As they come."""
+        """The batches in the order in which they arrive."""
         return ((start, as_rgb(images), len(images)) for start, images in self._batches)

@@ -30,11 +30,11 @@ class JobRanks(Ranks):
         return dist.all_reduce_max(th.from_numpy(np.asarray(array))).numpy()
 
     def broadcast(self, value: T | None, owner: int) -> T:
-        """What rank `owner` passed."""
+        """The argument of rank `owner`."""
         return dist.broadcast_object(value, owner)
 
     def gather(self, value: T) -> list[T]:
-        """What every rank passed."""
+        """The arguments of all ranks."""
         return dist.all_gather_object(value)
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:

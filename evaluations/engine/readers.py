@@ -269,7 +269,7 @@ def first_values(header: Header, member: IO[bytes]) -> NDArray[Any] | None:
 
 
 def float_remedy(sample: NDArray[Any] | None) -> str:
-    """How to convert float images, by the range of the first one."""
+    """The conversion of float images to uint8, chosen by the range of the first image."""
     ways = {
         "from [-1, 1] with": "((x + 1) * 127.5).clip(0, 255).astype(np.uint8)",
         "from [0, 1] with": "(x * 255).round().clip(0, 255).astype(np.uint8)",

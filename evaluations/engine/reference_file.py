@@ -31,7 +31,7 @@ def write_reference(
     data: str, dest: str, extractor: Extractor, num_images: int, seed: int, batch_size: int, image_size: int | None,
     choose: Choose,
 ) -> str:
-    """As `evaluations.fid.ref`, which describes the arguments; one step of all ranks together."""
+    """The implementation of `evaluations.fid.ref`, which describes the arguments."""
     pictures = open_pictures(data, "--data", image_size)
     check_two(pictures)
     count = len(pictures)

@@ -40,7 +40,7 @@ class Result:
 
 @dataclass
 class Measured:
-    """What the chosen metrics gave."""
+    """The results of the chosen metrics."""
 
     results: dict[str, Result] = field(default_factory=dict)
     few: list[str] = field(default_factory=list)            # warnings of numbers of too few images
@@ -70,7 +70,7 @@ def as_json(
     measured: Measured, skipped: Mapping[str, str], extractor: Extractor | None, reference: str, samples: str,
     settings: Mapping[str, Any], seconds: float,
 ) -> dict[str, Any]:
-    """What --json writes."""
+    """The content of the file of --json."""
     return {
         "metrics": {key: asdict(result) for key, result in measured.results.items()},
         "skipped": dict(skipped),

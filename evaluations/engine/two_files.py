@@ -28,8 +28,8 @@ def compare_files(
     device: th.device | str, metrics: Sequence[str] | None, settings: Settings, batch_size: int,
     cache: StatisticsCache | None,
 ) -> dict[str, Any]:
-    """As `evaluations.evaluator.evaluate`, which describes the arguments; one step of all ranks together."""
-    begun = time.monotonic()
+    """The implementation of `evaluations.evaluator.evaluate`, which describes the arguments."""
+    start_time = time.monotonic()
     chosen, optional = choose_metrics(metrics)
     engine = Engine(chosen, settings, JobRanks(), batch_size, cache)
     ref, sample = (side_of_file(os.fspath(path), role) for path, role in ((ref_path, REFERENCE),
@@ -64,7 +64,7 @@ def compare_files(
     reported = engine.reported(min(ref.count, sample.count))
     skipped = {name: skipped[name] for name in chosen if name in skipped}
     return as_json(measured, skipped, extractor, ref.path, sample.path, reported,
-                   time.monotonic() - begun)
+                   time.monotonic() - start_time)
 
 
 def _first_images(side: Side) -> Any:

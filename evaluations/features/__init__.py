@@ -24,21 +24,21 @@ __all__ = [
 EXTRACTORS: Table[Any] = Table("kind of extractor", {
     "tf": FrozenGraphExtractor, "torch": InceptionExtractor, "torchscript": TorchScriptExtractor,
 })
-"""Kinds of extractors; a path alone is of the first kind that `recognizes` it."""
+"""Kinds of extractors; a path without a kind is opened by the first kind that `recognizes` it."""
 
 
 def load_extractor(
     spec: str | None = None, device: th.device | str = "cpu", default: str = "torch", *, trusted: bool = False
 ) -> Extractor:
-    """The extractor that `spec` names: PATH, KIND:PATH, or a KIND alone for the published weights of Inception-v3.
+    """Load the extractor that `spec` names. All ranks must call it together.
 
-    One step of all ranks together. Without `spec`, $CM_INCEPTION; without that either, the kind `default`. Published
-    weights are looked for in torch.hub's cache, then downloaded to it.
-
+    :param spec: PATH, KIND:PATH, or only KIND for the published weights of Inception-v3, which are downloaded to the
+        cache of torch.hub if necessary. None or empty: $CM_INCEPTION, or else `default`.
+    :param device: where to compute.
     :param default: a kind in `evaluations.features.inception_files.FILES`.
-    :param trusted: the user trusts the file, should it be a program (see `evaluations.features.trust`).
-    :raises UserError: if the file is missing or of another kind, the weights cannot be had, or the file is a program
-        that nobody trusts.
+    :param trusted: whether to run a file that is a program (see `evaluations.features.trust`).
+    :raises UserError: if the file is missing or of another kind, the weights cannot be downloaded, or the file is a
+        program that is not trusted.
     """
     spec = spec or os.environ.get(EXTRACTOR_VARIABLE) or default
     if os.path.isfile(spec):
@@ -55,5 +55,5 @@ def load_extractor(
 
 
 def kind_of(path: str) -> str:
-    """The kind of a file that is there, by what is in it."""
+    """The kind of an existing file, from its content."""
     return next(kind for kind, extractor in EXTRACTORS.items() if extractor.recognizes(path))

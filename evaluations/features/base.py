@@ -21,7 +21,7 @@ ID_DIGITS = 12                                              # of the SHA-256 in 
 
 
 class Features(NamedTuple):
-    """What an extractor gives for N images; None for what it does not have."""
+    """The output of an extractor for N images; None for outputs that it does not have."""
 
     pool: NDArray[np.float32]                               # [N,D]
     spatial: NDArray[np.float32] | None                     # [N,S]
@@ -33,22 +33,22 @@ class Extractor(Protocol):
 
     @property
     def id(self) -> str:
-        """Kind, and hash of the weights and of what is done to the images first; stored with statistics."""
+        """The kind, with a hash of the weights and of the preprocessing of images; stored with statistics."""
         ...
 
     @property
     def name(self) -> str:
-        """The name for people."""
+        """The name in results and messages."""
         ...
 
     @property
     def resize(self) -> str:
-        """What happens to the images first, in words."""
+        """A description of the resizing of the images."""
         ...
 
     @property
     def is_inception(self) -> bool:
-        """Whether published FIDs are in these features."""
+        """Whether these are the features of published FIDs."""
         ...
 
     def extract(self, images: NDArray[np.uint8]) -> Features:
@@ -57,7 +57,7 @@ class Extractor(Protocol):
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """Short SHA-256 of names, types, shapes and values: the same network has it in whatever file it is."""
+    """Short SHA-256 of names, dtypes, shapes and values: the same for the same network in any file."""
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -24,7 +24,7 @@ EPS = 1e-3                                                  # of the normalisati
 
 
 class InceptionOutput(NamedTuple):
-    """What the network gives for N images."""
+    """The output of the network for N images."""
 
     pool: Tensor                                            # [N,2048]
     spatial: Tensor                                         # [N,17,17,7]

@@ -78,7 +78,7 @@ class Preprocessing:
 
 
 def sidecar_of(path: str) -> str:
-    """Where the description of a network's file lies."""
+    """The path of the description of a network's file."""
     return f"{path}.json"
 
 

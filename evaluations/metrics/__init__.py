@@ -1,4 +1,4 @@
-"""The numbers, one file for each metric; `METRICS` lists them. A new metric is a file and a line here."""
+"""The metrics, one file for each; `METRICS` lists them. A new metric is a file and a line here."""
 
 from cm.registry import Table
 from evaluations.metrics.base import Metric
@@ -19,5 +19,5 @@ METRICS: Table[Metric] = Table("metric", {
 
 
 def default_names() -> tuple[str, ...]:
-    """What "--metrics all" means."""
+    """The metrics of "--metrics all"."""
     return tuple(name for name, metric in METRICS.items() if metric.in_all)

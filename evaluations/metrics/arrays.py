@@ -13,7 +13,7 @@ Array = NDArray[np.floating[Any]]
 def as_points(points: Array, what: str, dtype: Any = None) -> Array:
     """The features [N,D] of N images, as `dtype` if that is given.
 
-    :param what: what messages call them.
+    :param what: their name in messages.
     :raises ValueError: if they are empty, have another number of axes, or are not finite.
     """
     points = np.asarray(points, dtype)
@@ -27,7 +27,7 @@ def as_points(points: Array, what: str, dtype: Any = None) -> Array:
 def as_pair(ref: Array, sample: Array, dtype: Any = None) -> tuple[Array, Array]:
     """The features ref [N,D] and sample [M,D] of two sets.
 
-    :raises ValueError: as `as_points`, or if their dimensions differ.
+    :raises ValueError: for the reasons of `as_points`, or if their dimensions differ.
     """
     ref, sample = as_points(ref, "reference points", dtype), as_points(sample, "samples", dtype)
     if ref.shape[1] != sample.shape[1]:
@@ -38,7 +38,7 @@ def as_pair(ref: Array, sample: Array, dtype: Any = None) -> tuple[Array, Array]
 def as_gaussian(mu: Array, sigma: Array, which: str) -> tuple[Array, Array]:
     """mu [D] and sigma [D,D] in float64.
 
-    :param which: what messages call the Gaussian.
+    :param which: name of the Gaussian in messages.
     :raises ValueError: if the shapes do not fit or a value is not finite.
     """
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)

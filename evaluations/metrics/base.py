@@ -1,8 +1,8 @@
-"""The interface of a metric: what it needs of images, and how it computes its numbers.
+"""The interface of a metric: the statistics that it needs, and the computation of its numbers.
 
-Metrics are light to import (numpy at most), since the command lines list them before torch is there. They know nothing
-of files and ranks: the engine passes once over each side's images, adds up what the chosen metrics declare over the
-ranks, and hands it to `Metric.measure`.
+Metrics import nothing slower than numpy, since the command lines list them before torch is imported. They do not handle
+files or ranks: the engine passes once over the images of each side, sums the statistics that the chosen metrics
+declare over the ranks, and calls `Metric.measure` with them.
 
 Shapes: N images of a set, B of a batch, D features, K classes.
 """
@@ -21,7 +21,7 @@ from evaluations.metrics.arrays import Array
 from evaluations.metrics.points import PointSet, Ranks
 
 STORED, COMPUTED, CACHED = "stored statistics", "images", "cached statistics"
-"""Where the mean and covariance of a side come from."""
+"""The possible sources of the mean and covariance of a side."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FeatureKind:
     """A kind of features that has a mean and covariance."""
 
     field: str                                              # output of an extractor: a field of `Features`
-    suffix: str                                             # of the keys mu, sigma in a file
+    suffix: str                                             # appended to the keys mu and sigma in a file
 
 
 POOLED = FeatureKind("pool", "")
@@ -39,60 +39,60 @@ KINDS = (POOLED, SPATIAL)
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance of a side's features."""
+    """Mean and covariance of the features of a side."""
 
     mu: Array                                               # [D]
     sigma: Array                                            # [D,D]
-    count: int | None                                       # images behind it; None where a file does not say
+    count: int | None                                       # number of images; None if a file does not have it
     source: str                                             # STORED, COMPUTED or CACHED
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may choose about the metrics."""
+    """The settings of metrics that a user may choose."""
 
     split_size: int = SPLIT_SIZE                            # images per chunk of the Inception Score
-    k: int = NEIGHBOURS                                     # of precision and recall
-    pr_dtype: str = PR_DTYPES[0]                            # of the distances of precision and recall
-    progress: bool = False                                  # whether long work shows a bar
+    k: int = NEIGHBOURS                                     # nearest neighbours for precision and recall
+    pr_dtype: str = PR_DTYPES[0]                            # dtype of distances for precision and recall
+    progress: bool = False                                  # whether to show progress bars
 
 
 class Partial(Protocol):
-    """What this rank has gathered of the samples: sums, which add up over ranks."""
+    """Sums over the samples of this rank, which can be added over the ranks."""
 
     def update(self, values: Array, start: int) -> None:
-        """Take in the metric's `output` [B,...] for images start, start+1, ... of the set."""
+        """Add the metric's `output` [B,...] for images start, start+1, ... of the set."""
 
     def sums(self) -> list[NDArray[Any]]:
-        """Arrays that add up over ranks; where those of another rank are larger, what is missing counts as 0."""
+        """Arrays to add over the ranks. If an array of another rank is larger, missing elements count as 0."""
         ...
 
     def with_sums(self, sums: list[NDArray[Any]]) -> Partial:
-        """One like this with the sums of all ranks."""
+        """A copy with the sums of all ranks."""
         ...
 
 
 class ClassShare(TypedDict):
-    """What a number is for the samples of one class."""
+    """A number for the samples of one class."""
 
     value: float
-    count: int                                              # of its samples
+    count: int                                              # number of samples of the class
 
 
 class Number(NamedTuple):
-    """A number that a metric gives."""
+    """A result of a metric."""
 
     value: float
-    std: float | None = None                                # over subsets
+    std: float | None = None                                # standard deviation over subsets
     clipped: float | None = None                            # share of negative eigenvalues that were set to 0
     warnings: tuple[str, ...] = ()
     by_class: Mapping[str, ClassShare] | None = None        # by name, or by number where there are no names
 
 
 class Side(Protocol):
-    """What a metric may read of the reference or the samples: what it has declared."""
+    """The statistics of the reference or the samples that a metric may read: those that it has declared."""
 
-    path: str                                               # what messages call the side
+    path: str                                               # name of the side in messages
     role: str                                               # "reference images" or "samples"
 
     @property
@@ -107,7 +107,7 @@ class Side(Protocol):
 
     @property
     def class_names(self) -> Sequence[str]:
-        """The names of the classes; none where they are not known."""
+        """The names of the classes; empty if they are not known."""
         ...
 
     @property
@@ -120,49 +120,49 @@ class Side(Protocol):
         ...
 
     def partial(self, metric: Metric) -> Any:
-        """What `metric.make_partial` made, after the pass, with the sums of all ranks."""
+        """The object from `metric.make_partial` after the pass, with the sums of all ranks."""
 
 
 class Metric:
-    """One line of `METRICS`; a new metric overrides what it needs, and `measure`."""
+    """The base class of metrics. A subclass defines `results` and `measure`, and overrides what differs."""
 
     results: Mapping[str, tuple[str, str]]
     """Key of a result -> its name in Inception's features, and in those of another network."""
     output: str = "pool"
-    """The output of the extractor that it is made of: pool, spatial or logits."""
+    """The output of the extractor that `make_partial` uses: pool, spatial or logits."""
     moments: FeatureKind | None = None
-    """The features of both sides whose mean and covariance it compares; stored statistics may give them."""
+    """The kind of features of which it needs mean and covariance on both sides; stored statistics may have them."""
     needs_points: bool = False
-    """Whether it needs the pooled features of single images, of both sides."""
+    """Whether it needs the pooled features of single images on both sides."""
     needs_labels: bool = False
     """Whether it needs the class labels of the samples."""
     of_samples_alone: bool = False
-    """Whether the reference plays no part."""
+    """Whether it does not use the reference."""
     in_all: bool = True
-    """Whether "all" means this one too."""
+    """Whether it is part of "--metrics all"."""
 
     def least(self, settings: Settings) -> int:
-        """The images that a side must have."""
+        """The least number of images of a side."""
         return 1
 
     def make_partial(self, settings: Settings, labels: NDArray[np.int64] | None) -> Partial | None:
-        """Empty sums for a pass over the samples; None for a metric that needs none.
+        """Empty sums for a pass over the samples; None if the metric needs none.
 
-        :param labels: of the samples, [N], for a metric with `needs_labels`.
+        :param labels: class labels of the samples, [N], if the metric `needs_labels`.
         """
         return None
 
     def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:
-        """The numbers by the keys of `results`; one step of all ranks together, the same numbers on each."""
+        """The numbers by the keys of `results`, the same on all ranks, which must call it together."""
         raise NotImplementedError
 
     def reported(self, settings: Settings, smaller: int) -> dict[str, Any]:
-        """The settings that its numbers depend on, for the JSON; `smaller` is the size of the smaller set."""
+        """The settings that the numbers depend on, for the JSON file; `smaller` is the size of the smaller set."""
         return {}
 
 
 def bar(title: str, total: int, unit: str, shown: bool) -> Any:
-    """Progress on stderr, see `cm.io.progress`, which is imported late, for the command lines; none unless `shown`."""
+    """A progress bar on stderr if `shown`. `cm.io.progress` is imported late, so that --help is fast."""
     from cm.io.progress import progress
 
     return progress(None, title, total=total, unit=unit, unit_scale=unit == "pair", shown=shown)

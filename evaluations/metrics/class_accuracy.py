@@ -13,7 +13,7 @@ from evaluations.metrics.points import Ranks
 
 
 class CorrectCount:
-    """How many of the images seen have their largest logit at their label, by class.
+    """The number of images with the largest logit at their label, by class.
 
     :param labels: of the complete set, [N].
     :param correct: [K], for the K classes up to the largest label.
@@ -24,7 +24,7 @@ class CorrectCount:
         self.correct = np.zeros(int(labels.max()) + 1, np.int64) if correct is None else correct
 
     def update(self, values: Array, start: int) -> None:
-        """Take in the logits [B,K] of images start, start+1, ..."""
+        """Add the logits [B,K] of images start, start+1, ..."""
         labels = self.labels[start : start + len(values)]
         self.correct += np.bincount(labels[values.argmax(1) == labels], minlength=len(self.correct))
 
@@ -38,7 +38,7 @@ class CorrectCount:
 
 
 class ClassAccuracy(Metric):
-    """Share of the samples whose largest logit is their label's."""
+    """The share of samples with the largest logit at their label."""
 
     results = {"class_accuracy": ("Class accuracy", "Class accuracy")}
     output, needs_labels, of_samples_alone, in_all = "logits", True, True, False

@@ -14,7 +14,7 @@ from evaluations.metrics.points import Ranks
 CLIPPED = 1e-4                                              # share of negative eigenvalues that no rounding explains
 NO_SPREAD = 1e-9                                            # variance, as a share of the squared mean, of equal images
 
-WAITING = 512                                               # points whose products are taken at once, which is quicker
+WAITING = 512                                               # points of one matrix product, for speed
 
 
 class Moments:
@@ -40,7 +40,7 @@ class Moments:
             self._waiting, self._count = [], 0
 
     def update(self, values: Array, start: int = 0) -> None:
-        """Take in features [B,D]; where they stand in the set (`start`) does not matter.
+        """Add features [B,D]; their place in the set (`start`) does not matter.
 
         :raises ValueError: if the shape does not fit or a feature is not finite.
         """
@@ -55,7 +55,7 @@ class Moments:
             self._take_in()
 
     def add_sums(self, n: int, s: Array, Q: Array) -> None:
-        """Take in the sums of another part of the set."""
+        """Add the sums of another part of the set."""
         self.n += n
         self.s += s
         self._Q += Q
@@ -65,7 +65,7 @@ class Moments:
         return [np.array([self.n]), self.s.copy(), self.Q.copy()]
 
     def with_sums(self, sums: list[NDArray[Any]]) -> Moments:
-        """Moments of such sums."""
+        """The moments from these sums."""
         total = Moments(len(self.s))
         total.add_sums(int(sums[0][0]), sums[1], sums[2])
         return total
@@ -123,7 +123,7 @@ def frechet(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> Frechet:
 
 
 def negative_share(eigenvalues: Array) -> float:
-    """The negative ones among eigenvalues [D], as a share of the sum of their sizes."""
+    """The sum of the negative eigenvalues of [D], as a fraction of the sum of absolute values."""
     size = np.abs(eigenvalues).sum()
     return float(np.abs(eigenvalues.clip(max=0)).sum() / size) if size else 0.0
 
@@ -131,8 +131,8 @@ def negative_share(eigenvalues: Array) -> float:
 class FrechetMetric(Metric):
     """FID from pooled features, sFID from spatial ones.
 
-    :param key: of the result.
-    :param names: of the result, in Inception's features and in those of another network.
+    :param key: key of the result.
+    :param names: names of the result, in Inception's features and in those of another network.
     """
 
     def __init__(self, key: str, kind: FeatureKind, names: tuple[str, str]):

@@ -28,7 +28,7 @@ class InceptionScore:
         self.chunks: dict[int, tuple[int, float, Array]] = {}       # number -> (n, sum p ln p, sum p [K])
 
     def update(self, values: Array, start: int | None = None) -> None:
-        """Take in logits [B,K] of images start, start+1, ... of the set (by default: those after the last update).
+        """Add logits [B,K] of images start, start+1, ... of the set (by default: those after the last update).
 
         :raises ValueError: if the shape does not fit or a logit is not finite.
         """

@@ -40,7 +40,7 @@ def kid(
 def kid_of_sets(
     ref: PointSet, sample: PointSet, subsets: int, subset_size: int, seed: int, *, progress: bool = False
 ) -> KernelDistance:
-    """As `kid`, of sets that may lie on several ranks, which share the subsets; one step of all ranks together.
+    """`kid` of sets that may be distributed over ranks. The ranks share the subsets, and must call it together.
 
     :raises ValueError: if a set is smaller than a subset.
     """
@@ -93,13 +93,13 @@ def cubic_kernel(x: Array, y: Array) -> Array:
 
 
 class KernelMetric(Metric):
-    """KID, in subsets of `KID_SUBSET_SIZE` images or as many as the smaller set has."""
+    """KID, in subsets of `KID_SUBSET_SIZE` images, or of all images of the smaller set if these are fewer."""
 
     results = {"kernel_distance": ("KID", "Kernel distance")}
     needs_points = True
 
     def least(self, settings: Settings) -> int:
-        """The unbiased estimate leaves each point's kernel with itself out, so there must be two."""
+        """Two: the unbiased estimate omits the kernel of each point with itself."""
         return 2
 
     def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:

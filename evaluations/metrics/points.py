@@ -1,4 +1,4 @@
-"""Features of single images, in one process or in shares on the ranks that made them.
+"""Features of single images, in one process or distributed over the ranks that computed them.
 
 A metric asks a `PointSet` for what it needs of the complete set; every method is one step of all ranks together.
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that work together: here this one alone. `evaluations.engine.ranks` has those of a job."""
+    """The ranks that work together: here a single process. `evaluations.engine.ranks` has the ranks of a job."""
 
     rank = 0
     count = 1
@@ -34,7 +34,7 @@ class Ranks:
         return array
 
     def broadcast(self, value: T | None, owner: int) -> T:
-        """What rank `owner` passed, on every rank."""
+        """The argument of rank `owner`, on every rank."""
         assert value is not None and owner == 0
         return value
 
@@ -43,7 +43,7 @@ class Ranks:
         return [value]
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)`, called on rank 0 alone; its result or its exception on every rank."""
+        """Call `function(*args)` on rank 0 only; its result or its exception on every rank."""
         return function(*args)
 
 
@@ -51,10 +51,10 @@ ONE_PROCESS = Ranks()
 
 
 class PointSet:
-    """N points, of which `points` [n,D] lie here.
+    """N points; this rank has n of them, `points` [n,D].
 
-    :param places: [n], where they stand in the set; None for 0, 1, ...
-    :param count: N; None for n.
+    :param places: [n], their indices in the set; None: 0, 1, ...
+    :param count: N; None: n.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PointSet:
         self.ranks = ranks
 
     def mean(self) -> Array:
-        """Of the complete set: [D], in the type of the points."""
+        """The mean of the complete set: [D], in the dtype of the points."""
         total = self.ranks.sum(self.points.sum(0, dtype=np.float64))
         return (total / self.count).astype(self.points.dtype)
 

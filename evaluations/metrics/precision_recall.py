@@ -1,4 +1,4 @@
-"""Precision and recall: how far two sets of features overlap, as unions of balls around their points.
+"""Precision and recall: the overlap of two sets of features, each represented by balls around its points.
 
 Shapes: N reference points, M samples, D feature dimensions, B and C rows and columns of a block of distances.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from evaluations.defaults import NEIGHBOURS
-from evaluations.metrics.arrays import Array, as_pair, as_points
+from evaluations.metrics.arrays import Array, as_pair
 from evaluations.metrics.base import Metric, Number, Settings, Side, bar
 from evaluations.metrics.points import PointSet, Ranks, blocks
 
@@ -26,7 +26,7 @@ class PrecisionRecall(NamedTuple):
 
 
 class Hits(NamedTuple):
-    """Which points lie in the other set's manifold."""
+    """Whether each point lies in the manifold of the other set."""
 
     samples: NDArray[np.bool_]                              # [M]
     reference: NDArray[np.bool_]                            # [N]
@@ -57,8 +57,9 @@ def precision_recall_of_sets(
     ref: PointSet, sample: PointSet, k: int = NEIGHBOURS, *, dtype: DTypeLike = np.float32, block: int = BLOCK,
     progress: bool = False,
 ) -> PrecisionRecall:
-    """As `precision_recall`, of sets that may lie on several ranks: their points stay there, and a block at a time is
-    broadcast. One step of all ranks together.
+    """`precision_recall` of sets that may be distributed over ranks, which must call it together.
+
+    The points stay on their ranks, and one block at a time is broadcast.
 
     :raises ValueError: if k does not lie between 1 and the smaller set's size - 1.
     """
@@ -70,38 +71,15 @@ def precision_recall_of_sets(
         dtype = np.dtype(np.float32)
     shift = ref.mean() if dtype != np.float16 else np.zeros(ref.points.shape[1], ref.points.dtype)
     with bar("precision and recall", _pairs_here(ref, sample, block), "pair", progress and ranks.rank == 0) as shown:
-        work = _Work(shift, dtype, block, shown)
-        ref_radii, sample_radii = _radii(ref, k, work), _radii(sample, k, work)
-        hits = _hits(ref, ref_radii, sample, sample_radii, work)
+        distances = Distances(shift, dtype, block, shown)
+        ref_radii, sample_radii = manifold_radii(ref, k, distances), manifold_radii(sample, k, distances)
+        hits = manifold_hits(ref, ref_radii, sample, sample_radii, distances)
     recalled = int(ranks.sum(np.array(hits.reference.sum(), np.int64)))
     return PrecisionRecall(float(hits.samples.sum() / sample.count), recalled / ref.count)
 
 
-def manifold_radii(
-    points: Array, k: int = NEIGHBOURS, *, shift: Array | None = None, dtype: DTypeLike = np.float32,
-    block: int = BLOCK,
-) -> Array:
-    """Squared distance [N] of each point [N,D] to its k-th nearest neighbour, itself (but no twin of it) left out.
-
-    :param shift: [D] taken from every point against cancellation; by default the mean of the points.
-    :raises ValueError: if k does not lie between 1 and N - 1.
-    """
-    of = PointSet(as_points(points, "points"))
-    if not 1 <= k < of.count:
-        raise ValueError(f"k={k} must lie between 1 and the number of points - 1 ({of.count - 1})")
-    return _radii(of, k, _Work(of.mean() if shift is None else shift, dtype, block))
-
-
-def manifold_hits(
-    ref: Array, ref_radii: Array, sample: Array, sample_radii: Array, *, shift: Array, dtype: DTypeLike = np.float32,
-    block: int = BLOCK,
-) -> Hits:
-    """Which samples [M,D] lie within a reference point's squared radius [N], and the other way round."""
-    return _hits(PointSet(ref), ref_radii, PointSet(sample), sample_radii, _Work(shift, dtype, block))
-
-
-class _Work(NamedTuple):
-    """How distances are taken."""
+class Distances(NamedTuple):
+    """How distances of points are computed, in blocks, with a progress bar."""
 
     shift: Array                                            # [D], taken from every point
     dtype: DTypeLike
@@ -116,39 +94,42 @@ class _Work(NamedTuple):
         return (points - self.shift).astype(self.dtype, copy=False)
 
 
-def _radii(of: PointSet, k: int, work: _Work) -> Array:
-    """Squared distance [n] of this rank's points to their k-th nearest neighbours in the complete set."""
+def manifold_radii(of: PointSet, k: int, distances: Distances) -> Array:
+    """Squared distances [n] of this rank's points to their k-th nearest neighbours in the complete set."""
     here, rank = of.points, of.ranks.rank
-    nearest = np.full((len(here), k), np.inf, work.dtype)   # the k smallest so far
-    for owner, columns, others in of.blocks(work.block):
-        y = work.shifted(others)
-        for rows in blocks(len(here), work.block):
+    nearest = np.full((len(here), k), np.inf, distances.dtype)   # the k smallest so far
+    for owner, columns, others in of.blocks(distances.block):
+        y = distances.shifted(others)
+        for rows in blocks(len(here), distances.block):
             if owner == rank and rows.start < columns.start:
                 continue                                    # the matrix is symmetric: one triangle serves both sides
-            x = work.shifted(here[rows])
+            x = distances.shifted(here[rows])
             distance = squared_distances(x, y)
             if owner == rank and rows.start == columns.start:
                 np.fill_diagonal(distance, np.inf)
             elif owner == rank:
                 keep_nearest(nearest[columns], distance.T)
             keep_nearest(nearest[rows], distance)
-            work.done(x, y)
+            distances.done(x, y)
     return nearest.max(1)
 
 
-def _hits(ref: PointSet, ref_radii: Array, sample: PointSet, sample_radii: Array, work: _Work) -> Hits:
-    """Of the samples those of all ranks, in the order of ranks; of the reference this rank's."""
+def manifold_hits(ref: PointSet, ref_radii: Array, sample: PointSet, sample_radii: Array, distances: Distances) -> Hits:
+    """Which samples of all ranks, in the order of ranks, and which reference points of this rank are covered.
+
+    A point is covered if it lies within the squared radius of a point of the other set.
+    """
     ranks, here = ref.ranks, ref.points
     in_ref, in_samples = [], np.zeros(len(here), bool)
-    for owner, columns, others in sample.blocks(work.block):
+    for owner, columns, others in sample.blocks(distances.block):
         radii = ranks.broadcast(sample_radii[columns] if owner == ranks.rank else None, owner)
-        y, found = work.shifted(others), np.zeros(len(others), bool)
-        for rows in blocks(len(here), work.block):
-            x = work.shifted(here[rows])
+        y, found = distances.shifted(others), np.zeros(len(others), bool)
+        for rows in blocks(len(here), distances.block):
+            x = distances.shifted(here[rows])
             distance = squared_distances(x, y)
             found |= (distance <= ref_radii[rows, None]).any(0)
             in_samples[rows] |= (distance <= radii).any(1)
-            work.done(x, y)
+            distances.done(x, y)
         in_ref.append(found)
     anywhere = ranks.max(np.concatenate(in_ref).astype(np.uint8))
     return Hits(anywhere.astype(bool), in_samples)
@@ -163,13 +144,13 @@ def keep_nearest(nearest: Array, distance: Array) -> None:
 
 
 def pairs(num_ref: int, num_sample: int, block: int) -> int:
-    """Distances that are taken in blocks: about half of each set's own, and those between the sets."""
+    """The number of distances that are computed: about half of those within each set, and all between the sets."""
     own = [sum((rows.stop - rows.start) * rows.stop for rows in blocks(n, block)) for n in (num_ref, num_sample)]
     return sum(own) + num_ref * num_sample
 
 
 def _pairs_here(ref: PointSet, sample: PointSet, block: int) -> int:
-    """As `pairs`, of this rank's points."""
+    """`pairs` for the points of this rank."""
     own = [(len(each.points), each.count) for each in (ref, sample)]
     return pairs(own[0][0], own[1][0], block) - own[0][0] * own[1][0] + own[0][0] * sample.count + sum(
         here * (count - here) for here, count in own
@@ -207,7 +188,7 @@ class PrecisionRecallMetric(Metric):
     needs_points = True
 
     def least(self, settings: Settings) -> int:
-        """A point's k-th neighbour is another point."""
+        """k + 1: the k-th neighbour of a point is another point."""
         return settings.k + 1
 
     def measure(self, ref: Side, sample: Side, settings: Settings, ranks: Ranks) -> dict[str, Number]:

@@ -58,7 +58,6 @@ def test_choices_are_the_tables():
     from cm.diffusion.noise_sampling import SCHEDULE_SAMPLERS
     from cm.diffusion.preconditioning import PRECONDS
     from cm.diffusion.weightings import WEIGHTINGS
-    from cm.logging import FORMATS
     from cm.objectives import DENOISING, OBJECTIVES
     from cm.objectives.cdm import BACKWARD
     from cm.objectives.consistency import PAIR_WEIGHTS, TARGETS, LossParts
@@ -89,7 +88,6 @@ def test_choices_are_the_tables():
     for name, table in words.items():
         assert choices(FewStepConfig, name) == {"", *table}
     assert choices(SampleConfig, "generator") == set(GENERATORS)
-    assert choices(RunConfig, "log_formats") == set(FORMATS)
 
 
 def test_a_list_of_choices():

@@ -5,7 +5,7 @@ import torch as th
 from torch import nn
 
 from cm.errors import UserError
-from cm.objectives.paths import NoisePath, TeacherPath, land, teacher_of
+from cm.objectives.paths import NoisePath, TeacherPath, image_at, teacher_of
 from cm.types import Batch, Networks
 from support.gaussian import Gaussian, column
 from support.objectives import nets_of
@@ -55,7 +55,7 @@ def test_level_zero_is_the_data_of_the_line(path, points):
     batch, noise, x = points
     nets = nets_of(BED.D, teacher=BED.D)
     r = th.tensor([0.0, 0.498, 0.0], dtype=F64)
-    landed = land(path, nets, batch, noise, x, T, r, reaches_zero=True)
+    landed = image_at(path, nets, batch, noise, x, T, r, reaches_zero=True)
     data, _ = path.ends(nets, batch, noise, x, T)
     assert th.equal(landed[0], data[0]) and th.equal(landed[2], data[2])
     assert th.equal(landed[1], path.follow(nets, batch, noise, x, T, R)[1])

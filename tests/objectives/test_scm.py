@@ -118,8 +118,8 @@ def test_the_warm_up_begins_with_the_difference_of_velocities(drawn):
     expected = -(t.cos() ** 2) * (SD * F - velocity("teacher", drawn))
     th.testing.assert_close(tangent_of(SCD(DIFFUSION, "teacher"), model, drawn, 0.0), expected.detach())
     objective = SCD(DIFFUSION, "teacher", warmup=100)
-    assert [objective.warmth(step) for step in (0, 25, 100, 999)] == [0, 0.25, 1, 1]
-    assert SCD(DIFFUSION, "teacher", warmup=0).warmth(0) == 1
+    assert [objective.warmup_factor(step) for step in (0, 25, 100, 999)] == [0, 0.25, 1, 1]
+    assert SCD(DIFFUSION, "teacher", warmup=0).warmup_factor(0) == 1
 
 
 @pytest.mark.parametrize("norm", ["rms", "norm"])

@@ -258,7 +258,7 @@ BAD = {
     "missing images": (["--mask_box", BOX], {"images": "nowhere"}, "--images .*nowhere does not exist"),
     "empty folder": (["--mask_box", BOX], {"images": "empty"}, "no images in .*empty"),
     "factor": (["--superres_factor", 3], {"task": "superres"}, "superres_factor 3 does not divide .*: 2, 4, 8"),
-    "option of another task": (["--mask_box", BOX], {"task": "colorize"}, "--mask_box belongs to --task inpaint"),
+    "option of another task": (["--mask_box", BOX], {"task": "colorize"}, "--mask_box .* belongs to --task inpaint"),
     "stroke start": (["--stroke_start", 5], {"task": "stroke"}, "--stroke_start 5 .* choose 0 to 4"),
     "sigma": (["--denoise_sigma", 100], {"task": "denoise"}, "--denoise_sigma 100.0.*0.002 to 80.0"),
     "one noise": (["--num_samples", 1], {"task": "interpolate", "images": ""}, "at least two"),

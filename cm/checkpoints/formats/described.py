@@ -1,4 +1,4 @@
-"""safetensors files whose metadata describe the network that the weights belong to.
+"""safetensors files with a description of the network in their metadata.
 
 The metadata have one additional entry: a JSON object under `KEY`, see `Description`. Any program that reads safetensors
 reads the weights.
@@ -29,17 +29,19 @@ OWN_CRC32 = "description_crc32"                                     # files of o
 
 
 def own_checksum(content: Mapping[str, Any]) -> int:
-    """CRC-32 of what a description says of the network and its run: the weights have their own."""
+    """CRC-32 of the parts of a description about the network and its run; the weights have a checksum of their own."""
     said = [content.get(name) for name in ("config", "class_names", "run")]
     return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
 class Description:
-    """What belongs to weights.
+    """A description of weights.
 
-    :param config: the flags of the network, and of its training where they matter to who uses it.
-    :param crc32: of the tensors, see `safetensor_files.checksum`; None where it is not known.
+    :param config: the flags of the network, and those of its training that matter for using it.
+    :param class_names: names of the classes; empty without classes.
+    :param facts: facts about the training.
+    :param crc32: CRC-32 of the tensors, see `safetensor_files.checksum`; None if it is not known.
     """
 
     config: Mapping[str, Any]
@@ -48,17 +50,17 @@ class Description:
     crc32: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The description as JSON; `from_json` reads it back."""
         content = {"format": FORMAT, "config": dict(self.config), "class_names": list(self.class_names),
                    "run": self.facts.as_json(), "crc32": self.crc32}
         return content | {OWN_CRC32: own_checksum(content)}
 
     @classmethod
     def from_json(cls, content: Any, source: str, verify: bool = True) -> Description:
-        """The description in a file that anybody may have written; its flags are checked where they are used.
+        """A description from an untrusted file; its flags are checked where they are used.
 
         :param verify: compare it with its own checksum, if it has one.
-        :raises UserError: if it is none.
+        :raises UserError: if it is not a valid description.
         """
         try:
             if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
@@ -79,7 +81,7 @@ class Description:
 
 
 def claims(path: str) -> bool:
-    """Whether a file is of this kind; for one rank."""
+    """Whether a file has this format. Call it on one rank."""
     if not path.lower().endswith(SUFFIX):
         return False
     try:
@@ -89,9 +91,9 @@ def claims(path: str) -> bool:
 
 
 def description(path: str) -> Description | None:
-    """What a safetensors file says of its network; None if it says nothing. For one rank.
+    """The description in a safetensors file; None without one. Call it on one rank.
 
-    :raises UserError: if it cannot be read, or says something else.
+    :raises UserError: if the file cannot be read, or its description is not valid.
     """
     try:
         text = safetensor_files.metadata(path).get(KEY)
@@ -102,7 +104,7 @@ def description(path: str) -> Description | None:
 
 
 def write(path: str, weights: Mapping[str, Tensor], about: Description) -> Description:
-    """Write weights with their description; returns it with the checksum.
+    """Write weights with their description; returns the description with the checksum of the weights.
 
     :raises UserError: if the file cannot be written.
     """
@@ -112,9 +114,9 @@ def write(path: str, weights: Mapping[str, Tensor], about: Description) -> Descr
 
 
 def read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The flags of the network, and its weights, on every rank.
+    """Read the flags of the network, and its weights, on every rank.
 
-    :raises UserError: if the file is damaged, or its description is none.
+    :raises UserError: if the file is damaged, or has no valid description.
     """
     about = dist.on_main(description, path)
     if about is None:

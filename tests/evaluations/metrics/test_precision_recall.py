@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from evaluations.metrics.precision_recall import manifold_hits, manifold_radii, precision_recall
+from evaluations.metrics.points import PointSet
+from evaluations.metrics.precision_recall import BLOCK, Distances, manifold_hits, manifold_radii, precision_recall
 from support.golden_metrics import GOLDEN, expected, golden
 
 # --- precision and recall ------------------------------------------------------------------------------------------
@@ -28,10 +29,14 @@ def test_precision_and_recall_of_sets_of_two_sizes():
 @pytest.mark.parametrize("block", [500, 130, 64])
 def test_radii_and_decisions_are_golden_point_by_point(block):
     ref, sample = golden("features_ref", "features_sample")
-    radii = [manifold_radii(x.astype(np.float64), 3, dtype=np.float64, block=block) for x in (ref, sample)]
+    radii = [
+        manifold_radii(PointSet(x.astype(np.float64)), 3, Distances(x.astype(np.float64).mean(0), np.float64, block))
+        for x in (ref, sample)
+    ]
     np.testing.assert_allclose(radii[0], GOLDEN["radii_sq_ref_k3"], rtol=1e-12)
     np.testing.assert_allclose(radii[1], GOLDEN["radii_sq_sample_k3"], rtol=1e-12)
-    hits = manifold_hits(ref, radii[0], sample, radii[1], shift=ref.mean(0), block=block)
+    distances = Distances(ref.mean(0), np.float32, block)
+    hits = manifold_hits(PointSet(ref), radii[0], PointSet(sample), radii[1], distances)
     np.testing.assert_array_equal(hits.samples, GOLDEN["sample_in_ref_manifold_k3"])
     np.testing.assert_array_equal(hits.reference, GOLDEN["ref_in_sample_manifold_k3"])
 
@@ -53,7 +58,8 @@ def test_equal_sets_overlap_fully_and_distant_ones_not_at_all():
     assert precision_recall(x, x) == (1, 1)
     assert precision_recall(x, x + 1000) == (0, 0)
     twins = np.repeat(x[:50], 4, axis=0)                            # each has three twins: squared radii of 0
-    np.testing.assert_allclose(manifold_radii(twins.astype(np.float64), 3, dtype=np.float64), 0, atol=1e-12)
+    points = PointSet(twins.astype(np.float64))
+    np.testing.assert_allclose(manifold_radii(points, 3, Distances(points.mean(), np.float64, BLOCK)), 0, atol=1e-12)
 
 
 def test_precision_falls_when_samples_leave_and_recall_when_they_crowd():
