@@ -249,7 +249,8 @@ class Ablation(Sampler):
             return wide(factors(level, th.ones_like(level))[0])
 
         sigma, sigma_next = sigma.double(), sigma_next.double()
-        t, t_next = schedule.time(sigma), schedule.time(sigma_next)
+        # The vp process of a low sigma_min (beta_min < 0) has the level 0 at a later time, too; sampling ends at t = 0.
+        t, t_next = schedule.time(sigma), schedule.time(sigma_next) * (sigma_next > 0)
         h = t_next - t
         scaled = x * size(sigma)
         d = direction(scaled, t, sigma)

@@ -125,6 +125,7 @@ def paper(levels, D, x, rngs, solver, schedule, scaling, alpha, sigma_min, sigma
 @pytest.mark.parametrize("solver, disc, schedule, scaling, alpha", [
     ("euler", "vp", "vp", "vp", 1.0), ("euler", "ve", "ve", "none", 1.0), ("heun", "edm", "linear", "none", 0.7),
     ("heun", "vp", "vp", "vp", 1.0), ("heun", "iddpm", "linear", "vp", 1.0), ("heun", "ve", "vp", "none", 0.9),
+    ("heun", "edm", "vp", "none", 1.0),                             # beta_min < 0: the level is 0 at two times
 ])
 def test_whole_paths_as_in_the_paper(solver, disc, schedule, scaling, alpha):
     """With churn, to the data, in float64; we carry x / s, the paper carries x."""
