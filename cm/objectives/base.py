@@ -134,6 +134,10 @@ class Objective(ABC):
         """
         return None
 
+    def least_gap(self, total_steps: int) -> float:
+        """How close the levels come that the loss compares, at the end of training: a share of the noisier; 1: none."""
+        return 1.0
+
     def logs(self, step: int) -> dict[str, float]:
         """Values for the log row of a step, besides the loss."""
         return {}

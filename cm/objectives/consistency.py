@@ -194,6 +194,9 @@ class Consistency(GridObjective):
     def check(self, total_steps: int) -> None:
         self.pairs.check(total_steps)
 
+    def least_gap(self, total_steps: int) -> float:
+        return self.pairs.least_gap(total_steps)
+
     def logs(self, step: int) -> dict[str, float]:
         decay = {"target_ema": self.curriculum(step)[0]} if self.target.companions else {}
         return decay | self.pairs.logs(step)

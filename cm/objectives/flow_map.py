@@ -170,5 +170,9 @@ class AlphaFlow(FlowMap):
             u = self.velocity(nets, batch, y, s, r)
         return (u.detach() - target) / alpha + (u - u.detach())
 
+    def least_gap(self, total_steps: int) -> float:
+        """alpha: by about this share two velocities differ, and by it their difference is divided."""
+        return self.alpha(total_steps - 1)
+
     def logs(self, step: int) -> dict[str, float]:
         return {"alpha": self.alpha(step)}

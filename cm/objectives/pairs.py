@@ -60,6 +60,10 @@ class Pairs(ABC):
         """
         return None
 
+    def least_gap(self, total_steps: int) -> float:
+        """1 - r / t of a typical pair at the end of training, if pairs come close."""
+        return 1.0
+
     def logs(self, step: int) -> dict[str, float]:
         """Values for the log row of a step."""
         return {}
@@ -96,6 +100,10 @@ class GridPairs(Pairs):
     def check(self, total_steps: int) -> None:
         for step in (0, total_steps - 1):                   # an error here, not hours later in the curriculum
             intervals(self.curriculum(step)[1])
+
+    def least_gap(self, total_steps: int) -> float:
+        grid = self.levels(self.curriculum(total_steps - 1)[1], device="cpu", dtype=th.float64)
+        return (1 - grid[1:] / grid[:-1]).median().item()
 
     def logs(self, step: int) -> dict[str, float]:
         return {"num_scales": self.curriculum(step)[1]}
@@ -201,6 +209,10 @@ class ShrinkingPairs(Pairs):
         z = rng.randn(len(like), dtype=th.float64, device=like.device)
         t = (z * self.p_std + self.p_mean).exp()
         return t.to(like.dtype), self.lower(t, self.stage(step)).to(like.dtype)
+
+    def least_gap(self, total_steps: int) -> float:
+        t = th.tensor([self.p_mean], dtype=th.float64).exp()
+        return (1 - self.lower(t, self.stage(total_steps - 1)) / t).item()
 
     def logs(self, step: int) -> dict[str, float]:
         return {"stage": self.stage(step)}

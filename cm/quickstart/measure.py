@@ -82,7 +82,7 @@ def measured(candidate: Candidate, found: Findings, machine: Machine, wish: Wish
         "data_dir": found.data_dir, "labels": wish.labels, "precision": "auto", "training_mode": "edm",
         "total_training_steps": 1000, "ema_rate": "500kimg", "global_batch_size": BATCHES[0], "resume": "auto",
     }
-    held, per_image, parameters = memory(flags, METHODS[wish.method](1000))
+    held, per_image, parameters = memory(flags, METHODS[wish.method](1000, "fp32"))
     speed = Speed(candidate.name, candidate.image_size, parameters, held, per_image, (), 0.0)
     if not microbatch(machine, speed, BATCHES[0]):
         return speed

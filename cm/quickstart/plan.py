@@ -220,7 +220,7 @@ class Draft:
             self.candidate.name, self.candidate.image_size, speed.parameters, batch, wish.method, samples, times,
             speed.held + part * speed.per_image,
             teacher=network_flags(self.candidate, found) | flags[0] | {"lr": lr, "eval_steps": HEUN_STEPS},
-            student=METHODS[wish.method](steps[1]) | flags[1] | {"lr": STUDENT_LR * lr},
+            student=METHODS[wish.method](steps[1], self.machine.precision) | flags[1] | {"lr": STUDENT_LR * lr},
         )
 
     def common(self, found: Findings, batch: int, part: int, steps: int, grids: int) -> dict[str, Any]:
@@ -237,12 +237,13 @@ class Draft:
         }
 
 
-def ect_flags(steps: int) -> dict[str, Any]:
-    """Easy consistency tuning, in fewer stages where there are few steps."""
-    return {"training_mode": "ect", "shrink_q": 2.0, "stages": 4 if steps < 2000 else 8, "dropout": 0.0}
+def ect_flags(steps: int, precision: str) -> dict[str, Any]:
+    """Easy consistency tuning; fewer stages if there are few steps, or in bf16, which does not resolve the last two."""
+    most = 6 if precision == "bf16" else 8
+    return {"training_mode": "ect", "shrink_q": 2.0, "stages": 4 if steps < 2000 else most, "dropout": 0.0}
 
 
-def cd_flags(steps: int) -> dict[str, Any]:
+def cd_flags(steps: int, precision: str) -> dict[str, Any]:
     """Consistency distillation, with the flags of the preset digits/cd."""
     return {
         "training_mode": "consistency_distillation", "teacher_dropout": 0.0, "target_ema_mode": "fixed",
@@ -251,7 +252,7 @@ def cd_flags(steps: int) -> dict[str, Any]:
     }
 
 
-METHODS: dict[str, Callable[[int], dict[str, Any]]] = {"ect": ect_flags, "cd": cd_flags}
+METHODS: dict[str, Callable[[int, str], dict[str, Any]]] = {"ect": ect_flags, "cd": cd_flags}
 """Few-step method -> its flags for a training of so many steps."""
 
 

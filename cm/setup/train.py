@@ -22,6 +22,7 @@ from cm.setup.dry_run import dry_run
 from cm.setup.guide import guided_by
 from cm.setup.model import diffusion_from, model_from
 from cm.setup.objective import objective_kind
+from cm.setup.rounding import warn_of_rounding
 from cm.setup.run import on_device, run_precision, save_config, start_run
 from cm.setup.weights_path import fetch_inputs
 from cm.training.config import CompanionNetwork, LoopConfig, RunParts
@@ -75,6 +76,7 @@ def make_loop(settings: Settings, kind: type[Objective]) -> tuple[TrainLoop, Ima
     diffusion = diffusion_from(settings, kind.distillation, kind.distance_of(settings.values))
     objective = kind.from_flags(diffusion, settings.values)
     warn_of_fast_clock(settings, diffusion)
+    warn_of_rounding(settings, objective)
     data = open_data(settings, references=objective.references)
     callbacks = open_callbacks(settings, open_metric)
     model, companions = make_networks(settings, objective)
