@@ -30,7 +30,7 @@ PUBLISHED = {
     "cifar10/sct": {"global_batch_size": 512, "total_training_steps": 350_000, "p_mean": -1.0, "p_std": 1.8,
                     "dropout": 0.2, "adam_beta2": 0.99, "random_flip": False},
     "imagenet64/scd": {"lr": 7e-5, "global_batch_size": 1024, "total_training_steps": 600_000, "p_std": 1.6,
-                       "adam_beta2": 0.99, "adam_eps": 1e-11, "lr_decay_steps": 35_000},
+                       "adam_beta2": 0.99, "adam_eps": 1e-11, "lr_decay_steps": 35_000, "grad_clip": 10},
     "digits/scd": {"tangent_warmup": 50},
     "cifar10/meanflow": {"lr": 6e-4, "global_batch_size": 1024, "total_training_steps": 800_000, "p_mean": -0.6,
                          "p_std": 1.6, "r_mean": -4.0, "r_std": 1.6, "equal_share": 0.25, "adapt_p": 0.75,
