@@ -164,7 +164,7 @@ def at_precision(model: nn.Module, precision: str) -> AbstractContextManager:
     if precision == "fp16":
         cast(ConvertsToFp16, model).convert_to_fp16()
     if precision == "bf16":
-        return th.autocast(dist.dev().type, dtype=th.bfloat16)
+        return th.autocast(next(model.parameters()).device.type, dtype=th.bfloat16)
     return nullcontext()
 
 

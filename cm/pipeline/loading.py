@@ -25,7 +25,7 @@ def load_pipeline(
     settings = resolve({"model_path": os.fspath(path), "precision": precision, **flags}, *SECTIONS)
     inherit_model(settings)
     where = dist.dev() if device is None else _device(device)
-    model = load_model(settings).to(where)
+    model = load_model(settings, where)
     arithmetic = choose_precision(settings.values["precision"], settings.values["use_fp16"], where)
     return Pipeline(model, sampling_diffusion(settings), settings, where, arithmetic)
 

@@ -269,8 +269,9 @@ class Pipeline:
         """The diffusion with the guide that the options select; its network is loaded only once."""
         asked = tuple(settings.values[name] for name in defaults_of(GuidanceConfig))
         if asked not in self._guides:
-            guide = choose_guide(settings, SAMPLING)
-            self._guides[asked] = guided_diffusion(settings, load_classifier(settings), guide)
+            guide, classifier = choose_guide(settings, SAMPLING), load_classifier(settings)
+            classifier = classifier and classifier.to(self.device)
+            self._guides[asked] = guided_diffusion(settings, classifier, guide, self.device)
         return self._guides[asked]
 
     def _decoder(self, settings: Settings) -> Decoder | None:

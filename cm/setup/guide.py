@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch as th
 from torch import Tensor
 
 from cm.checkpoints.formats import openai
@@ -234,12 +235,15 @@ def _check_fit(settings: Settings, guide: Settings, flags: GuideFlags) -> None:
 # --- objects ---------------------------------------------------------------------------------------------------------
 
 
-def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_casts: bool = True) -> Any:
+def guided_by(
+    diffusion: Any, guide: Guide | None, settings: Settings, stores_casts: bool = True, device: th.device | None = None
+) -> Any:
     """The diffusion with the guide, after loading its network; the diffusion itself if there is no guide.
 
     :param settings: settings of the guided network.
     :param stores_casts: whether, in bf16, the guide is only evaluated under autocast, and may store its weights in the
         dtype to which autocast casts them.
+    :param device: device of the guide's network; by default this rank's.
     """
     if guide is None:
         return diffusion
@@ -251,8 +255,8 @@ def guided_by(diffusion: Any, guide: Guide | None, settings: Settings, stores_ca
         return NetworkGuidedDiffusion(
             diffusion, Guidance(partial(without_class, null_class=null_class), guide.scale, *guide.interval)
         )
-    model = load_network(guide.settings, guide.flags.path).requires_grad_(False)
-    store_as_computed(model, run_precision(settings), stores_casts)
+    model = load_network(guide.settings, guide.flags.path, device).requires_grad_(False)
+    store_as_computed(model, run_precision(settings, device), stores_casts)
     own = diffusion_from(guide.settings, distillation=False)
     known = own.scaling.levels
     interval = _within(guide.interval, known)

@@ -11,10 +11,13 @@ from cm.setup.model import model_from
 from cm.setup.run import on_device
 
 
-def load_network(settings: Settings, flag: str) -> nn.Module:
-    """The network of resolved settings with the weights of the file `settings.sources[flag]`, on this rank's device."""
+def load_network(settings: Settings, flag: str, device: th.device | None = None) -> nn.Module:
+    """The network of resolved settings with the weights of the file `settings.sources[flag]`.
+
+    :param device: where it is put; by default this rank's.
+    """
     source = settings.sources[flag]
     with th.device("meta"):
         model = model_from(settings)
     loading.make(model, source.take(), source.path)
-    return on_device(settings, model).eval()
+    return on_device(settings, model, device).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch as th
 from torch import nn
 
 from cm.checkpoints import lock
@@ -77,17 +78,22 @@ def _is_of_training(directory: str) -> bool:
         return False
 
 
-def on_device(settings: Settings, model: nn.Module) -> nn.Module:
-    """Put a network on this rank's device, compiled if the flags say so; from now on, GPUs multiply as they say."""
+def on_device(settings: Settings, model: nn.Module, device: th.device | None = None) -> nn.Module:
+    """Put a network on a device, compiled if the flags say so; from now on, GPUs multiply as they say.
+
+    :param device: by default this rank's.
+    """
+    device = device or dist.dev()
     allow_tf32(settings.values["tf32"])
-    to_device(model, dist.dev())
+    to_device(model, device)
     if settings.values["compile"]:
-        compile_network(model, dist.dev())
+        compile_network(model, device)
     return model
 
 
-def run_precision(settings: Settings) -> str:
-    return choose_precision(settings.values["precision"], settings.values["use_fp16"], dist.dev())
+def run_precision(settings: Settings, device: th.device | None = None) -> str:
+    """The precision of the flags on a device, by default this rank's: fp32, bf16 or fp16."""
+    return choose_precision(settings.values["precision"], settings.values["use_fp16"], device or dist.dev())
 
 
 def trusts_extractor(settings: Settings) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch as th
 from torch import nn
 
 from cm.config.flags import Settings
@@ -134,9 +135,9 @@ def recorded_classes(classes: tuple[int, ...]) -> int | list[int]:
     return list(classes) if len(classes) > 1 else classes[0] if classes else ANY
 
 
-def load_model(settings: Settings) -> nn.Module:
-    """The network with the weights of --model_path, on this rank's device, ready to sample."""
-    return load_network(settings, "model_path")
+def load_model(settings: Settings, device: th.device | None = None) -> nn.Module:
+    """The network with the weights of --model_path, on a device, by default this rank's, ready to sample."""
+    return load_network(settings, "model_path", device)
 
 
 def sampling_diffusion(settings: Settings) -> KarrasDenoiser:
@@ -189,12 +190,15 @@ def _check_classifier(settings: Settings, classifier: NoisyClassifier, path: str
 
 
 def guided_diffusion(
-    settings: Settings, classifier: NoisyClassifier | None, guide: Guide | None = None
+    settings: Settings, classifier: NoisyClassifier | None, guide: Guide | None = None, device: th.device | None = None
 ) -> BindsNetworks:
-    """`sampling_diffusion`, guided by a classifier or by a worse network, if there is one."""
+    """`sampling_diffusion`, guided by a classifier or by a worse network, if there is one.
+
+    :param device: of that network; by default this rank's.
+    """
     diffusion = sampling_diffusion(settings)
     if classifier is None:
-        return guided_by(diffusion, guide, settings)
+        return guided_by(diffusion, guide, settings, device=device)
     scale, class_cond = settings.values["classifier_scale"], settings.values["class_cond"]
     return GuidedDiffusion(diffusion, classifier, scale, class_cond)
 

@@ -9,7 +9,15 @@ import torch as th
 from cm.config.flags import parse
 from cm.config.sampling_schema import SampleConfig, SeedsConfig
 from cm.errors import UserError
-from cm.generate.engine import SamplingPlan, captions_of, labels_of, parse_seeds, rank_batches, sample_to_npz
+from cm.generate.engine import (
+    SamplingPlan,
+    at_precision,
+    captions_of,
+    labels_of,
+    parse_seeds,
+    rank_batches,
+    sample_to_npz,
+)
 from cm.karras_diffusion import KarrasDenoiser
 from cm.samplers.sample import SampleOptions
 from cm.script_util import create_model
@@ -106,3 +114,11 @@ def test_the_image_of_a_seed_does_not_depend_on_the_others(model, tmp_path):
 def test_one_class_for_all():
     plan = SamplingPlan(2, 2, 8, seed=0, num_classes=5, classes=(3,), seeds=(8, 9))
     assert labels_of(np.array([8, 9]), plan).tolist() == [3, 3]
+
+
+def test_autocast_is_that_of_the_device_of_the_network(monkeypatch):
+    """Which may be another one than this rank's: with a GPU there, a network on the CPU computes in bf16, too."""
+    asked = []
+    monkeypatch.setattr(th, "autocast", lambda device, dtype: asked.append((device, dtype)))
+    at_precision(th.nn.Linear(1, 1, device="meta"), "bf16")
+    assert asked == [("meta", th.bfloat16)]

@@ -14,8 +14,10 @@ import cm
 from cm.checkpoints import manifest
 from cm.errors import UserError
 from cm.generate.editing import LUMA
+from cm.pipeline import pipeline
 from cm.pipeline.pictures import check_range, known_pixels
 from cm.pipeline.pipeline import flags_for
+from cm.setup import run
 from support.as_module import as_module
 from support.edm_pickles import KWARGS, creates, dump, net_of, network
 from support.weights import TINY, tiny
@@ -148,6 +150,21 @@ def test_levels_by_their_indices(runs):
 def test_a_device_that_is_not_there(runs):
     with pytest.raises(UserError, match="device='cuda:99' cannot be used: .*leave it out"):
         cm.load(runs["edm"], device="cuda:99")
+
+
+@pytest.mark.parametrize("options", [{"guide_scale": 2}, {"classifier_scale": 1.0}], ids=str)
+def test_all_networks_are_on_the_device_of_the_pipeline(runs, options, monkeypatch):
+    """"meta" plays a GPU that is not this rank's."""
+    devices, classifier = [], th.nn.Linear(1, 1)
+    monkeypatch.setattr(run, "to_device", lambda model, device: devices.append(device))
+    pipe = cm.load(runs["edm"], device="meta")
+    if "guide_scale" in options:
+        pipe._guided(pipe._with(options | {"guide_path": str(runs["edm"])}))
+        assert devices == [th.device("meta")] * 2
+    else:
+        monkeypatch.setattr(pipeline, "load_classifier", lambda settings: classifier)
+        pipe._guided(pipe._with(options))
+        assert devices == [classifier.weight.device] == [th.device("meta")]
 
 
 def test_guidance_by_another_checkpoint(runs, tmp_path):
