@@ -43,7 +43,7 @@ class Engine:
         return dist.get_world_size() > 2
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager:
-        """While this is open, gradients of a microbatch stay on their rank."""
+        """A context in which the gradients of a microbatch are not averaged over the ranks."""
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def is_finite(self, model: nn.Module) -> bool:
