@@ -64,7 +64,7 @@ class LossAwareSampler(ScheduleSampler):
     """A distribution that follows the losses of the levels."""
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """Take in the losses of all ranks; one step of all ranks together, whose batches may differ in size.
+        """Take in the losses of all ranks. All ranks must call it together; their batches may differ in size.
 
         :param local_ts: [N], what `sample` returned on this rank: noise levels, or indices where they are integers.
         :param local_losses: [N], unweighted.

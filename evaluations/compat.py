@@ -279,7 +279,7 @@ def open_npz_array(path: str | os.PathLike[str], arr_name: str) -> Iterator[NpzA
 
 
 def all_gather(x: Tensor, dim: int = 0) -> Tensor:
-    """The tensors of all ranks, of one shape, joined along an axis; one step of all ranks together."""
+    """The tensors of all ranks, of one shape, joined along an axis. All ranks must call it together."""
     if not torch.distributed.is_initialized():
         return x
     parts = [th.zeros_like(x) for _ in range(torch.distributed.get_world_size())]
@@ -288,7 +288,7 @@ def all_gather(x: Tensor, dim: int = 0) -> Tensor:
 
 
 class FIDAndIS:
-    """FID and Inception Score of images from a model, on all ranks; the constructor is one step of all ranks together.
+    """FID and Inception Score of images from a model, on all ranks; all ranks must call the constructor together.
 
     What the original returns for CLIP's features is None here, or an array without columns. Images are rounded down to
     uint8 first, as the scripts save them; a value within TOLERANCE of the next level counts as that level, so that the
@@ -336,7 +336,7 @@ class FIDAndIS:
     def get_activations(
         self, data: Iterator[Any], num_samples: int, global_batch_size: int, pr_samples: int = 50_000
     ) -> tuple[Any, Any, Any, Any]:
-        """Features of images from all ranks; one step of all ranks together.
+        """Features of images from all ranks. All ranks must call it together.
 
         :param data: this rank's batches, tuples that begin with images [B,3,H,W] in [-1, 1]; B is the same everywhere.
         :param num_samples: how many features are returned.

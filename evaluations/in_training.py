@@ -17,7 +17,7 @@ from evaluations.th_evaluator import ThEvaluator
 
 @dataclass(frozen=True)
 class TrainingMetric:
-    """Distances from one reference, and how a log names them; one step of all ranks together.
+    """Distances from one reference, with their names in the log. All ranks must call its methods together.
 
     :param key: `fid` in Inception's features, `frechet_distance` in those of another network.
     :param label: the same for people, with the name of the features.

@@ -53,7 +53,7 @@ _job: rendezvous.Job | None = None
 
 
 def set_device(name: str) -> None:
-    """Choose "cpu", "cuda" or "auto", a GPU if there is one. To be called before `setup_dist`.
+    """Choose "cpu", "cuda" or "auto", a GPU if there is one. Call it before `setup_dist`.
 
     :raises UserError: for another name, or for "cuda" where PyTorch sees no GPU.
     :raises RuntimeError: if `setup_dist` has already taken another device.

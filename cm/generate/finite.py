@@ -33,7 +33,7 @@ class NonFiniteCount:
         self._here += (int((~finite).sum()), len(finite))
 
     def check(self) -> None:
-        """Sum over the ranks; one step of all ranks together.
+        """Sum over the ranks. All ranks must call it together.
 
         :raises UserError: on every rank, if an image is not finite and that is not allowed.
         """

@@ -32,7 +32,7 @@ class Card:
     :param config: flags of the network, and training_mode.
     :param few_steps: whether it is a consistency model or another few-step model.
     :param picture: the name of a file with samples next to the card; empty for none.
-    :param licence: an identifier such as mit or cc-by-4.0; empty where nobody has chosen one.
+    :param licence: an identifier such as mit or cc-by-4.0; empty: not chosen.
     """
 
     title: str

@@ -29,7 +29,7 @@ def clock_speed(diffusion: Diffusion, arch: str) -> float:
 
 
 def check_clock(settings: Settings) -> None:
-    """A --time_scale has an effect.
+    """Check that --time_scale has an effect.
 
     :raises UserError: if the preconditioning tells the network the number of a step.
     """

@@ -24,7 +24,7 @@ AROUND, REACH = 3.0, 5.0                                    # standard deviation
 
 
 def objective_kind(values: Mapping[str, Any]) -> type[Objective]:
-    """The class of the objective: --training_mode's, of which "edm" stands for --objective's.
+    """The class of the objective that --training_mode names; for "edm", the class that --objective names.
 
     :raises UserError: for a name that is in neither table.
     """
@@ -34,7 +34,7 @@ def objective_kind(values: Mapping[str, Any]) -> type[Objective]:
 
 
 def kind_of_result(training_mode: str) -> type[Objective]:
-    """The objective by which a checkpoint was trained, as far as sampling needs it.
+    """The objective that trained a checkpoint; for any diffusion model it is EDM, which is enough for sampling.
 
     :raises UserError: for a name that is not in the table.
     """
@@ -42,7 +42,7 @@ def kind_of_result(training_mode: str) -> type[Objective]:
 
 
 def apply_objective_defaults(settings: Settings) -> None:
-    """Apply the objective's published defaults to flags that nobody set.
+    """Apply the objective's published defaults to flags that are not given.
 
     :raises UserError: for a flag that only another objective uses.
     """
@@ -54,7 +54,7 @@ def apply_objective_defaults(settings: Settings) -> None:
     defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig) | defaults_of(FewStepConfig)
     users = flags_of_objectives()
     for name in users.keys() & values.keys() - set(kind.options_of(values)):
-        # A file may hold every flag of another run; there only a value that somebody chose has been lost.
+        # A file may hold every flag of another run, so there only values that differ from the defaults are refused.
         typed = settings.is_typed(name)
         if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
             raise UserError(
@@ -65,7 +65,7 @@ def apply_objective_defaults(settings: Settings) -> None:
 
 
 def _warn_of_fixed_levels(settings: Settings, options: Sequence[str]) -> None:
-    """Say so if a number of noise levels is asked for that the schedule never reaches."""
+    """Warn of a number of noise levels that the schedule never reaches."""
     values, name = settings.values, "end_scales"
     is_asked = settings.is_typed(name) and name in options and values[name] != values["start_scales"]
     if is_asked and values["scale_mode"] == "fixed":
@@ -84,7 +84,7 @@ def flags_of_objectives() -> dict[str, list[str]]:
 
 
 def choice_of(values: Mapping[str, Any]) -> str:
-    """The flag that chooses the objective, as a message names it."""
+    """The flag that chooses the objective, with its value, for messages."""
     mode = values["training_mode"]
     return f"--objective {values['objective']}" if mode == "edm" else f"--training_mode {mode}"
 
@@ -97,7 +97,7 @@ def apply_precond_defaults(settings: Settings) -> None:
 
 
 def check_noise_levels(settings: Settings) -> None:
-    """The objective draws noise levels that the network and float32 know.
+    """Check that the objective draws noise levels in the range of the network and of float32.
 
     :raises UserError: if hardly any lies between sigma_min and sigma_max (the mean is more than 3 standard deviations
         from them), or some are so far away that their squares are no numbers (5 standard deviations from the mean).
@@ -121,7 +121,7 @@ def check_noise_levels(settings: Settings) -> None:
 
 
 def check_teacher(settings: Settings) -> None:
-    """A teacher is given where the objective needs one.
+    """Check that a teacher is given if the objective needs one.
 
     :raises UserError: if it is not, or a diffusion model is to be trained from one.
     """

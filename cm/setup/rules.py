@@ -83,10 +83,10 @@ TRAINING: tuple[Rule, ...] = (
     inherit_teacher,                                        # the architecture, from the file that is distilled
     inherit_resumed,                                        # or from the one that --resume, --resume_checkpoint name
     take_latents,                                           # size, channels and scale, from the data
-    apply_latent_defaults,                                  # where nobody set the flag
+    apply_latent_defaults,                                  # of flags that are not given
     drop_unreachable_attention,                             # of the default attention resolutions
     choose_teacher_guide,                                   # which must fit the teacher
-    apply_objective_defaults,                               # where nobody set the flag
+    apply_objective_defaults,                               # of flags that are not given
     apply_precond_defaults,
     check_noise_levels,
     check_clock,

@@ -99,7 +99,7 @@ def run_precision(settings: Settings, device: th.device | None = None) -> str:
 def trusts_extractor(settings: Settings) -> bool:
     """Whether the user has named the extractor as a program that may run.
 
-    :raises UserError: if only a file says so: whoever wrote it could have named the extractor, too.
+    :raises UserError: if a file sets trust_extractor: the author of the file could have named the extractor, too.
     """
     if not settings.values["trust_extractor"]:
         return False

@@ -2,7 +2,7 @@
 
 A callback draws with a network of its own and leaves the random streams as it found them, so training is the same, bit
 for bit, with and without it. The images are those that image_sample.py draws from the checkpoint of the same step.
-Every method is one step of all ranks together.
+All ranks must call every method together.
 """
 
 from __future__ import annotations

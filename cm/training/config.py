@@ -1,4 +1,4 @@
-"""The parts of a training loop: plain settings, and the objects that the set-up has built."""
+"""The arguments of a training loop: plain settings, and the objects of the run."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ class LoopConfig:
     :param ema_rate: decay rates of the weight averages, a number or a comma-separated string; see `ema_rates`.
     :param log_interval, save_interval: steps between two rows of the log, and two checkpoints.
     :param microbatch: images per forward pass; -1 for all at once.
-    :param global_batch_size: images per step over all ranks, where the ranks' shares differ; None for `batch_size` on
-        each.
+    :param global_batch_size: images per step over all ranks, if the ranks' shares differ; None: `batch_size` on each.
     :param lr_anneal_steps: steps over which the learning rate falls linearly to 0; 0 for never.
     :param lr_rampup_kimg: thousand images over which the learning rate rises from 0.
     :param lr_decay_steps: after so many steps the learning rate falls as 1 / sqrt(step); 0 for never.
-    :param total_training_steps: where training ends; 0 for lr_anneal_steps, or 600000 where that is 0 too.
+    :param total_training_steps: the last step; 0: lr_anneal_steps, or 600000 if that is 0 too.
     :param ema_rampup_ratio: see `EmaRate`.
-    :param resume_checkpoint: model file to start from, with its optimizer and averages where they are next to it.
+    :param resume_checkpoint: model file to start from, with its optimizer and averages if they are in the same folder.
     :param resume: "auto" resumes from the newest checkpoint of the run, "never" refuses to; or the path of a
         checkpoint to resume from: a manifest, its folder or one of its files.
-    :param allow_other_classes: go on from a checkpoint whose classes are not those of the data, with a warning.
-    :param precision: "fp32", "bf16" or "fp16"; None for what `use_fp16` says.
+    :param allow_other_classes: only warn, if the classes of the checkpoint are not those of the data.
+    :param precision: "fp32", "bf16" or "fp16"; None: set by `use_fp16`.
     :param checkpoint_dir: folder or blobfile URL of the checkpoints; empty for the log directory.
     :param keep_checkpoints, milestone_interval, on_save_error: see `CheckpointManager`.
     :param verify_weights: compare the checksums of the files that the run starts from with their manifest.
@@ -94,7 +93,7 @@ class LoopConfig:
 
 @dataclass
 class CompanionNetwork:
-    """A companion of the online network, and the scalings with which it is a denoiser."""
+    """A companion of the online network, with the scalings that make it a denoiser."""
 
     model: nn.Module
     diffusion: BindsNetworks
@@ -110,11 +109,11 @@ class RunParts:
     :param data: an iterator of batches (`Batch`, or guided-diffusion's pairs of images and conditioning), or a
         function from the number of samples already consumed by the entire run to such an iterator.
     :param companions: the networks that the objective declares, by name.
-    :param callbacks: what is called after each step; their state is part of a checkpoint.
-    :param start: the file `resume_checkpoint`, where it has been read already.
+    :param callbacks: called after each step; their state is part of a checkpoint.
+    :param start: the file `resume_checkpoint`, if it has been read already.
     :param flags: resolved flags, saved with every checkpoint.
-    :param class_names: the names of the classes in the data, saved with every checkpoint; empty where they are not
-        known, or the network is not conditioned on them.
+    :param class_names: the names of the classes in the data, saved with every checkpoint; empty if they are not known
+        or the network is not conditioned on classes.
     """
 
     model: nn.Module

@@ -43,11 +43,11 @@ class Engine:
         return dist.get_world_size() > 2
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager:
-        """While this is open, gradients of a microbatch stay on their rank."""
+        """A context in which the gradients of a microbatch are not averaged over the ranks."""
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def is_finite(self, model: nn.Module) -> bool:
-        """Whether all weights of a network are; one call of all ranks together."""
+        """Whether all weights of a network are finite. All ranks must call it together."""
         return all(bool(param.isfinite().all()) for param in model.parameters())
 
     def check_passes(self, passes: int) -> None:
@@ -110,7 +110,7 @@ PARALLEL = ("ddp", "hsdp", "fsdp")
 
 
 def make_engine(config: LoopConfig, device: th.device, full_precision: bool) -> Engine:
-    """The engine of a run; one call of all ranks together.
+    """The engine of a run. All ranks must call it together.
 
     :param full_precision: whether parts of a step compute in float32 whatever the precision of the run.
     :raises UserError: for an unknown mode, or settings that cannot be combined.

@@ -48,9 +48,9 @@ class LossMeter:
             self.peaks[name] = th.maximum(self.peaks[name], largest) if name in self.peaks else largest
 
     def means(self) -> dict[str, float | None]:
-        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (None where no sample fell).
+        """Averages over all ranks since the last call: `loss`, `loss_q0` .. `loss_q3` (None without samples there).
 
-        With them the largest values of the peaks, under their own names.
+        Also the maxima of the peaks, under their own names.
         """
         means: dict[str, float | None] = {}
         names = sorted(self.sums)

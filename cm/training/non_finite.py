@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the same error on every rank."""
+"""The error for a loss or gradient that is not finite, the same on every rank."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def all_finite(parts: Sequence[tuple[Batch, LossTerms]]) -> Tensor:
 
 
 def explain(step: int, parts: Sequence[tuple[Batch, LossTerms]], why: str, remedy: str) -> NonFiniteError:
-    """The error of a step, the same on every rank, all of which must call this.
+    """The error for a step, the same on every rank. All ranks must call this.
 
-    :param parts: the microbatches of this rank's step and what the objective said of them.
+    :param parts: the microbatches of this rank and the terms of their losses.
     """
     samples = [sample for rank in dist.all_gather_object(describe(parts)) for sample in rank]
     culprits = [sample for sample in samples if not sample["finite"]]

@@ -79,7 +79,7 @@ def groups_of(opt: Optimizer) -> list[dict[str, Any]]:
 
 @th.no_grad()
 def lay_out_as_params(opt: Optimizer) -> None:
-    """Give what an optimizer has read the memory format of its parameters; numbers in a folder lie in their order."""
+    """Give the loaded state of an optimizer the memory format of its parameters; a folder has none."""
     for param, entry in _inner(opt).state.items():
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
@@ -91,7 +91,7 @@ def _inner(opt: Optimizer) -> th.optim.Optimizer:
 
 
 def optimizer_state(part: Mapping[str, Stored], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict of an optimizer of all parameters, with tensors that are not read yet."""
+    """The state dict of an optimizer of whole parameters, from a folder; its tensors are read later."""
     state: dict[int, dict[str, Stored]] = {}
     for key, stored in part.items():
         _, place, name = key.split(".", 2)

@@ -1,4 +1,4 @@
-"""The networks of a run: which are trained, which the objective updates, and which of them a step uses."""
+"""The networks of a run: those that are trained, those that the objective updates, and those of a step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunNetworks:
         stores_casts, precision = not parts.objective.full_precision_passes, self.trainer.precision
         self.moving = {name: MasterWeights(models[name], precision, layouts[name], stores_casts)
                        for name in roles(declared, "by_objective")}
-        for name in roles(declared, "never"):               # nobody needs the masters of a frozen network
+        for name in roles(declared, "never"):               # a frozen network needs no master weights
             store_as_computed(models[name], precision, stores_casts and not layouts[name].is_sharded)
         self._of_step: dict[str, Networks] = {}             # by the role that is trained
 
@@ -77,7 +77,7 @@ class RunNetworks:
         return {"model": self.trainer, **self.moving, **self.other_trainers}
 
     def of_step(self, role: str) -> Networks:
-        """The networks of a step that trains this role: its gradients are averaged over the ranks."""
+        """The networks of a step that trains this role; the gradients of its network are averaged over the ranks."""
         if role not in self._of_step:
             bound = {}
             for name, companion in self.parts.companions.items():
@@ -92,7 +92,7 @@ class RunNetworks:
         return self._of_step[role]
 
     def distribute(self) -> None:
-        """From now on, average the gradients of trained networks over the ranks, which must hold the same weights."""
+        """Average the gradients of trained networks over the ranks from now on; all ranks must have equal weights."""
         for network in self.trained.values():
             network.distribute()
         self._of_step.clear()

@@ -1,7 +1,7 @@
-"""What a resumed run must not change: the meaning of its weights, and the method that trains them.
+"""Checks that a resumed run keeps the meaning of its weights, and the method that trains them.
 
-Most differences between two networks show in the names and shapes of their weights. Some do not: the same weights with
-another number of attention heads, or another embedding of the time, are another function, and load without an error.
+Most differences between two networks change the names or shapes of their weights. Some do not: with another number of
+attention heads, or another embedding of the time, the same weights load without an error, but are another function.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from cm.errors import UserError
 from cm.objectives import OBJECTIVES
 
 UNSEEN = ("image_size", "num_heads", "num_heads_upsample", "num_head_channels", "precond", "time_scale")
-"""Flags that change what weights mean, and no name and no shape of them."""
-LEVELS = ("sigma_min", "sigma_max")                         # as UNSEEN, of networks that lead to an image in one step
+"""Flags that change the function of a network, but not the names and shapes of its weights."""
+LEVELS = ("sigma_min", "sigma_max")                         # such flags of networks that make an image in one step
 METHOD = ("training_mode", "objective")
 
 
 def require_same_run(checkpoint: Checkpoint, flags: Mapping[str, Any], resume: str) -> None:
     """Refuse to resume from a checkpoint with flags of another run.
 
-    :param flags: those of this run; what they or the checkpoint leave out is not compared.
-    :param resume: "auto", or the path that was asked for: with it, the method may become another of the same kind.
+    :param flags: the flags of this run; only flags that the checkpoint has, too, are compared.
+    :param resume: "auto", or the path that the user gave; then the method may change to another of the same kind.
     :raises UserError: naming the flags, with both values.
     """
     before = checkpoint.config
@@ -51,7 +51,7 @@ def _differs(name: str, before: Mapping[str, Any], flags: Mapping[str, Any]) -> 
 
 
 def _heads(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What decides on the attention heads of a network."""
+    """The values that determine the attention heads of a network."""
     width = values.get("num_head_channels", -1)
     if width != -1 or values.get("arch", "unet") != "unet":
         return (width,)
@@ -64,7 +64,7 @@ def _time_scale(values: Mapping[str, Any]) -> float:
 
 
 def _kind(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the network that a method trains is: a denoiser, a consistency function, a flow map, a student."""
+    """The kind of network that a method trains: denoiser, consistency function, flow map or student."""
     kind = OBJECTIVES.get(str(values.get("training_mode")))
     return () if kind is None else (kind.few_step, kind.distillation, kind.second_time, kind.sampler)
 

@@ -35,14 +35,14 @@ from cm.training.trained_network import TrainedNetwork
 from cm.types import Callback
 
 STATUS = "status.json"
-GROUPS = "param_groups"                                     # of optimizers, where their state lies in a folder
+GROUPS = "param_groups"                                     # key of the optimizers' groups, if their state is a folder
 
 
 class TrainingRun(Protocol):
-    """What a checkpoint is made of, and what resuming changes; `cm.training.loop.TrainLoop` has it.
+    """The parts of a training loop that are saved and restored; `cm.training.loop.TrainLoop` has them.
 
     :ivar ema_rate: the rate of each average.
-    :ivar averages_began: the images seen when the averages last began; None before the next step.
+    :ivar averages_began: number of images seen when the averages last started; None if they start at the next step.
     :ivar seconds_before: seconds of training before this start.
     """
 
@@ -62,7 +62,7 @@ class TrainingRun(Protocol):
     total_training_steps: int
 
     def sharding(self, sizes: list[int]) -> Sharding:
-        """Which rank writes which of so many tensors."""
+        """Which rank writes which of the tensors with these numbers of elements."""
         ...
 
     def elapsed_seconds(self) -> float:
@@ -71,10 +71,10 @@ class TrainingRun(Protocol):
 
 
 def state_dict(loop: TrainingRun) -> dict[str, Any]:
-    """name -> state dict, on rank 0; empty on the others, which give their shards. All ranks call it together.
+    """Name of a part -> its state dict, on rank 0; empty on the others. All ranks must call it together.
 
-    The step, the images seen, the seconds trained and the flags are in the manifest. No random stream is saved: every
-    draw is a function of the seed and of the position, or the step, it belongs to.
+    The step, the images seen, the seconds trained and the flags are in the manifest. No random state is saved: all
+    random numbers are functions of the seed and of the position or the step.
     """
     trainer = loop.nets.trainer
     gathered = {f"ema_{rate}": loop.averages.gather_to_main(rate.name) for rate in loop.ema_rate}
@@ -92,7 +92,7 @@ def state_dict(loop: TrainingRun) -> dict[str, Any]:
 
 
 def pieces_of(loop: TrainingRun) -> dict[str, dict[str, Piece]]:
-    """name -> what this rank writes of it, of all but "trainer", where every rank writes; nothing is sent."""
+    """Name of a part, except "trainer" -> the pieces of it that this rank writes. The ranks exchange nothing."""
     shares, parts = {}, {}
     for name, owner in loop.nets.saved.items():
         shares[name] = loop.sharding(owner.layout.whole_sizes(owner.master_params))
@@ -109,7 +109,7 @@ def plain_state(loop: TrainingRun) -> dict[str, Any]:
     """The state that a resumed run needs besides networks, averages and optimizers."""
     objective = loop.objective
     began = loop.images_seen if loop.averages_began is None else loop.averages_began
-    # The keys "memory" and "watchers" are those of every checkpoint so far.
+    # The keys "memory" and "watchers" are kept for old checkpoints: they hold the history and the callbacks.
     rest = {
         "memory": objective.history and objective.history.state_dict(),
         "watchers": {each.name: each.state_dict() for each in loop.callbacks},
@@ -121,7 +121,7 @@ def plain_state(loop: TrainingRun) -> dict[str, Any]:
 
 
 def save_in_shares(loop: TrainingRun, is_last: bool) -> None:
-    """Let every rank write its share of a checkpoint. All ranks must call it, in a run with such a writer."""
+    """Let every rank write its share of a checkpoint. All ranks must call it; the run must have a `ShareWriter`."""
     assert loop.writer is not None, "--checkpoint_format dcp"
     groups = {file_of(role): pieces.groups_of(network.opt) for role, network in loop.nets.trained.items()}
     plain = {"trainer": plain_state(loop) | {GROUPS: groups}}
@@ -129,14 +129,14 @@ def save_in_shares(loop: TrainingRun, is_last: bool) -> None:
 
 
 def checkpoint_of(loop: TrainingRun) -> manifest.Checkpoint:
-    """A checkpoint of the present step, still to be written."""
+    """A checkpoint of the current step, not written yet."""
     return loop.checkpoints.checkpoint(
         loop.step, loop.images_seen, loop.flags, loop.elapsed_seconds(), initial_weights(loop)
     )
 
 
 def initial_weights(loop: TrainingRun) -> dict[str, float]:
-    """Average -> the share that it still holds of the weights that it started from."""
+    """Average -> the fraction of the initial weights that it still contains."""
     return {f"ema_{rate}": share for rate, share in zip(loop.ema_rate, loop.averages.initial_weight)}
 
 
@@ -188,7 +188,7 @@ def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, A
     """Load the saved optimizer of a network.
 
     :param saved: its state dict, or the tensors of a folder.
-    :param groups: its settings, where there is a folder.
+    :param groups: its param_groups, if `saved` is a folder; else None.
     """
     if groups is not None:
         saved = pieces.optimizer_state(saved, groups)
@@ -200,10 +200,9 @@ def load_optimizer(network: TrainedNetwork, saved: Any, groups: list[dict[str, A
 
 
 def take_class_names(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None:
-    """Make sure that class numbers mean to the data what they mean to the checkpoint; names that the data does not have
-    are kept from it.
+    """Check that the classes of the data are those of the checkpoint. If the data has no names, take the checkpoint's.
 
-    :raises UserError: if they do not, unless the run allows it.
+    :raises UserError: if the classes differ, unless the run allows it.
     """
     known, found = checkpoint.class_names, loop.checkpoints.class_names
     data = loop.flags.get("data_dir") or "the data"
@@ -213,9 +212,9 @@ def take_class_names(loop: TrainingRun, checkpoint: manifest.Checkpoint) -> None
 
 
 def _interned(value: Any) -> Any:
-    """The same dicts with the words of their keys as the code has them.
+    """The same nested dicts with interned keys.
 
-    A file spells a word out once per string object that holds it, and a resumed run shall write the same bytes.
+    A pickle writes equal words once per string object, and a resumed run should write the same bytes.
     """
     if not isinstance(value, dict):
         return value
@@ -223,9 +222,9 @@ def _interned(value: Any) -> Any:
 
 
 def write_status(loop: TrainingRun) -> None:
-    """Write next to the log whether the run is finished: a stopped one ends with status 0, too.
+    """Write a file next to the log that says whether the run is finished: a stopped run also ends with status 0.
 
-    Where a run was killed, the file says what was so at its start.
+    If the run is killed, the file has the values of its start.
     """
     status = {"finished": loop.step >= loop.total_training_steps, "step": loop.step, "of": loop.total_training_steps}
     text = json.dumps(status).encode()
@@ -234,14 +233,14 @@ def write_status(loop: TrainingRun) -> None:
         try:
             storage.make_folder(logger.get_dir())
             storage.write_atomically(os.path.join(logger.get_dir(), STATUS), lambda file: file.write(text))
-        except (OSError, UserError) as error:               # the checkpoint is there, and says as much
+        except (OSError, UserError) as error:               # a run need not end: the checkpoint has the step, too
             logger.warn(f"{STATUS} was not updated: {error}")
 
     dist.on_main(write)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The flags that are not what they were, for the log."""
+    """The flags that have changed since the checkpoint, for the log."""
     places = ("log_dir", "resume", "resume_checkpoint", "total_training_steps")
     words = [
         f"{name} {before[name]!r} -> {value!r}"
@@ -262,13 +261,13 @@ def load_part(name: str, checkpoint: manifest.Checkpoint, verify: bool = True) -
             f"the checkpoint has no {name!r}: give the flags that it was made with (--ema_rate names its averages), "
             "or start a new run from its weights: --resume_checkpoint with one of its ema files, and another --log_dir"
         )
-    if path.endswith(dcp.SUFFIX):                           # of which every rank reads what it needs
+    if path.endswith(dcp.SUFFIX):                           # every rank reads what it needs
         return dist.everywhere(dcp.open_part, path, checkpoint.facts(path), verify)
     return dist.load_state_dict(path, map_location="cpu", expected=checkpoint.facts(path) if verify else None)
 
 
 def read_params(owner: MasterWeights, saved: Mapping[str, Tensor], source: str) -> list[Tensor]:
-    """A saved state dict as one tensor per parameter of a network, where it was loaded to."""
+    """The parameters in a saved state dict, one tensor each; the network's buffers are set from it."""
     loading.check(owner.model, saved, source)
     loading.copy_buffers(owner.model, saved)
     return owner.params_in(saved)

@@ -23,11 +23,11 @@ TITLES = {"sec_per_tick": "sec/tick", "sec_per_kimg": "sec/kimg", "maintenance_s
 
 
 class Ticks:
-    """Times the ticks of a run. A tick ends when its row is written; checkpoints and rows between two are maintenance.
+    """Measures the ticks of a run. A tick ends when its row is written; the time between two ticks is maintenance.
 
-    :param step: where this start of the run begins.
-    :param tick_steps: steps of a tick.
-    :param seconds_before: that the run has trained in earlier starts.
+    :param step: first step of this start of the run.
+    :param tick_steps: number of steps of a tick.
+    :param seconds_before: seconds of training in earlier starts.
     """
 
     def __init__(self, step: int, tick_steps: int, device: th.device, seconds_before: float = 0.0):
@@ -38,7 +38,7 @@ class Ticks:
 
     @contextlib.contextmanager
     def maintenance(self) -> Iterator[None]:
-        """The time inside does not count as the tick's, and is reported by the next that ends."""
+        """A context: its time does not count for the tick, and is reported as maintenance in the next row."""
         start = time.monotonic()
         yield
         seconds = time.monotonic() - start
@@ -70,7 +70,7 @@ class Ticks:
 
 
 def status_line(row: dict[str, float]) -> str:
-    """The row of a tick in one line for people."""
+    """The row of a tick as one line of text."""
     shown = row | {"time": spell_time(row["time_sec"])}
     return " ".join(f"{TITLES.get(name, name)} {form.format(shown[name])}" for name, form in LINE).rstrip()
 
@@ -87,7 +87,7 @@ def spell_time(seconds: float) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process: what it holds now, or, where the system does not tell, what it has held at most."""
+    """Resident memory of this process in bytes; its maximum so far on systems without /proc."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from cm.training.mixed_precision import MixedPrecisionTrainer
 from cm.training.optimizer import Optimizer
 
 SETTINGS = ("weight_decay", "betas", "eps")
-"""Settings of an optimizer that files contain, but that a resumed run may change; each step sets the learning rate."""
+"""Settings in the file of an optimizer that a resumed run may change; the learning rate is set at each step."""
 
 
 class TrainedNetwork:
@@ -53,5 +53,5 @@ class TrainedNetwork:
         self.ddp_warmed_up = not self.engine.needs_warm_up()
 
     def no_sync(self) -> AbstractContextManager:
-        """While this is open, gradients of a microbatch stay on their rank."""
+        """A context in which the gradients of a microbatch are not averaged over the ranks."""
         return self.engine.no_sync(self.ddp_model)

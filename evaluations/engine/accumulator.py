@@ -92,7 +92,7 @@ class FeatureAccumulator:
 def pass_over(
     images: Images, extractor: Extractor, wanted: Wanted, batch_size: int, ranks: Ranks, progress: bool
 ) -> Gathered:
-    """Show every image of a set to the extractor once, each rank its share; one step of all ranks together.
+    """Show every image of a set to the extractor once, each rank its share. All ranks must call it together.
 
     :raises UserError: on every rank, if an image cannot be read or a feature is not finite.
     """

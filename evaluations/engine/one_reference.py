@@ -24,7 +24,7 @@ from evaluations.metrics.base import Settings
 
 
 class OneReference:
-    """A reference that is measured once; the constructor and every method are one step of all ranks together.
+    """A reference that is measured once; all ranks must call the constructor and every method together.
 
     :param size: (H, W) of the samples to come.
     :param metrics: names in `METRICS`; None for all that can be computed.

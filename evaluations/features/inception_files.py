@@ -33,7 +33,7 @@ FILES = {"tf": (GRAPH,), "torch": (PYTORCH_FID, TORCH_FIDELITY, OPENAI, GRAPH)}
 
 
 def find_weights(kind: str) -> str:
-    """Path of a file for this kind of extractor, in the cache or downloaded to it; one step of all ranks together.
+    """Path of a file for this kind of extractor, in the cache or downloaded to it. All ranks must call it together.
 
     :raises UserError: on every rank, if there is none and none can be had, or the one there is not the published one.
     """

@@ -77,7 +77,7 @@ def read_extra(path: str, name: str) -> bytes:
 
 
 def check_archive(path: str) -> None:
-    """Look at the whole archive, whoever reads it afterwards.
+    """Check the whole archive before anything reads it.
 
     :raises UserError: if its text would unpack to much more than a text has, or a part does not match its checksum.
     """

@@ -1,6 +1,6 @@
 """Features of single images, in one process or distributed over the ranks that computed them.
 
-A metric asks a `PointSet` for what it needs of the complete set; every method is one step of all ranks together.
+A metric asks a `PointSet` for what it needs of the complete set; all ranks must call every method together.
 
 Shapes: N points of the set, n of them on this rank, D feature dimensions, B points of a block.
 """

@@ -49,7 +49,7 @@ def published_mode(path: str) -> dict[str, str]:
 def architecture(weights: Mapping[str, Tensor], source: str, null_class: bool = False) -> dict[str, Any]:
     """The model flags that names and shapes of a state dict determine, and `attention_levels`.
 
-    :param null_class: whether the last of the classes is the label of no class, which nobody sees in the weights.
+    :param null_class: whether the last class is the label for no class, which the weights do not show.
     :raises UserError: if these are not the weights of a guided-diffusion U-Net.
     """
     def shape(name: str) -> tuple[int, ...]:
