@@ -259,11 +259,11 @@ def test_a_signal_during_a_save_waits_for_it(tmp_path):
             def items(self):
                 for item in super().items():
                     print("writing", flush=True)
-                    time.sleep(0.5)
+                    time.sleep(1.0)
                     yield item
 
         def main():
-            signals.allow(0.2)
+            signals.allow(1.0)
             content = {name: {"w": th.ones(3)} for name in ("model", "opt", "trainer")}
             manifest.save(sys.argv[1], 1, content, {}, 1)
             with signals.unhurried():
