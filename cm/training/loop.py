@@ -54,6 +54,12 @@ class TrainLoop:
     :raises ValueError: if a companion network that the objective declares is missing.
     """
 
+    # Set when `run_loop` starts.
+    clock: float                                            # time of the latest row of the log, without callbacks since
+    logged_step: int                                        # of that row
+    ticks: Ticks
+    cores: CoreWatch
+
     def __init__(self, config: LoopConfig, parts: RunParts):
         self.config, self.parts, self.flags = config, parts, dict(parts.flags)
         self.model, self.diffusion, self.objective = parts.model, parts.diffusion, parts.objective
