@@ -4,6 +4,7 @@ Nothing here is a collective. A rank records its failure in a key-value store, w
 respond, and every wait has a time limit.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -157,6 +158,7 @@ def watch_peers(ranks: Ranks) -> None:
     that waits there at once: torchrun does after half a minute, and none where the ranks were started one by one.
     """
     if ranks.store is not None and ranks.size > 1:
+        atexit.register(end_by_itself)          # no look at the store while the interpreter goes
         threading.Thread(target=_watch_peers, args=(ranks,), name="peers", daemon=True).start()
 
 

@@ -285,6 +285,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(failure, "WATCH_S", 0.01)
     monkeypatch.setattr(failure, "SILENCE_S", 0.05)
     monkeypatch.setattr(failure.os, "_exit", ended.put)
+    monkeypatch.setattr(failure.atexit, "register", lambda function: function is failure.end_by_itself or pytest.fail())
     return failure.Ranks(1, 2, store, ended.put, lambda: None), ended
 
 
