@@ -57,6 +57,14 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
         dist.on_main(save_config, settings)
     directory = terminal.printable(logger.get_dir())
     logger.log(f"logging to {directory} on {dist.get_world_size()} rank(s), device {dist.dev()}")
+    if is_slow(settings, dist.dev()):
+        logger.log("this GPU computes in float32: --precision auto (bf16) or --tf32 True is several times as fast")
+
+
+def is_slow(settings: Settings, device: th.device) -> bool:
+    """Whether a GPU is to compute in float32 although nobody asked for it."""
+    asked = any(settings.is_given(name) for name in ("precision", "use_fp16", "tf32"))
+    return device.type == "cuda" and not asked and run_precision(settings, device) == "fp32"
 
 
 def save_config(settings: Settings) -> None:
