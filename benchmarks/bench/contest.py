@@ -106,7 +106,8 @@ TRAININGS = {
         teacher="EDM, slow clock",
     ),
     "alpha-Flow of EDM": Training(
-        "cm_train.py", {"training_mode": "alphaflow", "pair_path": "teacher", "teacher_dropout": 0}, FLOW_MAP,
+        "cm_train.py",                                      # whose gradient falls with alpha in some dozens of steps
+        {"training_mode": "alphaflow", "pair_path": "teacher", "teacher_dropout": 0, "adam_beta2": 0.95}, FLOW_MAP,
         teacher="EDM, slow clock",
     ),
     "MeanFlow": Training("cm_train.py", {"training_mode": "meanflow", **SLOW}, FLOW_MAP),

@@ -36,7 +36,7 @@ PUBLISHED = {
                          "p_std": 1.6, "r_mean": -4.0, "r_std": 1.6, "equal_share": 0.25, "adapt_p": 0.75,
                          "adapt_e": 1e-3, "dropout": 0.2},
     "cifar10/alphaflow": {"alpha_end": 0.005},
-    "digits/alphaflow": {"pair_path": "teacher"},
+    "digits/alphaflow": {"pair_path": "teacher", "adam_beta2": 0.95},
     "digits/ict": {"end_scales": 32},
     "digits/ect": {"stages": 4},
 }
