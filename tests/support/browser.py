@@ -39,5 +39,7 @@ def chromium(page: Path, folder: Path, *flags: str) -> Visit:
 def screenshot(page: Path, folder: Path, width: int, height: int, *flags: str) -> tuple[np.ndarray, Visit]:
     """Its pixels [H,W,3] uint8."""
     picture = folder / "screenshot.png"
-    visit = chromium(page, folder, f"--window-size={width},{height}", f"--screenshot={picture}", *flags)
+    # The page's clock runs ahead until its pictures are decoded, and each is drawn before the screenshot.
+    drawn = "--virtual-time-budget=10000", "--run-all-compositor-stages-before-draw"
+    visit = chromium(page, folder, f"--window-size={width},{height}", f"--screenshot={picture}", *drawn, *flags)
     return np.asarray(Image.open(picture).convert("RGB")), visit
