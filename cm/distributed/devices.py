@@ -61,8 +61,8 @@ def choose(node: str, local_rank: int, ranks: Sequence[Mapping[str, Any]]) -> th
 def background_thread(name: str, device: th.device) -> ThreadPoolExecutor:
     """One thread that works beside the main one with tensors of a device.
 
-    Every new thread begins at GPU 0. The first wait or copy there would open a CUDA context of each rank of the machine,
-    in that GPU's memory.
+    Every new thread begins at GPU 0. The first wait or copy there would open a CUDA context of each rank of the
+    machine, in that GPU's memory.
     """
     if device.type != "cuda":
         return ThreadPoolExecutor(1, name)

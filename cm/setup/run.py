@@ -58,7 +58,8 @@ def open_log(settings: Settings, *, with_config: bool = True) -> None:
     directory = terminal.printable(logger.get_dir())
     logger.log(f"logging to {directory} on {dist.get_world_size()} rank(s), device {dist.dev()}")
     if is_slow(settings, dist.dev()):
-        logger.log("this GPU computes in float32; --precision auto (bf16) or --tf32 True would use its faster matrix units")
+        logger.log("this GPU computes in float32; --precision auto (bf16) or --tf32 True would use its matrix units, "
+                   "which are faster")
 
 
 def is_slow(settings: Settings, device: th.device) -> bool:
