@@ -9,13 +9,14 @@ import textwrap
 import pytest
 
 from cm.distributed.parent import stop_with_parent
-from support.mpi import find_mpiexec
+from support.mpi import clean_environment, find_mpiexec
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's prctl")
+# os.write, as a print in a handler may not interrupt another print.
 CHILD = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))
-print('ready', flush=True)
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(0)))
+os.write(1, b'ready\\n')
 time.sleep(60)
 """
 
@@ -29,7 +30,7 @@ def test_a_command_stops_and_saves_when_its_chain_is_killed(ranks):
         execute({words!r})
     """)
     process = subprocess.Popen([sys.executable, "-c", chain], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True)
+                               text=True, env=clean_environment())
     assert [process.stdout.readline() for _ in range(ranks or 1)] == ["ready\n"] * (ranks or 1)
     os.kill(process.pid, signal.SIGKILL)
     assert process.communicate(timeout=20)[0] == "saved\n" * (ranks or 1), "all have ended, or stdout would be open"

@@ -42,8 +42,9 @@ def test_a_training_that_was_stopped_is_not_finished(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("signum, of_all", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_command_that_is_stopped_may_save_first(signum, of_all):
     """The chain waits for it, and is there to say what was stopped; a terminal sends SIGINT to both."""
-    child = f"import signal, sys, time; signal.signal({int(signum)}, lambda *_: (time.sleep(0.5), print('saved', " \
-            "flush=True), sys.exit(0))); print('ready', flush=True); time.sleep(60)"
+    # os.write, as a print in a handler may not interrupt another print.
+    child = f"import os, signal, sys, time; signal.signal({int(signum)}, lambda *_: (time.sleep(0.5), " \
+            "os.write(1, b'saved\\n'), sys.exit(0))); os.write(1, b'ready\\n'); time.sleep(60)"
     chain = textwrap.dedent(f"""
         import sys
         from cm.quickstart.stages import execute
