@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import TypeVar
 
-from cm.errors import UserError
+from cm.errors import UserError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -57,6 +56,4 @@ def lookup(table: Mapping[str, Entry], name: str, what: str = "name") -> Entry:
     """
     if name in table:
         return table[name]
-    near = get_close_matches(str(name), table, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"unknown {what} {name!r}; choose one of: {', '.join(table)}.{hint}")
+    raise UserError(f"unknown {what} {name!r}; choose one of: {', '.join(table)}.{did_you_mean(name, table)}")

@@ -59,7 +59,6 @@ ELSEWHERE = {
     "cm/config/plugins.py": "test_extending.py",
     "cm/data/labels.py": "data/test_sources.py",
     "cm/data/order.py": "data/test_loader.py",
-    "cm/errors.py": "distributed/test_failure.py",
     **{f"cm/logging/{name}.py": "logging/test_logger.py" for name in (
         "csv_rows", "files", "json_lines", "tables", "writers",
     )},

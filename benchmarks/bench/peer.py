@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch as th
 from torch import Tensor, nn
@@ -35,21 +36,19 @@ def peer_of(spec: NetworkSpec) -> Callable[[th.device], nn.Module] | None:
 
     Its tensors lie in memory as that package leaves them, channels first.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        return None
+    return partial(_build, spec) if importlib.util.find_spec("diffusers") is not None else None
 
-    def build(device: th.device) -> nn.Module:
-        if importlib.util.find_spec("torchvision") is not None:
-            import_torchvision()                            # diffusers imports it, and would trip over it
-        from diffusers import UNet2DModel
 
-        shape = {name: value for name, value in asdict(spec).items() if name != "batch"}
-        flags = model_and_diffusion_defaults() | shape | {
-            "resblock_updown": True, "use_scale_shift_norm": True, "training_mode": "consistency_training",
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            diffusers_folder.write(folder, spec.build(th.device("cpu")).state_dict(), flags, 40)
-            unet = UNet2DModel.from_pretrained(os.path.join(folder, "unet"), low_cpu_mem_usage=False)
-        return Peer(unet.train()).to(device)
+def _build(spec: NetworkSpec, device: th.device) -> nn.Module:
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()                                # diffusers imports it, and would trip over it
+    from diffusers import UNet2DModel
 
-    return build
+    shape = {name: value for name, value in asdict(spec).items() if name != "batch"}
+    flags = model_and_diffusion_defaults() | shape | {
+        "resblock_updown": True, "use_scale_shift_norm": True, "training_mode": "consistency_training",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        diffusers_folder.write(folder, spec.build(th.device("cpu")).state_dict(), flags, 40)
+        unet = UNet2DModel.from_pretrained(os.path.join(folder, "unet"), low_cpu_mem_usage=False)
+    return Peer(unet.train()).to(device)

@@ -7,49 +7,63 @@ from collections.abc import Callable
 from functools import partial
 
 import torch as th
+from torch import nn
 
 from bench.baseline import plain_copy, plain_heun, plain_one_step
 from bench.ceiling import Ceiling
+from bench.contestants import Job, take_turns_apart
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.peer import MISSING, peer_of
-from bench.timing import take_turns
 from cm.generate.engine import at_precision
 from cm.karras_diffusion import KarrasDenoiser
 from cm.random_util import get_generator
 from cm.samplers.sample import SampleOptions, sample
 
 HEUN_STEPS = 5
+STEPS = {"onestep": 1, "heun": HEUN_STEPS}
 
 
 def sample_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats: int) -> list[Line]:
     """One step and a few steps of Heun's method, in fp32 and bf16, beside plain fp32."""
-    model = spec.build(device).eval()
-    plain = plain_copy(model)
-    consistency, teacher = KarrasDenoiser(distillation=True, loss_norm="l2"), KarrasDenoiser(loss_norm="l2")
-    noise = spec.images(device)
-    per_image = forward_flops(model, noise)
-    levels = teacher.noise_levels(HEUN_STEPS).tolist() + [0.0]
-
-    settings = {
-        "onestep": (1, consistency, 1, lambda: plain_one_step(consistency, plain, noise)),
-        "heun": (HEUN_STEPS, teacher, 2 * HEUN_STEPS - 1, lambda: plain_heun(teacher, plain, noise, levels)),
-    }
+    per_image = forward_flops(spec.build(device), spec.images(device))
     peer = peer_of(spec)
-    others = {} if peer is None else {"diffusers' network": peer(device).eval()}
+    ways = {"toolkit": spec.build} | ({} if peer is None else {"diffusers' network": peer})
     lines = []
-    for sampler, (steps, diffusion, evaluations, plain_way) in settings.items():
-        jobs: dict[str, Callable[[], None]] = {"plain fp32": plain_way}
-        for (way, network), dtype in itertools.product({"toolkit": model, **others}.items(), ("fp32", "bf16")):
-            jobs[f"{way} {dtype}"] = partial(toolkit_way, network, diffusion, sampler, steps, noise.shape, dtype)
-        times = take_turns(jobs, device, repeats)
+    for sampler, steps in STEPS.items():
+        makers: dict[str, Callable[[], Job]] = {"plain fp32": partial(plain_job, spec, device, sampler)}
+        for (way, build), dtype in itertools.product(ways.items(), ("fp32", "bf16")):
+            makers[f"{way} {dtype}"] = partial(toolkit_job, build, spec, device, sampler, dtype)
+        times = take_turns_apart(makers, device, repeats, plain=["plain fp32"])
+        evaluations = 2 * steps - 1
         for name, each in times.items():
-            flops = per_image * len(noise) * evaluations
+            flops = per_image * spec.batch * evaluations
             lines.append(speed_line(
-                "sample", f"{sampler} ({evaluations} NFE), {name}", each, len(noise), flops, ceiling,
+                "sample", f"{sampler} ({evaluations} NFE), {name}", each, spec.batch, flops, ceiling,
                 name.split()[-1], times["plain fp32"],
             ))
     return lines + ([] if peer else [Line("sample", "diffusers' network", None, note=MISSING)])
+
+
+def diffusion_of(sampler: str) -> KarrasDenoiser:
+    """A consistency model for one step, EDM's denoiser for others."""
+    return KarrasDenoiser(distillation=sampler == "onestep", loss_norm="l2")
+
+
+def plain_job(spec: NetworkSpec, device: th.device, sampler: str) -> Job:
+    """A batch sampled by plain loops."""
+    model, diffusion, noise = plain_copy(spec.build(device).eval()), diffusion_of(sampler), spec.images(device)
+    if sampler == "onestep":
+        return partial(plain_one_step, diffusion, model, noise)
+    return partial(plain_heun, diffusion, model, noise, [*diffusion.noise_levels(HEUN_STEPS).tolist(), 0.0])
+
+
+def toolkit_job(
+    build: Callable[[th.device], nn.Module], spec: NetworkSpec, device: th.device, sampler: str, dtype: str
+) -> Job:
+    """A batch sampled by the toolkit."""
+    model, shape = build(device).eval(), spec.images(device).shape
+    return partial(toolkit_way, model, diffusion_of(sampler), sampler, STEPS[sampler], shape, dtype)
 
 
 def toolkit_way(model, diffusion: KarrasDenoiser, sampler: str, steps: int, shape, dtype: str) -> None:

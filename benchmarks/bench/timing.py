@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch as th
 
+WARM_UP = 2                                                 # rounds that do not count
+
 
 @dataclass(frozen=True)
 class Times:
@@ -27,7 +29,7 @@ class Times:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], None]], device: th.device, repeats: int = 5, warm_up: int = 2
+    contestants: Mapping[str, Callable[[], object]], device: th.device, repeats: int = 5, warm_up: int = WARM_UP
 ) -> dict[str, Times]:
     """Run all contestants in turn, A B C A B C ..., and time each run after `warm_up` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -43,7 +45,7 @@ def take_turns(
 
 
 def make_and_take_turns(
-    makers: Mapping[str, Callable[[], Callable[[], None]]], device: th.device, repeats: int = 5
+    makers: Mapping[str, Callable[[], Callable[[], object]]], device: th.device, repeats: int = 5
 ) -> dict[str, Times]:
     """`take_turns` of contestants that hold networks and optimizers, each made by a function.
 

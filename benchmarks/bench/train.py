@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bench.baseline import PlainStep, batch_of, plain_copy
 from bench.ceiling import Ceiling
+from bench.contestants import take_turns_apart
 from bench.lines import Line, speed_line
 from bench.network import NetworkSpec, forward_flops
 from bench.peer import MISSING, peer_of
-from bench.timing import make_and_take_turns
 from cm.karras_diffusion import KarrasDenoiser
 from cm.logging import logger
 from cm.objectives.curricula import ema_and_scales
@@ -43,7 +43,7 @@ def train_suite(spec: NetworkSpec, device: th.device, ceiling: Ceiling, repeats:
         if peer is not None:
             makers |= {f"diffusers' network {dtype}": partial(toolkit_job, *common, dtype, build=peer)
                        for dtype in ("fp32", "bf16")}
-        times = make_and_take_turns(makers, device, repeats)
+        times = take_turns_apart(makers, device, repeats, plain=["plain fp32"])
         for name, each in times.items():
             dtype = name.split()[-1]
             lines.append(speed_line(

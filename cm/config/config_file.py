@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from cm.config import presets
 from cm.config.flat_file import parse_flat
-from cm.errors import UserError
+from cm.errors import UserError, did_you_mean
 from cm.io.budget import SETTINGS, read_bytes
 from cm.io.untrusted import shown
 
@@ -55,9 +54,7 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     content = by_own_name(content, fields, f"--config {path}: ")
     for name in content:
         if name not in fields:
-            near = get_close_matches(str(name), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--config {path}: {shown(name)} is not a flag of this script{hint}")
+            raise UserError(f"--config {path}: {shown(name)} is not a flag of this script.{did_you_mean(name, fields)}")
     if not base:
         return content
     base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))

@@ -13,14 +13,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 from cm.config import plugins
 from cm.config.config_file import by_own_name, read_config
 from cm.config.help import Help
 from cm.config.parser import Parser, expand_home
-from cm.errors import UserError
+from cm.errors import UserError, did_you_mean
 from cm.io import terminal
 from cm.io.untrusted import shown
 from cm.registry import added
@@ -200,9 +199,7 @@ def give(settings: Settings, values: Mapping[str, Any], *sections: type) -> None
     types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
     for name, value in values.items():
         if name not in fields:
-            near = get_close_matches(name, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"there is no option {name!r}.{hint}")
+            raise UserError(f"there is no option {name!r}.{did_you_mean(name, fields)}")
         settings.values[name] = convert(types[name], value, name)
         settings.given[name] = Origin(Provenance.COMMAND_LINE, name)
         check(fields[name], settings.values[name], name)
@@ -272,8 +269,7 @@ def check(field: dataclasses.Field, value: Any, where: str) -> None:
     choices, minimum = choices_of(field), limits["minimum"]
     for word in words_of(value) if limits["several"] else [value]:
         if choices and word not in choices:
-            near = get_close_matches(str(word), choices, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(word, choices)
             hint += f" {plugins.FLAG} FILE may add others." if limits["table"] else ""
             raise UserError(f"{where}: {field.name}={word!r} is not one of: {', '.join(choices)}.{hint}")
     if isinstance(value, float) and not math.isfinite(value) and not (limits["infinite"] and value == math.inf):

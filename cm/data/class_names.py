@@ -7,13 +7,12 @@ names are not known; then numbers are all there is, and nothing is compared.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cm.errors import UserError
+from cm.errors import UserError, did_you_mean
 from cm.io.terminal import printable
 
 ClassNames = tuple[str, ...]
@@ -140,10 +139,8 @@ def _number_of(word: str, words: str, names: ClassNames, num_classes: int, flag:
     if not names:
         numbers = "" if _is_number(word) else "; this model has no class names, so give numbers"
         raise UserError(f"{shown}: the model has classes 0 to {num_classes - 1}{numbers}")
-    near = difflib.get_close_matches(word, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"{shown} is none of the model's classes 0 to {num_classes - 1}: {shortened(names)}.{hint}"
+        f"{shown} is none of the model's classes 0 to {num_classes - 1}: {shortened(names)}.{did_you_mean(word, names)}"
     )
 
 
@@ -154,9 +151,9 @@ def number_of_name(word: str, names: ClassNames) -> int:
     """
     if word in names:
         return names.index(word)
-    near = difflib.get_close_matches(word, names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    known = f"the classes are {shortened(names)}.{hint}" if names else "this model has no class names, so give numbers"
+    known = "this model has no class names, so give numbers"
+    if names:
+        known = f"the classes are {shortened(names)}.{did_you_mean(word, names)}"
     raise UserError(f"no class is named {printable(word)!r}: {known}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from cm.data.class_names import shortened
 from cm.distributed import setup as dist
 from cm.errors import UserError
@@ -104,6 +106,15 @@ def other_classes(ref: Side, sample: Side) -> list[str]:
                 f"{shortened(known)}); an extractor that was trained on one of them knows the other's labels wrongly"]
     return [f"the classes of {sample.path} ({shortened(found)}) are not those of {ref.path} ({shortened(known)}): "
             f"only one of them has {shortened(strange)}, and a distance between them measures that too"]
+
+
+def same_features(ref: Side, sample: Side, kinds: Iterable[FeatureKind]) -> list[str]:
+    """A warning if all means and covariances of the sides are equal to the last digit; nothing if there are none."""
+    pairs = [(ref.gaussian(kind), sample.gaussian(kind)) for kind in kinds]
+    if not pairs or not all(np.array_equal(a.mu, b.mu) and np.array_equal(a.sigma, b.sigma) for a, b in pairs):
+        return []
+    return [f"the features of {sample.path} and of {ref.path} are equal to the last digit: these are the same images, "
+            "and a distance between them says nothing about a model"]
 
 
 def check_image_sizes(sides: Iterable[Side]) -> None:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from cm.errors import UserError
 from cm.registry import lookup
 from evaluations.engine.accumulator import Wanted, dims_of, pass_over
-from evaluations.engine.agreement import check_agreement, notice_unrecorded, origin_of, other_classes
+from evaluations.engine.agreement import (
+    check_agreement,
+    notice_unrecorded,
+    origin_of,
+    other_classes,
+    same_features,
+)
 from evaluations.engine.readers import Statistics
 from evaluations.engine.results import Measured, Result, label
 from evaluations.engine.side import SAMPLES, Side
@@ -140,7 +146,7 @@ class Engine:
 
     def measure(self, ref: Side, sample: Side, extractor: Extractor | None) -> Measured:
         """The numbers of every metric, by key, and warnings of weak ones; the same on every rank."""
-        measured = Measured(odd=other_classes(ref, sample))
+        measured = Measured(odd=[*other_classes(ref, sample), *same_features(ref, sample, self.kinds)])
         for metric in self.metrics.values():
             for key, number in metric.measure(ref, sample, self.settings, self.ranks).items():
                 result = _described(metric, key, number, ref, sample, extractor)

@@ -1,9 +1,11 @@
 """The suites of benchmarks/run.py at sizes of a test: what they say they compare is what they run."""
 
 import json
+import pickle
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from bench import (
     baseline,
     calibration,
     children,
+    contestants,
     launches,
     loading,
     objectives,
@@ -32,6 +35,7 @@ from bench.lines import Line, speed_line, table
 from bench.network import NetworkSpec
 
 from cm.karras_diffusion import KarrasDenoiser
+from support.contestant import make_note
 
 CPU = th.device("cpu")
 SPEC = NetworkSpec(8, 32, "1,2", 1, 32, "4", 2)
@@ -40,16 +44,25 @@ CEILING = Ceiling({"fp32": 1e11, "bf16": 1e11}, {"fp32": 1e11, "bf16": 1e11})
 
 def test_diffusers_network_is_the_same_function():
     pytest.importorskip("diffusers", reason="no diffusers, which the benchmarks compare with")
-    ours, theirs = SPEC.build(CPU).eval(), peer.peer_of(SPEC)(CPU).eval()
+    build = pickle.loads(pickle.dumps(peer.peer_of(SPEC)))  # on its way to a process
+    ours, theirs = SPEC.build(CPU).eval(), build(CPU).eval()
     x, t = SPEC.images(CPU), th.tensor([-1500.0, 400.0])
     with th.no_grad():
         assert th.allclose(ours(x, t), theirs(x, t), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
+def in_this_process(makers, device, repeats, plain):
+    """Faster than with 15 processes."""
+    assert plain == ["plain fp32"]
+    return timing.make_and_take_turns(makers, device, repeats)
+
+
 def test_peers_stand_beside_the_toolkit_in_training_and_sampling(monkeypatch):
     pytest.importorskip("diffusers", reason="no diffusers, which the benchmarks compare with")
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
+    for suite in (train, sample):
+        monkeypatch.setattr(suite, "take_turns_apart", in_this_process)
     ways = ["plain fp32", "toolkit fp32", "toolkit bf16", "diffusers' network fp32", "diffusers' network bf16"]
     lines = train.train_suite(SPEC, CPU, CEILING, repeats=1)
     assert [line.name for line in lines] == [f"edm, {way}" for way in ways]
@@ -60,10 +73,27 @@ def test_peers_stand_beside_the_toolkit_in_training_and_sampling(monkeypatch):
     assert all(line.images_per_second > 0 for line in lines)
 
 
+def test_the_plain_way_has_a_process_without_the_toolkits_settings(tmp_path):
+    makers = {name: partial(make_note, name, name != "p", tmp_path / "turns") for name in "pab"}
+    times = contestants.take_turns_apart(makers, CPU, 3, plain=["p"])
+    assert [len(each.rounds) for each in times.values()] == [3, 3, 3]
+    assert (tmp_path / "turns").read_text() == "pab" * (timing.WARM_UP + 3), "in turn, the warm-up too"
+
+
+def test_a_contestant_that_fails_ends_the_benchmark(tmp_path, capfd):
+    makers = {"p": partial(make_note, "p", True, tmp_path / "turns")}
+    with pytest.raises(RuntimeError, match="a contestant ended with status 1"):
+        contestants.take_turns_apart(makers, CPU, 3, plain=["p"])
+    assert "AssertionError" in capfd.readouterr().err
+
+
 def test_without_diffusers_a_line_says_so(monkeypatch):
     monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "PASSES", {"edm": 3})
     assert "diffusers is not installed" in table(train.train_suite(SPEC, CPU, CEILING, repeats=1))
+    monkeypatch.setattr(sample, "STEPS", {"onestep": 1})
+    lines = sample.sample_suite(SPEC, CPU, CEILING, repeats=1)
+    assert "diffusers is not installed" in table(lines) and lines[1].seconds > 0
 
 
 def test_the_plain_way_computes_as_torch_does_by_default(monkeypatch):

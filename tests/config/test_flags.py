@@ -158,7 +158,7 @@ def test_wrong_values(argv, message):
 
 @pytest.mark.parametrize("text, message", [
     ("lernrate: 1\n", "'lernrate' is not a flag of this script"),
-    ("lrr: 1\n", "did you mean 'lr'"),
+    ("lrr: 1\n", "Did you mean 'lr'"),
     ("lr: [1\n", "neither YAML nor JSON"),
     ("- 1\n- 2\n", "`flag: value` lines, not a list"),
     ("image_size: big\n", "image_size='big' is not a int"),

@@ -124,9 +124,24 @@ def test_class_names_that_cannot_be_are_refused(named, tmp_path, names, message)
 
 
 def test_equal_sets_are_at_no_distance(folder):
-    got = values(run(folder, sample="ref.npz"))
+    """And a warning says so: a forgotten argument would otherwise be the best model of all."""
+    result = run(folder, sample="ref.npz")
+    got = values(result)
     assert got["frechet_distance"] == pytest.approx(0, abs=1e-9)
     assert (got["precision"], got["recall"]) == (1, 1)
+    (text,) = [text for text in result["warnings"] if "the same images" in text]
+    assert text.startswith(f"the features of {folder / 'ref.npz'} and of {folder / 'ref.npz'} are equal")
+
+
+def test_one_other_image_is_another_set(folder, tmp_path):
+    with np.load(folder / "ref.npz") as batch:
+        images = batch["arr_0"].copy()
+    np.savez(tmp_path / "copy.npz", images)
+    images[0, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", images)
+    for name, expected in {"copy.npz": 1, "other.npz": 0}.items():
+        warnings = run(folder, sample=tmp_path / name, metrics=["fid"])["warnings"]
+        assert sum("the same images" in text for text in warnings) == expected, name
 
 
 def test_stored_statistics_go_before_images(folder, tmp_path):
