@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +12,11 @@ import torch as th
 from cm.config import plugins
 from cm.config.flags import parse
 from cm.config.sampling_schema import SampleConfig, SolverConfig
+from cm.config.schema import TRAINING_SECTIONS
 from cm.distributed import launchers
 from cm.errors import UserError
 from support.mpi import ROOT
+from support.page_commands import forget_plugins
 from support.warm import python
 
 PAGE = (ROOT / "docs/extending.md").read_text()
@@ -53,7 +54,7 @@ def test_the_commands_train(folder, run):
 
 def test_the_names_reach_config_weights_and_log(folder):
     config = json.loads((folder / "runs/huber/config.json").read_text())
-    assert config["objective"] == "huber" and "plugin" not in config
+    assert (config["objective"], config["huber_delta"]) == ("huber", 0.1) and "plugin" not in config
     assert json.loads((folder / "runs/mixer/checkpoint_000002.json").read_text())["config"]["arch"] == "mixer"
     assert sorted(th.load(folder / "runs/mixer/model000002.pt")) == [
         "classes.weight", "first.bias", "first.weight", "last.bias", "last.weight", "noise.bias", "noise.weight"
@@ -76,9 +77,6 @@ def test_samples_and_their_evaluation(folder):
 @pytest.fixture
 def loaded(folder):
     """Loads files of the page into this process, for one test."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.page_commands import forget_plugins
-
     yield lambda name: plugins.load(str(folder / name))
     forget_plugins()
 
@@ -121,7 +119,7 @@ def test_a_name_exists_only_with_its_plugin_and_only_once(folder, loaded, tmp_pa
         plugins.load(str(copy))
 
 
-def test_fields_take_existing_flags_and_no_new_ones(loaded, tmp_path, capsys):
+def test_fields_take_existing_flags(loaded, capsys):
     """`eta` and `sa_lambda` are flags, `width` is not."""
     loaded("midpoint.py")
     loaded("huber.py")
@@ -137,7 +135,7 @@ def test_fields_take_existing_flags_and_no_new_ones(loaded, tmp_path, capsys):
     sampler = make_sampler("wide", settings.values)
     assert (sampler.eta, sampler.width) == (0.5, 3.0)
     objective = DENOISING["sequence"].from_flags(Diffusion(), {"schedule_sampler": "lognormal", "sa_lambda": 0.7})
-    assert (objective.sa_lambda, objective.c) == (0.7, 0.03)
+    assert (objective.sa_lambda, objective.huber_delta) == (0.7, 0.03)
     with pytest.raises(SystemExit):
         parse("", SampleConfig, SolverConfig, argv=["--sampler", "wide", "--width", "2"])
     assert "unrecognized arguments: --width 2" in capsys.readouterr().err
@@ -160,3 +158,14 @@ def test_no_config_file_can_name_a_plugin(folder, tmp_path):
     (tmp_path / "run.yaml").write_text(f"plugin: {folder / 'midpoint.py'}\n")
     with pytest.raises(UserError, match="plugin.* is not a flag of this script"):
         parse("", SampleConfig, argv=["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_config_of_a_plugins_flags_asks_for_the_plugin(folder):
+    config = ["--config", str(folder / "runs/huber/config.json")]
+    with pytest.raises(UserError, match="'huber_delta' is not a flag.*A flag of a plugin needs its --plugin"):
+        parse("", *TRAINING_SECTIONS, argv=config)
+    try:
+        settings = parse("", *TRAINING_SECTIONS, argv=[*config, "--plugin", str(folder / "huber.py")])
+        assert settings.values["huber_delta"] == 0.1
+    finally:
+        forget_plugins()

@@ -54,7 +54,8 @@ def read_config(path: str, fields: Mapping[str, Any], above: tuple[str, ...] = (
     content = by_own_name(content, fields, f"--config {path}: ")
     for name in content:
         if name not in fields:
-            raise UserError(f"--config {path}: {shown(name)} is not a flag of this script.{did_you_mean(name, fields)}")
+            raise UserError(f"--config {path}: {shown(name)} is not a flag of this script.{did_you_mean(name, fields)} "
+                            "A flag of a plugin needs its --plugin FILE.")
     if not base:
         return content
     base = os.path.normpath(os.path.join(os.path.dirname(path), str(base)))

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -19,6 +20,7 @@ from cm.config import plugins
 from cm.config.config_file import by_own_name, read_config
 from cm.config.help import Help
 from cm.config.parser import Parser, expand_home
+from cm.config.plugin_flags import with_registered
 from cm.errors import UserError, did_you_mean
 from cm.io import terminal
 from cm.io.untrusted import shown
@@ -154,6 +156,8 @@ def parse(
     :raises UserError: if the config file is missing, unreadable or has an unknown key, a value is not allowed, or two
         names of one flag have different values.
     """
+    plugins.load_named(sys.argv[1:] if argv is None else argv)      # before the flags, to which they may add
+    sections = with_registered(sections)
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
     parser = make_parser(description, sections, types, defaults, first)
@@ -184,7 +188,7 @@ def resolve(values: Mapping[str, Any], *sections: type) -> Settings:
     :param values: by the names of flags; the others keep their defaults.
     :raises UserError: for a name that no section has, or a value that is not allowed.
     """
-    own = {name: value for section in sections for name, value in defaults_of(section).items()}
+    own = {name: value for section in with_registered(sections) for name, value in defaults_of(section).items()}
     settings = Settings(dict(own), {}, defaults=own)
     give(settings, values, *sections)
     return settings
@@ -195,8 +199,11 @@ def give(settings: Settings, values: Mapping[str, Any], *sections: type) -> None
 
     :raises UserError: for a name that no section has, or a value that is not allowed.
     """
+    sections = with_registered(sections)
     fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
     types = {name: kind for section in sections for name, kind in get_type_hints(section).items()}
+    for name, field in fields.items():                      # of a component that was registered since
+        settings.values.setdefault(name, field.default)
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"there is no option {name!r}.{did_you_mean(name, fields)}")
@@ -284,7 +291,7 @@ def check(field: dataclasses.Field, value: Any, where: str) -> None:
 
 def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
     """The choices of a field, with those that plugins added to its table; empty if any value is allowed."""
-    return (*field.metadata["choices"], *added(field.metadata["table"]))
+    return (*field.metadata["choices"], *(each.name for each in added(field.metadata["table"])))
 
 
 def words_of(text: str) -> list[str]:

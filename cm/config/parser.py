@@ -45,8 +45,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_repeated(words)
         words = self._with_values(words)
         if plugins.FLAG in self._option_string_actions:     # before choices are checked and --help lists them
-            for path in plugins.named(words):
-                plugins.load(path)
+            plugins.load_named(words)
         return super().parse_known_args(words, namespace)
 
     def _with_values(self, words: Sequence[str]) -> list[str]:

@@ -34,6 +34,15 @@ def named(words: Sequence[str]) -> list[str]:
     return after + [word.partition("=")[2] for word in words if word.startswith(f"{FLAG}=")]
 
 
+def load_named(words: Sequence[str]) -> None:
+    """Run the files that the words of a command line name.
+
+    :raises UserError: as `load`.
+    """
+    for path in named(words):
+        load(os.path.expanduser(path))
+
+
 def load(path: str) -> None:
     """Run a file, unless it was run in this process already.
 

@@ -11,6 +11,7 @@ from typing import Any
 from cm.checkpoints import manifest
 from cm.checkpoints.formats import described, hub_folder
 from cm.config.flags import defaults_of
+from cm.config.plugin_flags import with_registered
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
 from cm.io import budget, storage
@@ -83,7 +84,8 @@ def training_command(config: Mapping[str, Any]) -> str:
     Flags at their defaults are left out, and so are those of other objectives and of the machine.
     """
     command, own = COMMANDS[config.get("training_mode") == "edm"]
-    defaults = {name: value for section in TRAINING_SECTIONS for name, value in defaults_of(section).items()} | own
+    defaults = {name: value for section in with_registered(TRAINING_SECTIONS)
+                for name, value in defaults_of(section).items()} | own
     if "data_dir" not in config or str(config.get("training_mode")) not in OBJECTIVES:
         return ""
     values = defaults | {name: value for name, value in config.items() if name in defaults}

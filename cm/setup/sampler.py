@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cm.config.flags import Provenance, Settings, defaults_of
 from cm.config.needs import refuse_options_of_others
+from cm.config.plugin_flags import registered_sections
 from cm.config.sampling_schema import AblationConfig, SampleConfig, SolverConfig
 from cm.diffusion.preconditioning import PRECONDS
 from cm.errors import UserError
@@ -87,11 +88,14 @@ def sampler_of(settings: Settings) -> tuple[Sampler, Tensor]:
     if config.s_tmin > config.s_tmax:
         raise UserError(f"--s_tmin {config.s_tmin:g} is above --s_tmax {config.s_tmax:g}, so there would be no noise "
                         "at any level: exchange them, or leave out --s_churn")
-    refuse_options_of_others(solver, _users_of_options(), "sampler", config.sampler)
+    added = [settings.section(section) for section in registered_sections("sampler")]
+    for section in (solver, *added):
+        refuse_options_of_others(section, _users_of_options(section), "sampler", config.sampler)
     refuse_unused_flags(settings, SAMPLERS[config.sampler])
     options = {
-        **asdict(solver), "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"],
-        "sigma_max": values["sigma_max"], "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
+        **{name: value for section in (solver, *added) for name, value in asdict(section).items()},
+        "ts": parse_ts(config.ts), "sigma_min": values["sigma_min"], "sigma_max": values["sigma_max"],
+        "s_tmin": config.s_tmin, "s_tmax": config.s_tmax,
     }
     _check_second_time(config.sampler, values["second_time"])
     if "consistency_function" in SAMPLERS[config.sampler].networks:
@@ -127,13 +131,13 @@ def level_of_images(settings: Settings) -> float:
     return 0.0 if kind.few_step and not kind.distillation else settings.values["sigma_min"]
 
 
-def _users_of_options() -> dict[str, list[str]]:
-    """Option of `SolverConfig` -> the samplers that use it."""
+def _users_of_options(section: Any) -> dict[str, list[str]]:
+    """Option of a section -> the samplers that use it."""
     return {
         field.name: [
             name for name, kind in SAMPLERS.items()
             if (kind.uses_rho if field.name == "rho" else field.name in kind.__dataclass_fields__)
-        ] for field in fields(SolverConfig)
+        ] for field in fields(section)
     }
 
 

@@ -39,7 +39,7 @@ def forget_plugins():
     from cm.registry import added
 
     for table in tables():
-        for name in added(table.what):
+        for name in [each.name for each in added(table.what)]:
             table.unregister(name)
     plugins._loaded.clear()
     for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(".")]:
