@@ -15,6 +15,7 @@ from cm.errors import UserError
 from cm.logging import FORMATS
 from cm.objectives import DENOISING
 from cm.objectives.edm import EDM
+from cm.pipeline.training import training_settings
 from cm.samplers import SAMPLERS
 from cm.setup.objective import apply_objective_defaults
 from cm.setup.run_facts import training_command
@@ -79,6 +80,12 @@ def test_training_has_the_flags_of_an_objective(register, tmp_path):
         parse("", *TRAINING_SECTIONS, argv=["--slope", "-1"])
     for other in (SAMPLING, (SolverConfig,)):
         assert with_registered(other) == other, "commands that choose no objective"
+
+
+def test_a_program_that_has_imported_them_may_name_them(register):
+    register(DENOISING, "slope", Slope, SlopeFlags)
+    flags = {"log_dir": "runs/x", "training_mode": "edm", "objective": "slope", "slope": 4}
+    assert training_settings(flags).values["slope"] == 4
 
 
 def test_another_objective_refuses_them(register):
