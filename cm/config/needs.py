@@ -16,10 +16,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cm.config.flags import Settings, same
+from cm.config.flags import Provenance, Settings, same
 from cm.config.sampling_schema import SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, LatentConfig, ModelConfig
 from cm.errors import UserError
+from cm.logging import logger
 
 FACTS = {
     "dry_run": "--dry_run",
@@ -30,6 +31,9 @@ FACTS = {
     "shrinking": "--pairs shrinking, or --scale_mode doubling",
 }
 """What a command finds out -> what a message says is missing."""
+
+
+MOST_IDLE = 5                                               # flags in a warning
 
 
 class Need(NamedTuple):
@@ -165,25 +169,41 @@ def missing(condition: str, known: Mapping[str, Any]) -> list[Atom]:
 
 
 def refuse_idle(settings: Settings, facts: Mapping[str, bool], needs: Sequence[Need] = NEEDS) -> None:
-    """Refuse a flag of the command line that would be ignored.
+    """Refuse a flag of the command line that would be ignored, and warn of one in a file.
 
     :param facts: those of `FACTS` that the command knows.
     :raises UserError: for one that has another value than its default, naming what it would act beside.
     """
-    known = {**settings.values, **facts}
+    known, in_file = {**settings.values, **facts}, {}
     for need in needs:
         wanted = missing(need.condition, known)
         for name in need.flags if wanted else ():
-            if not settings.is_typed(name):
+            if not settings.is_given(name):
                 continue
             if name in settings.defaults and same(settings.values[name], settings.defaults[name]):
                 continue
+            joined = " and " if " and " in need.condition else " or "
+            in_file[name] = asked = joined.join(each.text(settings.spelling) for each in wanted)
+            if not settings.is_typed(name):
+                continue
             has = [f"{settings.spelling(each.name)} {known[each.name]}" for each in wanted if each.values]
             here = f", and this run has {' and '.join(has)}" if has else ""
-            joined = " and " if " and " in need.condition else " or "
-            asked = joined.join(each.text(settings.spelling) for each in wanted)
             raise UserError(f"{settings.given[name]} {settings.values[name]} has no effect without {asked}{here}: "
                             "give that, too, or leave it out")
+    warn_of_idle(settings, in_file)
+
+
+def warn_of_idle(settings: Settings, asked: Mapping[str, str]) -> None:
+    """Warn of flags that a file sets and the run ignores; not an error, as a file may hold every flag of another run.
+
+    :param asked: flag -> what it would need; those that no file sets are passed over.
+    """
+    idle = [name for name in asked if settings.provenance(name) == Provenance.FILE]
+    if not idle:
+        return
+    words = [f"{name} {settings.values[name]} (needs {asked[name]})" for name in idle[:MOST_IDLE]]
+    others = f", and {len(idle) - MOST_IDLE} more" if len(idle) > MOST_IDLE else ""
+    logger.warn(f"{settings.given[idle[0]]} sets what has no effect in this run: {', '.join(words)}{others}")
 
 
 def refuse_options_of_others(section: Any, users: Mapping[str, Sequence[str]], flag: str, chosen: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from cm.config.flags import Settings, defaults_of
+from cm.config.flags import Settings, choices_of, defaults_of, same
+from cm.config.needs import warn_of_idle
 from cm.config.objective_schema import ConsistencyConfig, FewStepConfig, ObjectiveConfig
 from cm.config.schema import LARGEST_SIGMA, LEAST_SIGMA
 from cm.errors import UserError
@@ -20,6 +22,8 @@ PUBLISHED_NOISE = {name: {"schedule_sampler": name, "weight_schedule": "snr"} fo
 
 NORMAL = (("noise_mean", "noise_std"), ("p_mean", "p_std"), ("r_mean", "r_std"))
 """Mean and standard deviation of ln sigma, as flags."""
+SWITCHES = ("loss_norm", "pair_path", "pair_target")
+"""Parts of a consistency loss which bring flags along, and of which an objective may take any."""
 AROUND, REACH = 3.0, 5.0                                    # standard deviations
 
 
@@ -53,14 +57,20 @@ def apply_objective_defaults(settings: Settings) -> None:
         settings.replace(second_time=True)
     defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig) | defaults_of(FewStepConfig)
     users = flags_of_objectives()
-    for name in users.keys() & values.keys() - set(kind.options_of(values)):
+    others = sorted(users.keys() & values.keys() - set(kind.options_of(values)))
+    for name in others:
         # A file may hold every flag of another run, so there only values that differ from the defaults are refused.
         typed = settings.is_typed(name)
+        if typed and (switches := switches_of(name, kind, values)):
+            raise UserError(f"{settings.given[name]} {values[name]} has no effect without {' or '.join(switches)}: "
+                            "give that, too, or leave it out")
         if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
             raise UserError(
                 f"{settings.given[name]}: {name}={values[name]!r} is for {' or '.join(users[name])}, but this run has "
                 f"{choice_of(values)}, which does not use it; drop it"
             )
+    idle = [name for name in others if not same(values[name], settings.defaults.get(name))]
+    warn_of_idle(settings, {name: " or ".join(switches_of(name, kind, values) or users[name]) for name in idle})
     _warn_of_fixed_levels(settings, kind.options_of(values))
 
 
@@ -71,6 +81,14 @@ def _warn_of_fixed_levels(settings: Settings, options: Sequence[str]) -> None:
     if is_asked and values["scale_mode"] == "fixed":
         logger.warn(f"--end_scales {values[name]} has no effect: with --scale_mode fixed there are --start_scales "
                     f"{values['start_scales']} noise levels throughout; give progressive or doubling, or leave it out")
+
+
+def switches_of(name: str, kind: type[Objective], values: Mapping[str, Any]) -> list[str]:
+    """The other choices of `SWITCHES` with which the chosen objective would use a flag."""
+    parts = [field for section in (ConsistencyConfig, FewStepConfig) for field in fields(section)
+             if field.name in SWITCHES]
+    return [f"--{field.name} {choice}" for field in parts for choice in choices_of(field)
+            if choice and name in kind.options_of({**values, field.name: choice})]
 
 
 def flags_of_objectives() -> dict[str, list[str]]:

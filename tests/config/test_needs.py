@@ -10,7 +10,7 @@ import pytest
 from cm.checkpoints import manifest
 from cm.config import objective_schema, sampling_schema, schema
 from cm.config.flags import Origin, Provenance, Settings, parse
-from cm.config.needs import ALWAYS, ELSEWHERE, FACTS, NEEDS, NEEDS_OF_DATA, atoms_of, missing, refuse_idle
+from cm.config.needs import ALWAYS, ELSEWHERE, FACTS, NEEDS, NEEDS_OF_DATA, Need, atoms_of, missing, refuse_idle
 from cm.config.sampling_schema import SolverConfig
 from cm.config.schema import TRAINING_SECTIONS
 from cm.errors import UserError
@@ -73,6 +73,23 @@ def test_every_row_is_held(row):
         if name not in values_where(row, False):
             with pytest.raises(UserError, match=rf"--{name} x has no effect without .*give that, too, or leave it out"):
                 judged(held=False)
+
+
+ROW = Need("loss_norm=pseudo-huber", ("huber_c", "b", "c", "d", "e", "f"))
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"huber_c": 0.1}, "run.yaml sets what has no effect in this run: huber_c 0.1 (needs --loss_norm pseudo-huber)"),
+    ({"huber_c": 0.1, "loss_norm": "pseudo-huber"}, None),
+    ({"huber_c": 0.0}, None),
+    (dict.fromkeys(ROW.flags, 1.0), "e 1.0 (needs --loss_norm pseudo-huber), and 1 more"),
+])
+def test_a_file_that_sets_it_is_told(values, message, capsys):
+    known = {"loss_norm": "l2", **values}
+    given = {name: Origin(Provenance.FILE, "run.yaml") for name in values}
+    refuse_idle(Settings(known, given, defaults=dict.fromkeys(ROW.flags, 0.0)), {}, [ROW])
+    said = "".join(capsys.readouterr())
+    assert (message in said and said.count("\n") == 1) if message else not said
 
 
 def test_what_is_not_known_is_not_judged():

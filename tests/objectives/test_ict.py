@@ -82,9 +82,9 @@ def test_a_new_combination_needs_no_code():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--training_mode", "ict", "--start_ema", "0.9"], "--start_ema: start_ema=0.9 is for .*does not use it"),
+    (["--training_mode", "ict", "--start_ema", "0.9"], "--start_ema 0.9 has no effect without --pair_target ema"),
     (["--training_mode", "ict", "--shrink_q", "4"], "--shrink_q: shrink_q=4.0 is for --training_mode ect"),
-    (["--training_mode", "ict", "--loss_norm", "l2", "--huber_c", "1"], "--huber_c"),
+    (["--training_mode", "ict", "--loss_norm", "l2", "--huber_c", "1"], "--huber_c 1.0 .* --loss_norm pseudo-huber"),
     (["--training_mode", "ict", "--pairs", "shrinking"], "identity at sigma_min, .*choose grid or lognormal-grid"),
 ])
 def test_flags_that_would_have_no_effect_are_refused(argv, message):

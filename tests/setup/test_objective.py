@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from cm.config import presets
 from cm.config.flags import parse
 from cm.config.objective_schema import ObjectiveConfig
 from cm.config.schema import TRAINING_SECTIONS
@@ -17,6 +18,7 @@ from cm.setup.objective import (
     check_noise_levels,
     objective_kind,
 )
+from cm.setup.rules import refuse_idle_flags
 
 
 def settings_of(*argv):
@@ -118,3 +120,24 @@ def test_levels_that_are_never_reached_are_told(capsys):
     assert "--end_scales 100 has no effect" in told("--end_scales", "100")
     for argv in ([], ["--end_scales", "40"], ["--end_scales", "100", "--scale_mode", "progressive"]):
         assert "has no effect" not in told(*argv)
+
+
+def test_a_file_of_another_objective_is_told(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("training_mode: consistency_training\nloss_norm: l2\nhuber_c: 0.1\ntangent_c: 0.2\n")
+    settings_of("--config", str(file))
+    said = "".join(capsys.readouterr())
+    assert said.count("\n") == 1 and f"{file} sets what has no effect in this run: " in said
+    assert "huber_c 0.1 (needs --loss_norm pseudo-huber)" in said
+    assert "tangent_c 0.2 (needs --training_mode scd or --training_mode sct)" in said
+
+
+@pytest.mark.parametrize("preset", [name for name in presets.names() if "sample" not in name])
+def test_presets_set_nothing_that_has_no_effect(preset, tmp_path, capsys):
+    """Neither do the settings that a run records of itself."""
+    file = tmp_path / "config.json"
+    for source in (preset, str(file)):
+        settings = settings_of("--config", source)
+        refuse_idle_flags(settings)
+        file.write_text(settings.as_text())
+        assert "".join(capsys.readouterr()) == "", source
