@@ -29,7 +29,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="readers whose name holds this word [default: all]")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    limit_memory()
     seed, end = int(time.time()) if args.seed is None else args.seed, time.monotonic() + 60 * args.minutes
     chosen = {name: reader for name, reader in READERS.items() if args.only in name}
     counts: dict[str, Counter] = {name: Counter() for name in chosen}
@@ -40,6 +39,7 @@ def main() -> int:
                 return summary(counts, kept)
             place = Path(tempfile.mkdtemp(dir=kept))
             path = reader.prepare(place)
+            limit_memory()                                  # anew: what was freed may be kept, and is this process's
             try:
                 with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
                     counts[name] += feed(reader, path, max(1, int(ROUND * reader.share)), seed)
