@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cm.config.flags import option, parse
 from cm.distributed.openmp import BY_THE_USER
+from cm.distributed.parent import stop_with_parent
 from cm.io.storage import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +82,8 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 @contextmanager
 def busy(loops: int) -> Iterator[None]:
     """So many processes that do nothing but use a core."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+    loop = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(loop, preexec_fn=stop_with_parent()) for _ in range(loops)]
     try:
         time.sleep(0.5 if loops else 0)
         yield

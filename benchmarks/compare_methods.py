@@ -32,6 +32,7 @@ from cm.config.sampling_schema import SampleConfig, SolverConfig
 from cm.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from cm.data.sources import open_source
 from cm.distributed import setup as dist
+from cm.distributed.parent import stop_with_parent
 from cm.generate.engine import draw, labels_of
 from cm.generate.grids import labelled_rows, save_picture
 from cm.io.atomic import AtomicFile
@@ -132,7 +133,8 @@ class Contest:
         log.parent.mkdir(parents=True, exist_ok=True)
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENAI_LOG_FORMAT": "csv"}
         with log.open("w") as output:
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output)
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=output, stderr=output,
+                                       preexec_fn=stop_with_parent())
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
