@@ -55,23 +55,30 @@ def apply_objective_defaults(settings: Settings) -> None:
     settings.replace(**{name: value for name, value in kind.defaults.items() if not settings.is_given(name)})
     if kind.second_time:
         settings.replace(second_time=True)
-    defaults = defaults_of(ObjectiveConfig) | defaults_of(ConsistencyConfig) | defaults_of(FewStepConfig)
-    users = flags_of_objectives()
-    others = sorted(users.keys() & values.keys() - set(kind.options_of(values)))
-    for name in others:
-        # A file may hold every flag of another run, so there only values that differ from the defaults are refused.
-        typed = settings.is_typed(name)
-        if typed and (switches := switches_of(name, kind, values)):
+    _refuse_flags_of_others(settings, kind)
+    _warn_of_fixed_levels(settings, kind.options_of(values))
+
+
+def _refuse_flags_of_others(settings: Settings, kind: type[Objective]) -> None:
+    """Refuse flags that only another objective or another part of the loss uses; of some in a file, only warn.
+
+    A file may hold every flag of another run, so of its values only those that differ from the defaults count.
+    """
+    values, users, idle = settings.values, flags_of_objectives(), {}
+    for name in sorted(users.keys() & settings.given.keys() - set(kind.options_of(values))):
+        typed, switches = settings.is_typed(name), switches_of(name, kind, values)
+        if typed and switches:
             raise UserError(f"{settings.given[name]} {values[name]} has no effect without {' or '.join(switches)}: "
                             "give that, too, or leave it out")
-        if typed or settings.is_given(name) and name in defaults_of(ObjectiveConfig) and values[name] != defaults[name]:
+        differs = not same(values[name], settings.defaults.get(name))
+        if typed or differs and name in defaults_of(ObjectiveConfig):
             raise UserError(
                 f"{settings.given[name]}: {name}={values[name]!r} is for {' or '.join(users[name])}, but this run has "
                 f"{choice_of(values)}, which does not use it; drop it"
             )
-    idle = [name for name in others if not same(values[name], settings.defaults.get(name))]
-    warn_of_idle(settings, {name: " or ".join(switches_of(name, kind, values) or users[name]) for name in idle})
-    _warn_of_fixed_levels(settings, kind.options_of(values))
+        if differs:
+            idle[name] = " or ".join(switches or users[name])
+    warn_of_idle(settings, idle)
 
 
 def _warn_of_fixed_levels(settings: Settings, options: Sequence[str]) -> None:
