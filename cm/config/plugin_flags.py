@@ -48,7 +48,8 @@ def _check(each: Registered, what: str) -> None:
     if not fields or any("help" not in field.metadata for field in fields):
         raise UserError(f"{where}: make them fields of a frozen dataclass, each by cm.config.flags.option")
     is_objective = WITH_FLAGS[what] == "objective"
-    read: Collection[str] = each.entry.options if is_objective else each.entry.__dataclass_fields__
+    own = names_of(each.entry) if dataclasses.is_dataclass(each.entry) else ()
+    read: Collection[str] = each.entry.options if is_objective else own
     unread = [field.name for field in fields if field.name not in read]
     if unread:
         place = "its `options` must list it" if is_objective else "it needs a field of that name"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from cm.config.flags import Settings, defaults_of
+from cm.config.plugin_flags import with_registered
 from cm.config.sampling_schema import SampleConfig, SolverConfig
 from cm.config.schema import EvalConfig
 from cm.distributed import setup as dist
@@ -37,7 +38,8 @@ def sampling_settings(settings: Settings) -> Settings:
         "clip_denoised": are_pictures(settings.values["channels"]),
         "compile": False,                                   # a network is made for each drawing
     }
-    defaults = defaults_of(SampleConfig) | defaults_of(SolverConfig)
+    sections = with_registered((SampleConfig, SolverConfig))
+    defaults = {name: value for section in sections for name, value in defaults_of(section).items()}
     given = {name: settings.given[f"eval_{name}"] for name in ("sampler", "steps", "ts") if
              settings.is_given(f"eval_{name}")}
     drawing = Settings(defaults | settings.values | asked, given)

@@ -17,6 +17,7 @@ from cm.objectives import DENOISING
 from cm.objectives.edm import EDM
 from cm.pipeline.training import training_settings
 from cm.samplers import SAMPLERS
+from cm.setup.callbacks import sampling_settings
 from cm.setup.objective import apply_objective_defaults
 from cm.setup.run_facts import training_command
 from cm.setup.sampler import sampler_of
@@ -115,6 +116,13 @@ def test_sampling_has_the_flags_of_a_sampler(register):
     with pytest.raises(UserError, match="--width 4.0 belongs to --sampler wave, not to heun"):
         sampler_of(settings)
     assert "width" not in parse("", *TRAINING_SECTIONS, argv=[]).values
+
+
+def test_samples_during_training_take_the_default(register):
+    register(SAMPLERS, "wave", Wave, WaveFlags)
+    for sampler, width in ({"wave": 3, "heun": None}).items():
+        settings = parse("", *TRAINING_SECTIONS, argv=["--eval_sampler", sampler], training_mode="edm")
+        assert getattr(sampler_of(sampling_settings(settings))[0], "width", None) == width
 
 
 def test_settings_that_were_there_before_know_them(register):
