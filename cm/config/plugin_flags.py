@@ -47,10 +47,14 @@ def _check(each: Registered, what: str) -> None:
     fields = dataclasses.fields(each.flags) if dataclasses.is_dataclass(each.flags) else ()
     if not fields or any("help" not in field.metadata for field in fields):
         raise UserError(f"{where}: make them fields of a frozen dataclass, each by cm.config.flags.option")
-    is_objective = WITH_FLAGS[what] == "objective"
-    own = names_of(each.entry) if dataclasses.is_dataclass(each.entry) else ()
-    read: Collection[str] = each.entry.options if is_objective else own
+    read, place = _read_by(each.entry, WITH_FLAGS[what] == "objective")
     unread = [field.name for field in fields if field.name not in read]
     if unread:
-        place = "its `options` must list it" if is_objective else "it needs a field of that name"
         raise UserError(f"{where}: {unread[0]} would have no effect: {place}")
+
+
+def _read_by(entry: Any, is_objective: bool) -> tuple[Collection[str], str]:
+    """The flags that a component reads, and what it needs to read another."""
+    if is_objective:
+        return entry.options, "its `options` must list it"
+    return names_of(entry) if dataclasses.is_dataclass(entry) else (), "it needs a field of that name"
