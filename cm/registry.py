@@ -13,7 +13,6 @@ WITH_FLAGS = {"objective": "objective", "training_mode": "objective", "sampler":
 """`Table.what` -> the flag of those commands that have the flags of its entries, too."""
 
 
-
 class Registered(NamedTuple):
     """What `Table.register` was given."""
 
